@@ -1,0 +1,5 @@
+"""The procedural demo world: endless pictures of plain shapes, their captions, and a judge that grades them.
+
+Reading order: scenes (what may stand in a picture), rendering (scene -> pixels), captions (scene -> words),
+judge (pixels -> scene).
+"""

@@ -1,0 +1,129 @@
+"""What may stand in a picture of the shapes world, and how one is drawn at random.
+
+All lengths are fractions of the picture's side; x runs right and y runs down, (0, 0) is the top left corner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
+
+# Chosen to keep apart from one another and from every background, in RGB 0 to 255.
+COLOURS = {
+    "red": (222, 32, 38),
+    "green": (40, 168, 60),
+    "blue": (36, 72, 220),
+    "yellow": (250, 214, 30),
+    "orange": (246, 136, 22),
+    "purple": (124, 40, 176),
+    "pink": (250, 132, 190),
+    "cyan": (40, 204, 224),
+}
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+    "brown": (104, 66, 36),
+}
+
+# Half the side of the square box a shape fills: (least, most). 64 px: small 7.7 to 8.6, large 12.8 to 14.1.
+SIZES = {"small": (0.12, 0.135), "large": (0.20, 0.22)}
+MARGIN = 0.03  # from the box to the picture's edge
+GAP = 0.05  # between two boxes, along the axis of their relation
+
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+# (colour, shape) pairs that no generator ever sees; CLIP does, as OpenAI's has seen more than any one VQGAN.
+HELD_OUT = frozenset(
+    {("purple", "star"), ("yellow", "heart"), ("green", "cross"), ("orange", "ring"), ("cyan", "diamond")}
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: its three names, the centre of its box, and half the box's side."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float = 0.5
+    y: float = 0.5
+    radius: float = 0.2
+
+    @property
+    def held_out(self) -> bool:
+        return (self.colour, self.shape) in HELD_OUT
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One item, or two of which the first stands in `relation` to the second."""
+
+    background: str
+    items: tuple[Item, ...]
+    relation: str | None = None
+
+
+def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out: str = "never") -> Scene:
+    """A random scene of one or two items (`count`; either when None).
+
+    held_out: "never" leaves the held-out pairs out, "may" lets them occur, "only" makes every item one of them.
+    """
+    if count is None:
+        count = int(rng.integers(1, 3))
+    background = str(rng.choice(list(BACKGROUNDS)))
+    if count == 1:
+        return Scene(background, (_placed_anywhere(rng, _sample_item(rng, held_out)),))
+
+    first, second = _sample_item(rng, held_out), _sample_item(rng, held_out)
+    while _looks(first) == _looks(second):
+        second = _sample_item(rng, held_out)
+    relation = str(rng.choice(RELATIONS))
+    return Scene(background, _placed_in_relation(rng, first, second, relation), relation)
+
+
+def _looks(item: Item) -> tuple[str, str, str]:
+    return item.shape, item.colour, item.size
+
+
+def _sample_item(rng: np.random.Generator, held_out: str) -> Item:
+    if held_out not in ("never", "may", "only"):
+        raise ValueError(f'held_out is "{held_out}"; it takes "never", "may" or "only"')
+    size = str(rng.choice(list(SIZES)))
+    radius = float(rng.uniform(*SIZES[size]))
+    if held_out == "only":
+        colour, shape = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))]
+        return Item(shape, colour, size, radius=radius)
+    while True:
+        item = Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), size, radius=radius)
+        if held_out == "may" or not item.held_out:
+            return item
+
+
+def _placed_anywhere(rng: np.random.Generator, item: Item) -> Item:
+    x, y = rng.uniform(MARGIN + item.radius, 1 - MARGIN - item.radius, size=2)
+    return Item(item.shape, item.colour, item.size, float(x), float(y), item.radius)
+
+
+def _placed_in_relation(rng: np.random.Generator, first: Item, second: Item, relation: str) -> tuple[Item, Item]:
+    """Both items where `relation` is plain to see: boxes apart on its axis, and nearer to it than to the diagonal."""
+    before, after = (first, second) if relation in ("left of", "above") else (second, first)
+    closest = before.radius + after.radius + GAP
+    while True:
+        a = rng.uniform(MARGIN + before.radius, 1 - MARGIN - before.radius, size=2)
+        b = rng.uniform(MARGIN + after.radius, 1 - MARGIN - after.radius, size=2)
+        along, across = b[0] - a[0], abs(b[1] - a[1])
+        if along >= closest and along >= 1.5 * across:
+            break
+    if relation in ("above", "below"):
+        a, b = a[::-1], b[::-1]
+    spots = (a, b) if before is first else (b, a)
+    placed = [
+        Item(item.shape, item.colour, item.size, float(x), float(y), item.radius)
+        for item, (x, y) in zip((first, second), spots, strict=True)
+    ]
+    return placed[0], placed[1]
