@@ -1,4 +1,4 @@
-"""Scenes -> pixels, anti-aliased by 4 x 4 samples a pixel. Our own drawing: each shape is a test of points."""
+"""Scenes -> pixels, anti-aliased by 4 x 4 samples a pixel. Each shape is a test of points, and our own."""
 
 from __future__ import annotations
 

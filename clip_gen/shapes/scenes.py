@@ -71,7 +71,7 @@ class Scene:
 def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out: str = "never") -> Scene:
     """A random scene of one or two items (`count`; either when None).
 
-    held_out: "never" leaves the held-out pairs out, "may" lets them occur, "only" makes every item one of them.
+    held_out: "never" leaves the held-out pairs out, "may" lets them occur, "only" makes every item one.
     """
     if count is None:
         count = int(rng.integers(1, 3))
@@ -112,7 +112,7 @@ def _placed_anywhere(rng: np.random.Generator, item: Item) -> Item:
 def _placed_in_relation(
     rng: np.random.Generator, first: Item, second: Item, relation: str
 ) -> tuple[Item, Item]:
-    """Both items where `relation` is plain to see: boxes apart on its axis, and nearer to it than to the diagonal."""
+    """Both items where `relation` is plain to see: boxes apart along its axis, and well off the diagonal."""
     before, after = (first, second) if relation in ("left of", "above") else (second, first)
     closest = before.radius + after.radius + GAP
     while True:
