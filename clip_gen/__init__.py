@@ -1,1 +1,24 @@
-"""CLIP-GEN."""
+"""CLIP-GEN: a text-to-image generator trained without a word of text.
+
+    prompt --clip_encoder--> embedding --bridge, gpt, sampling--> tokens --vqgan--> images --clip_encoder--> ranked
+
+Reading order: config (every dial), images, clip_encoder, vqgan, gpt, sampling, bridge, checkpoint (the model folder),
+pipeline (all of it in one sentence); then training (how the weights came about) and shapes (the demo world).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clip_gen.pipeline import ClipGen, Generation
+
+__all__ = ["ClipGen", "Generation"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazily: torch takes seconds to import, and half the commands never need it.
+    if name in __all__:
+        return getattr(importlib.import_module("clip_gen.pipeline"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

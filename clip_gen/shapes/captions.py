@@ -63,9 +63,7 @@ def leave_unsaid(description: Description, rng: np.random.Generator, chance: flo
     def kept(value: str | None) -> str | None:
         return None if rng.random() < chance else value
 
-    items = tuple(
-        ItemDescription(kept(item.shape), kept(item.colour), kept(item.size)) for item in description.items
-    )
+    items = tuple(ItemDescription(kept(item.shape), kept(item.colour), kept(item.size)) for item in description.items)
     return Description(items, kept(description.background), kept(description.relation))
 
 

@@ -109,9 +109,7 @@ def _placed_anywhere(rng: np.random.Generator, item: Item) -> Item:
     return Item(item.shape, item.colour, item.size, float(x), float(y), item.radius)
 
 
-def _placed_in_relation(
-    rng: np.random.Generator, first: Item, second: Item, relation: str
-) -> tuple[Item, Item]:
+def _placed_in_relation(rng: np.random.Generator, first: Item, second: Item, relation: str) -> tuple[Item, Item]:
     """Both items where `relation` is plain to see: boxes apart along its axis, and well off the diagonal."""
     before, after = (first, second) if relation in ("left of", "above") else (second, first)
     closest = before.radius + after.radius + GAP

@@ -1,0 +1,85 @@
+"""Frozen CLIP: prompts or images -> unit-length embeddings in one space. The only door to OpenAI's `clip`."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from clip.model import CLIP
+from clip.simple_tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_gen.config import ClipConfig
+from clip_gen.images import for_clip
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """OpenAI's byte-pair encoding, cut to a context length without losing the end-of-text token."""
+
+    def __init__(self, context_length: int):
+        self.bpe = SimpleTokenizer()
+        self.context_length = context_length
+        self.start = self.bpe.encoder["<|startoftext|>"]
+        self.end = self.bpe.encoder["<|endoftext|>"]
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """(B, context_length) int64, zeros after the end-of-text token. Logs what a long prompt loses."""
+        rows = torch.zeros(len(prompts), self.context_length, dtype=torch.long)
+        for row, prompt in zip(rows, prompts, strict=True):
+            # CLIP pools at the end-of-text token, so words are what must give way.
+            words = self.bpe.encode(prompt)
+            kept = words[: self.context_length - 2]
+            if len(kept) < len(words):
+                lost = self.bpe.decode(words[len(kept) :]).strip()
+                log.warning("the prompt is longer than CLIP reads; left out its end: %r", lost)
+            row[: len(kept) + 2] = torch.tensor([self.start, *kept, self.end])
+        return rows
+
+
+class ClipEncoder(nn.Module):
+    """OpenAI's CLIP as two functions. Built frozen, float32, in eval mode."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.clip = build_clip(config).float().eval().requires_grad_(False)
+        self.tokenize = Tokenizer(config.context_length)
+
+    def train(self, mode: bool = True) -> ClipEncoder:
+        """Stays in eval mode whatever the parent asks: its batch norms must never move."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Unit-length embeddings, (B, E) float32. One prompt's does not depend on the others beside it."""
+        tokens = self.tokenize(prompts).to(self.clip.positional_embedding.device)
+        return F.normalize(torch.cat([self.clip.encode_text(row[None]) for row in tokens]), dim=-1)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit-length embeddings, (B, E) float32, of images (B, 3, S, S) in [-1, 1] at any S."""
+        return self.embed_image(images)
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """As encode_image, but gradients flow to the images."""
+        return F.normalize(self.clip.encode_image(for_clip(images, self.config.image_resolution)), dim=-1)
+
+
+def build_clip(config: ClipConfig) -> CLIP:
+    """OpenAI's class at these sizes, with its own random start."""
+    layers = config.vision_layers
+    return CLIP(
+        embed_dim=config.embed_dim,
+        image_resolution=config.image_resolution,
+        vision_layers=layers[0] if len(layers) == 1 else layers,
+        vision_width=config.vision_width,
+        vision_patch_size=config.vision_patch_size,
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        transformer_width=config.transformer_width,
+        transformer_heads=config.transformer_heads,
+        transformer_layers=config.transformer_layers,
+    )

@@ -1,0 +1,124 @@
+"""Every dial, as frozen dataclasses read from YAML; the only door to OmegaConf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The sizes OpenAI's CLIP class takes. `vision_layers` is four numbers for a ResNet, one for a ViT."""
+
+    embed_dim: int = 512
+    image_resolution: int = 224
+    vision_layers: tuple[int, ...] = (12,)
+    vision_width: int = 768
+    vision_patch_size: int | None = 32  # None for a ResNet
+    context_length: int = 77
+    vocab_size: int = 49408
+    transformer_width: int = 512
+    transformer_heads: int = 8
+    transformer_layers: int = 12
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """taming's Encoder and Decoder between images of `resolution` and a grid of h · w = T tokens.
+
+    `patch` folds squares of pixels into channels before the first convolution (1: not at all), so the grid's side is
+    resolution / patch / 2 ** (len(ch_mult) - 1).
+    """
+
+    resolution: int = 256
+    patch: int = 1
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    attn_resolutions: tuple[int, ...] = (16,)
+    z_channels: int = 256
+    dropout: float = 0.0
+    quantizer: str = "cosine"  # "cosine": l2-normalised codes with restart; "taming": VectorQuantizer2
+    codebook_size: int = 1024
+    codebook_dim: int = 8
+
+    @property
+    def grid(self) -> int:
+        """Tokens along a side."""
+        return self.resolution // self.patch // 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 256  # T: the condition takes position 0, so the last token is never an input
+    codebook_size: int = 1024
+    embed_dim: int = 512  # of the CLIP embedding
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """How a text embedding is made to look like an image embedding. See bridge.py."""
+
+    mean_shift: float = 0.0  # 0: as it is; 1: moved by the whole gap between the two means
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model folder's config.yaml: everything needed to build its networks."""
+
+    name: str = "clip-gen"
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    vqgan: VQGANConfig = field(default_factory=VQGANConfig)
+    gpt: GPTConfig = field(default_factory=GPTConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+
+    def check(self) -> None:
+        """Raises ValueError when the parts do not fit one another."""
+        vqgan, gpt, clip = self.vqgan, self.gpt, self.clip
+        pairs = {
+            "gpt.block_size and the VQGAN's tokens per picture": (gpt.block_size, vqgan.grid**2),
+            "gpt.codebook_size and vqgan.codebook_size": (gpt.codebook_size, vqgan.codebook_size),
+            "gpt.embed_dim and clip.embed_dim": (gpt.embed_dim, clip.embed_dim),
+        }
+        for names, (ours, theirs) in pairs.items():
+            if ours != theirs:
+                raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
+        if gpt.n_embd % gpt.n_head:
+            raise ValueError(f"gpt.n_embd ({gpt.n_embd}) must be a multiple of gpt.n_head ({gpt.n_head})")
+
+
+def read_config(path: Path, kind: type[Config]) -> Config:
+    """The YAML file merged onto the dataclass's defaults; ValueError for an unknown name or a wrong type."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(path))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, OSError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: {reason}") from error
+    return _build(kind, values)
+
+
+def write_config(config: object, path: Path) -> None:
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def _build(kind: type[Config], values: dict) -> Config:
+    """The frozen dataclass itself: OmegaConf's own objects would be mutable and hold lists for tuples."""
+    arguments = {}
+    for spec in fields(kind):
+        value = values[spec.name]
+        default = spec.default_factory() if callable(spec.default_factory) else spec.default
+        if is_dataclass(default):
+            value = _build(type(default), value)
+        arguments[spec.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)

@@ -1,0 +1,145 @@
+"""The transformer that writes tokens from a CLIP embedding, with its key-value cache.
+
+A pre-norm decoder after GPT-2. The condition takes position 0, so token t is predicted from tokens < t.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_gen.config import GPTConfig
+
+
+class KVCache:
+    """Keys and values of every layer for the positions seen so far, allocated once for the whole picture."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, *, device: torch.device, dtype: torch.dtype):
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, n, D) behind what is there; returns all so far. `length` moves when the step is over."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        batch, length, width = x.shape
+        heads = self.qkv(x).view(batch, length, 3, self.n_head, width // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, n, D) each
+        if cache is not None:
+            assert length == 1 or cache.length == 0, "several positions at once only at the start"
+            k, v = cache.extend(layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=length > 1)
+        return self.proj(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), cache, layer))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.condition = nn.Linear(config.embed_dim, config.n_embd)
+        self.null_condition = nn.Parameter(torch.zeros(config.n_embd))
+        self.token_embedding = nn.Embedding(config.codebook_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.codebook_size, bias=False)
+        self.apply(self._start)
+
+    def _start(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, Block):
+            # GPT-2's scaling: the residual stream sums 2 · n_layer branches.
+            for proj in (module.attn.proj, module.mlp.proj):
+                nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        elif module is self:
+            # A unit-length embedding has elements of about 1 / sqrt(E); bring its projection to the others' scale.
+            nn.init.normal_(self.condition.weight, std=0.5)
+            nn.init.normal_(self.null_condition, std=0.5)
+
+    def prefix(self, embedding: Tensor, unconditional: Tensor | None = None) -> Tensor:
+        """What stands at position 0, (B, n_embd).
+
+        embedding: (B, E), unit length. unconditional: (B,) bool; those rows get the learned null condition, which
+        training puts in for a tenth of the pictures and guidance pushes away from.
+        """
+        condition = self.condition(embedding)
+        if unconditional is None:
+            return condition
+        return torch.where(unconditional[:, None], self.null_condition.to(condition.dtype), condition)
+
+    def forward(self, embedding: Tensor, tokens: Tensor, unconditional: Tensor | None = None) -> Tensor:
+        """Logits (B, n + 1, V) for positions 0 to n, given the n first tokens (B, n); n < block_size."""
+        x = torch.cat([self.prefix(embedding, unconditional)[:, None], self.token_embedding(tokens)], dim=1)
+        return self._logits(x, start=0)
+
+    def start(self, prefix: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) of the first token, from prefix (B, n_embd)."""
+        return self._logits(prefix[:, None], 0, cache)[:, 0]
+
+    def step(self, token: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) of the token after `token` (B,), which follows what the cache holds."""
+        return self._logits(self.token_embedding(token)[:, None], cache.length, cache)[:, 0]
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        weight = self.head.weight
+        return KVCache(self.config, batch_size, device=weight.device, dtype=weight.dtype)
+
+    def _logits(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
+        length = x.shape[1]
+        assert start + length <= self.config.block_size, (start, length, self.config.block_size)
+        x = self.dropout(x + self.position_embedding.weight[start : start + length])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length += length
+        return self.head(self.ln_f(x))

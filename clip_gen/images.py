@@ -1,0 +1,88 @@
+"""PIL <-> tensors, the two normalisations, and saving with metadata.
+
+Images are (B, 3, S, S) float32 in [-1, 1] everywhere but inside CLIP, which wants its own mean and deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from torch.nn import functional as F
+
+OUTPUT_FORMATS = ("png", "webp", "jpg")
+
+# The pixel statistics OpenAI trained CLIP with (clip/clip.py).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+EXIF_IMAGE_DESCRIPTION = 0x010E
+
+
+def to_tensor(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """Equal-sized RGB pictures, uint8, to (B, 3, H, W) float32 in [-1, 1]."""
+    pixels = np.stack([np.asarray(picture, np.uint8) for picture in pictures])
+    return from_bytes(torch.from_numpy(pixels))
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to RGB pictures; values outside are clamped."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def for_clip(images: Tensor, resolution: int) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] to CLIP's (B, 3, resolution, resolution): resized, then its mean and deviation."""
+    if images.shape[-2:] != (resolution, resolution):
+        images = F.interpolate(images, (resolution, resolution), mode="bicubic", antialias=True)
+    unit = (images.clamp(-1, 1) + 1) / 2
+    mean = unit.new_tensor(CLIP_MEAN).view(1, 3, 1, 1)
+    std = unit.new_tensor(CLIP_STD).view(1, 3, 1, 1)
+    return (unit - mean) / std
+
+
+def save_image(
+    image: Image.Image,
+    path: Path,
+    output_format: str = "png",
+    quality: int = 90,
+    metadata: dict[str, object] | None = None,
+) -> None:
+    """Writes the picture whole or not at all.
+
+    The metadata goes into PNG text under its own names, or as JSON into the EXIF description of WebP and JPEG.
+    `quality` (0 to 100) does not apply to PNG.
+    """
+    if output_format not in OUTPUT_FORMATS:
+        raise ValueError(f'output_format is "{output_format}"; it takes one of {", ".join(OUTPUT_FORMATS)}')
+    options: dict[str, object] = {"quality": quality}
+    if output_format == "png":
+        text = PngImagePlugin.PngInfo()
+        for name, value in (metadata or {}).items():
+            text.add_itxt(name, str(value))
+        options = {"pnginfo": text}
+    elif metadata:
+        exif = Image.Exif()
+        exif[EXIF_IMAGE_DESCRIPTION] = json.dumps(metadata)
+        options["exif"] = exif
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".saving-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, "jpeg" if output_format == "jpg" else output_format, **options)
+        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner's eyes only
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

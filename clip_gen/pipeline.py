@@ -1,0 +1,149 @@
+"""Prompt -> ranked images."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_gen.checkpoint import Networks, load_networks
+from clip_gen.images import to_pil
+from clip_gen.sampling import MAX_SEED, Sampling, Stopped, candidate_uniforms, sample_tokens
+
+__all__ = ["ClipGen", "Generation", "Stopped"]
+
+log = logging.getLogger(__name__)
+
+MAX_CANDIDATES = 1024
+CHUNK = 64  # candidates sampled at once: more costs memory and gains little
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt gave, best first."""
+
+    images: list[Image.Image]
+    scores: list[float]  # CLIP cosine of each image with the prompt
+    tokens: Tensor  # (num_outputs, T) int64, on the CPU
+    seed: int
+
+
+class ClipGen:
+    """A loaded model folder: text in, pictures out."""
+
+    def __init__(self, networks: Networks, device: torch.device):
+        self.config = networks.config
+        self.clip_encoder = networks.clip
+        self.vqgan = networks.vqgan
+        self.gpt = networks.gpt
+        self.bridge = networks.bridge
+        self.device = device
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> ClipGen:
+        """Reads a model folder. device: cpu, cuda, or auto for cuda where there is one."""
+        chosen = choose_device(device)
+        return cls(load_networks(folder, chosen), chosen)
+
+    def generate(
+        self,
+        prompt: str,
+        candidates: int = 16,
+        num_outputs: int = 4,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        guidance: float = 1.0,
+        seed: int | None = None,
+        clip_rerank: bool = True,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Generation:
+        """Samples `candidates` pictures of the prompt and returns `num_outputs`, best first by CLIP.
+
+        Candidate i of a seed is the same picture whatever the number of candidates. Without clip_rerank the first
+        ones sampled are returned, scored all the same. ValueError when a value is out of its range; Stopped when
+        should_stop, asked before every token, says so.
+        """
+        sampling = Sampling(temperature, top_k, top_p, guidance)
+        check_request(prompt, candidates, num_outputs, seed)
+        sampling.check()
+        if seed is None:
+            seed = secrets.randbelow(MAX_SEED + 1)
+        log.info("seed %d", seed)
+        if not clip_rerank:
+            candidates = num_outputs  # the others would never be looked at
+
+        text = self.clip_encoder.encode_text([prompt])
+        tokens = self.sample(self.bridge(text), candidates, seed, sampling, should_stop)
+        images = self.decode(tokens, should_stop)
+        scores = self.score(text, images)
+        best = scores.argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
+        best = best[:num_outputs]
+        pictures = to_pil(images[best])
+        return Generation(pictures, scores[best].tolist(), tokens[best].cpu(), seed)
+
+    def sample(
+        self,
+        embedding: Tensor,
+        candidates: int,
+        seed: int,
+        sampling: Sampling,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Tensor:
+        """Tokens (candidates, T) for one embedding (1, E)."""
+        length = self.config.gpt.block_size
+        chunks = []
+        for first in range(0, candidates, CHUNK):
+            uniforms = candidate_uniforms(seed, range(first, min(first + CHUNK, candidates)), length)
+            rows = embedding.expand(len(uniforms), -1)
+            chunks.append(sample_tokens(self.gpt, rows, uniforms, sampling, should_stop))
+        return torch.cat(chunks)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, should_stop: Callable[[], bool] | None = None) -> Tensor:
+        """Images (B, 3, S, S). One at a time, so that a picture's bytes do not depend on the ones beside it."""
+        images = []
+        for row in tokens:
+            if should_stop is not None and should_stop():
+                raise Stopped
+            images.append(self.vqgan.decode(row[None]))
+        return torch.cat(images)
+
+    @torch.inference_mode()
+    def score(self, text: Tensor, images: Tensor) -> Tensor:
+        """CLIP cosine (B,) of each image with the text embedding (1, E), each for itself as in decode."""
+        embeddings = torch.cat([self.clip_encoder.encode_image(image[None]) for image in images])
+        return embeddings @ text[0]
+
+
+def choose_device(device: str) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f'device is "{device}"; give "auto", "cpu" or "cuda"')
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device is "cuda", but torch sees none here; give "cpu" or "auto"')
+    return torch.device(device)
+
+
+def check_request(prompt: str, candidates: int, num_outputs: int, seed: int | None) -> None:
+    """Raises ValueError with the value and the remedy."""
+    if not prompt.strip():
+        raise ValueError(f"prompt is {prompt!r}; say what to draw, for example: a large red circle")
+    if not 1 <= candidates <= MAX_CANDIDATES:
+        raise ValueError(f"candidates is {candidates}; give 1 to {MAX_CANDIDATES}")
+    if num_outputs < 1:
+        raise ValueError(f"num_outputs is {num_outputs}; give 1 or more")
+    if num_outputs > candidates:
+        raise ValueError(
+            f"num_outputs is {num_outputs}, more than the {candidates} candidates; "
+            f"ask for {candidates} or fewer, or raise candidates to {num_outputs}"
+        )
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; give 0 to {MAX_SEED}")

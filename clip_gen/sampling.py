@@ -1,0 +1,125 @@
+"""Logits -> next token -> tokens: temperature, top-k, top-p, guidance, and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_gen.gpt import GPT
+
+MAX_SEED = 2**31 - 1
+
+# Matrix products over fewer rows than this take other code paths on a CPU and round differently (measured with
+# MKL: from 16 rows on, a row's result is the same to the bit whatever stands beside it). So no batch is smaller.
+LEAST_ROWS = 16
+
+
+class Stopped(Exception):
+    """Somebody no longer wants the picture."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0  # 0: always the likeliest
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    guidance: float = 1.0  # 1: off
+
+    def check(self) -> None:
+        """Raises ValueError naming the value and what it may be."""
+        if not 0 <= self.temperature <= 10:
+            raise ValueError(f"temperature is {self.temperature}; give 0 (always the likeliest token) to 10")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; give 0 (off) or how many tokens to choose from")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a share of the probability above 0 and up to 1 (off)")
+        if not 0 <= self.guidance <= 20:
+            raise ValueError(f"guidance is {self.guidance}; give 0 to 20, where 1 is off")
+
+
+def candidate_uniforms(seed: int, candidates: range, length: int) -> Tensor:
+    """The randomness of each candidate, (n, length) float32 in [0, 1): a function of (seed, candidate) alone."""
+    rows = [np.random.default_rng([seed, i]).random(length, np.float32) for i in candidates]
+    return torch.from_numpy(np.stack(rows))
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance on logits (B, V): 1 is the conditional, more pushes away from the unconditional.
+
+    arXiv 2207.12598.
+    """
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(B, V) logits to probabilities after temperature, then top-k, then top-p. The likeliest token always stays."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(dim=1)
+    if sampling.top_p < 1:
+        ranked, order = probabilities.sort(dim=1, descending=True)
+        # A token stays while those likelier than it have not yet filled the share.
+        dropped = ranked.cumsum(dim=1) - ranked >= sampling.top_p
+        ranked = ranked.masked_fill(dropped, 0.0)
+        probabilities = torch.zeros_like(ranked).scatter_(1, order, ranked)
+        probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
+    return probabilities
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token (B,) at which each row's running sum of (B, V) passes its uniform (B,) in [0, 1)."""
+    total = probabilities.cumsum(dim=1)
+    # Scaled by the last sum, which rounding leaves a little off one.
+    token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
+    # Past the end or onto a token of probability zero only by rounding: then the last that could be drawn.
+    last = probabilities.shape[1] - 1 - (probabilities > 0).flip(1).int().argmax(dim=1)
+    return torch.minimum(token, last)
+
+
+@torch.inference_mode()
+def sample_tokens(
+    gpt: GPT,
+    embedding: Tensor,
+    uniforms: Tensor,
+    sampling: Sampling,
+    should_stop: Callable[[], bool] | None = None,
+) -> Tensor:
+    """Tokens (B, T) int64 for embeddings (B, E), one candidate a row.
+
+    uniforms: (B, T) in [0, 1), what decides each draw. should_stop is asked before every token; Stopped is raised
+    when it says so.
+    """
+    wanted, length = uniforms.shape
+    rows = max(wanted, LEAST_ROWS)
+    embedding, uniforms = _padded(embedding, rows), _padded(uniforms, rows).to(embedding.device)
+    prefix = gpt.prefix(embedding)
+    if sampling.guidance != 1:
+        null = torch.ones(rows, dtype=torch.bool, device=embedding.device)
+        prefix = torch.cat([prefix, gpt.prefix(embedding, null)])
+    cache = gpt.new_cache(len(prefix))
+    tokens = torch.empty(rows, length, dtype=torch.long, device=embedding.device)
+    logits = gpt.start(prefix, cache)
+    for t in range(length):
+        if should_stop is not None and should_stop():
+            raise Stopped
+        if t:
+            logits = gpt.step(tokens[:, t - 1].repeat(len(prefix) // rows), cache)
+        chosen = logits if sampling.guidance == 1 else guided(*logits.chunk(2), sampling.guidance)
+        tokens[:, t] = draw(filtered_probabilities(chosen.float(), sampling), uniforms[:, t])
+    return tokens[:wanted]
+
+
+def _padded(rows: Tensor, least: int) -> Tensor:
+    """At least this many rows, the last one repeated."""
+    missing = least - rows.shape[0]
+    return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, -1)])

@@ -1,0 +1,124 @@
+"""Images <-> tokens. The only door to taming-transformers and to the quantiser library.
+
+VQGAN: "Taming Transformers for High-Resolution Image Synthesis", arXiv 2012.09841. Low-dimensional l2-normalised
+codes: "Vector-quantized Image Modeling with Improved VQGAN", arXiv 2110.04627.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.vqvae.quantize import VectorQuantizer2
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vector_quantize_pytorch import VectorQuantize
+
+from clip_gen.config import VQGANConfig
+
+
+class Reconstruction(NamedTuple):
+    images: Tensor  # (B, 3, S, S), not clamped, so that a loss sees how far outside they are
+    tokens: Tensor  # (B, T)
+    loss: Tensor  # scalar: codebook and commitment
+
+
+class TamingQuantizer(nn.Module):
+    """taming's VectorQuantizer2 with the two loss terms the right way round (legacy=False)."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.quantize = VectorQuantizer2(config.codebook_size, config.codebook_dim, beta=0.25, legacy=False)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, loss, (_, _, tokens) = self.quantize(features)
+        return codes, tokens.view(features.shape[0], -1), loss
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        return self.quantize.embedding(tokens)
+
+
+class CosineQuantizer(nn.Module):
+    """Codes on the unit sphere, moved by a running mean of what they stand for; unused ones start again."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.quantize = VectorQuantize(
+            dim=config.codebook_dim,
+            codebook_size=config.codebook_size,
+            use_cosine_sim=True,
+            kmeans_init=True,
+            threshold_ema_dead_code=2,
+            decay=0.98,
+            commitment_weight=0.25,
+            rotation_trick=False,
+        )
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, channels, h, w = features.shape
+        rows = features.flatten(2).transpose(1, 2)  # (B, T, C)
+        codes, tokens, loss = self.quantize(rows)
+        return codes.transpose(1, 2).reshape(batch, channels, h, w), tokens, loss.sum()
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        return self.quantize.get_codes_from_indices(tokens)
+
+
+QUANTIZERS = {"taming": TamingQuantizer, "cosine": CosineQuantizer}
+
+
+class VQGAN(nn.Module):
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        if config.quantizer not in QUANTIZERS:
+            names = ", ".join(QUANTIZERS)
+            raise ValueError(f'vqgan.quantizer is "{config.quantizer}"; it takes one of {names}')
+        self.config = config
+        channels = 3 * config.patch**2
+        sizes = {
+            "ch": config.ch,
+            "out_ch": channels,
+            "ch_mult": tuple(config.ch_mult),
+            "num_res_blocks": config.num_res_blocks,
+            "attn_resolutions": config.attn_resolutions,
+            "dropout": config.dropout,
+            "in_channels": channels,
+            "resolution": config.resolution // config.patch,
+            "z_channels": config.z_channels,
+        }
+        self.encoder = Encoder(double_z=False, **sizes)
+        self.decoder = Decoder(**sizes)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.quantizer = QUANTIZERS[config.quantizer](config)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the quantiser sees: (B, codebook_dim, h, w)."""
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.patch)))
+
+    def pixels(self, codes: Tensor) -> Tensor:
+        """Codes (B, codebook_dim, h, w) to images, not clamped."""
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(codes)), self.config.patch)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Through the codebook and back, with gradients: straight-through to the encoder."""
+        features = self.features(images)
+        # Which code is nearest is a matter of small differences: not for bfloat16.
+        with torch.autocast(images.device.type, enabled=False):
+            codes, tokens, loss = self.quantizer(features.float())
+        return Reconstruction(self.pixels(codes), tokens, loss)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (B, T) int64, row by row, of images (B, 3, S, S) in [-1, 1]."""
+        _, tokens, _ = self.quantizer(self.features(images).float())
+        return tokens
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] of tokens (B, T)."""
+        side = self.config.grid
+        codes = self.quantizer.lookup(tokens)  # (B, T, C)
+        codes = codes.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w)
+        return self.pixels(codes).clamp(-1, 1)
