@@ -50,7 +50,8 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     # The sextic (u² + v² - 1)³ = u² v³, scaled into the box.
     u, v = x * 1.14, 0.12 - y * 1.12
-    return (u * u + v * v - 1) ** 3 <= u * u * v**3
+    inner = u * u + v * v - 1
+    return inner * inner * inner <= u * u * v * v * v
 
 
 INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
