@@ -27,10 +27,11 @@ class Bridge(nn.Module):
         return F.normalize(text_embedding + self.config.mean_shift * gap, dim=-1)
 
 
-def add_noise(embedding: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+def add_noise(embedding: Tensor, strength: float | Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(B, E) unit length, pushed in a random direction of length `strength` and brought back to unit length.
 
-    0 leaves it as it is; the expected cosine with the clean one is 1 / sqrt(1 + strength²).
+    strength: one number, or (B, 1). 0 leaves an embedding as it is; the expected cosine with the clean one is
+    1 / sqrt(1 + strength²).
     """
     noise = torch.randn(embedding.shape, generator=generator, device=embedding.device, dtype=embedding.dtype)
     return F.normalize(embedding + strength * F.normalize(noise, dim=-1), dim=-1)

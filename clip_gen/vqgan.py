@@ -6,6 +6,7 @@ codes: "Vector-quantized Image Modeling with Improved VQGAN", arXiv 2110.04627.
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from typing import NamedTuple
 
 import torch
@@ -87,8 +88,9 @@ class VQGAN(nn.Module):
             "resolution": config.resolution // config.patch,
             "z_channels": config.z_channels,
         }
-        self.encoder = Encoder(double_z=False, **sizes)
-        self.decoder = Decoder(**sizes)
+        with redirect_stdout(None):  # the decoder announces its shapes
+            self.encoder = Encoder(double_z=False, **sizes)
+            self.decoder = Decoder(**sizes)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.quantizer = QUANTIZERS[config.quantizer](config)

@@ -5,7 +5,7 @@ All lengths are fractions of the picture's side; x runs right and y runs down, (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,14 +76,21 @@ def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out
     if count is None:
         count = int(rng.integers(1, 3))
     background = str(rng.choice(list(BACKGROUNDS)))
+    first = _sample_item(rng, held_out)
     if count == 1:
-        return Scene(background, (_placed_anywhere(rng, _sample_item(rng, held_out)),))
-
-    first, second = _sample_item(rng, held_out), _sample_item(rng, held_out)
+        return place(rng, background, (first,))
+    second = _sample_item(rng, held_out)
     while _looks(first) == _looks(second):
         second = _sample_item(rng, held_out)
-    relation = str(rng.choice(RELATIONS))
-    return Scene(background, _placed_in_relation(rng, first, second, relation), relation)
+    return place(rng, background, (first, second), str(rng.choice(RELATIONS)))
+
+
+def place(rng: np.random.Generator, background: str, items: tuple[Item, ...], relation: str | None = None) -> Scene:
+    """The scene with its items moved to random spots that make the relation plain; radii follow their sizes."""
+    sized = [replace(item, radius=float(rng.uniform(*SIZES[item.size]))) for item in items]
+    if len(sized) == 1:
+        return Scene(background, (_placed_anywhere(rng, sized[0]),))
+    return Scene(background, _placed_in_relation(rng, sized[0], sized[1], relation), relation)
 
 
 def _looks(item: Item) -> tuple[str, str, str]:
@@ -94,19 +101,18 @@ def _sample_item(rng: np.random.Generator, held_out: str) -> Item:
     if held_out not in ("never", "may", "only"):
         raise ValueError(f'held_out is "{held_out}"; it takes "never", "may" or "only"')
     size = str(rng.choice(list(SIZES)))
-    radius = float(rng.uniform(*SIZES[size]))
     if held_out == "only":
         colour, shape = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))]
-        return Item(shape, colour, size, radius=radius)
+        return Item(shape, colour, size)
     while True:
-        item = Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), size, radius=radius)
+        item = Item(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS))), size)
         if held_out == "may" or not item.held_out:
             return item
 
 
 def _placed_anywhere(rng: np.random.Generator, item: Item) -> Item:
     x, y = rng.uniform(MARGIN + item.radius, 1 - MARGIN - item.radius, size=2)
-    return Item(item.shape, item.colour, item.size, float(x), float(y), item.radius)
+    return replace(item, x=float(x), y=float(y))
 
 
 def _placed_in_relation(rng: np.random.Generator, first: Item, second: Item, relation: str) -> tuple[Item, Item]:
@@ -125,8 +131,5 @@ def _placed_in_relation(rng: np.random.Generator, first: Item, second: Item, rel
     if relation in ("above", "below"):
         a, b = a[::-1], b[::-1]
     spots = (a, b) if before is first else (b, a)
-    placed = [
-        Item(item.shape, item.colour, item.size, float(x), float(y), item.radius)
-        for item, (x, y) in zip((first, second), spots, strict=True)
-    ]
+    placed = [replace(item, x=float(x), y=float(y)) for item, (x, y) in zip((first, second), spots, strict=True)]
     return placed[0], placed[1]

@@ -1,0 +1,90 @@
+"""The demo world's small CLIP, trained on (picture, caption) pairs: it plays the part of OpenAI's.
+
+Contrastive as in "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, with three
+additions: a caption that is true of another picture in the batch is not held against it; spoilt pictures, which no
+caption fits, stand among the wrong answers; and pairs are also pulled together directly, because the contrast alone
+leaves text and pictures in two separate cones (arXiv 2203.02053), a gap that the transformer would have to bridge.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_gen.clip_encoder import ClipEncoder, Tokenizer
+from clip_gen.images import for_clip, from_bytes
+from clip_gen.shapes.pairs import PairGroup, fits
+from clip_gen.training.schedule import adamw, warmup_cosine
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Collate:
+    """Groups to one batch: pictures (n, S, S, 3), text tokens (n, L), stated and shown (n, 9), spoilt (m, S, S, 3)."""
+
+    def __init__(self, context_length: int):
+        self.tokenize = Tokenizer(context_length)
+
+    def __call__(self, groups: list[PairGroup]) -> Batch:
+        def joined(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(group, name) for group in groups]))
+
+        tokens = self.tokenize([caption for group in groups for caption in group.captions])
+        return joined("pictures"), tokens, joined("stated"), joined("shown"), joined("spoilt")
+
+
+class ClipTrainer(pl.LightningModule):
+    def __init__(self, encoder: ClipEncoder, *, steps: int, learning_rate: float, warmup: int, weight_decay: float):
+        super().__init__()
+        # Not as a submodule: ClipEncoder refuses to leave eval mode.
+        self.clip = encoder.clip.requires_grad_(True)
+        self.resolution = encoder.config.image_resolution
+        self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
+        self.register_buffer("word_seen", torch.zeros(encoder.config.vocab_size, dtype=torch.bool))
+
+    def training_step(self, batch: Batch) -> Tensor:
+        pictures, words, stated, shown, spoilt = batch
+        self.word_seen[words.flatten()] = True
+        images = for_clip(from_bytes(torch.cat([pictures, spoilt])), self.resolution)
+        image = F.normalize(self.clip.encode_image(images).float(), dim=-1)
+        text = F.normalize(self.clip.encode_text(words).float(), dim=-1)
+        # OpenAI's bound: beyond a factor of 100 training turns unstable.
+        scale = self.clip.logit_scale.exp().clamp(max=100)
+        contrast = contrastive_loss(scale * text @ image.T, stated, shown)
+        together = (1 - (text * image[: len(text)]).sum(dim=1)).mean()
+        self.log_dict({"contrast": contrast.detach(), "together": together.detach(), "scale": scale.detach()})
+        return contrast + together
+
+    def validation_step(self, batch: Batch) -> None:
+        pictures, words, stated, shown, spoilt = batch
+        image = F.normalize(
+            self.clip.encode_image(for_clip(from_bytes(torch.cat([pictures, spoilt])), self.resolution))
+        )
+        text = F.normalize(self.clip.encode_text(words))
+        similarity = text @ image.T
+        found = similarity.argmax(dim=1)
+        right = F.pad(fits(stated, shown), (0, len(spoilt)))[torch.arange(len(text)), found]
+        self.log_dict({"val_found": right.float().mean(), "val_cosine": similarity.diagonal().mean()})
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = adamw(self.clip, self.learning_rate, self.weight_decay, betas=(0.9, 0.98))
+        schedule = warmup_cosine(optimizer, self.steps, self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def forget_unseen_words(self) -> None:
+        """A word never met says nothing, rather than the noise it started as."""
+        self.clip.token_embedding.weight[~self.word_seen] = 0
+
+
+def contrastive_loss(logits: Tensor, stated: Tensor, shown: Tensor) -> Tensor:
+    """Mean of both directions for logits (n, n + m): n texts against their n pictures and m that fit none."""
+    n = len(logits)
+    answers = torch.arange(n, device=logits.device)
+    also_true = fits(stated, shown)
+    also_true[answers, answers] = False
+    masked = logits.masked_fill(F.pad(also_true, (0, logits.shape[1] - n)), -torch.inf)
+    return (F.cross_entropy(masked, answers) + F.cross_entropy(masked[:, :n].T, answers)) / 2
