@@ -1,0 +1,187 @@
+"""What `cog predict` does, in this process and without Docker: inputs as text in, picture files out."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from clip_gen.cog_inputs import InputError, InputField, checked
+from clip_gen.cog_schema import PREDICT, ROOT, project_signatures
+
+FORMATS = {"png": "png", "webp": "webp", "jpg": "jpg", "jpeg": "jpg"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one prediction. 1 and a sentence on stderr when an input or the model will not do; 130 after Ctrl-C."""
+    started = time.monotonic()
+    try:
+        fields = project_signatures()[0].inputs
+        options = _parse(arguments, fields)
+        os.environ.update(_named(options.env, "-e"))
+        target, suffix = output_target(options.output)
+        texts = _named(options.input, "-i")
+        if suffix:
+            texts.setdefault("output_format", suffix)
+        values = checked(parse_inputs(texts, fields), fields)
+        if suffix and values["output_format"] != suffix:
+            raise InputError(f"-o {options.output} asks for {suffix}, but output_format is {values['output_format']}")
+        files, metrics = _predict(values)
+        for path, score in zip(_deliver(files, target), metrics["scores"], strict=True):
+            print(f"{path}  score {score:.4f}")
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"seed {metrics['seed']}, model {metrics['model']}, {time.monotonic() - started:.1f} seconds")
+    return 0
+
+
+def parse_inputs(texts: dict[str, str], fields: Sequence[InputField]) -> dict[str, object]:
+    """The texts of the command line as the types the fields want; what cannot be read stays text and is refused later.
+
+    `@file` gives what the file says, or its path when it is no text: weights are named, not read.
+    """
+    kinds = {field.name: field.kind.name for field in fields}
+    values: dict[str, object] = {}
+    for name, text in texts.items():
+        if text.startswith("@"):
+            text = _file_input(name, Path(text[1:]).expanduser())
+        elif len(text) > 1 and text[0] == text[-1] == '"':
+            text = text[1:-1]  # as `cog predict` does
+        values[name] = _parse_value(text, kinds.get(name))
+    return values
+
+
+def _parse_value(text: str, kind: str | None) -> object:
+    if kind == "bool" and text in ("true", "false"):
+        return text == "true"
+    with contextlib.suppress(ValueError):
+        if kind == "int" and re.fullmatch(r"[+-]?\d+", text):
+            return int(text)
+        if kind in ("int", "float"):
+            return float(text)
+    return text
+
+
+def _file_input(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        return str(path)
+    except OSError as error:
+        raise InputError(f"{name}: {path} cannot be read ({error.strerror}); give the name of a file") from error
+
+
+def output_target(output: str | None) -> tuple[Path, str | None]:
+    """Where the files go, as a path still without number and suffix, and the format its suffix asks for, if any."""
+    if not output:
+        return Path("output"), None
+    path = Path(output).expanduser()
+    if path.is_dir():
+        path = path / "output"
+    folder = path.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"-o {output}: {folder} is no folder that can be written to; create it or choose another")
+    suffix = FORMATS.get(path.suffix[1:].lower())
+    return (path.with_suffix("") if suffix else path), suffix
+
+
+def _parse(arguments: Sequence[str], fields: Sequence[InputField]) -> argparse.Namespace:
+    described = [f"  {field.name:<18} {field.arguments['description']} [{_limits(field)}]" for field in fields]
+    parser = argparse.ArgumentParser(
+        prog="script/predict",
+        description="Draws pictures of a prompt and writes them as output.0.png, output.1.png, ..., best first.",
+        epilog="\n".join(
+            ["inputs:", *described, "", 'example: script/predict -i prompt="a large red circle" -i seed=7']
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("-i", "--input", action="append", default=[], metavar="NAME=VALUE", help="an input; @FILE reads it from a file")
+    add(
+        "-e", "--env", action="append", default=[], metavar="NAME=VALUE", help="an environment variable, as COG_WEIGHTS"
+    )
+    add("-o", "--output", metavar="PATH", help="name of the files, or a folder for them; a suffix sets the format")
+    try:
+        return parser.parse_args(arguments)
+    except SystemExit as exit:
+        if exit.code:  # argparse leaves with 2
+            raise SystemExit(1) from exit
+        raise
+
+
+def _limits(field: InputField) -> str:
+    default = field.arguments.get("default")
+    if default is None:
+        return field.wanted() + ("; required" if field.required else "")
+    return f"{field.wanted()}; default {str(default).lower() if isinstance(default, bool) else default}"
+
+
+def _named(pairs: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping."""
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise InputError(f"{option} {pair}: write it as name=value")
+        if option == "-i" and name in named:
+            raise InputError(f"{name}: it is given twice; give it once")
+        named[name] = value
+    return named
+
+
+def _predict(values: dict[str, object]) -> tuple[list[Path], dict[str, object]]:
+    """The files of one prediction and what the predictor recorded; what it prints goes to stderr."""
+    predictor = _predict_module().Predictor()
+    metrics: dict[str, object] = {}
+    # Outside a server nobody receives the metrics.
+    predictor.record_metric = metrics.__setitem__
+
+    async def run() -> list[Path]:
+        await predictor.setup(os.environ.get("COG_WEIGHTS") or None)
+        return await predictor.run(**values)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return asyncio.run(run()), metrics
+
+
+def _predict_module() -> ModuleType:
+    """predict.py of this project, wherever the caller stands."""
+    spec = importlib.util.spec_from_file_location("predict", ROOT / PREDICT[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _deliver(files: Sequence[Path], target: Path) -> list[Path]:
+    """Copies the files to target.0.png, target.1.png, ...; an interruption leaves none of them half-written."""
+    staged: list[Path] = []
+    try:
+        for file in files:
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
+            staged.append(Path(name))
+            with os.fdopen(handle, "wb") as copy:
+                copy.write(file.read_bytes())
+            os.chmod(name, 0o644)
+        paths = [target.with_name(f"{target.name}.{i}{file.suffix}") for i, file in enumerate(files)]
+        for temporary, path in zip(staged, paths, strict=True):
+            os.replace(temporary, path)
+        return paths
+    finally:
+        for temporary in staged:
+            temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

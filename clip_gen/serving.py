@@ -1,0 +1,70 @@
+"""What a server keeps between predictions: loaded models, and the folders their pictures lie in."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict, deque
+from pathlib import Path
+
+from clip_gen.checkpoint import resolve_weights
+from clip_gen.images import save_image
+from clip_gen.pipeline import ClipGen, Generation
+
+
+class Models:
+    """The model a server started with, and the few others that requests named last."""
+
+    def __init__(self, own_weights: str, others: int = 2):
+        self.own = ClipGen.load(resolve_weights(own_weights))
+        self._most = others
+        self._loaded: OrderedDict[tuple[Path, int], ClipGen] = OrderedDict()
+        self._loading = threading.Lock()
+
+    def get(self, weights: str | None) -> ClipGen:
+        """The server's own model for None or "", else that of these weights, whatever resolve_weights takes.
+
+        Safe from several threads; a model asked for twice at once loads once. ModelFolderError for unusable weights.
+        """
+        if not weights:
+            return self.own
+        folder = resolve_weights(weights)
+        # A folder trained anew is another model.
+        key = (folder, max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0))
+        with self._loading:
+            model = self._loaded.pop(key, None) or ClipGen.load(folder)
+            self._loaded[key] = model
+            while len(self._loaded) > self._most:
+                self._loaded.popitem(last=False)
+        return model
+
+
+class Outputs:
+    """A fresh folder of pictures for each prediction; only the newest are kept, or they would fill the disk.
+
+    Cog reads a prediction's files as soon as run() has returned and frees its slot after that, and deletes nothing.
+    So only the folders of the slots in use can be unread, and `kept` is several times their number.
+    """
+
+    def __init__(self, kept: int = 32):
+        self._root = tempfile.TemporaryDirectory(prefix="clip-gen-", ignore_cleanup_errors=True)
+        self._kept = kept
+        self._folders: deque[Path] = deque()
+
+    def save(self, generation: Generation, settings: dict[str, object], output_format: str, quality: int) -> list[Path]:
+        """Writes out-0, out-1, ... best first, all of them or none, each with its settings, seed and score inside."""
+        folder = Path(tempfile.mkdtemp(dir=self._root.name))
+        try:
+            paths = []
+            for i, (image, score) in enumerate(zip(generation.images, generation.scores, strict=True)):
+                paths.append(folder / f"out-{i}.{output_format}")
+                metadata = {**settings, "seed": generation.seed, "score": round(score, 4)}
+                save_image(image, paths[-1], output_format, quality, metadata)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._folders.append(folder)
+        while len(self._folders) > self._kept:
+            shutil.rmtree(self._folders.popleft(), ignore_errors=True)
+        return paths

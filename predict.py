@@ -1,0 +1,75 @@
+"""What Cog serves: a prompt in, its best pictures out."""
+
+import asyncio
+import pathlib
+import threading
+
+from cog import BaseRunner, Input, Path, concurrent
+
+from clip_gen.cog_inputs import checked
+from clip_gen.cog_signature import read_signature
+from clip_gen.serving import Models, Outputs
+
+BUNDLED = pathlib.Path(__file__).parent / "checkpoints" / "shapes"
+
+
+class Predictor(BaseRunner):
+    """Draws with the model it was started with, or with one that a request names."""
+
+    async def setup(self, weights: str | None = None) -> None:
+        """Loads the model. weights: COG_WEIGHTS as Cog hands it over, the text of a folder, a tar or a URL."""
+        source = str(weights or BUNDLED)
+        self.inputs = read_signature(pathlib.Path(__file__), "Predictor").inputs
+        self.models = Models(source)
+        self.outputs = Outputs()
+        self.turn = asyncio.Lock()
+        print(f"model: {self.models.own.config.name} from {source[:200]} on {self.models.own.device}")
+
+    @concurrent(max=8)
+    async def run(
+        self,
+        prompt: str = Input(description="What to draw.", min_length=1, max_length=1000),
+        num_outputs: int = Input(description="Pictures to return, best first.", default=4, ge=1, le=64),
+        candidates: int = Input(description="Pictures to draw and choose from.", default=16, ge=1, le=256),
+        clip_rerank: bool = Input(description="Let CLIP choose and sort. Off: the first drawn.", default=True),
+        top_k: int = Input(description="Sample from the k likeliest tokens. 0: all.", default=0, ge=0, le=16384),
+        top_p: float = Input(
+            description="Sample from the likeliest tokens that make up this share. 1: all.", default=1.0, ge=0, le=1
+        ),
+        temperature: float = Input(
+            description="More is wilder; 0 always takes the likeliest token.", default=1.0, ge=0, le=10
+        ),
+        guidance: float = Input(
+            description="How hard to push towards the prompt. 1: as the model learnt it.", default=1.0, ge=0, le=20
+        ),
+        seed: int | None = Input(
+            description="The same seed draws the same pictures. Leave blank for a random one.",
+            default=None,
+            ge=0,
+            le=2147483647,
+        ),
+        output_format: str = Input(description="File type.", default="png", choices=["png", "webp", "jpg"]),
+        output_quality: int = Input(description="For webp and jpg; png loses nothing.", default=90, ge=0, le=100),
+        replicate_weights: str | None = Input(
+            description="URL or path of a weights tar made by training. Leave blank for the model served.", default=None
+        ),
+    ) -> list[Path]:
+        """Draws, scores and saves. Checks its inputs itself: Cog checks none when it finds no schema file."""
+        given = {name: value for name, value in locals().items() if name != "self"}
+        values = checked(given, self.inputs)
+        form, quality, weights = map(values.pop, ("output_format", "output_quality", "replicate_weights"))
+        stop = threading.Event()
+        try:
+            model = await asyncio.to_thread(self.models.get, weights)
+            async with self.turn:
+                result = await asyncio.to_thread(model.generate, **values, should_stop=stop.is_set)
+            settings = values | {"model": model.config.name}
+            files = await asyncio.to_thread(self.outputs.save, result, settings, form, quality)
+        finally:
+            stop.set()  # when cancelled, the thread leaves at its next token
+        scores = [round(score, 4) for score in result.scores]
+        print(f"seed: {result.seed}\nscores: {scores}")
+        metrics = {"image_output_count": len(files), "candidates": values["candidates"], "seed": result.seed}
+        for name, value in {**metrics, "best_score": max(scores), "scores": scores, "model": settings["model"]}.items():
+            self.record_metric(name, value)
+        return [Path(file) for file in files]
