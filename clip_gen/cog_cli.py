@@ -35,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
         values = checked(parse_inputs(texts, fields), fields)
         if suffix and values["output_format"] != suffix:
             raise InputError(f"-o {options.output} asks for {suffix}, but output_format is {values['output_format']}")
-        files, metrics = _predict(values)
-        for path, score in zip(_deliver(files, target), metrics["scores"], strict=True):
+        paths, metrics = _predict(values, target)
+        for path, score in zip(paths, metrics["scores"], strict=True):
             print(f"{path}  score {score:.4f}")
     except KeyboardInterrupt:
         return 130
@@ -136,12 +136,12 @@ def _named(pairs: Sequence[str], option: str) -> dict[str, str]:
         if not (name and equals):
             raise InputError(f"{option} {pair}: write it as name=value")
         if option == "-i" and name in named:
-            raise InputError(f"{name}: it is given twice; give it once")
+            raise InputError(f"{name} is given twice; give it once")
         named[name] = value
     return named
 
 
-def _predict(values: dict[str, object]) -> tuple[list[Path], dict[str, object]]:
+def _predict(values: dict[str, object], target: Path) -> tuple[list[Path], dict[str, object]]:
     """The files of one prediction and what the predictor recorded; what it prints goes to stderr."""
     predictor = _predict_module().Predictor()
     metrics: dict[str, object] = {}
@@ -153,7 +153,8 @@ def _predict(values: dict[str, object]) -> tuple[list[Path], dict[str, object]]:
         return await predictor.run(**values)
 
     with contextlib.redirect_stdout(sys.stderr):
-        return asyncio.run(run()), metrics
+        files = asyncio.run(run())
+    return _deliver(files, target), metrics  # while the predictor lives: its folder of pictures goes with it
 
 
 def _predict_module() -> ModuleType:

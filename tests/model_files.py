@@ -1,0 +1,71 @@
+"""Model folders, tars and a web server for the tests of what lies between Cog and the model."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conftest import TINY, tiny_networks
+
+from clip_gen.checkpoint import build, save_networks
+
+
+def other_folder(folder: Path) -> Path:
+    """A toy model that draws other pictures than the usual one."""
+    save_networks(tiny_networks(seed=1), folder, training={"seed": 1})
+    return folder
+
+
+def slow_folder(folder: Path) -> Path:
+    """A toy model with pictures of 256 tokens: 256 candidates take it some seconds, one token no time."""
+    config = replace(TINY, name="slow", vqgan=replace(TINY.vqgan, resolution=64), gpt=replace(TINY.gpt, block_size=256))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = build(config)
+        networks.vqgan.train()
+        networks.vqgan(torch.rand(2, 3, 64, 64) * 2 - 1)  # the codebook starts from its first batch
+    for network in (networks.clip, networks.vqgan, networks.gpt, networks.bridge):
+        network.eval().requires_grad_(False)
+    save_networks(networks, folder, training={})
+    return folder
+
+
+def pack(folder: Path, path: Path) -> Path:
+    """The weights tar of a model folder: its files at the root."""
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, file.name)
+    return path
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """A web server of our own on that folder, which also takes PUT; yields its address."""
+    handler = functools.partial(_Handler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def do_PUT(self) -> None:
+        name = Path(self.path).name
+        (Path(self.directory) / name).write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(201)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keeps the test's output clean."""

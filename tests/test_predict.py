@@ -1,0 +1,180 @@
+"""The predictor in this process, and what it keeps between predictions.
+
+Traps of Cog 0.23.1 held here: 14 (numbers of another type), 18 (no schema, no checks). The others: test_serve.py,
+test_cog_schema.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from model_files import other_folder, pack, slow_folder
+from PIL import Image
+
+from clip_gen.checkpoint import ModelFolderError
+from clip_gen.cog_inputs import InputError
+from clip_gen.pipeline import ClipGen
+from clip_gen.serving import Models, Outputs
+from predict import BUNDLED, Predictor
+
+QUICK = {
+    **{"prompt": "a large red circle", "num_outputs": 2, "candidates": 4, "clip_rerank": True, "seed": 7},
+    **{"top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0},
+    **{"output_format": "png", "output_quality": 90, "replicate_weights": None},
+}
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_model_folder: Path) -> Predictor:
+    predictor = Predictor()
+    asyncio.run(predictor.setup(str(tiny_model_folder)))
+    return predictor
+
+
+def predict(predictor: Predictor, **inputs: object) -> list[Path]:
+    return asyncio.run(predictor.run(**(QUICK | inputs)))
+
+
+def test_the_log_says_which_model_runs(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(Predictor().setup(str(tiny_model_folder)))
+    assert f"model: tiny from {tiny_model_folder} on cpu" in capsys.readouterr().out
+
+
+def test_the_log_says_the_seed_that_was_drawn(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
+    first = predict(predictor, seed=None)
+    seed = int(capsys.readouterr().out.split("seed: ")[1].splitlines()[0])
+    again = predict(predictor, seed=seed)
+    assert [Image.open(path).tobytes() for path in first] == [Image.open(path).tobytes() for path in again]
+
+
+def test_the_bundled_model_lies_beside_predict() -> None:
+    assert Path(__file__).parents[1] / "checkpoints" / "shapes" == BUNDLED
+
+
+def test_a_missing_model_folder_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match="absent"):
+        asyncio.run(Predictor().setup(str(tmp_path / "absent")))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"num_outputs": 65}, "num_outputs is 65; give a whole number, 1 to 64"),
+        ({"num_outputs": 2.5}, "num_outputs is 2.5; give a whole number, 1 to 64"),
+        ({"num_outputs": True}, "num_outputs is true; give a whole number, 1 to 64"),
+        ({"num_outputs": None}, "num_outputs is null; give a whole number, 1 to 64"),
+        ({"candidates": "many"}, 'candidates is "many"; give a whole number, 1 to 256'),
+        ({"temperature": float("nan")}, "temperature is nan; give a number, 0 to 10"),
+        ({"seed": float(2**70)}, f"seed is {2**70}; give a whole number, 0 to 2147483647"),
+        ({"output_format": "gif"}, 'output_format is "gif"; give one of png, webp, jpg'),
+        ({"output_quality": 101}, "output_quality is 101; give a whole number, 0 to 100"),
+        ({"prompt": ""}, "prompt is empty; give 1 to 1000 characters"),
+        ({"prompt": "x" * 1001}, "prompt has 1001 characters; give 1 to 1000 characters"),
+        ({"clip_rerank": "yes"}, 'clip_rerank is "yes"; give true or false'),
+        ({"replicate_weights": 5}, "replicate_weights is 5; give text"),
+    ],
+)
+def test_a_bad_input_is_refused_though_cog_let_it_through(
+    predictor: Predictor, inputs: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        predict(predictor, **inputs)
+    assert str(error.value) == sentence
+
+
+def test_whole_floats_pass_for_whole_numbers_and_whole_numbers_for_floats(predictor: Predictor) -> None:
+    paths = predict(predictor, num_outputs=2.0, candidates=4.0, seed=7.0, guidance=2, output_quality=90.0)
+    assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
+
+
+def test_a_cancelled_prediction_leaves_the_model_at_its_next_token(tmp_path: Path) -> None:
+    async def cancel_early() -> float:
+        predictor = Predictor()
+        await predictor.setup(str(slow_folder(tmp_path / "slow")))
+        task = asyncio.create_task(predictor.run(**(QUICK | {"candidates": 256})))
+        await asyncio.sleep(0.5)
+        assert not task.done()
+        started = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.get_running_loop().shutdown_default_executor()  # waits for the thread that draws
+        return time.monotonic() - started
+
+    assert asyncio.run(cancel_early()) < 1
+
+
+def test_a_cancelled_prediction_makes_way_for_the_next(tmp_path: Path) -> None:
+    async def cancel_and_go_on() -> list[Path]:
+        predictor = Predictor()
+        await predictor.setup(str(slow_folder(tmp_path / "slow")))
+        first = asyncio.create_task(predictor.run(**(QUICK | {"candidates": 256})))
+        waiting = asyncio.create_task(predictor.run(**(QUICK | {"candidates": 256})))
+        await asyncio.sleep(0.2)
+        first.cancel()
+        waiting.cancel()
+        return await asyncio.wait_for(predictor.run(**QUICK), timeout=5)
+
+    assert len(asyncio.run(cancel_and_go_on())) == 2
+
+
+def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen) -> None:
+    outputs, generation = Outputs(kept=3), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
+    paths = [outputs.save(generation, {}, "png", 90)[0] for _ in range(8)]
+    assert [path.exists() for path in paths] == [False] * 5 + [True] * 3
+    assert len(list(paths[0].parents[1].iterdir())) == 3
+
+
+def test_pictures_that_cannot_be_saved_leave_nothing_behind(tiny_model: ClipGen, tmp_path: Path) -> None:
+    outputs, generation = Outputs(), tiny_model.generate("a star", candidates=2, num_outputs=2, seed=1)
+    root = outputs.save(generation, {}, "png", 90)[0].parents[1]
+    with pytest.raises(ValueError, match="bmp"):
+        outputs.save(generation, {}, "bmp", 90)
+    assert len(list(root.iterdir())) == 1
+
+
+@pytest.mark.parametrize("weights", [None, ""])
+def test_no_weights_mean_the_servers_own_model(tiny_model_folder: Path, weights: str | None) -> None:
+    models = Models(str(tiny_model_folder))
+    assert models.get(weights) is models.own
+
+
+def test_weights_asked_for_twice_load_once(tiny_model_folder: Path, tmp_path: Path) -> None:
+    models, other = Models(str(tiny_model_folder)), str(other_folder(tmp_path / "other"))
+    found = in_threads(lambda: models.get(other), 4)
+    assert len({id(model) for model in found}) == 1
+    assert found[0] is not models.own
+
+
+def test_the_weights_asked_for_longest_ago_leave_memory_first(tiny_model_folder: Path, tmp_path: Path) -> None:
+    models = Models(str(tiny_model_folder), others=2)
+    folder = other_folder(tmp_path / "other")
+    tars = [str(pack(folder, tmp_path / f"{i}.tar")) for i in range(3)]
+    a, b = models.get(tars[0]), models.get(tars[1])
+    models.get(tars[0])
+    models.get(tars[2])
+    assert models.get(tars[0]) is a
+    assert models.get(tars[1]) is not b
+
+
+def test_a_folder_trained_anew_is_loaded_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
+    models, folder = Models(str(tiny_model_folder)), other_folder(tmp_path / "other")
+    before = models.get(str(folder))
+    time.sleep(0.01)
+    other_folder(folder)
+    assert models.get(str(folder)) is not before
+
+
+def in_threads(work: Callable[[], ClipGen], count: int) -> list[ClipGen]:
+    found: list[ClipGen] = []
+    threads = [threading.Thread(target=lambda: found.append(work())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
