@@ -1,0 +1,432 @@
+"""Cog's real HTTP server with a toy model: what a client sees.
+
+Traps of Cog 0.23.1 held here: 1 and 2 (defaults arrive), 5 (null), 9 (409), 11 (names under --upload-url), 14 (2.0 for
+an int), 15 (no input is a file), 16 (every file is there), 18 (no schema). In test_cog_schema.py: 1 to 4, 8, 19, 20;
+in test_predict.py: 14, 18. Nothing to hold here: 6, 7 and 10 are about training, 12 and 13 about streaming and torch's
+switches, neither of which is used, and 17 (a crashed worker) is beyond a predictor.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from model_files import other_folder, pack, slow_folder, web_server
+from PIL import Image
+
+from clip_gen.cog_schema import ROOT, build_schema
+
+PROMPT = "a large red circle"
+QUICK = {"prompt": PROMPT, "seed": 7, "candidates": 4, "num_outputs": 2}
+
+
+class Server:
+    """A server process of our own and the requests made to it."""
+
+    def __init__(self, command: list[str], folder: Path, log: Path, **environment: str):
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        environment = {**os.environ, "PORT": str(self.port), "OMP_NUM_THREADS": "1", **environment}
+        with log.open("w") as out:
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
+
+    def request(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict]:
+        """Status and body of one request."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **headers}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read() or b"{}")
+
+    def health(self) -> dict:
+        return self.request("GET", "/health-check")[1]
+
+    def wait_until_set_up(self) -> Server:
+        for _ in range(300):
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if self.health()["status"] != "STARTING":
+                    return self
+            except (urllib.error.URLError, ConnectionError):
+                pass
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def predict(self, **inputs: object) -> dict:
+        """The reply to a prediction. Retries 409 for a while, as every client of Cog has to."""
+        for _ in range(400):
+            status, reply = self.request("POST", "/predictions", {"input": inputs})
+            if status != 409:
+                assert status == 200, reply
+                return reply
+            time.sleep(0.02)
+        raise AssertionError("the server stayed at capacity")
+
+    def pictures(self, **inputs: object) -> list[Image.Image]:
+        reply = self.predict(**inputs)
+        assert reply["status"] == "succeeded", reply
+        return [decoded(url) for url in reply["output"]]
+
+    def refused(self, **inputs: object) -> list[dict]:
+        status, reply = self.request("POST", "/predictions", {"input": inputs})
+        assert status == 422, reply
+        return reply["detail"]
+
+    def failed(self, **inputs: object) -> str:
+        """What a failing prediction says; the server must be ready for the next."""
+        reply = self.predict(**inputs)
+        assert reply["status"] == "failed", reply
+        # The reply is sent a moment before the slot is free again.
+        wait_for(lambda: self.health()["status"] == "READY", seconds=2)
+        return reply["error"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> float:
+    """Seconds until the condition held."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def decoded(url: str) -> Image.Image:
+    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    picture.load()
+    return picture
+
+
+def same(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
+    return [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]
+
+
+@contextmanager
+def running(command: list[str], folder: Path, scratch: Path, **environment: str) -> Iterator[Server]:
+    server = Server(command, folder, scratch / "log", TMPDIR=str(scratch), **environment)
+    try:
+        yield server
+    finally:
+        server.process.terminate()
+        try:
+            server.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model folders and tars."""
+    files = tmp_path_factory.mktemp("files")
+    pack(other_folder(files / "other"), files / "other.tar")
+    slow_folder(files / "slow")
+    (files / "cut.tar").write_bytes((files / "other.tar").read_bytes()[:5000])
+    return files
+
+
+@pytest.fixture(scope="module")
+def website(files: Path) -> Iterator[str]:
+    with web_server(files) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server of script/serve keeps its temporary files."""
+    return tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model_folder: Path, scratch: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """script/serve as a user starts it, with COG_WEIGHTS a folder named from where the user stands."""
+    command = [str(ROOT / "script" / "serve")]
+    with running(command, tiny_model_folder.parent, scratch, COG_WEIGHTS=tiny_model_folder.name) as server:
+        yield server.wait_until_set_up()
+
+
+@pytest.fixture(scope="module")
+def bare_server(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with one slot that finds no schema and so checks nothing; COG_WEIGHTS is a tar."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copy(ROOT / "predict.py", folder)
+    tar = pack(tiny_model_folder, folder / "weights.tar")
+    environment = {
+        **{"COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "PYTHONPATH": str(ROOT), "COG_WEIGHTS": str(tar)},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # Cog starts its worker as `python`
+    }
+    command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
+    with running(command, folder, folder, **environment) as server:
+        yield server.wait_until_set_up()
+
+
+# Asking
+
+
+def test_the_server_is_ready_and_says_which_model_it_runs(server: Server) -> None:
+    health = server.health()
+    assert health["status"] == "READY"
+    assert "model: tiny from" in health["setup"]["logs"]
+
+
+def test_the_server_publishes_the_schema(server: Server) -> None:
+    assert server.request("GET", "/openapi.json") == (200, build_schema())
+
+
+def test_a_prompt_alone_gives_four_pictures(server: Server) -> None:
+    assert [picture.format for picture in server.pictures(prompt=PROMPT)] == ["PNG"] * 4
+
+
+def test_a_prompt_alone_gives_four_pictures_without_a_schema_too(bare_server: Server) -> None:
+    assert len(bare_server.pictures(prompt=PROMPT)) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "got", "mime"), [("png", "PNG", "png"), ("webp", "WEBP", "webp"), ("jpg", "JPEG", "jpeg")]
+)
+def test_pictures_come_in_the_format_asked_for(server: Server, asked: str, got: str, mime: str) -> None:
+    output = server.predict(**QUICK, output_format=asked, output_quality=50)["output"]
+    assert all(url.startswith(f"data:image/{mime};base64,") for url in output)
+    assert [(decoded(url).format, decoded(url).size) for url in output] == [(got, (16, 16))] * 2
+
+
+def test_a_picture_says_how_it_was_made(server: Server) -> None:
+    text = server.pictures(**QUICK)[0].text
+    assert (text["prompt"], text["seed"], text["candidates"], text["model"]) == (PROMPT, "7", "4", "tiny")
+
+
+def test_the_reply_tells_seed_counts_and_scores(server: Server) -> None:
+    reply = server.predict(**QUICK)
+    metrics = reply["metrics"]
+    assert (metrics["image_output_count"], metrics["candidates"], metrics["seed"]) == (2, 4, 7)
+    assert metrics["scores"] == sorted(metrics["scores"], reverse=True)
+    assert metrics["best_score"] == metrics["scores"][0]
+    assert "seed: 7\n" in reply["logs"]
+    assert str(metrics["best_score"]) in reply["logs"]
+
+
+def test_the_seed_that_was_drawn_gives_the_same_pictures_again(server: Server) -> None:
+    first = server.predict(prompt=PROMPT, candidates=4)
+    again = server.predict(prompt=PROMPT, candidates=4, seed=first["metrics"]["seed"])
+    assert first["output"] == again["output"]
+    assert server.predict(prompt=PROMPT, candidates=4)["metrics"]["seed"] != first["metrics"]["seed"]
+
+
+def test_the_first_n_candidates_are_those_of_a_request_for_n(server: Server) -> None:
+    few = server.pictures(**QUICK | {"clip_rerank": False, "num_outputs": 3, "candidates": 3})
+    many = server.pictures(**QUICK | {"clip_rerank": False, "num_outputs": 20, "candidates": 20})
+    assert same(few, many[:3])
+    assert not same(few, many[3:6])
+
+
+def test_a_whole_float_passes_for_a_whole_number(server: Server) -> None:
+    assert same(server.pictures(**QUICK | {"num_outputs": 2.0, "seed": 7.0}), server.pictures(**QUICK))
+
+
+# Asking wrongly
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"prompt": 5}, '5 is not of type "string"'),
+        ({"prompt": ""}, '"" is shorter than 1 character'),
+        ({"num_outputs": 65}, "65 is greater than the maximum of 64"),
+        ({"num_outputs": 2.5}, '2.5 is not of type "integer"'),
+        ({"candidates": 257}, "257 is greater than the maximum of 256"),
+        ({"top_k": -1}, "-1 is less than the minimum of 0"),
+        ({"top_p": 1.5}, "1.5 is greater than the maximum of 1"),
+        ({"temperature": -0.5}, "-0.5 is less than the minimum of 0"),
+        ({"guidance": "3"}, '"3" is not of type "number"'),
+        ({"seed": 2**31}, "2147483648 is greater than the maximum of 2147483647"),
+        ({"seed": None}, 'null is not of type "integer"'),
+        ({"clip_rerank": 1}, '1 is not of type "boolean"'),
+        ({"output_format": "gif"}, '"gif" is not one of ["png","webp","jpg"]'),
+        ({"output_quality": None}, 'null is not of type "integer"'),
+    ],
+)
+def test_an_input_outside_its_limits_is_a_422_that_names_it(server: Server, inputs: dict, message: str) -> None:
+    (name,) = inputs
+    (detail,) = server.refused(**QUICK | inputs)
+    assert detail["loc"] == ["body", "input", name]
+    assert message in detail["msg"]
+
+
+def test_a_missing_prompt_is_a_422(server: Server) -> None:
+    assert [one["msg"] for one in server.refused(seed=7)] == ["Field required"]
+
+
+def test_all_wrong_inputs_are_listed(server: Server) -> None:
+    details = server.refused(prompt=PROMPT, num_outputs=0, candidates=0, top_p=2)
+    assert {one["loc"][-1] for one in details} == {"num_outputs", "candidates", "top_p"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"num_outputs": 5}, "num_outputs is 5, more than the 4 candidates"),
+        ({"prompt": " \n"}, "say what to draw"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"replicate_weights": "/etc/hostname"}, "/etc/hostname"),
+        ({"replicate_weights": "absent.tar"}, "absent.tar"),
+    ],
+)
+def test_what_no_schema_can_say_fails_with_a_sentence(server: Server, inputs: dict, sentence: str) -> None:
+    assert sentence in server.failed(**QUICK | inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"num_outputs": 99}, "num_outputs is 99; give a whole number, 1 to 64"),
+        ({"candidates": "many"}, 'candidates is "many"; give a whole number, 1 to 256'),
+        ({"seed": 2**70}, "give a whole number, 0 to 2147483647"),
+        ({"output_format": "gif"}, 'output_format is "gif"; give one of png, webp, jpg'),
+        ({"output_quality": 101}, "output_quality is 101; give a whole number, 0 to 100"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": None}, "prompt is null"),
+    ],
+)
+def test_without_a_schema_predict_itself_refuses(bare_server: Server, inputs: dict, sentence: str) -> None:
+    assert sentence in bare_server.failed(**QUICK | inputs)
+
+
+# Other weights
+
+
+def test_a_weights_tar_named_in_the_request_draws_with_that_model(server: Server, files: Path, website: str) -> None:
+    own = server.pictures(**QUICK)
+    by_path = server.pictures(**QUICK, replicate_weights=str(files / "other.tar"))
+    by_url = server.pictures(**QUICK, replicate_weights=f"{website}/other.tar")
+    assert same(by_path, by_url)
+    assert not same(own, by_path)
+    assert same(own, server.pictures(**QUICK, replicate_weights=""))
+
+
+def test_weights_that_cannot_be_used_fail_with_a_sentence(server: Server, files: Path, website: str) -> None:
+    assert "cut.tar" in server.failed(**QUICK, replicate_weights=str(files / "cut.tar"))
+    assert "cut.tar" in server.failed(**QUICK, replicate_weights=f"{website}/cut.tar")
+    assert "absent.tar" in server.failed(**QUICK, replicate_weights=f"{website}/absent.tar")
+    assert "127.0.0.1:9" in server.failed(**QUICK, replicate_weights="http://127.0.0.1:9/weights.tar")
+
+
+def test_a_server_started_from_a_tar_draws_the_same(server: Server, bare_server: Server) -> None:
+    assert same(server.pictures(**QUICK), bare_server.pictures(**QUICK))
+
+
+def test_a_server_started_from_a_url_uploads_every_file(server: Server, website: str, tmp_path: Path) -> None:
+    (uploads := tmp_path / "uploads").mkdir()
+    with web_server(uploads) as address:
+        command = [str(ROOT / "script" / "serve"), "--upload-url", address]
+        with running(command, ROOT, tmp_path, COG_WEIGHTS=f"{website}/other.tar") as other:
+            reply = other.wait_until_set_up().predict(**QUICK | {"num_outputs": 4})
+    assert sorted(reply["output"]) == [f"{address}/out-{i}.png" for i in range(4)]
+    uploaded = [Image.open(uploads / f"out-{i}.png") for i in range(4)]
+    assert not same(uploaded[:2], server.pictures(**QUICK))
+
+
+def test_damaged_weights_fail_the_setup_with_a_sentence(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "other", tmp_path / "model")
+    (tmp_path / "model" / "gpt.safetensors").write_bytes(b"no tensors")
+    with running([str(ROOT / "script" / "serve")], tmp_path, tmp_path, COG_WEIGHTS="model") as broken:
+        health = broken.wait_until_set_up().health()
+    assert health["status"] == "SETUP_FAILED"
+    assert "gpt.safetensors: damaged" in health["setup"]["logs"]
+
+
+# Many at once, and giving up
+
+
+def test_eight_requests_at_once_all_succeed_each_with_its_own_pictures(server: Server) -> None:
+    alone = [server.pictures(**QUICK | {"seed": seed}) for seed in range(8)]
+    codes = []
+
+    def ask(seed: int) -> list[Image.Image]:
+        status, reply = server.request("POST", "/predictions", {"input": QUICK | {"seed": seed}})
+        codes.append(status)
+        return [decoded(url) for url in reply["output"]]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, range(8)))
+    assert codes == [200] * 8
+    assert all(same(ours, theirs) for ours, theirs in zip(alone, together, strict=True))
+
+
+def test_a_client_that_retries_gets_its_turn_on_a_single_slot(bare_server: Server) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda seed: bare_server.predict(**QUICK | {"seed": seed}), range(4)))
+    assert [reply["status"] for reply in replies] == ["succeeded"] * 4
+
+
+def test_a_client_that_asks_one_after_the_other_never_hears_409(server: Server) -> None:
+    asked = [server.request("POST", "/predictions", {"input": QUICK | {"candidates": 2}})[0] for _ in range(40)]
+    assert set(asked) == {200}
+
+
+def slow_inputs(files: Path) -> dict[str, object]:
+    return {"prompt": PROMPT, "candidates": 256, "replicate_weights": str(files / "slow")}
+
+
+def test_cancelling_frees_the_slots_at_once(server: Server, files: Path) -> None:
+    server.pictures(**slow_inputs(files) | {"candidates": 4})  # loads the weights
+    for i in range(8):
+        body = {"input": slow_inputs(files)}
+        status, _ = server.request("PUT", f"/predictions/slow-{i}", body, Prefer="respond-async")
+        assert status == 202
+    assert wait_for(lambda: server.health()["status"] == "BUSY") < 2
+    for i in range(8):
+        assert server.request("POST", f"/predictions/slow-{i}/cancel")[0] == 200
+    assert wait_for(lambda: server.health()["status"] == "READY") < 2
+    started = time.monotonic()
+    assert len(server.pictures(**QUICK)) == 2
+    assert time.monotonic() - started < 2
+
+
+def test_a_client_that_hangs_up_frees_its_slot(bare_server: Server, files: Path) -> None:
+    bare_server.pictures(**slow_inputs(files) | {"candidates": 4})
+    body = json.dumps({"input": slow_inputs(files)}).encode()
+    with socket.create_connection(("127.0.0.1", bare_server.port)) as client:
+        head = f"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        client.sendall(f"{head}\r\n\r\n".encode() + body)
+        wait_for(lambda: bare_server.health()["status"] == "BUSY")
+    assert wait_for(lambda: bare_server.health()["status"] == "READY") < 1
+
+
+def test_a_cancelled_prediction_says_so(server: Server, files: Path) -> None:
+    server.pictures(**slow_inputs(files) | {"candidates": 4})
+    replies: list[dict] = []
+
+    def ask() -> None:
+        replies.append(server.request("PUT", "/predictions/given-up", {"input": slow_inputs(files)})[1])
+
+    client = threading.Thread(target=ask)
+    client.start()
+    wait_for(lambda: server.request("POST", "/predictions/given-up/cancel")[0] == 200)
+    client.join()
+    assert replies[0]["status"] == "canceled"
+
+
+def test_pictures_of_earlier_predictions_do_not_fill_the_disk(server: Server, scratch: Path) -> None:
+    for seed in range(40):
+        server.predict(prompt=PROMPT, candidates=1, num_outputs=1, seed=seed)
+    (root,) = scratch.glob("clip-gen-*")
+    assert 1 <= len(list(root.iterdir())) <= 32
