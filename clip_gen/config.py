@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 Config = TypeVar("Config")
 
@@ -102,8 +103,8 @@ def read_config(path: Path, kind: type[Config]) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(path))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from error
     return _build(kind, values)
 

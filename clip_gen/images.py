@@ -6,8 +6,6 @@ Images are (B, 3, S, S) float32 in [-1, 1] everywhere but inside CLIP, which wan
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +14,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
+
+from clip_gen.files import whole_or_not
 
 OUTPUT_FORMATS = ("png", "webp", "jpg")
 
@@ -77,12 +77,5 @@ def save_image(
         exif = Image.Exif()
         exif[EXIF_IMAGE_DESCRIPTION] = json.dumps(metadata)
         options["exif"] = exif
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".saving-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, "jpeg" if output_format == "jpg" else output_format, **options)
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner's eyes only
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_or_not(path) as temporary:
+        image.save(temporary, "jpeg" if output_format == "jpg" else output_format, **options)

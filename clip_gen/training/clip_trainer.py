@@ -55,7 +55,8 @@ class ClipTrainer(pl.LightningModule):
         scale = self.clip.logit_scale.exp().clamp(max=100)
         contrast = contrastive_loss(scale * text @ image.T, stated, shown)
         together = (1 - (text * image[: len(text)]).sum(dim=1)).mean()
-        self.log_dict({"contrast": contrast.detach(), "together": together.detach(), "scale": scale.detach()})
+        values = {"contrast": contrast.detach(), "together": together.detach(), "scale": scale.detach()}
+        self.log_dict(values, batch_size=len(text))
         return contrast + together
 
     def validation_step(self, batch: Batch) -> None:
@@ -67,7 +68,9 @@ class ClipTrainer(pl.LightningModule):
         similarity = text @ image.T
         found = similarity.argmax(dim=1)
         right = F.pad(fits(stated, shown), (0, len(spoilt)))[torch.arange(len(text)), found]
-        self.log_dict({"val_found": right.float().mean(), "val_cosine": similarity.diagonal().mean()})
+        self.log_dict(
+            {"val_found": right.float().mean(), "val_cosine": similarity.diagonal().mean()}, batch_size=len(text)
+        )
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = adamw(self.clip, self.learning_rate, self.weight_decay, betas=(0.9, 0.98))

@@ -75,7 +75,7 @@ def fit(
             EMAWeightAveraging(decay=config.ema_decay, use_buffers=False),
             ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1000),
         ],
-        val_check_interval=min(2000, config.steps),
+        val_check_interval=min(1000, config.steps),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,

@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
 from clip_gen.config import ModelConfig, read_config
+from clip_gen.images import from_bytes
 from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
@@ -75,6 +77,9 @@ class Recipe:
 
     def train_clip(self, folder: Path) -> dict[str, object]:
         config, clip = self.config.clip_fit, self.config.model.clip
+        if config.compile:
+            self.networks.clip.clip.visual.compile()
+            self.networks.clip.clip.transformer.compile()
         trainer = ClipTrainer(self.networks.clip, **_learning(config))
         collate = Collate(clip.context_length)
 
@@ -131,11 +136,7 @@ class Recipe:
         """The mean of each side, over 4,000 pictures of the generator's and the captions of 4,000 other scenes."""
         bridge, clip = self.networks.bridge, self.networks.clip
         loader = DataLoader(self.pictures(4000, PICTURES), 64)
-        from clip_gen.images import from_bytes
-
         image = torch.cat([clip.encode_image(from_bytes(batch)) for batch in loader]).mean(dim=0)
-        import numpy as np
-
         scenes = (sample_scene(np.random.default_rng([self.stream(UNSEEN), i])) for i in range(4000))
         text = clip.encode_text([caption(describe(scene)) for scene in scenes]).mean(dim=0)
         bridge.image_mean.copy_(image)

@@ -1,0 +1,40 @@
+"""The command line: `python -m clip_gen generate | shapes | evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+
+# Each module brings add_arguments(parser) and main(arguments); imported only when asked for, since torch is slow.
+COMMANDS = {
+    "generate": ("clip_gen.generate", "draw a prompt from a model folder"),
+    "shapes": ("clip_gen.shapes.folder", "write pictures of the demo world, with or without captions"),
+    "evaluate": ("clip_gen.evaluation.report", "grade a shapes model by the judge"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 1 and one sentence on stderr when the input is at fault."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m clip_gen")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what.capitalize() + ".")
+        if words[:1] == [name]:
+            importlib.import_module(module).add_arguments(command)
+    chosen = parser.parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        importlib.import_module(COMMANDS[chosen.command][0]).main(chosen)
+    except (ValueError, OSError) as error:
+        print(f"{chosen.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

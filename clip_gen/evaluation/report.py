@@ -1,0 +1,176 @@
+"""Grades a shapes model by the judge: a table, a JSON and a contact sheet.
+
+python -m clip_gen evaluate checkpoints/shapes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_gen.evaluation.metrics import Share
+from clip_gen.evaluation.prompts import KINDS, Case, cases
+from clip_gen.images import to_pil, to_tensor
+from clip_gen.pipeline import ClipGen
+from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.shapes.judge import read, satisfies
+from clip_gen.shapes.rendering import render
+
+log = logging.getLogger(__name__)
+
+CANDIDATES = 16
+TOGETHER = 8  # prompts sampled in one batch
+
+TITLES = {
+    "one": "one object",
+    "two": "two objects with a relation",
+    "held_out": "one object of a held-out pair",
+    "unsaid": "attributes left unsaid",
+}
+
+
+class Evaluation:
+    """One model under one way of sampling, on fixed prompts and seeds."""
+
+    def __init__(self, model: ClipGen, prompts: int, seed: int, sampling: Sampling):
+        self.model, self.prompts, self.seed, self.sampling = model, prompts, seed, sampling
+        self.rows: dict[str, Share] = {}
+        self.best: dict[str, list[tuple[str, Image.Image, bool]]] = {}
+
+    def run(self, kinds: list[str]) -> None:
+        for kind in kinds:
+            self._from(kind, "text")
+            if kind in ("one", "two"):
+                self._from(kind, "image")
+        self._reconstructions()
+
+    def _from(self, kind: str, source: str) -> None:
+        """Rows for one kind of prompt, from text embeddings or from those of matching renders."""
+        began, chosen = time.perf_counter(), cases(kind, self.prompts, self.seed)
+        graded = [
+            row
+            for start in range(0, len(chosen), TOGETHER)
+            for row in self._graded(chosen[start : start + TOGETHER], start, source)
+        ]
+        name = TITLES[kind] if source == "text" else f"{TITLES[kind]}, from image embeddings"
+        for n in (1, 4, CANDIDATES):
+            best = [right[int(scores[:n].argmax())] for scores, right, _ in graded]
+            self.rows[f"{name}, best of {n}"] = Share(sum(best), len(best))
+        self.rows[f"{name}, perfect ranker of {CANDIDATES}"] = Share(sum(any(r) for _, r, _ in graded), len(graded))
+        if source == "text":
+            self.best[kind] = [
+                (case.prompt, pictures[int(scores.argmax())], right[int(scores.argmax())])
+                for case, (scores, right, pictures) in zip(chosen, graded, strict=True)
+            ]
+        log.info("%s: %d prompts in %.0f s", name, len(chosen), time.perf_counter() - began)
+
+    @torch.inference_mode()
+    def _graded(
+        self, chosen: list[Case], start: int, source: str
+    ) -> list[tuple[Tensor, list[bool], list[Image.Image]]]:
+        """For each case the CLIP scores, the judge's verdicts and the pictures of its candidates."""
+        model = self.model
+        text = model.clip_encoder.encode_text([case.prompt for case in chosen])
+        if source == "text":
+            condition = model.bridge(text)
+        else:
+            renders = to_tensor([render(case.scene, model.config.vqgan.resolution) for case in chosen])
+            condition = model.clip_encoder.encode_image(renders.to(model.device))
+        length = model.config.gpt.block_size
+        # Every prompt a seed of its own, as every user has.
+        uniforms = [candidate_uniforms(self.seed + start + i, range(CANDIDATES), length) for i in range(len(chosen))]
+        tokens = sample_tokens(
+            model.gpt, condition.repeat_interleave(CANDIDATES, dim=0), torch.cat(uniforms), self.sampling
+        )
+        images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
+        similarity = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1) @ text[:, :, None]
+        pictures = to_pil(images)
+        rows = []
+        for i, case in enumerate(chosen):
+            own = pictures[i * CANDIDATES : (i + 1) * CANDIDATES]
+            right = [satisfies(read(np.asarray(picture)), case.description) for picture in own]
+            rows.append((similarity[i, :, 0].cpu(), right, own))
+        return rows
+
+    @torch.inference_mode()
+    def _reconstructions(self) -> None:
+        """The ceiling: what is left of fresh renders after the VQGAN."""
+        for kind in ("one", "two", "held_out"):
+            chosen = cases(kind, self.prompts, self.seed)
+            renders = to_tensor([render(case.scene, self.model.config.vqgan.resolution) for case in chosen])
+            images = torch.cat(
+                [
+                    self.model.vqgan.decode(self.model.vqgan.encode(part.to(self.model.device)))
+                    for part in renders.split(64)
+                ]
+            )
+            right = [
+                satisfies(read(np.asarray(picture)), case.description)
+                for picture, case in zip(to_pil(images), chosen, strict=True)
+            ]
+            self.rows[f"{TITLES[kind]}, reconstructions"] = Share(sum(right), len(right))
+
+    def table(self) -> str:
+        width = max(map(len, self.rows))
+        return "\n".join(f"{name:<{width}}  {share}" for name, share in self.rows.items())
+
+    def as_json(self) -> dict[str, object]:
+        rows = {
+            name: {
+                "right": share.right,
+                "total": share.total,
+                "share": round(share.value, 4),
+                "interval_95": share.interval,
+            }
+            for name, share in self.rows.items()
+        }
+        return {"prompts": self.prompts, "seed": self.seed, "sampling": vars(self.sampling), "rows": rows}
+
+    def sheet(self, columns: int = 16, rows_each: int = 2, scale: int = 1) -> Image.Image:
+        """The best of 16 for the first prompts of each kind; a red bar under those the judge calls wrong."""
+        side = self.model.config.vqgan.resolution * scale
+        gap = 4
+        kinds = list(self.best)
+        height = len(kinds) * rows_each
+        sheet = Image.new("RGB", (columns * (side + gap), height * (side + 2 * gap)), (200, 200, 200))
+        for k, kind in enumerate(kinds):
+            for i, (_, picture, right) in enumerate(self.best[kind][: columns * rows_each]):
+                x, y = i % columns * (side + gap), (k * rows_each + i // columns) * (side + 2 * gap)
+                sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
+                if not right:
+                    sheet.paste((220, 0, 0), (x, y + side, x + side, y + side + gap))
+        return sheet
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the model folder")
+    parser.add_argument("--prompts", type=int, default=500, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="for report.json and sheet.png")
+    parser.add_argument("--device", default="auto")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance)
+    sampling.check()
+    model = ClipGen.load(arguments.folder, arguments.device)
+    evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
+    evaluation.run(arguments.kinds)
+    print(evaluation.table())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "report.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
+    evaluation.sheet().save(arguments.out / "sheet.png")
+    print(f"wrote {arguments.out}/report.json and {arguments.out}/sheet.png")

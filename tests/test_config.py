@@ -1,0 +1,59 @@
+"""config.py: YAML in, frozen dataclasses out."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig, read_config, write_config
+
+
+def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
+    write_config(TINY, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml", ModelConfig) == TINY
+
+
+def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("gpt: {n_layer: 3}\n")
+    config = read_config(tmp_path / "config.yaml", ModelConfig)
+    assert config.gpt == replace(GPTConfig(), n_layer=3)
+    assert config.vqgan == VQGANConfig()
+
+
+def test_values_are_frozen_and_hashable(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("vqgan: {ch_mult: [1, 2]}\n")
+    config = read_config(tmp_path / "config.yaml", ModelConfig)
+    assert isinstance(hash(config), int)
+    with pytest.raises(FrozenInstanceError):
+        config.vqgan.ch = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("gpt: {n_layers: 3}", "n_layers"),
+        ("gpt: {n_layer: many}", "many"),
+        ("gpt: [", "config.yaml"),
+        ("- 1", "config.yaml"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_that_names_what_is_wrong(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=named):
+        read_config(tmp_path / "config.yaml", ModelConfig)
+
+
+def test_parts_that_do_not_fit_one_another_are_refused_with_both_numbers() -> None:
+    wrong = replace(TINY, gpt=replace(TINY.gpt, block_size=15))
+    with pytest.raises(ValueError, match="15 and 16"):
+        wrong.check()
+    with pytest.raises(ValueError, match=r"n_embd \(16\)"):
+        replace(TINY, gpt=replace(TINY.gpt, n_head=3)).check()
+
+
+def test_the_grid_counts_patches_and_halvings() -> None:
+    assert VQGANConfig(resolution=256, patch=1, ch_mult=(1, 1, 2, 2, 4)).grid == 16
+    assert VQGANConfig(resolution=64, patch=4, ch_mult=(1,)).grid == 16

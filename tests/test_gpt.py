@@ -1,0 +1,83 @@
+"""gpt.py: the transformer and its cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_gen.gpt import GPT
+
+
+@pytest.fixture
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY.gpt).eval()
+
+
+@pytest.fixture
+def embedding() -> Tensor:
+    return F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(2))
+
+
+def test_logits_for_every_position_from_the_first(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    assert gpt(embedding, tokens[:, :0]).shape == (3, 1, 32)
+    assert gpt(embedding, tokens[:, :-1]).shape == (3, 16, 32)
+
+
+def test_more_tokens_than_the_block_holds_are_a_programming_error(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    with pytest.raises(AssertionError):
+        gpt(embedding, tokens)
+
+
+def test_future_tokens_do_not_change_past_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 32
+    before, after = gpt(embedding, tokens[:, :-1]), gpt(embedding, changed[:, :-1])
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10], after[:, 10])
+
+
+def test_every_logit_depends_on_the_embedding(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    other = gpt(embedding.roll(1, dims=0), tokens[:, :-1])
+    assert ((gpt(embedding, tokens[:, :-1]) - other).abs().amax(dim=(0, 2)) > 1e-4).all()
+
+
+def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    whole = gpt(embedding, tokens[:, :-1])
+    cache = gpt.new_cache(3)
+    stepwise = [gpt.start(gpt.prefix(embedding), cache)]
+    stepwise += [gpt.step(tokens[:, t], cache) for t in range(15)]
+    assert torch.allclose(torch.stack(stepwise, dim=1), whole, atol=1e-5)
+
+
+def test_the_null_condition_stands_in_for_the_marked_rows_only(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    marked = gpt(embedding, tokens[:, :5], torch.tensor([True, False, True]))
+    plain = gpt(embedding, tokens[:, :5])
+    assert torch.equal(marked[1], plain[1])
+    assert not torch.allclose(marked[0], plain[0])
+    assert torch.equal(marked[0], gpt(embedding.roll(1, dims=0), tokens[:, :5], torch.tensor([True] * 3))[0])
+
+
+def test_the_null_condition_is_learned(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    gpt.train()(embedding, tokens[:, :5], torch.tensor([True, False, False])).square().mean().backward()
+    assert gpt.null_condition.grad.abs().sum() > 0
+
+
+def test_it_can_learn_to_write_what_an_embedding_asks_for(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    gpt.train()
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = F.cross_entropy(gpt(embedding, tokens[:, :-1]).flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    written = gpt.eval()(embedding, tokens[:, :-1]).argmax(dim=2)
+    assert (written == tokens).float().mean() > 0.9

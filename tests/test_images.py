@@ -1,0 +1,102 @@
+"""images.py: pixels, normalisations, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip.clip import _transform
+from PIL import Image
+
+from clip_gen.images import CLIP_STD, for_clip, save_image, to_pil, to_tensor
+
+
+def photo(side: int, seed: int = 0) -> Image.Image:
+    """Something with large and small detail, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    return Image.fromarray((40 + np.asarray(coarse) * 0.6 + rng.integers(0, 20, (side, side, 3))).astype(np.uint8))
+
+
+def test_every_grey_level_survives_the_way_to_a_tensor_and_back() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    images = to_tensor([levels])
+    assert images.shape == (1, 3, 16, 16)
+    assert images.min() == -1
+    assert images.max() == 1
+    assert np.array_equal(np.asarray(to_pil(images)[0]), levels)
+
+
+def test_channels_keep_their_order() -> None:
+    red = Image.new("RGB", (4, 4), (255, 0, 10))
+    assert to_pil(to_tensor([red]))[0].getpixel((0, 0)) == (255, 0, 10)
+
+
+def test_values_outside_the_range_are_clamped_not_wrapped() -> None:
+    picture = to_pil(torch.tensor([-3.0, 3.0, 0.0]).view(1, 3, 1, 1))[0]
+    assert picture.getpixel((0, 0)) == (0, 255, 128)
+
+
+def test_clip_sees_what_openai_preprocessing_would_show_it() -> None:
+    picture = photo(256)
+    ours = for_clip(to_tensor([picture]), 224)[0]
+    theirs = _transform(224)(picture)
+    # PIL rounds to whole grey levels twice, after each direction; ours does not round at all.
+    levels = (ours - theirs).abs() * torch.tensor(CLIP_STD).view(3, 1, 1) * 255
+    assert levels.max() < 1.2
+    assert levels.mean() < 0.4
+
+
+def test_white_and_black_land_where_clip_expects_them() -> None:
+    white = for_clip(torch.ones(1, 3, 8, 8), 8)[0, :, 0, 0]
+    black = for_clip(-torch.ones(1, 3, 8, 8), 8)[0, :, 0, 0]
+    assert torch.allclose(white, torch.tensor([1.9303, 2.0749, 2.1459]), atol=1e-4)
+    assert torch.allclose(black, torch.tensor([-1.7923, -1.7521, -1.4802]), atol=1e-4)
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpg"])
+def test_a_saved_file_opens_in_its_format_at_its_size(tmp_path: Path, output_format: str) -> None:
+    path = tmp_path / f"out.{output_format}"
+    save_image(photo(20), path, output_format)
+    with Image.open(path) as picture:
+        assert picture.format == {"jpg": "JPEG"}.get(output_format, output_format.upper())
+        assert picture.size == (20, 20)
+    assert path.stat().st_mode & 0o044
+
+
+def test_metadata_is_in_the_file_whatever_the_script(tmp_path: Path) -> None:
+    metadata = {"prompt": "ein roter Kreis, 赤い円", "seed": 7}
+    save_image(photo(8), tmp_path / "a.png", "png", metadata=metadata)
+    assert Image.open(tmp_path / "a.png").text == {"prompt": "ein roter Kreis, 赤い円", "seed": "7"}
+    for output_format in ("webp", "jpg"):
+        path = tmp_path / f"a.{output_format}"
+        save_image(photo(8), path, output_format, metadata=metadata)
+        assert json.loads(Image.open(path).getexif()[0x010E]) == metadata
+
+
+def test_quality_makes_smaller_files_of_lower_numbers(tmp_path: Path) -> None:
+    for output_format in ("webp", "jpg"):
+        sizes = []
+        for quality in (5, 95):
+            path = tmp_path / f"{quality}.{output_format}"
+            save_image(photo(64), path, output_format, quality)
+            sizes.append(path.stat().st_size)
+        assert sizes[0] < sizes[1] / 2
+
+
+def test_an_unknown_format_is_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'"gif".*png, webp, jpg'):
+        save_image(photo(8), tmp_path / "out.gif", "gif")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.jpg"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="RGBA"):
+        save_image(Image.new("RGBA", (4, 4)), path, "jpg")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

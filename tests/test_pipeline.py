@@ -1,0 +1,105 @@
+"""pipeline.py: prompt -> ranked images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clip_gen import ClipGen
+from clip_gen.images import to_pil, to_tensor
+from clip_gen.pipeline import Stopped, choose_device
+
+
+def test_images_come_best_first_with_the_cosines_clip_gives_them(tiny_model: ClipGen) -> None:
+    result = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1)
+    assert [image.size for image in result.images] == [(16, 16)] * 8
+    assert result.scores == sorted(result.scores, reverse=True)
+    text = tiny_model.clip_encoder.encode_text(["a red circle"])
+    decoded = torch.cat([tiny_model.vqgan.decode(row[None]) for row in result.tokens])
+    cosines = tiny_model.clip_encoder.encode_image(decoded) @ text[0]
+    assert torch.allclose(cosines, torch.tensor(result.scores), atol=1e-6)
+    assert [image.tobytes() for image in result.images] == [image.tobytes() for image in to_pil(decoded)]
+    assert to_tensor(result.images).shape == (8, 3, 16, 16)
+
+
+def test_the_best_outputs_are_chosen_from_all_candidates(tiny_model: ClipGen) -> None:
+    every = tiny_model.generate("a red circle", candidates=20, num_outputs=20, seed=1)
+    best = tiny_model.generate("a red circle", candidates=20, num_outputs=3, seed=1)
+    assert best.scores == every.scores[:3]
+    assert torch.equal(best.tokens, every.tokens[:3])
+
+
+def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model: ClipGen) -> None:
+    def first(count: int, **settings: float) -> list[bytes]:
+        result = tiny_model.generate("a red circle", count, count, seed=9, clip_rerank=False, **settings)
+        return [image.tobytes() for image in result.images]
+
+    for settings in ({}, {"guidance": 2.0, "top_p": 0.9, "top_k": 20, "temperature": 0.9}):
+        many = first(70, **settings)  # more than one chunk
+        assert len(set(many)) > 60
+        for count in (1, 3, 16, 17, 65):
+            assert first(count, **settings) == many[:count]
+
+
+def test_a_seed_is_drawn_and_reported_when_none_is_given(tiny_model: ClipGen) -> None:
+    drawn = tiny_model.generate("a red circle", candidates=2, num_outputs=2)
+    again = tiny_model.generate("a red circle", candidates=2, num_outputs=2, seed=drawn.seed)
+    assert torch.equal(drawn.tokens, again.tokens)
+    assert tiny_model.generate("a red circle", candidates=1, num_outputs=1).seed != drawn.seed
+
+
+def test_without_reranking_the_first_candidates_come_in_their_order_with_scores(tiny_model: ClipGen) -> None:
+    plain = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1, clip_rerank=False)
+    ranked = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1)
+    assert sorted(plain.scores, reverse=True) == ranked.scores
+    assert plain.scores != ranked.scores
+
+
+def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: ClipGen) -> None:
+    state = torch.get_rng_state()
+    tiny_model.generate("a red circle", candidates=1, num_outputs=1, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"prompt": ""}, "prompt is ''; say what to draw"),
+        ({"prompt": " \n"}, "say what to draw"),
+        ({"candidates": 0}, "candidates is 0; give 1 to 1024"),
+        ({"candidates": 1025}, "candidates is 1025"),
+        ({"num_outputs": 0}, "num_outputs is 0; give 1 or more"),
+        ({"num_outputs": 5, "candidates": 4}, "num_outputs is 5, more than the 4 candidates; ask for 4 or fewer"),
+        ({"seed": -1}, "seed is -1; give 0 to 2147483647"),
+        ({"seed": 2**31}, "seed is 2147483648"),
+        ({"top_p": 2.0}, "top_p is 2.0; give"),
+        ({"temperature": -1.0}, "temperature is -1.0; give"),
+    ],
+)
+def test_bad_input_is_a_sentence_with_the_value_and_the_remedy(
+    tiny_model: ClipGen, values: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model.generate(**{"prompt": "a red circle", **values})
+
+
+def test_stopping_is_asked_all_the_way_through(tiny_model: ClipGen) -> None:
+    asked = []
+
+    def never() -> bool:
+        asked.append(True)
+        return False
+
+    tiny_model.generate("a red circle", candidates=2, num_outputs=1, should_stop=never)
+    assert len(asked) == 16 + 2  # every token, every picture decoded
+    for moment in (0, 10, 17):
+        left = iter([False] * moment + [True])
+        with pytest.raises(Stopped):
+            tiny_model.generate("a red circle", candidates=2, num_outputs=1, should_stop=lambda: next(left))  # noqa: B023
+
+
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValueError, match='device is "tpu"; give'):
+        choose_device("tpu")
+    assert choose_device("cpu") == torch.device("cpu")

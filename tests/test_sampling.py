@@ -1,0 +1,134 @@
+"""sampling.py: from logits to tokens, and the promise of seeds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY
+from torch.nn import functional as F
+
+from clip_gen.gpt import GPT
+from clip_gen.sampling import Sampling, Stopped, candidate_uniforms, draw, filtered_probabilities, guided, sample_tokens
+
+LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY.gpt).eval()
+
+
+def sampled(gpt: GPT, rows: int, sampling: Sampling = Sampling(), seed: int = 3) -> torch.Tensor:  # noqa: B008, frozen
+    embedding = F.normalize(torch.ones(1, 16), dim=-1).expand(rows, -1)
+    return sample_tokens(gpt, embedding, candidate_uniforms(seed, range(rows), 16), sampling)
+
+
+def test_off_settings_leave_the_distribution_as_it_is() -> None:
+    assert torch.allclose(filtered_probabilities(LOGITS, Sampling()), LOGITS.exp())
+
+
+def test_temperature_sharpens_below_one_flattens_above_and_is_greedy_at_zero() -> None:
+    sharp, flat = (filtered_probabilities(LOGITS, Sampling(temperature=t)) for t in (0.5, 2.0))
+    assert sharp[0, 0] > 0.5 > flat[0, 0]
+    greedy = filtered_probabilities(LOGITS, Sampling(temperature=0))
+    assert greedy.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    kept = filtered_probabilities(LOGITS, Sampling(top_k=2))
+    assert (kept > 0).tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert torch.allclose(kept[0, :2], torch.tensor([2 / 3, 1 / 3]))
+    assert torch.equal(filtered_probabilities(LOGITS, Sampling(top_k=9)), filtered_probabilities(LOGITS, Sampling()))
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.76, 3), (0.95, 4)])
+def test_top_p_keeps_the_fewest_tokens_that_fill_the_share(top_p: float, kept: int) -> None:
+    probabilities = filtered_probabilities(LOGITS, Sampling(top_p=top_p))
+    assert (probabilities[0] > 0).sum() == kept
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(2))
+
+
+def test_guidance_is_the_conditional_at_one_the_unconditional_at_zero_and_beyond_above() -> None:
+    conditional, unconditional = LOGITS[:1], LOGITS[1:]
+    assert torch.allclose(guided(conditional, unconditional, 1), conditional)
+    assert torch.allclose(guided(conditional, unconditional, 0), unconditional)
+    assert torch.allclose(guided(conditional, unconditional, 3), 3 * conditional - 2 * unconditional)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    tokens = draw(LOGITS[:1].exp().expand(1000, -1), uniform)
+    assert torch.bincount(tokens, minlength=4).tolist() == [500, 250, 150, 100]
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    probabilities = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).expand(3, -1)
+    assert draw(probabilities, torch.tensor([0.0, 0.5, 1.0])).tolist() == [1, 2, 2]
+
+
+def test_a_candidates_randomness_depends_on_seed_and_number_alone() -> None:
+    many = candidate_uniforms(5, range(40), 16)
+    assert torch.equal(many[7:9], candidate_uniforms(5, range(7, 9), 16))
+    assert many.unique().numel() > 600
+    assert not torch.equal(many, candidate_uniforms(6, range(40), 16))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=8, top_p=0.9, temperature=0.8, guidance=3.0)])
+def test_the_first_n_of_many_equal_a_run_with_n(gpt: GPT, sampling: Sampling) -> None:
+    many = sampled(gpt, 40, sampling)
+    for n in (1, 2, 15, 17, 33):
+        assert torch.equal(sampled(gpt, n, sampling), many[:n])
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(gpt: GPT) -> None:
+    assert torch.equal(sampled(gpt, 4), sampled(gpt, 4))
+    assert not torch.equal(sampled(gpt, 4), sampled(gpt, 4, seed=4))
+
+
+def test_sampling_from_the_cache_draws_what_full_recomputation_draws(gpt: GPT) -> None:
+    uniforms = candidate_uniforms(3, range(4), 16)
+    embedding = F.normalize(torch.ones(1, 16), dim=-1).expand(4, -1)
+    sampling = Sampling(top_p=0.8, guidance=2.0)
+    tokens = torch.zeros(4, 0, dtype=torch.long)
+    null = torch.ones(4, dtype=torch.bool)
+    for t in range(16):
+        logits = guided(gpt(embedding, tokens)[:, -1], gpt(embedding, tokens, null)[:, -1], 2.0)
+        chosen = draw(filtered_probabilities(logits, sampling), uniforms[:, t])
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    assert torch.equal(sampled(gpt, 4, sampling), tokens)
+
+
+def test_greedy_candidates_are_all_alike(gpt: GPT) -> None:
+    tokens = sampled(gpt, 4, Sampling(temperature=0))
+    assert torch.equal(tokens, tokens[:1].expand(4, -1))
+
+
+def test_should_stop_is_asked_before_every_token(gpt: GPT) -> None:
+    asked = []
+
+    def after_five() -> bool:
+        asked.append(True)
+        return len(asked) > 5
+
+    embedding = torch.ones(1, 16)
+    with pytest.raises(Stopped):
+        sample_tokens(gpt, embedding, candidate_uniforms(0, range(1), 16), Sampling(), after_five)
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"guidance": 21.0}, "guidance is 21.0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_the_remedy(values: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named}; give"):
+        Sampling(**values).check()

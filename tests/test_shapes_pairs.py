@@ -1,0 +1,62 @@
+"""shapes/pairs.py: near misses, true captions, spoilt pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clip_gen.shapes.captions import describe
+from clip_gen.shapes.judge import read, satisfies
+from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures, _numbers, fits, near_miss, spoil
+from clip_gen.shapes.rendering import render
+from clip_gen.shapes.scenes import HELD_OUT, Item, Scene, sample_scene
+
+
+def rows(*scenes: Scene) -> torch.Tensor:
+    return torch.from_numpy(np.stack([_numbers(describe(scene)) for scene in scenes]))
+
+
+def test_a_picture_depends_on_seed_and_number_alone() -> None:
+    assert np.array_equal(RenderedPictures(5, 1, 64)[3], RenderedPictures(99, 1, 64)[3])
+    assert not np.array_equal(RenderedPictures(5, 1, 64)[3], RenderedPictures(5, 2, 64)[3])
+    with pytest.raises(IndexError):
+        RenderedPictures(5, 1, 64)[5]
+
+
+def test_the_generators_pictures_hold_no_held_out_pair() -> None:
+    for i in range(300):
+        shown = read(RenderedPictures(300, 7, 64)[i])
+        assert not {(item.colour, item.shape) for item in shown.items} & HELD_OUT
+
+
+def test_every_caption_is_true_of_its_own_picture_and_seldom_of_its_near_misses() -> None:
+    groups = [CaptionedPairs(50, 0, 64)[i] for i in range(50)]
+    true = [fits(torch.from_numpy(g.stated), torch.from_numpy(g.shown)) for g in groups]
+    assert all(each.diagonal().all() for each in true)
+    others = torch.stack([each[~torch.eye(4, dtype=torch.bool)] for each in true])
+    assert 0.05 < others.float().mean() < 0.5
+
+
+def test_a_caption_fits_a_scene_told_from_either_item() -> None:
+    red, blue = Item("circle", "red", "large"), Item("star", "blue", "small")
+    scene = Scene("white", (red, blue), "left of")
+    turned = Scene("white", (blue, red), "right of")
+    swapped = Scene("white", (blue, red), "left of")
+    assert fits(rows(scene), rows(scene, turned, swapped)).tolist() == [[True, True, False]]
+
+
+def test_a_near_miss_is_another_scene_of_this_world() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scene = sample_scene(rng, held_out="may")
+        other = near_miss(scene, rng)
+        assert not fits(rows(scene), rows(other)).item()
+        assert satisfies(read(render(other)), describe(other))
+
+
+def test_spoilt_pictures_are_seldom_what_the_caption_says() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng) for _ in range(200)]
+    right = [satisfies(read(spoil(scene, rng, 64)), describe(scene)) for scene in scenes]
+    assert np.mean(right) < 0.1

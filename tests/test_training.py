@@ -1,0 +1,200 @@
+"""training/: both stages and the small CLIP, at toy size and really trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_networks
+
+from clip_gen import ClipGen
+from clip_gen.checkpoint import save_networks
+from clip_gen.clip_encoder import ClipEncoder
+from clip_gen.gpt import GPT
+from clip_gen.images import from_bytes
+from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
+from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_loss
+from clip_gen.training.dataset import EncodedPictures, encode_pictures
+from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.run import FitConfig
+from clip_gen.training.schedule import adamw, warmup_cosine
+from clip_gen.training.shapes import Recipe, ShapesConfig
+
+FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
+RECIPE = ShapesConfig(model=TINY, clip_fit=FIT, vqgan_fit=FIT, gpt_fit=FIT, encoded_pictures=64)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    recipe = Recipe(RECIPE, tmp_path_factory.mktemp("work"))
+    for part in ("clip", "vqgan", "gpt", "bridge"):
+        recipe.part(part)
+    return recipe
+
+
+def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path: Path) -> None:
+    save_networks(trained.networks, tmp_path / "model", trained.training_record())
+    result = ClipGen.load(tmp_path / "model", "cpu").generate("a red circle", candidates=2, num_outputs=2, seed=0)
+    assert len(result.images) == 2
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["stages"]["gpt"]["steps"] == 6
+    assert record["stages"]["vqgan"]["pictures"] == 48
+    assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
+
+
+def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = Recipe(RECIPE, trained.work)
+    monkeypatch.setattr("clip_gen.training.shapes.fit", None)
+    again.part("vqgan")
+    for name, tensor in trained.networks.vqgan.state_dict().items():
+        assert torch.equal(tensor, again.networks.vqgan.state_dict()[name])
+
+
+def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    half = replace(RECIPE, vqgan_fit=replace(FIT, steps=4))
+    Recipe(half, tmp_path).part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    with caplog.at_level(logging.INFO):
+        recipe = Recipe(RECIPE, tmp_path)
+        recipe.part("vqgan")
+    assert json.loads((tmp_path / "vqgan" / "record.json").read_text())["steps"] == 6
+    assert sum("vqgan 6/6" in line for line in caplog.messages) == 1
+    assert not any("4/6" in line for line in caplog.messages)
+
+
+def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Recipe) -> None:
+    fresh = Recipe(RECIPE, Path("unused")).networks
+    for part in ("vqgan", "gpt", "clip"):
+        before = dict(getattr(fresh, part).named_parameters())
+        moved = [
+            not torch.allclose(before[name], parameter, atol=1e-3)
+            for name, parameter in getattr(trained.networks, part).named_parameters()
+        ]
+        assert sum(moved) > len(moved) / 2, part
+
+
+def test_words_never_met_say_nothing(trained: Recipe) -> None:
+    clip = trained.networks.clip
+    table = clip.clip.token_embedding.weight
+    known, unknown = (clip.tokenize([word])[0, 1] for word in ("shape", "zebra"))
+    assert table[unknown].abs().sum() == 0
+    assert table[known].abs().sum() > 0
+
+
+def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> None:
+    networks = tiny_networks()
+    pictures = RenderedPictures(20, 0, 16)
+    encoded = encode_pictures(pictures, networks.clip, networks.vqgan, tmp_path, batch_size=8)
+    assert len(encoded) == 20
+    images = from_bytes(torch.from_numpy(np.stack([pictures[i] for i in range(20)])))
+    for i in (0, 13, 19):
+        embedding, tokens = encoded[i]
+        assert torch.equal(tokens, networks.vqgan.encode(images[i : i + 1])[0])
+        assert torch.allclose(embedding, networks.clip.encode_image(images[i : i + 1])[0], atol=1e-3)
+    before = (tmp_path / "tokens.npy").stat().st_mtime_ns
+    assert isinstance(encode_pictures(pictures, networks.clip, networks.vqgan, tmp_path), EncodedPictures)
+    assert (tmp_path / "tokens.npy").stat().st_mtime_ns == before
+
+
+def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    networks = tiny_networks()
+
+    class Broken(RenderedPictures):
+        def __getitem__(self, index: int) -> np.ndarray:
+            if index == 15:
+                raise OSError("unreadable")
+            return super().__getitem__(index)
+
+    with pytest.raises(OSError, match="unreadable"):
+        encode_pictures(Broken(20, 0, 16), networks.clip, networks.vqgan, tmp_path, batch_size=8)
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy() -> None:
+    torch.manual_seed(0)
+    trainer = GPTTrainer(
+        GPT(TINY.gpt),
+        steps=1,
+        learning_rate=1e-3,
+        warmup=1,
+        weight_decay=0.0,
+        embedding_noise=0.5,
+        condition_dropout=0.1,
+    )
+    seen = {}
+
+    def spy(embedding: torch.Tensor, tokens: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
+        seen.update(embedding=embedding, dropped=unconditional)
+        return torch.tensor(0.0)
+
+    trainer._loss = spy
+    trainer.log = lambda *_: None
+    clean = torch.nn.functional.normalize(torch.randn(4000, 16), dim=1)
+    trainer.training_step((clean, torch.zeros(4000, 16, dtype=torch.long)))
+    assert abs(seen["dropped"].float().mean() - 0.1) < 0.02
+    cosine = (seen["embedding"] * clean).sum(dim=1)
+    assert cosine.min() > 1 / 1.25**0.5 - 0.2
+    assert 0.9 < cosine.mean() < 0.99
+
+
+def test_other_true_captions_are_not_held_against_a_picture() -> None:
+    stated = torch.tensor([[0, -1, 1, 2, -1, -1, -2, -2, -2], [0, -1, 1, 2, 3, -1, -2, -2, -2]])
+    shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [0, -1, 1, 2, 3, 1, -2, -2, -2]])
+    # Caption 0 leaves the colour unsaid, so it is true of both pictures; only caption 1 may tell them apart.
+    logits = torch.tensor([[0.0, 9.0], [0.0, 9.0]], requires_grad=True)
+    contrastive_loss(logits, stated, shown).backward()
+    assert logits.grad[0, 1] == 0
+    assert logits.grad[1, 0] > 0
+
+
+def test_no_caption_is_pulled_towards_a_spoilt_picture() -> None:
+    stated = shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [1, -1, 1, 2, 3, 1, -2, -2, -2]])
+    logits = torch.zeros(2, 3, requires_grad=True)
+    contrastive_loss(logits, stated, shown).backward()
+    assert (logits.grad[:, 2] > 0).all()
+
+
+def test_the_small_clip_learns_to_find_pictures() -> None:
+    torch.manual_seed(0)
+    encoder = ClipEncoder(TINY.clip)
+    trainer = ClipTrainer(encoder, steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0)
+    trainer.clip.train()
+    trainer.log_dict = lambda *_, **__: None
+    pairs = CaptionedPairs(8, 0, 32)
+    batch = Collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])
+    batch = (batch[0], batch[1][:, :16], *batch[2:])
+    optimizer = trainer.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(40):
+        loss = trainer.training_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_only_matrices_are_decayed() -> None:
+    groups = adamw(GPT(TINY.gpt), 1e-3, 0.1, (0.9, 0.95)).param_groups
+    assert {p.dim() for p in groups[0]["params"]} == {2}
+    assert {p.dim() for p in groups[1]["params"]} == {1}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def test_the_rate_warms_up_and_falls_to_a_hundredth() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = warmup_cosine(optimizer, steps=100, warmup=10)
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
