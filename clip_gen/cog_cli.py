@@ -9,7 +9,6 @@ import importlib.util
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import ModuleType
 
 from clip_gen.cog_inputs import InputError, InputField, checked
 from clip_gen.cog_schema import PREDICT, ROOT, project_signatures
+from clip_gen.files import whole_or_not
 
 FORMATS = {"png": "png", "webp": "webp", "jpg": "jpg", "jpeg": "jpg"}
 
@@ -166,22 +166,13 @@ def _predict_module() -> ModuleType:
 
 
 def _deliver(files: Sequence[Path], target: Path) -> list[Path]:
-    """Copies the files to target.0.png, target.1.png, ...; an interruption leaves none of them half-written."""
-    staged: list[Path] = []
-    try:
-        for file in files:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
-            staged.append(Path(name))
-            with os.fdopen(handle, "wb") as copy:
-                copy.write(file.read_bytes())
-            os.chmod(name, 0o644)
-        paths = [target.with_name(f"{target.name}.{i}{file.suffix}") for i, file in enumerate(files)]
-        for temporary, path in zip(staged, paths, strict=True):
-            os.replace(temporary, path)
-        return paths
-    finally:
-        for temporary in staged:
-            temporary.unlink(missing_ok=True)
+    """Copies the files to target.0.png, target.1.png, ..., all or, when interrupted, none."""
+    paths = [target.with_name(f"{target.name}.{i}{file.suffix}") for i, file in enumerate(files)]
+    with contextlib.ExitStack() as unfinished:
+        for file, path in zip(files, paths, strict=True):
+            temporary = unfinished.enter_context(whole_or_not(path))
+            Path(temporary).write_bytes(file.read_bytes())
+    return paths
 
 
 if __name__ == "__main__":

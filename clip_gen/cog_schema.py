@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import sys
 from pathlib import Path
 
 from clip_gen.cog_openapi import COMMON, components_and_paths
 from clip_gen.cog_signature import Signature, SignatureError, read_signature
+from clip_gen.files import whole_or_not
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ("predict.py", "Predictor")
@@ -60,9 +60,8 @@ def write_schema(root: Path = ROOT) -> Path:
     text = json.dumps(build_schema(root), indent=2, ensure_ascii=False) + "\n"
     path = root / SCHEMA_PATH
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_or_not(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
     return path
 
 

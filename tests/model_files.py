@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,25 +23,19 @@ def other_folder(folder: Path) -> Path:
 
 
 def slow_folder(folder: Path) -> Path:
-    """A toy model with pictures of 256 tokens: 256 candidates take it some seconds, one token no time."""
-    config = replace(TINY, name="slow", vqgan=replace(TINY.vqgan, resolution=64), gpt=replace(TINY.gpt, block_size=256))
+    """A toy model with pictures of 1024 tokens: 256 candidates take it many seconds, one token no time."""
+    config = replace(
+        TINY, name="slow", vqgan=replace(TINY.vqgan, resolution=128), gpt=replace(TINY.gpt, block_size=1024)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         networks = build(config)
         networks.vqgan.train()
-        networks.vqgan(torch.rand(2, 3, 64, 64) * 2 - 1)  # the codebook starts from its first batch
+        networks.vqgan(torch.rand(2, 3, 128, 128) * 2 - 1)  # the codebook starts from its first batch
     for network in (networks.clip, networks.vqgan, networks.gpt, networks.bridge):
         network.eval().requires_grad_(False)
     save_networks(networks, folder, training={})
     return folder
-
-
-def pack(folder: Path, path: Path) -> Path:
-    """The weights tar of a model folder: its files at the root."""
-    with tarfile.open(path, "w") as tar:
-        for file in sorted(folder.iterdir()):
-            tar.add(file, file.name)
-    return path
 
 
 @contextmanager

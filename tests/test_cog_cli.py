@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from model_files import other_folder, pack, slow_folder
+from model_files import other_folder, slow_folder
 from PIL import Image
 
+from clip_gen.checkpoint import pack
 from clip_gen.cog_cli import main
 from clip_gen.cog_schema import ROOT
 
@@ -28,6 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: P
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("COG_WEIGHTS", str(tiny_model_folder))
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
     return here
 
 
@@ -182,15 +184,16 @@ def test_an_environment_variable_chooses_the_model(folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("mark", ["", "@"])
 def test_a_weights_tar_draws_what_its_folder_draws(folder: Path, tmp_path: Path, mark: str) -> None:
-    tar = pack(other_folder(tmp_path / "other"), tmp_path / "other.tar")
+    pack(other_folder(tmp_path / "other"), tar := tmp_path / "other.tar")
     main([*QUICK, "-o", "folder", "-e", f"COG_WEIGHTS={tmp_path / 'other'}"])
     main([*QUICK, "-o", "tar", "-i", f"replicate_weights={mark}{tar}"])
     assert Image.open("folder.0.png").tobytes() == Image.open("tar.0.png").tobytes()
 
 
 def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Path) -> None:
-    (folder / "predict.py").write_text("raise SystemExit('the wrong predict.py')")
     (folder / "clip_gen").mkdir()
+    for decoy in ("predict.py", "clip_gen/__init__.py"):
+        (folder / decoy).write_text("raise SystemExit('the wrong file')")
     run = subprocess.run([SCRIPT, *QUICK], capture_output=True, text=True, check=True)
     assert {f"output.{i}.png" for i in range(4)} < set(files(folder))
     assert run.stdout.count("score") == 4
@@ -199,11 +202,11 @@ def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Pa
 def test_ctrl_c_ends_it_quietly_and_leaves_no_file(folder: Path, tmp_path: Path) -> None:
     (scratch := tmp_path / "scratch").mkdir()
     environment = {**os.environ, "COG_WEIGHTS": str(slow_folder(tmp_path / "slow")), "TMPDIR": str(scratch)}
-    command = [SCRIPT, "-i", "prompt=a star", "-i", "candidates=256"]
+    command = [SCRIPT, "-i", "prompt=a star", "-i", "candidates=256", "-i", "guidance=2"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr.readline().startswith("model: slow")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "")
     assert files(folder) == files(scratch) == []

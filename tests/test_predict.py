@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from model_files import other_folder, pack, slow_folder
+from model_files import other_folder, slow_folder
 from PIL import Image
 
-from clip_gen.checkpoint import ModelFolderError
+from clip_gen.checkpoint import ModelFolderError, pack
 from clip_gen.cog_inputs import InputError
-from clip_gen.pipeline import ClipGen
+from clip_gen.pipeline import ClipGen, Generation, Stopped
 from clip_gen.serving import Models, Outputs
 from predict import BUNDLED, Predictor
 
@@ -92,21 +92,38 @@ def test_whole_floats_pass_for_whole_numbers_and_whole_numbers_for_floats(predic
     assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
 
 
-def test_a_cancelled_prediction_leaves_the_model_at_its_next_token(tmp_path: Path) -> None:
-    async def cancel_early() -> float:
+class Watched(ClipGen):
+    """Counts the generations under way and those that were stopped."""
+
+    under_way, most, stopped = 0, 0, 0
+
+    def generate(self, *inputs: object, **named: object) -> Generation:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            return super().generate(*inputs, **named)
+        except Stopped:
+            self.stopped += 1
+            raise
+        finally:
+            self.under_way -= 1
+
+
+def test_a_cancelled_prediction_leaves_the_model_before_it_is_done(tmp_path: Path) -> None:
+    async def cancel_early() -> int:
         predictor = Predictor()
-        await predictor.setup(str(slow_folder(tmp_path / "slow")))
+        await predictor.setup(str(folder := slow_folder(tmp_path / "slow")))
+        predictor.models.own = model = Watched.load(folder)
         task = asyncio.create_task(predictor.run(**(QUICK | {"candidates": 256})))
-        await asyncio.sleep(0.5)
-        assert not task.done()
-        started = time.monotonic()
+        while not model.under_way:
+            await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await asyncio.get_running_loop().shutdown_default_executor()  # waits for the thread that draws
-        return time.monotonic() - started
+        return model.stopped
 
-    assert asyncio.run(cancel_early()) < 1
+    assert asyncio.run(cancel_early()) == 1
 
 
 def test_a_cancelled_prediction_makes_way_for_the_next(tmp_path: Path) -> None:
@@ -118,9 +135,20 @@ def test_a_cancelled_prediction_makes_way_for_the_next(tmp_path: Path) -> None:
         await asyncio.sleep(0.2)
         first.cancel()
         waiting.cancel()
-        return await asyncio.wait_for(predictor.run(**QUICK), timeout=5)
+        return await asyncio.wait_for(predictor.run(**QUICK), timeout=60)
 
     assert len(asyncio.run(cancel_and_go_on())) == 2
+
+
+def test_one_generation_at_a_time_uses_the_device(tiny_model_folder: Path) -> None:
+    async def four_at_once() -> int:
+        predictor = Predictor()
+        await predictor.setup(str(tiny_model_folder))
+        predictor.models.own = Watched.load(tiny_model_folder)
+        await asyncio.gather(*(predictor.run(**(QUICK | {"seed": seed, "candidates": 64})) for seed in range(4)))
+        return predictor.models.own.most
+
+    assert asyncio.run(four_at_once()) == 1
 
 
 def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen) -> None:
@@ -151,10 +179,15 @@ def test_weights_asked_for_twice_load_once(tiny_model_folder: Path, tmp_path: Pa
     assert found[0] is not models.own
 
 
-def test_the_weights_asked_for_longest_ago_leave_memory_first(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_the_weights_asked_for_longest_ago_leave_memory_first(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
     models = Models(str(tiny_model_folder), others=2)
     folder = other_folder(tmp_path / "other")
-    tars = [str(pack(folder, tmp_path / f"{i}.tar")) for i in range(3)]
+    tars = [str(tmp_path / f"{i}.tar") for i in range(3)]
+    for tar in tars:
+        pack(folder, tar)
     a, b = models.get(tars[0]), models.get(tars[1])
     models.get(tars[0])
     models.get(tars[2])

