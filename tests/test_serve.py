@@ -141,7 +141,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = tmp_path_factory.mktemp("files")
     pack(other_folder(files / "other"), files / "other.tar")
     slow_folder(files / "slow")
-    (files / "cut.tar").write_bytes((files / "other.tar").read_bytes()[:5000])
+    (files / "cut.tar").write_bytes((files / "other.tar").read_bytes()[:100_000])
     return files
 
 
