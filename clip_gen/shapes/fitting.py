@@ -15,7 +15,7 @@ from clip_gen.shapes.scenes import SHAPES
 ERROR = 0.04
 DOUBT = 0.3
 SOFTENINGS = 6  # steps of 1/4 px² of blur that a drawing may need; with this many it is a smear
-DAMAGE = 0.6  # mean coverage missing or too much in any 2 x 2 pixels: a hole, a nick, a splash
+DAMAGE = 0.48  # mean coverage missing or too much in any 2 x 2 pixels: a hole, a nick, a splash
 
 
 @dataclass(frozen=True)

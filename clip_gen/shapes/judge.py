@@ -29,7 +29,8 @@ FOREGROUND = 50.0  # from the background, to belong to an item
 COLOUR_ERROR = 45.0  # from the palette's colour
 COLOUR_DOUBT = 0.6  # nearest palette colour's distance over the second nearest's
 STRAY = 20.0  # root mean square of what neither the background nor an item's colour explains
-SPECK = 4  # pixels; fewer are dust nobody minds
+DEBRIS = 45.0  # mean distance from the background in any 2 x 2 pixels away from items
+SPECK = 4  # pixels; fewer are no item, though they may be debris
 
 RADII = (0.10, 0.25)  # outside, an item is neither small nor large
 MIDDLE_RADIUS = (SIZES["small"][1] + SIZES["large"][0]) / 2
@@ -52,7 +53,7 @@ def read(picture: np.ndarray) -> Reading | None:
     blobs = [blob for blob in _blobs(foreground) if blob.sum() >= SPECK]
     if len(blobs) not in (1, 2) or any(_at_the_edge(blob) for blob in blobs):
         return None
-    if _root_mean_square(pixels[~_grown(_grown(foreground))] - backdrop) > STRAY:
+    if _littered(pixels - backdrop, np.any(blobs, axis=0)):
         return None
 
     items = []
@@ -140,6 +141,15 @@ def _name(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str |
 
 def _root_mean_square(colours: np.ndarray) -> float:
     return float(np.sqrt((colours**2).sum(axis=-1).mean()))
+
+
+def _littered(offsets: np.ndarray, items: np.ndarray) -> bool:
+    """Whether there is more than the background outside the mask `items` and its soft edge."""
+    outside = ~_grown(_grown(items))
+    rest = np.where(outside[..., None], offsets, 0)
+    patches = rest[1:, 1:] + rest[1:, :-1] + rest[:-1, 1:] + rest[:-1, :-1]
+    debris = (patches**2).sum(axis=-1).max() > (4 * DEBRIS) ** 2
+    return bool(debris or _root_mean_square(offsets[outside]) > STRAY)
 
 
 def _at_the_edge(blob: np.ndarray) -> bool:
