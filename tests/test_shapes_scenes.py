@@ -44,7 +44,7 @@ def test_held_out_pairs_all_occur_when_they_may_and_nothing_else_when_only_they_
 
 
 def test_an_unknown_rule_for_held_out_pairs_is_refused_by_its_name():
-    with pytest.raises(ValueError, match='"sometimes".*"never", "may" or "only"'):
+    with pytest.raises(ValueError, match=r'"sometimes".*"never", "may" or "only"'):
         sample_scene(np.random.default_rng(0), held_out="sometimes")
 
 
