@@ -318,7 +318,10 @@ def test_a_weights_tar_named_in_the_request_draws_with_that_model(server: Server
     own = server.pictures(**QUICK)
     by_path = server.pictures(**QUICK, replicate_weights=str(files / "other.tar"))
     by_url = server.pictures(**QUICK, replicate_weights=f"{website}/other.tar")
+    data = base64.b64encode((files / "other.tar").read_bytes()).decode()
+    by_data = server.pictures(**QUICK, replicate_weights=f"data:application/x-tar;base64,{data}")
     assert same(by_path, by_url)
+    assert same(by_path, by_data)
     assert not same(own, by_path)
     assert same(own, server.pictures(**QUICK, replicate_weights=""))
 
