@@ -55,8 +55,8 @@ def _candidates(alpha: np.ndarray, top: int, left: int, side: int) -> list[Fit]:
     area = float(alpha.sum())
     if area < 1:
         return []
-    x = alpha.sum(axis=0) @ (np.arange(alpha.shape[1]) + left + 0.5) / area
-    y = alpha.sum(axis=1) @ (np.arange(alpha.shape[0]) + top + 0.5) / area
+    x = float(alpha.sum(axis=0) @ (np.arange(alpha.shape[1]) + left + 0.5)) / area
+    y = float(alpha.sum(axis=1) @ (np.arange(alpha.shape[0]) + top + 0.5)) / area
     fits = []
     for shape in SHAPES:
         unit_area, across, down = _moments(shape)
