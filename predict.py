@@ -63,13 +63,13 @@ class Predictor(BaseRunner):
             model = await asyncio.to_thread(self.models.get, weights)
             async with self.turn:
                 result = await asyncio.to_thread(model.generate, **values, should_stop=stop.is_set)
-            settings = values | {"model": model.config.name}
+            settings = values | {"candidates": result.candidates, "model": model.config.name}
             files = await asyncio.to_thread(self.outputs.save, result, settings, form, quality)
         finally:
             stop.set()  # when cancelled, the thread leaves at its next token
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
-        metrics = {"image_output_count": len(files), "candidates": values["candidates"], "seed": result.seed}
+        metrics = {"image_output_count": len(files), "candidates": result.candidates, "seed": result.seed}
         for name, value in {**metrics, "best_score": max(scores), "scores": scores, "model": settings["model"]}.items():
             self.record_metric(name, value)
         return [Path(file) for file in files]

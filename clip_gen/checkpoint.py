@@ -212,8 +212,12 @@ def _unpack(tar: tarfile.TarFile, folder: Path, name: str) -> None:
             raise ModelFolderError(f"{name}: holds more than {MOST_BYTES // 2**30} GiB; this is no weights tar")
         with (folder / inside).open("wb") as file:
             shutil.copyfileobj(tar.extractfile(member), file)
-    if not (folder / CONFIG).is_file():
-        raise ModelFolderError(f"{name}: has no {CONFIG} at its root, so it is no weights tar; make one by training")
+    # tarfile takes an archive cut off between two files for a whole one.
+    missing = [part for part in FILES if part != TRAINING and not (folder / part).is_file()]
+    if missing:
+        raise ModelFolderError(
+            f"{name}: has no {missing[0]} at its root, so it is no weights tar; make one by training"
+        )
 
 
 def _forget_the_oldest(cache: Path) -> None:

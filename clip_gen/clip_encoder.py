@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
-from clip.model import CLIP
-from clip.simple_tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.config import ClipConfig
 from clip_gen.images import for_clip
+
+with warnings.catch_warnings():
+    # The package asks setuptools for pkg_resources on every start; requirements.txt has seen to that.
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    from clip.model import CLIP
+    from clip.simple_tokenizer import SimpleTokenizer
 
 log = logging.getLogger(__name__)
 

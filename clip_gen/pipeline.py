@@ -32,6 +32,7 @@ class Generation:
     scores: list[float]  # CLIP cosine of each image with the prompt
     tokens: Tensor  # (num_outputs, T) int64, on the CPU
     seed: int
+    candidates: int  # how many were drawn: without clip_rerank no more than are returned
 
 
 class ClipGen:
@@ -86,7 +87,7 @@ class ClipGen:
         best = scores.argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
         best = best[:num_outputs]
         pictures = to_pil(images[best])
-        return Generation(pictures, scores[best].tolist(), tokens[best].cpu(), seed)
+        return Generation(pictures, scores[best].tolist(), tokens[best].cpu(), seed, candidates)
 
     def sample(
         self,

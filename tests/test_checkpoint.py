@@ -177,9 +177,10 @@ def test_what_is_no_weights_is_a_sentence_and_leaves_nothing(weights: str, sente
     assert not cache.exists() or not list(cache.iterdir())
 
 
-def test_a_truncated_tar_leaves_nothing(weights_tar: Path, cache: Path) -> None:
-    weights_tar.write_bytes(weights_tar.read_bytes()[:50_000])
-    with pytest.raises(ModelFolderError, match="cannot be read as a weights tar"):
+@pytest.mark.parametrize("kept", [5_120, 50_000])  # between two files, and within one
+def test_a_truncated_tar_leaves_nothing(weights_tar: Path, cache: Path, kept: int) -> None:
+    weights_tar.write_bytes(weights_tar.read_bytes()[:kept])
+    with pytest.raises(ModelFolderError, match=r"weights\.tar: (cannot be read as a weights tar|has no )"):
         resolve_weights(str(weights_tar))
     assert not list(cache.iterdir())
 
@@ -187,13 +188,16 @@ def test_a_truncated_tar_leaves_nothing(weights_tar: Path, cache: Path) -> None:
 def test_a_hostile_tar_writes_nothing_outside_its_folder(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "hostile.tar"
     with tarfile.open(path, "w") as tar:
-        tar.add(tiny_model_folder / "config.yaml", arcname="config.yaml")
+        for file in tiny_model_folder.iterdir():
+            if file.name != "training.json":
+                tar.add(file, arcname=file.name)
         for name in ("../climbed", str(tmp_path / "absolute"), "sub/config.yaml"):
             tar.add(tiny_model_folder / "config.yaml", arcname=name)
-        link = tarfile.TarInfo("gpt.safetensors")
+        link = tarfile.TarInfo("training.json")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
-    assert [file.name for file in resolve_weights(str(path)).iterdir()] == ["config.yaml"]
+    unpacked = contents(resolve_weights(str(path)))
+    assert unpacked == {name: data for name, data in contents(tiny_model_folder).items() if name != "training.json"}
     assert {file.name for file in tmp_path.iterdir()} == {"hostile.tar", "cache"}
 
 

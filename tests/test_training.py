@@ -19,7 +19,7 @@ from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_loss
-from clip_gen.training.dataset import EncodedPictures, encode_pictures
+from clip_gen.training.dataset import EncodedPictures, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.run import FitConfig
 from clip_gen.training.schedule import adamw, warmup_cosine
@@ -78,6 +78,12 @@ def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Re
         assert sum(moved) > len(moved) / 2, part
 
 
+def test_the_batch_norms_of_clip_learn_what_pictures_look_like(trained: Recipe) -> None:
+    norm = trained.networks.clip.clip.visual.bn1
+    assert norm.num_batches_tracked == 6
+    assert norm.running_mean.abs().sum() > 0
+
+
 def test_words_never_met_say_nothing(trained: Recipe) -> None:
     clip = trained.networks.clip
     table = clip.clip.token_embedding.weight
@@ -88,30 +94,35 @@ def test_words_never_met_say_nothing(trained: Recipe) -> None:
 
 def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> None:
     networks = tiny_networks()
-    pictures = RenderedPictures(20, 0, 16)
-    encoded = encode_pictures(pictures, networks.clip, networks.vqgan, tmp_path, batch_size=8)
-    assert len(encoded) == 20
-    images = from_bytes(torch.from_numpy(np.stack([pictures[i] for i in range(20)])))
-    for i in (0, 13, 19):
+    pictures = RenderedPictures(70, 0, 16)  # more than a batch
+
+    def encode() -> EncodedPictures:
+        return EncodedPictures(
+            encode_embeddings(pictures, networks.clip, tmp_path / "embeddings.npy"),
+            encode_tokens(pictures, networks.vqgan, tmp_path / "tokens.npy"),
+        )
+
+    encoded = encode()
+    assert len(encoded) == 70
+    for i in (0, 13, 69):
+        image = from_bytes(torch.from_numpy(pictures[i][None]))
         embedding, tokens = encoded[i]
-        assert torch.equal(tokens, networks.vqgan.encode(images[i : i + 1])[0])
-        assert torch.allclose(embedding, networks.clip.encode_image(images[i : i + 1])[0], atol=1e-3)
+        assert torch.equal(tokens, networks.vqgan.encode(image)[0])
+        assert torch.allclose(embedding, networks.clip.encode_image(image)[0], atol=1e-3)
     before = (tmp_path / "tokens.npy").stat().st_mtime_ns
-    assert isinstance(encode_pictures(pictures, networks.clip, networks.vqgan, tmp_path), EncodedPictures)
+    encode()
     assert (tmp_path / "tokens.npy").stat().st_mtime_ns == before
 
 
 def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
-    networks = tiny_networks()
-
     class Broken(RenderedPictures):
         def __getitem__(self, index: int) -> np.ndarray:
-            if index == 15:
+            if index == 65:
                 raise OSError("unreadable")
             return super().__getitem__(index)
 
     with pytest.raises(OSError, match="unreadable"):
-        encode_pictures(Broken(20, 0, 16), networks.clip, networks.vqgan, tmp_path, batch_size=8)
+        encode_tokens(Broken(70, 0, 16), tiny_networks().vqgan, tmp_path / "tokens.npy")
     assert not list(tmp_path.glob("*.npy"))
 
 
@@ -163,7 +174,6 @@ def test_the_small_clip_learns_to_find_pictures() -> None:
     torch.manual_seed(0)
     encoder = ClipEncoder(TINY.clip)
     trainer = ClipTrainer(encoder, steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0)
-    trainer.clip.train()
     trainer.log_dict = lambda *_, **__: None
     pairs = CaptionedPairs(8, 0, 32)
     batch = Collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])

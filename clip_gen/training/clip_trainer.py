@@ -39,8 +39,8 @@ class Collate:
 class ClipTrainer(pl.LightningModule):
     def __init__(self, encoder: ClipEncoder, *, steps: int, learning_rate: float, warmup: int, weight_decay: float):
         super().__init__()
-        # Not as a submodule: ClipEncoder refuses to leave eval mode.
-        self.clip = encoder.clip.requires_grad_(True)
+        # Not as a submodule: ClipEncoder refuses to leave eval mode, in which batch norms would never learn.
+        self.clip = encoder.clip.requires_grad_(True).train()
         self.resolution = encoder.config.image_resolution
         self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
         self.register_buffer("word_seen", torch.zeros(encoder.config.vocab_size, dtype=torch.bool))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ log = logging.getLogger(__name__)
 class EncodedPictures(Dataset):
     """(embedding (E,) float32, tokens (T,) int64) of each picture."""
 
-    def __init__(self, folder: Path):
-        self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
-        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    def __init__(self, embeddings: Path, tokens: Path):
+        self.embeddings = np.load(embeddings, mmap_mode="r")
+        self.tokens = np.load(tokens, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -34,31 +35,32 @@ class EncodedPictures(Dataset):
         return embedding, torch.from_numpy(self.tokens[index].astype(np.int64))
 
 
+def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path) -> Path:
+    """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) uint16, unless it is there already."""
+    return _encoded_once(pictures, vqgan.encode, path, np.uint16, vqgan.config.grid**2)
+
+
+def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path) -> Path:
+    """Their CLIP embeddings as a .npy of (N, E) float16, unless it is there already."""
+    return _encoded_once(pictures, clip_encoder.encode_image, path, np.float16, clip_encoder.config.embed_dim)
+
+
 @torch.no_grad()
-def encode_pictures(
-    pictures: Dataset, clip_encoder: ClipEncoder, vqgan: VQGAN, folder: Path, batch_size: int = 64
-) -> EncodedPictures:
-    """Writes embeddings.npy and tokens.npy for pictures (S, S, 3) uint8, in their order; once, whole or not at all."""
-    if not (folder / "tokens.npy").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        count, began = len(pictures), time.perf_counter()
-        shapes = {
-            "embeddings": (np.float16, clip_encoder.config.embed_dim),
-            "tokens": (np.uint16, vqgan.config.grid**2),
-        }
-        arrays = {
-            name: np.lib.format.open_memmap(folder / f"{name}.part", "w+", dtype, (count, width))
-            for name, (dtype, width) in shapes.items()
-        }
-        loader = DataLoader(pictures, batch_size, num_workers=1)
-        for start, batch in zip(range(0, count, batch_size), loader, strict=True):
-            images = from_bytes(batch)
-            arrays["tokens"][start : start + len(batch)] = vqgan.encode(images).numpy()
-            arrays["embeddings"][start : start + len(batch)] = clip_encoder.encode_image(images).numpy()
-            if start // batch_size % 100 == 99:
-                speed = start / (time.perf_counter() - began)
-                log.info("encoded %d of %d pictures, %.0f a second", start, count, speed)
-        for name in ("embeddings", "tokens"):  # tokens last: they say that both are whole
-            arrays[name].flush()
-            os.replace(folder / f"{name}.part", folder / f"{name}.npy")
-    return EncodedPictures(folder)
+def _encoded_once(
+    pictures: Dataset, encode: Callable[[Tensor], Tensor], path: Path, dtype: type, width: int, batch_size: int = 64
+) -> Path:
+    """A row for each picture, in their order; the file is whole or not there."""
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, began = len(pictures), time.perf_counter()
+    part = path.with_suffix(".part")
+    rows = np.lib.format.open_memmap(part, "w+", dtype, (count, width))
+    for start, batch in zip(range(0, count, batch_size), DataLoader(pictures, batch_size, num_workers=1), strict=True):
+        rows[start : start + len(batch)] = encode(from_bytes(batch)).numpy()
+        if start // batch_size % 100 == 99:
+            speed = start / (time.perf_counter() - began)
+            log.info("%s: %d of %d pictures, %.0f a second", path.name, start, count, speed)
+    rows.flush()
+    os.replace(part, path)
+    return path

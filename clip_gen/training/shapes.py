@@ -27,7 +27,7 @@ from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
-from clip_gen.training.dataset import encode_pictures
+from clip_gen.training.dataset import EncodedPictures, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.run import FitConfig, fit
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -112,11 +112,8 @@ class Recipe:
         return record
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
-        config, gpt, networks = self.config.gpt_fit, self.networks.gpt, self.networks
-        sets = {"train": self.pictures(self.config.encoded_pictures, ENCODED), "unseen": self.pictures(1024, UNSEEN)}
-        train, unseen = (
-            encode_pictures(pictures, networks.clip, networks.vqgan, folder / name) for name, pictures in sets.items()
-        )
+        config, gpt = self.config.gpt_fit, self.networks.gpt
+        train, unseen = self.encoded("train"), self.encoded("unseen")
         if config.compile:
             gpt.compile()
         trainer = GPTTrainer(
@@ -130,6 +127,16 @@ class Recipe:
             DataLoader(unseen, config.batch_size),
         )
         return fit("gpt", trainer, config, *loaders, folder)
+
+    def encoded(self, name: str) -> EncodedPictures:
+        """The pictures the transformer trains on, or those its loss is watched on, through CLIP and VQGAN."""
+        folder = self.work / "encoded" / name
+        stream, count = {"train": (ENCODED, self.config.encoded_pictures), "unseen": (UNSEEN, 1024)}[name]
+        pictures, networks = self.pictures(count, stream), self.networks
+        return EncodedPictures(
+            encode_embeddings(pictures, networks.clip, folder / "embeddings.npy"),
+            encode_tokens(pictures, networks.vqgan, folder / "tokens.npy"),
+        )
 
     @torch.no_grad()
     def train_bridge(self, folder: Path) -> dict[str, object]:

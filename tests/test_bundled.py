@@ -1,0 +1,98 @@
+"""checkpoints/shapes: what ships draws what it is asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_gen import ClipGen
+from clip_gen.evaluation.prompts import cases
+from clip_gen.images import to_pil, to_tensor
+from clip_gen.shapes.captions import describe
+from clip_gen.shapes.judge import read, satisfies
+from clip_gen.shapes.rendering import render
+from clip_gen.shapes.scenes import HELD_OUT
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "checkpoints" / "shapes"
+
+
+@pytest.fixture(scope="module")
+def model() -> ClipGen:
+    return ClipGen.load(FOLDER, device="cpu")
+
+
+def test_it_fits_in_30_mb_as_float16() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 30e6
+
+
+def test_its_training_is_on_record() -> None:
+    record = json.loads((FOLDER / "training.json").read_text())
+    assert set(record["held_out"]) == {" ".join(pair) for pair in HELD_OUT}
+    for stage in ("clip", "vqgan", "gpt"):
+        assert record["stages"][stage]["steps"] == record["config"][f"{stage}_fit"]["steps"] > 1000
+        assert record["stages"][stage]["minutes"] > 1
+    assert record["versions"]["torch"].startswith("2.11.0")
+
+
+def test_most_reconstructions_of_fresh_renders_are_still_right(model: ClipGen) -> None:
+    chosen = cases("one", 25, seed=123) + cases("two", 25, seed=123)
+    images = model.vqgan.decode(model.vqgan.encode(to_tensor([render(case.scene) for case in chosen])))
+    right = [
+        satisfies(read(np.asarray(picture)), describe(case.scene))
+        for picture, case in zip(to_pil(images), chosen, strict=True)
+    ]
+    assert np.mean(right) > 0.85
+
+
+def test_at_least_half_of_the_one_object_prompts_are_all_right_best_of_16(model: ClipGen) -> None:
+    chosen = cases("one", 24, seed=123)
+    best = [
+        model.generate(case.prompt, candidates=16, num_outputs=1, seed=i).images[0] for i, case in enumerate(chosen)
+    ]
+    right = [satisfies(read(np.asarray(image)), case.description) for image, case in zip(best, chosen, strict=True)]
+    assert np.mean(right) >= 0.5
+
+
+def test_every_best_of_16_has_the_colour_and_background_of_its_prompt(model: ClipGen) -> None:
+    """Read off the pixels alone: a pipeline that mixes up colours or embeddings cannot pass."""
+    for seed, prompt in enumerate(
+        ("a large red circle on a white background", "a large cyan square on a black background")
+    ):
+        picture = np.asarray(model.generate(prompt, candidates=16, num_outputs=1, seed=seed).images[0]).astype(int)
+        red, blue = picture[..., 0], picture[..., 2]
+        wanted = (red > 180) & (blue < 90) if "red" in prompt else (red < 90) & (blue > 180)
+        background = picture.min(axis=2) > 230 if "white" in prompt else picture.max(axis=2) < 25
+        assert 0.05 < wanted.mean() < 0.25
+        assert background.mean() > 0.6
+
+
+def test_the_same_seed_gives_the_same_bytes_alone_and_beside_others(model: ClipGen) -> None:
+    prompt = "a small yellow star on a brown background"
+    many = model.generate(prompt, candidates=20, num_outputs=20, seed=5, clip_rerank=False)
+    few = model.generate(prompt, candidates=3, num_outputs=3, seed=5, clip_rerank=False)
+    assert [image.tobytes() for image in few.images] == [image.tobytes() for image in many.images[:3]]
+
+
+def test_script_predict_writes_numbered_pictures_where_the_caller_stands(tmp_path: Path) -> None:
+    words = ["-i", "prompt=a large red circle on a white background", "-i", "num_outputs=2", "-i", "seed=1"]
+    run = subprocess.run([ROOT / "script/predict", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output.0.png", "output.1.png"]
+    assert Image.open(tmp_path / "output.0.png").size == (64, 64)
+    assert "score" in run.stdout
+    assert "seed 1" in run.stdout
+
+
+def test_a_damaged_copy_is_refused_by_name(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "shapes"))
+    path = folder / "vqgan.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"vqgan\.safetensors: damaged"):
+        ClipGen.load(folder)

@@ -1,0 +1,48 @@
+"""README.md: what it says is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from clip_gen.cog_schema import project_signatures
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_file_map_names_every_module_and_script() -> None:
+    rows = re.findall(r"^\| (`.+?) \| ", README, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    modules = {path.name for path in (ROOT / "clip_gen").glob("*.py")} - {"__init__.py"}
+    missing = {m for m in modules if not any(n.split("/")[-1] == m for n in named) and not m.startswith("cog_")}
+    assert not missing
+    scripts = {path.name for path in (ROOT / "script").iterdir()}
+    line = next(row for row in README.splitlines() if row.startswith("| `script/`"))
+    assert not [name for name in scripts if name not in line]
+    folders = {path.parent.name for path in (ROOT / "clip_gen").glob("*/__init__.py")}
+    assert not [name for name in folders if f"clip_gen/{name}/" not in README]
+
+
+def test_what_the_file_map_names_exists() -> None:
+    for name in re.findall(r"`(clip_gen/[\w./*]+|script/\w+|tests/|configs/|checkpoints/|docs/[\w.]+)`", README):
+        assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_the_input_table_has_every_input_with_its_default() -> None:
+    table = README[README.index("| input | default |") : README.index("Candidate *i*")]
+    rows = {}
+    for line in table.splitlines()[2:]:
+        if line.startswith("|"):
+            names, defaults = line.split("|")[1:3]
+            rows.update(zip(re.findall(r"`(\w+)`", names), [d.strip() for d in defaults.split(",")], strict=False))
+    for field in project_signatures()[0].inputs:
+        default = field.arguments.get("default")
+        assert field.name in rows
+        if default is not None:
+            assert rows[field.name] == str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def test_pictures_and_links_point_at_files() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
