@@ -8,9 +8,9 @@ import threading
 from collections import OrderedDict, deque
 from pathlib import Path
 
-from clip_gen.checkpoint import resolve_weights
 from clip_gen.images import save_image
 from clip_gen.pipeline import ClipGen, Generation
+from clip_gen.weights import resolve_weights
 
 
 class Models:

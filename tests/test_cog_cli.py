@@ -14,9 +14,9 @@ import pytest
 from model_files import other_folder, slow_folder
 from PIL import Image
 
-from clip_gen.checkpoint import pack
 from clip_gen.cog_cli import main
 from clip_gen.cog_schema import ROOT
+from clip_gen.weights import pack
 
 QUICK = ["-i", "prompt=a large red circle", "-i", "seed=7", "-i", "candidates=4"]
 SCRIPT = str(ROOT / "script" / "predict")

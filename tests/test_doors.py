@@ -25,7 +25,7 @@ DOORS = {
 LAYERS = [
     ["config", "files", "images", "archives"],
     ["gpt", "clip_encoder", "vqgan", "bridge"],
-    ["sampling", "checkpoint"],
+    ["sampling", "checkpoint", "weights"],
     ["pipeline"],
     ["serving"],
     ["shapes", "training", "evaluation", "batching", "importers"],

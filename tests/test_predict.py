@@ -16,10 +16,11 @@ import pytest
 from model_files import other_folder, slow_folder
 from PIL import Image
 
-from clip_gen.checkpoint import ModelFolderError, pack
+from clip_gen.checkpoint import ModelFolderError
 from clip_gen.cog_inputs import InputError
 from clip_gen.pipeline import ClipGen, Generation, Stopped
 from clip_gen.serving import Models, Outputs
+from clip_gen.weights import pack
 from predict import BUNDLED, Predictor
 
 QUICK = {

@@ -29,8 +29,8 @@ import pytest
 from model_files import other_folder, slow_folder, web_server
 from PIL import Image
 
-from clip_gen.checkpoint import pack
 from clip_gen.cog_schema import ROOT, build_schema
+from clip_gen.weights import pack
 
 PROMPT = "a large red circle"
 QUICK = {"prompt": PROMPT, "seed": 7, "candidates": 4, "num_outputs": 2}
