@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +54,21 @@ def build(config: ModelConfig) -> Networks:
 
 
 def load_networks(folder: str | Path, device: str | torch.device = "cpu") -> Networks:
-    """Reads a model folder, strictly. ModelFolderError when anything is missing, damaged or of another shape."""
+    """Reads a model folder, strictly. ModelFolderError when a file is missing, damaged or of another shape."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder; give one that holds {CONFIG} and its weights")
-    networks = build(load_config(folder))
+    config = load_config(folder)
+    try:
+        with torch.device("meta"):  # shapes without memory: a config may ask for more than there is
+            planned = build(config)
+    except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
+        raise ModelFolderError(f"{folder / CONFIG}: its sizes make no network ({error}); mend it") from error
+    tensors = {part: read_part(getattr(planned, part), folder / f"{part}.safetensors") for part in PARTS}
+    networks = build(config)
     for part in PARTS:
         network = getattr(networks, part)
-        load_part(network, folder / f"{part}.safetensors")
+        network.load_state_dict(tensors[part])
         network.to(device).eval().requires_grad_(False)
     return networks
 
@@ -76,7 +86,12 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_part(network: nn.Module, path: Path) -> None:
-    """Fills the network from a safetensors file that must hold exactly its tensors, in their shapes."""
+    """Fills the network from a safetensors file; as strict as read_part."""
+    network.load_state_dict(read_part(network, path))
+
+
+def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The file's tensors: exactly those of the network, in their shapes, every number finite."""
     if not path.is_file():
         raise ModelFolderError(f"{path}: missing; copy the whole model folder again")
     try:
@@ -86,7 +101,10 @@ def load_part(network: nn.Module, path: Path) -> None:
     problem = _mismatch(network.state_dict(), tensors)
     if problem:
         raise ModelFolderError(f"{path}: {problem}; it belongs to another {CONFIG} than the one beside it")
-    network.load_state_dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ModelFolderError(f"{path}: {name} holds numbers that are not finite; copy it again, or train again")
+    return tensors
 
 
 def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
@@ -101,18 +119,31 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
 
 
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:
-    """Writes a model folder, each file whole or not at all; parameters as float16."""
+    """Writes a model folder, all of it or nothing, in the place of one that is there; parameters as float16."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        save_part(getattr(networks, part), folder / f"{part}.safetensors")
-    write_config(networks.config, folder / CONFIG)
-    (folder / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
+    try:
+        for part in PARTS:
+            save_part(getattr(networks, part), temporary / f"{part}.safetensors")
+        write_config(networks.config, temporary / CONFIG)
+        (temporary / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp's folders are for their owner's eyes only
+        if folder.exists():
+            os.replace(folder, temporary.with_suffix(".old"))
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
 
 
 def save_part(network: nn.Module, path: Path) -> None:
     """One network's tensors, atomically. Buffers (running means, codebooks) keep float32: they can overflow."""
     parameters = dict(network.named_parameters())
+    for name, parameter in parameters.items():
+        # Larger numbers than float16 holds, or none at all: a training that went wrong.
+        if not parameter.half().isfinite().all():
+            raise ValueError(f"{path.name}: {name} holds numbers that float16 cannot; train again at a lower rate")
     tensors = {
         name: (tensor.half() if name in parameters else tensor).contiguous().cpu()
         for name, tensor in network.state_dict().items()

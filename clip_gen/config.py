@@ -12,6 +12,8 @@ from yaml import YAMLError
 
 Config = TypeVar("Config")
 
+MOST = 2**18  # of any one size; the largest codebook known has as many codes
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -84,8 +86,13 @@ class ModelConfig:
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
 
     def check(self) -> None:
-        """Raises ValueError when the parts do not fit one another."""
+        """Raises ValueError when a size is out of reason or the parts do not fit one another."""
         vqgan, gpt, clip = self.vqgan, self.gpt, self.clip
+        for part in ("clip", "vqgan", "gpt"):
+            for name, value in vars(getattr(self, part)).items():
+                for size in value if isinstance(value, tuple) else [value]:
+                    if isinstance(size, int) and not 1 <= size <= MOST:
+                        raise ValueError(f"{part}.{name} is {size}; give 1 to {MOST}")
         pairs = {
             "gpt.block_size and the VQGAN's tokens per picture": (gpt.block_size, vqgan.grid**2),
             "gpt.codebook_size and vqgan.codebook_size": (gpt.codebook_size, vqgan.codebook_size),
@@ -101,8 +108,11 @@ class ModelConfig:
 def read_config(path: Path, kind: type[Config]) -> Config:
     """The YAML file merged onto the dataclass's defaults; ValueError for an unknown name or a wrong type."""
     try:
+        # OmegaConf would fill in ${oc.env:SECRET}, and model folders come from strangers.
+        if "${" in path.read_text(encoding="utf-8"):
+            raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(path))
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.to_container(merged)
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from error

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from clip_gen.checkpoint import Networks, load_networks
 from clip_gen.images import to_pil
-from clip_gen.sampling import MAX_SEED, Sampling, Stopped, candidate_uniforms, sample_tokens
+from clip_gen.sampling import MAX_SEED, ROWS, Sampling, Stopped, candidate_uniforms, sample_tokens
 
 __all__ = ["ClipGen", "Generation", "Stopped"]
 
 log = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 1024
-CHUNK = 64  # candidates sampled at once: more costs memory and gains little
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ class ClipGen:
         """Tokens (candidates, T) for one embedding (1, E)."""
         length = self.config.gpt.block_size
         chunks = []
-        for first in range(0, candidates, CHUNK):
-            uniforms = candidate_uniforms(seed, range(first, min(first + CHUNK, candidates)), length)
+        for first in range(0, candidates, ROWS):
+            uniforms = candidate_uniforms(seed, range(first, min(first + ROWS, candidates)), length)
             rows = embedding.expand(len(uniforms), -1)
             chunks.append(sample_tokens(self.gpt, rows, uniforms, sampling, should_stop))
         return torch.cat(chunks)

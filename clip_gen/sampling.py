@@ -13,9 +13,12 @@ from clip_gen.gpt import GPT
 
 MAX_SEED = 2**31 - 1
 
-# Matrix products over fewer rows than this take other code paths on a CPU and round differently (measured with
-# MKL: from 16 rows on, a row's result is the same to the bit whatever stands beside it). So no batch is smaller.
-LEAST_ROWS = 16
+# Candidates are drawn in batches of exactly this many rows. Matrix products over other numbers of rows take other
+# code paths and round differently (by 1e-6 on a CPU with AVX2), which now and then flips a token; a batch of one
+# shape keeps a candidate's bits whatever stands beside it.
+ROWS = 16
+
+GREEDY = 1e-4  # temperatures below this take the likeliest token: dividing by less overflows
 
 
 class Stopped(Exception):
@@ -59,7 +62,7 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
 
 def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """(B, V) logits to probabilities after temperature, then top-k, then top-p. The likeliest token always stays."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
@@ -94,13 +97,13 @@ def sample_tokens(
     sampling: Sampling,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
-    """Tokens (B, T) int64 for embeddings (B, E), one candidate a row.
+    """Tokens (B, T) int64 for embeddings (B, E), one candidate a row; fewer than ROWS are filled up to it.
 
     uniforms: (B, T) in [0, 1), what decides each draw. should_stop is asked before every token; Stopped is raised
     when it says so.
     """
     wanted, length = uniforms.shape
-    rows = max(wanted, LEAST_ROWS)
+    rows = max(wanted, ROWS)
     embedding, uniforms = _padded(embedding, rows), _padded(uniforms, rows).to(embedding.device)
     prefix = gpt.prefix(embedding)
     if sampling.guidance != 1:

@@ -89,23 +89,71 @@ def test_missing_and_extra_tensors_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("n_layer: 2", "n_layer: two"), ("n_layer", "layers"), ("block_size: 16", "block_size: 9")]
+    ("old", "new"),
+    [
+        ("n_layer: 2", "n_layer: two"),
+        ("n_layer", "layers"),
+        ("block_size: 16", "block_size: 9"),
+        ("n_head: 2", "n_head: 0"),
+        ("patch: 4", "patch: 0"),
+        ("n_embd: 16", "n_embd: -16"),
+        ("transformer_heads: 2", "transformer_heads: 3"),
+        ("transformer_width: 16", "transformer_width: 400000000"),
+        ("dropout: 0.0", "dropout: 7"),
+        ("ch: 32", "ch: 33"),
+        ("quantizer: cosine", "quantizer: magic"),
+        ("name: tiny", "name: ${oc.env:HOME}"),
+    ],
 )
 def test_a_config_that_makes_no_sense_is_named(folder: Path, old: str, new: str) -> None:
     path = folder / "config.yaml"
+    assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ModelFolderError, match=r"config\.yaml"):
         load_networks(folder)
 
 
-def test_a_save_that_fails_leaves_the_old_file_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_taken(folder: Path) -> None:
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("vocab_size: 49408", "vocab_size: 200000").replace("ch: 32", "ch: 65536"))
+    with pytest.raises(ModelFolderError, match="wanted is"):
+        load_networks(folder)
+
+
+def test_numbers_that_are_not_finite_are_refused_when_loading_and_when_saving(folder: Path) -> None:
+    path = folder / "gpt.safetensors"
+    tensors = load_file(path)
+    tensors["head.weight"][0, 0] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ModelFolderError, match=r"gpt\.safetensors: head\.weight holds numbers that are not finite"):
+        load_networks(folder)
+    networks = tiny_networks()
+    networks.gpt.head.weight[0, 0] = 70_000
+    with pytest.raises(ValueError, match=r"head\.weight holds numbers that float16 cannot"):
+        save_networks(networks, folder, {})
+
+
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_save_that_fails_leaves_the_old_folder_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls = []
 
     def full_disk(tensors: dict, path: str) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+        calls.append(path)
+        if len(calls) == failing:
+            raise OSError("No space left on device")
+        save_file(tensors, path)
 
     monkeypatch.setattr("clip_gen.checkpoint.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_networks(tiny_networks(1), folder, {})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_saving_takes_the_place_of_an_older_model(folder: Path) -> None:
+    save_networks(tiny_networks(1), folder, {"seed": 1})
+    assert torch.equal(load_networks(folder).gpt.head.weight, tiny_networks(1).gpt.head.weight.half().float())
+    assert list(folder.parent.iterdir()) == [folder]

@@ -54,6 +54,21 @@ def test_parts_that_do_not_fit_one_another_are_refused_with_both_numbers() -> No
         replace(TINY, gpt=replace(TINY.gpt, n_head=3)).check()
 
 
+def test_a_file_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "config.yaml").write_text("name: ${oc.env:SECRET}\n")
+    with pytest.raises(ValueError, match="is not filled in here"):
+        read_config(tmp_path / "config.yaml", ModelConfig)
+
+
+@pytest.mark.parametrize("size", [0, -3, 10**9])
+def test_sizes_out_of_reason_are_refused_by_name(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"gpt\.n_layer is {size}; give 1 to"):
+        replace(TINY, gpt=replace(TINY.gpt, n_layer=size)).check()
+    with pytest.raises(ValueError, match=r"vqgan\.ch_mult is"):
+        replace(TINY, vqgan=replace(TINY.vqgan, ch_mult=(1, size))).check()
+
+
 def test_the_grid_counts_patches_and_halvings() -> None:
     assert VQGANConfig(resolution=256, patch=1, ch_mult=(1, 1, 2, 2, 4)).grid == 16
     assert VQGANConfig(resolution=64, patch=4, ch_mult=(1,)).grid == 16

@@ -40,7 +40,8 @@ def test_the_input_table_has_every_input_with_its_default() -> None:
         default = field.arguments.get("default")
         assert field.name in rows
         if default is not None:
-            assert rows[field.name] == str(default).lower() if isinstance(default, bool) else str(default)
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            assert rows[field.name] == shown
 
 
 def test_pictures_and_links_point_at_files() -> None:

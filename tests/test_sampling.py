@@ -74,10 +74,15 @@ def test_a_candidates_randomness_depends_on_seed_and_number_alone() -> None:
     assert not torch.equal(many, candidate_uniforms(6, range(40), 16))
 
 
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    tiny = filtered_probabilities(LOGITS, Sampling(temperature=1e-38))
+    assert torch.equal(tiny, filtered_probabilities(LOGITS, Sampling(temperature=0)))
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=8, top_p=0.9, temperature=0.8, guidance=3.0)])
-def test_the_first_n_of_many_equal_a_run_with_n(gpt: GPT, sampling: Sampling) -> None:
-    many = sampled(gpt, 40, sampling)
-    for n in (1, 2, 15, 17, 33):
+def test_the_first_n_of_a_batch_equal_a_run_with_n(gpt: GPT, sampling: Sampling) -> None:
+    many = sampled(gpt, 16, sampling)
+    for n in (1, 2, 15):
         assert torch.equal(sampled(gpt, n, sampling), many[:n])
 
 

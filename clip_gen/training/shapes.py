@@ -133,6 +133,9 @@ class Recipe:
         folder = self.work / "encoded" / name
         stream, count = {"train": (ENCODED, self.config.encoded_pictures), "unseen": (UNSEEN, 1024)}[name]
         pictures, networks = self.pictures(count, stream), self.networks
+        if self.config.gpt_fit.compile:
+            networks.clip.clip.visual.compile()
+            networks.vqgan.encoder.compile()
         return EncodedPictures(
             encode_embeddings(pictures, networks.clip, folder / "embeddings.npy"),
             encode_tokens(pictures, networks.vqgan, folder / "tokens.npy"),
