@@ -1,4 +1,4 @@
-"""The command line: `python -m clip_gen generate | shapes | evaluate`."""
+"""The command line: `python -m clip_gen generate | shapes | train-shapes | evaluate`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "generate": ("clip_gen.generate", "draw a prompt from a model folder"),
     "shapes": ("clip_gen.shapes.folder", "write pictures of the demo world, with or without captions"),
+    "train-shapes": ("clip_gen.training.shapes", "train the bundled model from nothing"),
     "evaluate": ("clip_gen.evaluation.report", "grade a shapes model by the judge"),
 }
 

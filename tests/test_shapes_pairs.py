@@ -8,9 +8,10 @@ import torch
 
 from clip_gen.shapes.captions import describe
 from clip_gen.shapes.judge import read, satisfies
-from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures, _numbers, fits, near_miss, spoil
+from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures, _numbers, fits, near_miss
 from clip_gen.shapes.rendering import render
 from clip_gen.shapes.scenes import HELD_OUT, Item, Scene, sample_scene
+from clip_gen.shapes.spoiling import spoil
 
 
 def rows(*scenes: Scene) -> torch.Tensor:
@@ -22,6 +23,12 @@ def test_a_picture_depends_on_seed_and_number_alone() -> None:
     assert not np.array_equal(RenderedPictures(5, 1, 64)[3], RenderedPictures(5, 2, 64)[3])
     with pytest.raises(IndexError):
         RenderedPictures(5, 1, 64)[5]
+
+
+def test_training_pictures_are_not_those_of_a_folder_of_the_same_seed() -> None:
+    folder = [render(sample_scene(np.random.default_rng([1, i]))) for i in range(20)]
+    training = [RenderedPictures(20, 1, 64)[i] for i in range(20)]
+    assert not any(np.array_equal(a, b) for a in folder for b in training)
 
 
 def test_the_generators_pictures_hold_no_held_out_pair() -> None:

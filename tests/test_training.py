@@ -23,7 +23,8 @@ from clip_gen.training.dataset import EncodedPictures, encode_embeddings, encode
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.run import FitConfig
 from clip_gen.training.schedule import adamw, warmup_cosine
-from clip_gen.training.shapes import Recipe, ShapesConfig
+from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
+from clip_gen.training.vqgan_trainer import VQGANTrainer
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 RECIPE = ShapesConfig(model=TINY, clip_fit=FIT, vqgan_fit=FIT, gpt_fit=FIT, encoded_pictures=64)
@@ -32,7 +33,7 @@ RECIPE = ShapesConfig(model=TINY, clip_fit=FIT, vqgan_fit=FIT, gpt_fit=FIT, enco
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     recipe = Recipe(RECIPE, tmp_path_factory.mktemp("work"))
-    for part in ("clip", "vqgan", "gpt", "bridge"):
+    for part in ORDER:
         recipe.part(part)
     return recipe
 
@@ -42,8 +43,10 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
     result = ClipGen.load(tmp_path / "model", "cpu").generate("a red circle", candidates=2, num_outputs=2, seed=0)
     assert len(result.images) == 2
     record = json.loads((tmp_path / "model" / "training.json").read_text())
-    assert record["stages"]["gpt"]["steps"] == 6
-    assert record["stages"]["vqgan"]["pictures"] == 48
+    for part in ("clip", "vqgan", "gpt"):
+        assert record["stages"][part]["steps"] == 6
+        assert [(leg["from_step"], leg["to_step"]) for leg in record["stages"][part]["legs"]] == [(0, 6)]
+        assert record["stages"][part]["told"]["fit"]["steps"] == 6
     assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
 
 
@@ -60,11 +63,44 @@ def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, cap
     Recipe(half, tmp_path).part("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
     with caplog.at_level(logging.INFO):
-        recipe = Recipe(RECIPE, tmp_path)
-        recipe.part("vqgan")
-    assert json.loads((tmp_path / "vqgan" / "record.json").read_text())["steps"] == 6
+        Recipe(RECIPE, tmp_path).part("vqgan")
+    record = json.loads((tmp_path / "vqgan" / "record.json").read_text())
+    assert record["steps"] == 6
+    assert [(leg["from_step"], leg["to_step"], leg["fit"]["steps"]) for leg in record["legs"]] == [(0, 4, 4), (4, 6, 6)]
     assert sum("vqgan 6/6" in line for line in caplog.messages) == 1
     assert not any("4/6" in line for line in caplog.messages)
+
+
+def test_a_part_goes_on_with_the_pictures_it_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = VQGANTrainer.training_step
+
+    def watched(self: VQGANTrainer, batch: torch.Tensor) -> torch.Tensor:
+        seen.extend(hash(picture.numpy().tobytes()) for picture in batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(VQGANTrainer, "training_step", watched)
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    Recipe(RECIPE, tmp_path).part("vqgan")
+    assert len(seen) == 48
+    assert len(set(seen)) == 48
+
+
+def test_a_part_whose_checkpoint_is_the_last_step_keeps_the_averaged_weights(tmp_path: Path) -> None:
+    first = Recipe(RECIPE, tmp_path)
+    first.part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    again = Recipe(RECIPE, tmp_path)
+    again.part("vqgan")
+    for name, tensor in first.networks.vqgan.state_dict().items():
+        assert torch.equal(tensor, again.networks.vqgan.state_dict()[name]), name
+
+
+def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> None:
+    other = Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=7)), trained.work)
+    with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
+        other.part("vqgan")
 
 
 def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Recipe) -> None:

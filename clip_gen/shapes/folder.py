@@ -6,8 +6,6 @@ import argparse
 import io
 import json
 import logging
-import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clip_gen.files import whole_or_not
 from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.rendering import render
 from clip_gen.shapes.scenes import Scene, sample_scene
@@ -105,17 +104,10 @@ def _write_zip(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int) 
     if out.exists():
         raise ValueError(f"{out} is there already; name another file or move that one away")
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            for name, scene in scenes:
-                # A ZipInfo of its own carries no clock time, so a seed gives the same bytes every day.
-                archive.writestr(zipfile.ZipInfo(name), _png(scene, resolution))
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner's eyes only
-        os.replace(temporary, out)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole_or_not(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, scene in scenes:
+            # A ZipInfo of its own carries no clock time, so a seed gives the same bytes every day.
+            archive.writestr(zipfile.ZipInfo(name), _png(scene, resolution))
 
 
 def _png(scene: Scene, resolution: int) -> bytes:

@@ -5,6 +5,7 @@ All lengths are fractions of the picture's side; x runs right and y runs down, (
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,6 +56,10 @@ class Item:
     radius: float = 0.2
 
     @property
+    def look(self) -> tuple[str, str, str]:
+        return self.shape, self.colour, self.size
+
+    @property
     def held_out(self) -> bool:
         return (self.colour, self.shape) in HELD_OUT
 
@@ -80,7 +85,7 @@ def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out
     if count == 1:
         return place(rng, background, (first,))
     second = _sample_item(rng, held_out)
-    while _looks(first) == _looks(second):
+    while first.look == second.look:
         second = _sample_item(rng, held_out)
     return place(rng, background, (first, second), str(rng.choice(RELATIONS)))
 
@@ -93,8 +98,9 @@ def place(rng: np.random.Generator, background: str, items: tuple[Item, ...], re
     return Scene(background, _placed_in_relation(rng, sized[0], sized[1], relation), relation)
 
 
-def _looks(item: Item) -> tuple[str, str, str]:
-    return item.shape, item.colour, item.size
+def another(rng: np.random.Generator, names: Iterable[str], current: str | None) -> str:
+    """One of the names but not this one."""
+    return str(rng.choice([name for name in names if name != current]))
 
 
 def _sample_item(rng: np.random.Generator, held_out: str) -> Item:

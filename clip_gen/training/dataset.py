@@ -5,19 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
 from clip_gen.vqgan import VQGAN
 
 log = logging.getLogger(__name__)
+
+
+class Onward(Sampler[int]):
+    """In order from `first` on; says it is as long as the whole, since Lightning counts in what a stage did before."""
+
+    def __init__(self, count: int, first: int):
+        self.count, self.first = count, first
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.count))
+
+    def __len__(self) -> int:
+        return self.count
 
 
 class EncodedPictures(Dataset):

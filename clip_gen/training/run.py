@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
+
+from clip_gen.files import whole_or_not
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +54,50 @@ class Progress(Callback):
         )
 
 
+class Ledger(Callback):
+    """ledger.json beside the checkpoints: one entry for each time the stage was started, with what it was told.
+
+    What a record says of a training that was cut off and taken up again, perhaps with other settings, comes from here.
+    """
+
+    def __init__(self, path: Path, config: FitConfig):
+        self.path, self.config = path, config
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.began = time.perf_counter()
+        self.earlier = [leg for leg in read_ledger(self.path) if leg["from_step"] < trainer.global_step]
+        for leg in self.earlier:
+            # What came after the checkpoint was lost.
+            leg["to_step"] = min(leg["to_step"], trainer.global_step)
+        self.from_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        if trainer.global_step % 50 and trainer.global_step != trainer.max_steps:
+            return
+        minutes = round((time.perf_counter() - self.began) / 60, 2)
+        leg = {"from_step": self.from_step, "to_step": trainer.global_step, "minutes": minutes}
+        with whole_or_not(self.path) as temporary:
+            Path(temporary).write_text(json.dumps([*self.earlier, leg | {"fit": asdict(self.config)}]))
+
+
+def read_ledger(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
 def fit(
     name: str,
     module: pl.LightningModule,
     config: FitConfig,
-    pictures: DataLoader,
+    pictures: Callable[[int], DataLoader],
     held_back: DataLoader | None,
     folder: Path,
 ) -> dict[str, object]:
     """Trains to `config.steps`, leaving the averaged weights in the module; returns what to write down about it.
 
-    Checkpoints go to `folder`; when one is there, the run goes on from it.
+    pictures: the batches from a step on. Checkpoints go to `folder`; when one is there, the run goes on from it.
     """
-    began = time.perf_counter()
     last = folder / "last.ckpt"
+    done = checkpointed_steps(last)
     trainer = pl.Trainer(
         max_steps=config.steps,
         accelerator="auto",
@@ -72,6 +106,7 @@ def fit(
         gradient_clip_val=1.0,
         callbacks=[
             Progress(name, config.batch_size),
+            Ledger(folder / "ledger.json", config),
             EMAWeightAveraging(decay=config.ema_decay, use_buffers=False),
             ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1000),
         ],
@@ -83,15 +118,21 @@ def fit(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    resumed = last if last.is_file() else None
-    trainer.fit(module, pictures, held_back, ckpt_path=resumed, weights_only=True)
-    metrics = {key: round(float(value), 5) for key, value in trainer.callback_metrics.items()}
-    minutes = (time.perf_counter() - began) / 60
-    return (
-        {"steps": trainer.global_step, "pictures": trainer.global_step * config.batch_size}
-        | metrics
-        | {
-            "minutes": round(minutes, 1),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        }
-    )
+    if done < config.steps:
+        trainer.fit(module, pictures(done), held_back, ckpt_path=last if done else None, weights_only=True)
+    else:
+        # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
+        module.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
+    legs = read_ledger(folder / "ledger.json")
+    return {
+        "steps": max(done, trainer.global_step),
+        **{key: round(float(value), 5) for key, value in trainer.callback_metrics.items()},
+        "minutes": round(sum(leg["minutes"] for leg in legs), 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "legs": legs,
+    }
+
+
+def checkpointed_steps(path: Path) -> int:
+    """How far the checkpoint came; 0 without one."""
+    return int(torch.load(path, weights_only=True, mmap=True)["global_step"]) if path.is_file() else 0

@@ -1,6 +1,6 @@
 """The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone.
 
-    python -m clip_gen.training.shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
+    python -m clip_gen train-shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
 Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint.
 """
@@ -8,6 +8,7 @@ Each part is kept when done and skipped the next time; a part that was cut off g
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import platform
@@ -27,7 +28,7 @@ from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
-from clip_gen.training.dataset import EncodedPictures, encode_embeddings, encode_tokens
+from clip_gen.training.dataset import EncodedPictures, Onward, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.run import FitConfig, fit
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Streams of pictures that never meet: each is a seed of its own.
 PAIRS, PICTURES, ENCODED, UNSEEN = range(4)
+
+ORDER = ("clip", "vqgan", "gpt", "bridge")
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,34 @@ class Recipe:
     def part(self, name: str) -> None:
         """Loads the part from the work folder, or trains it and leaves it there."""
         folder = self.work / name
-        network = getattr(self.networks, name)
-        if not (folder / "record.json").is_file():
+        network, told = getattr(self.networks, name), self.told(name)
+        record = folder / "record.json"
+        if not record.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             pl.seed_everything(self.config.seed)
-            record = getattr(self, f"train_{name}")(folder)
+            values = getattr(self, f"train_{name}")(folder)
             save_part(network, folder / f"{name}.safetensors")
-            (folder / "record.json").write_text(json.dumps(record))
+            record.write_text(json.dumps(values | {"told": told}))
+        elif json.loads(record.read_text())["told"] != told:
+            raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
         # Loaded even when just trained, so that what comes next sees the weights as they will ship: float16.
         load_part(network, folder / f"{name}.safetensors")
         network.eval().requires_grad_(False)
+
+    def told(self, name: str) -> dict[str, object]:
+        """All that decides what a part turns into, as JSON has it."""
+        settings: dict[str, object] = {"seed": self.config.seed}
+        if name != "bridge":
+            settings["sizes"] = asdict(getattr(self.config.model, name))
+            settings["fit"] = asdict(getattr(self.config, f"{name}_fit"))
+        if name == "gpt":
+            names = ("encoded_pictures", "embedding_noise", "condition_dropout")
+            settings |= {name: getattr(self.config, name) for name in names}
+        if name in ("gpt", "bridge"):
+            settings["clip"] = fingerprint(self.work / "clip" / "clip.safetensors")
+        if name == "gpt":
+            settings["vqgan"] = fingerprint(self.work / "vqgan" / "vqgan.safetensors")
+        return json.loads(json.dumps(settings))
 
     def train_clip(self, folder: Path) -> dict[str, object]:
         config, clip = self.config.clip_fit, self.config.model.clip
@@ -83,13 +104,15 @@ class Recipe:
         trainer = ClipTrainer(self.networks.clip, **_learning(config))
         collate = Collate(clip.context_length)
 
-        def loader(groups: int, stream: int) -> DataLoader:
+        def loader(groups: int, stream: int, first: int = 0) -> DataLoader:
             pairs = CaptionedPairs(groups, self.stream(stream), clip.image_resolution)
-            return DataLoader(pairs, config.batch_size, num_workers=1, collate_fn=collate)
+            order = Onward(groups, first)
+            return DataLoader(pairs, config.batch_size, sampler=order, num_workers=1, collate_fn=collate)
 
-        record = fit(
-            "clip", trainer, config, loader(config.steps * config.batch_size, PAIRS), loader(512, UNSEEN), folder
-        )
+        def pictures(step: int) -> DataLoader:
+            return loader(config.steps * config.batch_size, PAIRS, step * config.batch_size)
+
+        record = fit("clip", trainer, config, pictures, loader(512, UNSEEN), folder)
         trainer.forget_unseen_words()
         return record
 
@@ -99,15 +122,13 @@ class Recipe:
             vqgan.encoder.compile()
             vqgan.decoder.compile()
         trainer = VQGANTrainer(vqgan.to(memory_format=torch.channels_last).train(), **_learning(config))
-        pictures = self.pictures(config.steps * config.batch_size, PICTURES)
-        record = fit(
-            "vqgan",
-            trainer,
-            config,
-            DataLoader(pictures, config.batch_size, num_workers=1),
-            DataLoader(self.pictures(512, UNSEEN), config.batch_size),
-            folder,
-        )
+
+        def pictures(step: int) -> DataLoader:
+            every = self.pictures(config.steps * config.batch_size, PICTURES)
+            order = Onward(len(every), step * config.batch_size)
+            return DataLoader(every, config.batch_size, sampler=order, num_workers=1)
+
+        record = fit("vqgan", trainer, config, pictures, DataLoader(self.pictures(512, UNSEEN), 64), folder)
         vqgan.to(memory_format=torch.contiguous_format)
         return record
 
@@ -122,24 +143,28 @@ class Recipe:
             condition_dropout=self.config.condition_dropout,
             **_learning(config),
         )
-        loaders = (
-            DataLoader(train, config.batch_size, shuffle=True, drop_last=True),
-            DataLoader(unseen, config.batch_size),
-        )
-        return fit("gpt", trainer, config, *loaders, folder)
+
+        def shuffled(step: int) -> DataLoader:
+            return DataLoader(train, config.batch_size, shuffle=True, drop_last=True)
+
+        return fit("gpt", trainer, config, shuffled, DataLoader(unseen, config.batch_size), folder)
 
     def encoded(self, name: str) -> EncodedPictures:
         """The pictures the transformer trains on, or those its loss is watched on, through CLIP and VQGAN."""
-        folder = self.work / "encoded" / name
+        folder = self.work / "encoded"
         stream, count = {"train": (ENCODED, self.config.encoded_pictures), "unseen": (UNSEEN, 1024)}[name]
         pictures, networks = self.pictures(count, stream), self.networks
         if self.config.gpt_fit.compile:
             networks.clip.clip.visual.compile()
             networks.vqgan.encoder.compile()
         return EncodedPictures(
-            encode_embeddings(pictures, networks.clip, folder / "embeddings.npy"),
-            encode_tokens(pictures, networks.vqgan, folder / "tokens.npy"),
+            encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count)),
+            encode_tokens(pictures, networks.vqgan, folder / self.array_name("vqgan", name, count)),
         )
+
+    def array_name(self, part: str, name: str, count: int) -> str:
+        """An array is of use only to the network that made it."""
+        return f"{part}-{fingerprint(self.work / part / f'{part}.safetensors')}-{name}-{count}.npy"
 
     @torch.no_grad()
     def train_bridge(self, folder: Path) -> dict[str, object]:
@@ -157,11 +182,10 @@ class Recipe:
         return RenderedPictures(count, self.stream(stream), self.config.model.vqgan.resolution)
 
     def training_record(self) -> dict[str, object]:
-        parts = ("clip", "vqgan", "gpt", "bridge")
         return {
             "data": "shapes: rendered pictures; the VQGAN and the transformer saw no caption and no held-out pair",
             "held_out": sorted(" ".join(pair) for pair in HELD_OUT),
-            "stages": {name: json.loads((self.work / name / "record.json").read_text()) for name in parts},
+            "stages": {name: json.loads((self.work / name / "record.json").read_text()) for name in ORDER},
             "config": asdict(self.config),
             "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
             "python": platform.python_version(),
@@ -172,20 +196,20 @@ def _learning(config: FitConfig) -> dict[str, float]:
     return {name: getattr(config, name) for name in ("steps", "learning_rate", "warmup", "weight_decay")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the bundled model.")
+def fingerprint(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/shapes.yaml"))
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"), help="checkpoints and encoded pictures")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where the model folder goes")
-    parser.add_argument("--parts", nargs="+", default=["clip", "vqgan", "gpt", "bridge"], help="train only these")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    parser.add_argument("--until", choices=ORDER, default=ORDER[-1], help="stop after this part; the last by default")
+
+
+def main(arguments: argparse.Namespace) -> None:
     recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work)
-    for name in arguments.parts:
+    for name in ORDER[: ORDER.index(arguments.until) + 1]:
         recipe.part(name)
-    if set(arguments.parts) >= {"clip", "vqgan", "gpt", "bridge"}:
+    if arguments.until == ORDER[-1]:
         save_networks(recipe.networks, arguments.out, recipe.training_record())
-
-
-if __name__ == "__main__":
-    main()
