@@ -27,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     model = ClipGen.load(arguments.model, arguments.device)
     names = ("candidates", "num_outputs", "top_k", "top_p", "temperature", "guidance", "seed")
-    result = model.generate(arguments.prompt, **{name: getattr(arguments, name) for name in names})
+    settings = {name: getattr(arguments, name) for name in names}
+    result = model.generate(arguments.prompt, **settings)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for i, (image, score) in enumerate(zip(result.images, result.scores, strict=True)):
         path = arguments.out / f"{i}.{arguments.output_format}"
-        metadata = {"prompt": arguments.prompt, "seed": result.seed, "score": round(score, 4)}
+        metadata = {"prompt": arguments.prompt, **settings, "seed": result.seed, "score": round(score, 4)}
         save_image(image, path, arguments.output_format, metadata=metadata)
         print(f"{path}  score {score:.4f}")
     print(f"seed {result.seed}")

@@ -23,12 +23,12 @@ DOORS = {
 
 # Lower first; a module imports from its own row or rows above.
 LAYERS = [
-    ["config", "files", "images", "archives"],
+    ["config", "files", "images", "download"],
     ["gpt", "clip_encoder", "vqgan", "bridge"],
     ["sampling", "checkpoint", "weights"],
     ["pipeline"],
     ["serving"],
-    ["shapes", "training", "evaluation", "batching", "importers"],
+    ["shapes", "training", "evaluation"],
     ["generate", "__main__"],
     ["cog_signature", "cog_expressions", "cog_inputs", "cog_openapi", "cog_schema", "cog_cli"],
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
+from clip_gen.checkpoint import Networks
 from clip_gen.evaluation.metrics import Share
 from clip_gen.evaluation.prompts import KINDS, cases
 from clip_gen.evaluation.report import Evaluation
@@ -60,12 +61,41 @@ def test_the_command_writes_the_table_as_json_and_a_sheet(
     assert Image.open(tmp_path / "sheet.png").size[0] > 100
 
 
-def test_a_perfect_decoder_scores_full_marks_and_noise_scores_none(tiny_model: ClipGen) -> None:
-    """The grading itself: pictures that are right count as right, whatever made them."""
-    chosen = cases("one", 5, 0)
-    evaluation = Evaluation(tiny_model, 5, 0, Sampling())
-    graded = evaluation._graded(chosen, 0, "text")
-    assert [len(right) for _, right, _ in graded] == [16] * 5
-    assert not any(any(right) for _, right, _ in graded)  # an untrained model draws noise
-    assert all(satisfies(read(np.asarray(Image.fromarray(render(c.scene)))), c.description) for c in chosen)
-    assert to_tensor([render(c.scene) for c in chosen]).shape == (5, 3, 64, 64)
+def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny_model: ClipGen) -> None:
+    """A generator that draws the right scene as its candidate 5 and another scene as every other one."""
+    chosen = cases("one", 6, 0)
+    wrong = to_tensor([render(case.scene) for case in cases("two", 6, 0)])
+    right = to_tensor([render(case.scene) for case in chosen])
+    drawn = iter(range(len(chosen)))
+
+    class Painter:
+        def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+            i = next(drawn)
+            return torch.stack([right[i] if candidate == 5 else wrong[i] for candidate in range(16)])
+
+    class Critic:
+        """Likes candidate 5 of the first four prompts, and the first candidate of the others."""
+
+        def encode_text(self, prompts: list[str]) -> torch.Tensor:
+            return torch.ones(len(prompts), 16) / 4
+
+        def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+            liked = torch.zeros(len(images) // 16, 16, 16)
+            liked[:4, 5] = 1
+            liked[4:, 0] = 1
+            return liked.view(len(images), 16)
+
+    model = ClipGen(
+        Networks(tiny_model.config, Critic(), Painter(), tiny_model.gpt, tiny_model.bridge), tiny_model.device
+    )
+    evaluation = Evaluation(model, 6, 0, Sampling())
+    evaluation._from("one", "text")
+    shares = {name.split(", ")[1]: share.right for name, share in evaluation.rows.items()}
+    assert shares == {"best of 1": 0, "best of 4": 0, "best of 16": 4, "perfect ranker of 16": 6}
+    assert [verdict for _, verdict in evaluation.best["one"]] == [True] * 4 + [False] * 2
+
+
+def test_an_untrained_model_gets_no_marks(tiny_model: ClipGen) -> None:
+    evaluation = Evaluation(tiny_model, 3, 0, Sampling())
+    evaluation.run(["one", "unsaid"])
+    assert all(share.right == 0 for share in evaluation.rows.values())

@@ -43,7 +43,7 @@ class Evaluation:
     def __init__(self, model: ClipGen, prompts: int, seed: int, sampling: Sampling):
         self.model, self.prompts, self.seed, self.sampling = model, prompts, seed, sampling
         self.rows: dict[str, Share] = {}
-        self.best: dict[str, list[tuple[str, Image.Image, bool]]] = {}
+        self.best: dict[str, list[tuple[Image.Image, bool]]] = {}
 
     def run(self, kinds: list[str]) -> None:
         for kind in kinds:
@@ -66,9 +66,9 @@ class Evaluation:
             self.rows[f"{name}, best of {n}"] = Share(sum(best), len(best))
         self.rows[f"{name}, perfect ranker of {CANDIDATES}"] = Share(sum(any(r) for _, r, _ in graded), len(graded))
         if source == "text":
+            tops = [int(scores.argmax()) for scores, _, _ in graded]
             self.best[kind] = [
-                (case.prompt, pictures[int(scores.argmax())], right[int(scores.argmax())])
-                for case, (scores, right, pictures) in zip(chosen, graded, strict=True)
+                (pictures[top], right[top]) for top, (_, right, pictures) in zip(tops, graded, strict=True)
             ]
         log.info("%s: %d prompts in %.0f s", name, len(chosen), time.perf_counter() - began)
 
@@ -134,19 +134,18 @@ class Evaluation:
         }
         return {"prompts": self.prompts, "seed": self.seed, "sampling": vars(self.sampling), "rows": rows}
 
-    def sheet(self, columns: int = 16, rows_each: int = 2, scale: int = 1) -> Image.Image:
+    def sheet(self) -> Image.Image:
         """The best of 16 for the first prompts of each kind; a red bar under those the judge calls wrong."""
-        side = self.model.config.vqgan.resolution * scale
-        gap = 4
-        kinds = list(self.best)
-        height = len(kinds) * rows_each
-        sheet = Image.new("RGB", (columns * (side + gap), height * (side + 2 * gap)), (200, 200, 200))
-        for k, kind in enumerate(kinds):
-            for i, (_, picture, right) in enumerate(self.best[kind][: columns * rows_each]):
-                x, y = i % columns * (side + gap), (k * rows_each + i // columns) * (side + 2 * gap)
-                sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-                if not right:
-                    sheet.paste((220, 0, 0), (x, y + side, x + side, y + side + gap))
+        side, columns, gap = self.model.config.vqgan.resolution, 16, 4
+        shown = [row for best in self.best.values() for row in best[: 2 * columns]]
+        sheet = Image.new(
+            "RGB", (columns * (side + gap), -(-len(shown) // columns) * (side + 2 * gap)), (200, 200, 200)
+        )
+        for i, (picture, right) in enumerate(shown):
+            x, y = i % columns * (side + gap), i // columns * (side + 2 * gap)
+            sheet.paste(picture, (x, y))
+            if not right:
+                sheet.paste((220, 0, 0), (x, y + side, x + side, y + side + gap))
         return sheet
 
 

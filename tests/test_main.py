@@ -1,0 +1,50 @@
+"""__main__.py and generate.py: the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clip_gen.__main__ import COMMANDS, main
+
+
+def test_generate_writes_numbered_pictures_that_say_how_they_were_made(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "a red circle", "--model", str(tiny_model_folder), "--out", str(tmp_path / "new" / "folder")]
+    assert main([*words, "--seed", "3", "--num-outputs", "2", "--top-p", "0.9"]) == 0
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["0.png", "1.png"]
+    text = Image.open(tmp_path / "new" / "folder" / "0.png").text
+    assert (text["prompt"], text["seed"], text["top_p"]) == ("a red circle", "3", "0.9")
+    assert text["score"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["generate", "a", "--model", "nowhere"], "generate: nowhere: no such model folder"),
+        (["generate", " "], "generate: prompt is ' '"),
+        (["evaluate", "nowhere"], "evaluate: nowhere: no such model folder"),
+        (["train-shapes", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["shapes", "--count", "0", "--out", "x"], "0"),
+    ],
+)
+def test_bad_input_is_one_sentence_on_stderr(
+    words: list[str], sentence: str, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words == ["generate", " "]:
+        words = [*words, "--model", str(tiny_model_folder)]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "--" in capsys.readouterr().out
