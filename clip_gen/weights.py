@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
+import errno
+import fcntl
 import hashlib
 import http.client
 import io
+import math
 import os
+import secrets
 import shutil
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from clip_gen.checkpoint import FILES, TRAINING, ModelFolderError, load_config
+from clip_gen.download import open_url
 from clip_gen.files import whole_or_not
 
-MOST_BYTES = 16 * 2**30  # of one unpacked weights tar; the published size is under one
-KEPT = 4  # unpacked weights in the cache
-TIMEOUT_SECONDS = 60  # without a byte from a server
+MOST_BYTES = 4 * 2**30  # in one weights tar; the published size is under one GiB
+LEAST_BYTES = 2**20  # that an entry counts for, so that there cannot be endless empty ones
+KEPT = 16  # unpacked weights in the cache: twice the slots of a server
+RECENT_SECONDS = 10 * 60  # so long nothing that was asked for is removed: somebody may be about to load it
+LEFT_OVER_SECONDS = 60 * 60  # longer than a download may take
+UNPACKING = ".unpacking-"
+URLS = ("http://", "https://", "data:")
 
 
 def pack(folder: str | Path, path: str | Path) -> None:
@@ -35,79 +43,148 @@ def pack(folder: str | Path, path: str | Path) -> None:
                 tar.add(folder / name, arcname=name)
 
 
-def resolve_weights(weights: str) -> Path:
+def resolve_weights(weights: str, should_stop: Callable[[], bool] | None = None) -> Path:
     """The model folder behind a local folder, a weights tar, or a URL of one (http, https, data).
 
     Tars are unpacked once into the cache: $CLIP_GEN_CACHE, or ~/.cache/clip-gen. ModelFolderError when there is
-    nothing of use.
+    nothing of use, or soon after should_stop says so during a download.
     """
-    if weights.startswith(("http://", "https://", "data:")):
-        return _unpacked(f"url {weights}", lambda: _opened(weights), weights[:100])
-    path = Path(weights)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        stat = path.stat()
-        key = f"file {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        return _unpacked(key, lambda: path.open("rb"), weights)
-    raise ModelFolderError(
-        f"{weights[:200]!r} is no model folder, no file and no http(s) URL; give one of a weights tar or model folder"
-    )
-
-
-def _opened(url: str) -> BinaryIO:
-    if url.startswith("data:"):
-        try:
-            return io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True))
-        except binascii.Error as error:
-            raise ModelFolderError(f"{url[:60]}...: not base64 ({error}); give a data URL of a weights tar") from error
-    return urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
-
-
-def _unpacked(key: str, opened: Callable[[], BinaryIO], name: str) -> Path:
-    """The folder a tar was unpacked to, now or earlier."""
-    cache = Path(os.environ.get("CLIP_GEN_CACHE") or Path.home() / ".cache" / "clip-gen") / "weights"
-    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if folder.is_dir():
-        os.utime(folder)
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".unpacking-"))
     try:
-        with opened() as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-            _unpack(tar, temporary, name)
-        os.replace(temporary, folder)
-    except (tarfile.TarError, EOFError, http.client.HTTPException, urllib.error.URLError, OSError) as error:
-        if folder.is_dir():  # somebody else was faster
+        if not weights.startswith(URLS) and Path(weights).is_dir():
+            return Path(weights)
+        key, stream = _open(weights, should_stop)
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"{_short(weights)}: cannot be opened ({_reason(error)}); "
+            "give a model folder, or the path or URL (http, https, data) of a weights tar"
+        ) from error
+    with stream:
+        cache = _cache()
+        try:
+            return _unpacked(cache, key, stream)
+        except (tarfile.TarError, EOFError, http.client.HTTPException, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ModelFolderError(f"{cache}: the disk is full; make room, or set CLIP_GEN_CACHE") from error
+            raise ModelFolderError(
+                f"{_short(weights)}: cannot be read as a weights tar ({_reason(error)}); make one by training"
+            ) from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _reason(error: Exception) -> str:
+    return _short(getattr(error, "strerror", None) or str(error))
+
+
+def _open(weights: str, should_stop: Callable[[], bool] | None) -> tuple[str, BinaryIO]:
+    """A key that changes whenever the tar does, and the tar."""
+    if weights.startswith("data:"):
+        return weights, io.BytesIO(base64.b64decode(weights.partition(",")[2], validate=True))
+    if weights.startswith(URLS):
+        reply = open_url(weights, should_stop)
+        marks = [reply.headers.get(name) for name in ("ETag", "Last-Modified")]
+        if not any(marks):  # the length alone says nothing: retrained weights are as long as before
+            marks = [secrets.token_hex()]
+        return f"url {weights} {marks} {reply.headers.get('Content-Length')}", reply
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    stat = path.stat()
+    return f"file {path.resolve()} {stat.st_size} {stat.st_mtime_ns}", path.open("rb")
+
+
+def _cache() -> Path:
+    """The folder of unpacked weights, created where it can be written to."""
+    named = os.environ.get("CLIP_GEN_CACHE")
+    try:
+        return _writable(Path(named) if named else Path.home() / ".cache" / "clip-gen")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        if named:
+            raise ModelFolderError(
+                f"CLIP_GEN_CACHE is {_short(named)}, which cannot be written to ({_reason(error)}); name another folder"
+            ) from error
+    own = Path(tempfile.gettempdir()) / f"clip-gen-{os.getuid()}"
+    try:
+        own.mkdir(mode=0o700, exist_ok=True)
+        stat = own.lstat()
+        if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or own.is_symlink():
+            raise PermissionError("others can write to it")
+        return _writable(own)
+    except OSError as error:
+        raise ModelFolderError(
+            f"{own}: no place for weights ({_reason(error)}); set CLIP_GEN_CACHE to a folder"
+        ) from error
+
+
+def _writable(folder: Path) -> Path:
+    weights = folder / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    if not os.access(weights, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return weights
+
+
+def _unpacked(cache: Path, key: str, stream: BinaryIO) -> Path:
+    """The folder that the tar was unpacked to, now or earlier."""
+    folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    with _alone(cache):
+        if folder.is_dir():
+            os.utime(folder)
             return folder
-        raise ModelFolderError(f"{name}: cannot be read as a weights tar ({error}); make one by training") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _forget_the_oldest(cache)
+        _forget_the_oldest(cache)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=UNPACKING, ignore_cleanup_errors=True) as temporary:
+        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            _unpack(tar, Path(temporary))
+        with _alone(cache):
+            if not folder.is_dir():  # else somebody was faster
+                os.replace(temporary, folder)
+            os.utime(folder)
     return folder
 
 
-def _unpack(tar: tarfile.TarFile, folder: Path, name: str) -> None:
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """No other thread or process looks into the cache or removes from it meanwhile."""
+    with (cache / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
     """Only plain files with the names of a model folder leave the archive, so that none can land elsewhere."""
     left = MOST_BYTES
     for member in tar:
-        inside = member.name.removeprefix("./")
-        if not member.isfile() or inside not in FILES:
-            continue
-        left -= member.size
+        left -= max(member.size, LEAST_BYTES)
         if left < 0:
-            raise ModelFolderError(f"{name}: holds more than {MOST_BYTES // 2**30} GiB; this is no weights tar")
-        with (folder / inside).open("wb") as file:
-            shutil.copyfileobj(tar.extractfile(member), file)
+            raise ValueError(f"holds more than {MOST_BYTES // 2**30} GiB or thousands of files")
+        inside = member.name.removeprefix("./")
+        if member.isfile() and inside in FILES:
+            with (folder / inside).open("wb") as file:
+                shutil.copyfileobj(tar.extractfile(member), file)
     # tarfile takes an archive cut off between two files for a whole one.
-    missing = [part for part in FILES if part != TRAINING and not (folder / part).is_file()]
+    missing = [name for name in FILES if name != TRAINING and not (folder / name).is_file()]
     if missing:
-        raise ModelFolderError(
-            f"{name}: has no {missing[0]} at its root, so it is no weights tar; make one by training"
-        )
+        raise ValueError(f"has no {missing[0]} at its root")
 
 
 def _forget_the_oldest(cache: Path) -> None:
-    folders = sorted((path for path in cache.iterdir() if path.name[0] != "."), key=lambda path: path.stat().st_mtime)
+    """Removes all but the newest folders, and what was left behind by processes that died while unpacking."""
+    now = time.time()
+    for left_over in cache.glob(f"{UNPACKING}*"):
+        if _touched(left_over) < now - LEFT_OVER_SECONDS:
+            shutil.rmtree(left_over, ignore_errors=True)
+    folders = sorted((path for path in cache.iterdir() if path.name[0] != "."), key=_touched)
     for folder in folders[:-KEPT]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if _touched(folder) < now - RECENT_SECONDS:
+            # Renamed first: half a folder must not pass for a whole one.
+            os.replace(folder, aside := tempfile.mkdtemp(dir=cache, prefix=UNPACKING))
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # its owner was done with it
+        return math.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +39,9 @@ def slow_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def web_server(folder: Path) -> Iterator[str]:
-    """A web server of our own on that folder, which also takes PUT; yields its address."""
-    handler = functools.partial(_Handler, directory=str(folder))
+def web_server(folder: Path, hidden: Sequence[str] = ()) -> Iterator[str]:
+    """A web server of our own on that folder, which takes PUT too and sends no hidden headers; yields its address."""
+    handler = functools.partial(_Handler, directory=str(folder), hidden=hidden)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -54,6 +54,14 @@ def web_server(folder: Path) -> Iterator[str]:
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
+    def __init__(self, *args: object, hidden: Sequence[str], **named: object):
+        self.hidden = hidden
+        super().__init__(*args, **named)
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword not in self.hidden:
+            super().send_header(keyword, value)
+
     def do_PUT(self) -> None:
         name = Path(self.path).name
         (Path(self.directory) / name).write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
