@@ -23,7 +23,7 @@ class Predictor(BaseRunner):
         self.models = Models(source)
         self.outputs = Outputs()
         self.turn = asyncio.Lock()
-        print(f"model: {self.models.own.config.name} from {source[:200]} on {self.models.own.device}")
+        print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}")
 
     @concurrent(max=8)
     async def run(
@@ -60,13 +60,13 @@ class Predictor(BaseRunner):
         form, quality, weights = map(values.pop, ("output_format", "output_quality", "replicate_weights"))
         stop = threading.Event()
         try:
-            model = await asyncio.to_thread(self.models.get, weights)
+            model = await self.models.fetch(weights, stop.is_set)
             async with self.turn:
                 result = await asyncio.to_thread(model.generate, **values, should_stop=stop.is_set)
             settings = values | {"candidates": result.candidates, "model": model.config.name}
             files = await asyncio.to_thread(self.outputs.save, result, settings, form, quality)
         finally:
-            stop.set()  # when cancelled, the thread leaves at its next token
+            stop.set()  # when cancelled, its thread leaves at the next token, or its download within a second
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
         metrics = {"image_output_count": len(files), "candidates": result.candidates, "seed": result.seed}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from clip_gen.images import save_image
 from clip_gen.pipeline import ClipGen, Generation
 from clip_gen.weights import resolve_weights
+
+# More than there are slots: a thread whose request was cancelled leaves within a second, but not while it connects.
+FETCHING_THREADS = 32
 
 
 class Models:
@@ -21,15 +27,23 @@ class Models:
         self._most = others
         self._loaded: OrderedDict[tuple[Path, int], ClipGen] = OrderedDict()
         self._loading = threading.Lock()
+        self._fetching = ThreadPoolExecutor(FETCHING_THREADS, "fetching")
 
-    def get(self, weights: str | None) -> ClipGen:
+    async def fetch(self, weights: str | None, should_stop: Callable[[], bool]) -> ClipGen:
+        """What get() gives; a download takes none of the threads that asyncio.to_thread draws in."""
+        if not weights:
+            return self.own
+        return await asyncio.get_running_loop().run_in_executor(self._fetching, self.get, weights, should_stop)
+
+    def get(self, weights: str | None, should_stop: Callable[[], bool] | None = None) -> ClipGen:
         """The server's own model for None or "", else that of these weights, whatever resolve_weights takes.
 
-        Safe from several threads; a model asked for twice at once loads once. ModelFolderError for unusable weights.
+        Safe from several threads; a model asked for twice at once loads once. ModelFolderError for unusable weights,
+        and soon after should_stop says so.
         """
         if not weights:
             return self.own
-        folder = resolve_weights(weights)
+        folder = resolve_weights(weights, should_stop)
         # A folder trained anew is another model.
         key = (folder, max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0))
         with self._loading:

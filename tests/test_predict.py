@@ -7,6 +7,7 @@ test_cog_schema.py.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -139,6 +140,46 @@ def test_a_cancelled_prediction_makes_way_for_the_next(tmp_path: Path) -> None:
         return await asyncio.wait_for(predictor.run(**QUICK), timeout=60)
 
     assert len(asyncio.run(cancel_and_go_on())) == 2
+
+
+def test_cancelled_downloads_from_a_silent_host_keep_nobody_waiting(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cancel_eight_and_go_on(url: str) -> list[Path]:
+        predictor = Predictor()
+        await predictor.setup(str(tiny_model_folder))
+        for _ in range(8):
+            task = asyncio.create_task(predictor.run(**(QUICK | {"replicate_weights": url})))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return await asyncio.wait_for(predictor.run(**QUICK), timeout=20)
+
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.tar"
+        assert len(asyncio.run(cancel_eight_and_go_on(address))) == 2
+
+
+def test_downloads_under_way_keep_no_plain_prediction_waiting(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask_beside_eight(url: str) -> list[Path]:
+        predictor = Predictor()
+        await predictor.setup(str(tiny_model_folder))
+        tasks = [asyncio.create_task(predictor.run(**(QUICK | {"replicate_weights": url}))) for _ in range(8)]
+        await asyncio.sleep(0.5)
+        try:
+            return await asyncio.wait_for(predictor.run(**QUICK), timeout=20)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.tar"
+        assert len(asyncio.run(ask_beside_eight(address))) == 2
 
 
 def test_one_generation_at_a_time_uses_the_device(tiny_model_folder: Path) -> None:
