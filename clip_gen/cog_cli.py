@@ -8,7 +8,9 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,6 @@ from types import ModuleType
 
 from clip_gen.cog_inputs import InputError, InputField, checked
 from clip_gen.cog_schema import PREDICT, ROOT, project_signatures
-from clip_gen.files import whole_or_not
 
 FORMATS = {"png": "png", "webp": "webp", "jpg": "jpg", "jpeg": "jpg"}
 
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         values = checked(parse_inputs(texts, fields), fields)
         if suffix and values["output_format"] != suffix:
             raise InputError(f"-o {options.output} asks for {suffix}, but output_format is {values['output_format']}")
-        paths, metrics = _predict(values, target)
+        paths = output_paths(target, values["num_outputs"], values["output_format"])
+        metrics = _predict(values, paths)
         for path, score in zip(paths, metrics["scores"], strict=True):
             print(f"{path}  score {score:.4f}")
     except KeyboardInterrupt:
@@ -85,16 +87,24 @@ def _file_input(name: str, path: Path) -> str:
 
 def output_target(output: str | None) -> tuple[Path, str | None]:
     """Where the files go, as a path still without number and suffix, and the format its suffix asks for, if any."""
-    if not output:
-        return Path("output"), None
-    path = Path(output).expanduser()
-    if path.is_dir():
+    path = Path(output or "output").expanduser()
+    if output and path.is_dir():
         path = path / "output"
     folder = path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"-o {output}: {folder} is no folder that can be written to; create it or choose another")
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        shown = f"-o {output}: {folder}" if output else folder.absolute()
+        raise InputError(f"{shown} is no folder that can be written to; create it or choose another")
     suffix = FORMATS.get(path.suffix[1:].lower())
     return (path.with_suffix("") if suffix else path), suffix
+
+
+def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
+    """target.0.png, target.1.png, ...; InputError when something lies there that is no picture of an earlier run."""
+    paths = [target.with_name(f"{target.name}.{i}.{suffix}") for i in range(count)]
+    for path in paths:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise InputError(f"{path}: is there already and no plain file; move it or choose another -o")
+    return paths
 
 
 def _parse(arguments: Sequence[str], fields: Sequence[InputField]) -> argparse.Namespace:
@@ -141,8 +151,8 @@ def _named(pairs: Sequence[str], option: str) -> dict[str, str]:
     return named
 
 
-def _predict(values: dict[str, object], target: Path) -> tuple[list[Path], dict[str, object]]:
-    """The files of one prediction and what the predictor recorded; what it prints goes to stderr."""
+def _predict(values: dict[str, object], paths: Sequence[Path]) -> dict[str, object]:
+    """Writes the files of one prediction and returns what the predictor recorded; what it prints goes to stderr."""
     predictor = _predict_module().Predictor()
     metrics: dict[str, object] = {}
     # Outside a server nobody receives the metrics.
@@ -154,7 +164,8 @@ def _predict(values: dict[str, object], target: Path) -> tuple[list[Path], dict[
 
     with contextlib.redirect_stdout(sys.stderr):
         files = asyncio.run(run())
-    return _deliver(files, target), metrics  # while the predictor lives: its folder of pictures goes with it
+    _deliver(files, paths)  # while the predictor lives: its folder of pictures goes with it
+    return metrics
 
 
 def _predict_module() -> ModuleType:
@@ -165,14 +176,23 @@ def _predict_module() -> ModuleType:
     return module
 
 
-def _deliver(files: Sequence[Path], target: Path) -> list[Path]:
-    """Copies the files to target.0.png, target.1.png, ..., all or, when interrupted, none."""
-    paths = [target.with_name(f"{target.name}.{i}{file.suffix}") for i, file in enumerate(files)]
-    with contextlib.ExitStack() as unfinished:
-        for file, path in zip(files, paths, strict=True):
-            temporary = unfinished.enter_context(whole_or_not(path))
-            Path(temporary).write_bytes(file.read_bytes())
-    return paths
+def _deliver(files: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Copies the files to these paths, all of them or, when one cannot be written, none: then all is as before."""
+    path = paths[0]
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder, contextlib.ExitStack() as undo:
+            for path, file in zip(paths, files, strict=True):
+                shutil.copyfile(file, Path(folder, path.name))
+            for path in paths:
+                if path.exists():
+                    earlier = shutil.copy2(path, Path(folder, f"earlier-{path.name}"))
+                    undo.callback(os.replace, earlier, path)
+                else:
+                    undo.callback(path.unlink, missing_ok=True)
+                os.replace(Path(folder, path.name), path)
+            undo.pop_all()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -106,6 +107,56 @@ def test_an_output_suffix_against_the_format_is_refused(refused: Refuse) -> None
 
 def test_an_output_folder_that_is_not_there_is_refused_before_anything_runs(refused: Refuse) -> None:
     assert refused(*QUICK, "-o", "absent/cat").startswith("-o absent/cat: absent is no folder")
+
+
+def no_drawing() -> None:
+    raise AssertionError("drew")
+
+
+def test_a_folder_in_a_pictures_place_is_named_before_anything_is_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.cog_cli._predict_module", no_drawing)
+    (folder / "output.2.png").mkdir()
+    assert main(QUICK) == 1
+    assert capsys.readouterr().err == "output.2.png: is there already and no plain file; move it or choose another -o\n"
+    assert files(folder) == ["output.2.png"]
+
+
+def test_a_current_folder_that_cannot_be_written_to_is_named_before_anything_is_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.cog_cli._predict_module", no_drawing)
+    monkeypatch.setattr("clip_gen.cog_cli.os.access", lambda path, mode: False)
+    assert main(QUICK) == 1
+    assert "no folder that can be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_files_that_cannot_all_be_written_leave_things_as_they_were(
+    folder: Path, failing: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [f"output.{failing}.png"]
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name in failures:
+            failures.clear()
+            raise OSError(errno.EACCES, "Permission denied", str(source))
+        os.rename(source, target)
+
+    (folder / "output.1.png").write_text("earlier")
+    monkeypatch.setattr("clip_gen.cog_cli.os.replace", replace)
+    assert main(QUICK) == 1
+    assert capsys.readouterr().err.endswith(f"output.{failing}.png: cannot be written (Permission denied)\n")
+    assert files(folder) == ["output.1.png"]
+    assert (folder / "output.1.png").read_text() == "earlier"
+
+
+def test_earlier_pictures_give_way(folder: Path) -> None:
+    (folder / "output.1.png").write_text("earlier")
+    assert main(QUICK) == 0
+    assert Image.open("output.1.png").size == (16, 16)
+    assert files(folder) == [f"output.{i}.png" for i in range(4)]
 
 
 def test_all_bad_inputs_are_listed_at_once_each_with_value_and_remedy(refused: Refuse) -> None:
