@@ -51,15 +51,6 @@ def test_most_reconstructions_of_fresh_renders_are_still_right(model: ClipGen) -
     assert np.mean(right) > 0.85
 
 
-def test_at_least_half_of_the_one_object_prompts_are_all_right_best_of_16(model: ClipGen) -> None:
-    chosen = cases("one", 24, seed=123)
-    best = [
-        model.generate(case.prompt, candidates=16, num_outputs=1, seed=i).images[0] for i, case in enumerate(chosen)
-    ]
-    right = [satisfies(read(np.asarray(image)), case.description) for image, case in zip(best, chosen, strict=True)]
-    assert np.mean(right) >= 0.5
-
-
 def test_every_best_of_16_has_the_colour_and_background_of_its_prompt(model: ClipGen) -> None:
     """Read off the pixels alone: a pipeline that mixes up colours or embeddings cannot pass."""
     for seed, prompt in enumerate(
