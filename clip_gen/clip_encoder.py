@@ -76,15 +76,5 @@ class ClipEncoder(nn.Module):
 def build_clip(config: ClipConfig) -> CLIP:
     """OpenAI's class at these sizes, with its own random start."""
     layers = config.vision_layers
-    return CLIP(
-        embed_dim=config.embed_dim,
-        image_resolution=config.image_resolution,
-        vision_layers=layers[0] if len(layers) == 1 else layers,
-        vision_width=config.vision_width,
-        vision_patch_size=config.vision_patch_size,
-        context_length=config.context_length,
-        vocab_size=config.vocab_size,
-        transformer_width=config.transformer_width,
-        transformer_heads=config.transformer_heads,
-        transformer_layers=config.transformer_layers,
-    )
+    # The config has the names of CLIP's own arguments.
+    return CLIP(**vars(config) | {"vision_layers": layers[0] if len(layers) == 1 else layers})
