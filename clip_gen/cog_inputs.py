@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,8 @@ def _cast_one(field: InputField, value: object) -> tuple[object, str | None]:
     if kind in TEXT and not given.get("min_length", 0) <= len(value) <= given.get("max_length", math.inf):
         size = f"has {len(value)} characters" if value else "is empty"
         return value, f"{field.name} {size}; give {field.wanted()}"
+    if kind in TEXT and "regex" in given and not re.search(given["regex"], value):  # a schema pattern is not anchored
+        return value, f"{field.name} is {_shown(value)}; give text that matches {given['regex']}"
     return value, None
 
 

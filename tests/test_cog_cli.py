@@ -16,6 +16,7 @@ from model_files import other_folder, slow_folder
 from PIL import Image
 
 from clip_gen.cog_cli import main
+from clip_gen.cog_inputs import InputError, InputField, Kind, checked
 from clip_gen.cog_schema import ROOT
 from clip_gen.weights import pack
 
@@ -261,3 +262,10 @@ def test_ctrl_c_ends_it_quietly_and_leaves_no_file(folder: Path, tmp_path: Path)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "")
     assert files(folder) == files(scratch) == []
+
+
+def test_a_pattern_is_held_by_our_own_check_as_by_the_schema() -> None:
+    field = InputField("word", Kind("str"), {"regex": "^[a-z]+$"})
+    assert checked({"word": "red"}, [field]) == {"word": "red"}
+    with pytest.raises(InputError, match='word is "Red1"; give text that matches'):
+        checked({"word": "Red1"}, [field])
