@@ -35,7 +35,7 @@ def test_the_input_table_has_every_input_with_its_default() -> None:
     for line in table.splitlines()[2:]:
         if line.startswith("|"):
             names, defaults = line.split("|")[1:3]
-            rows.update(zip(re.findall(r"`(\w+)`", names), [d.strip() for d in defaults.split(",")], strict=False))
+            rows.update(zip(re.findall(r"`(\w+)`", names), [d.strip() for d in defaults.split(",")], strict=True))
     for field in project_signatures()[0].inputs:
         default = field.arguments.get("default")
         assert field.name in rows
