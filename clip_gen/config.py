@@ -36,11 +36,13 @@ class VQGANConfig:
     """taming's Encoder and Decoder between images of `resolution` and a grid of h · w = T tokens.
 
     `patch` folds squares of pixels into channels before the first convolution (1: not at all), so the grid's side is
-    resolution / patch / 2 ** (len(ch_mult) - 1).
+    resolution / patch / 2 ** (len(ch_mult) - 1). With `local` the encoder reads each of these squares on its own, so a
+    token tells of nothing but its own square; the decoder still sees them all.
     """
 
     resolution: int = 256
     patch: int = 1
+    local: bool = False
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
@@ -65,6 +67,7 @@ class GPTConfig:
     block_size: int = 256  # T: the condition takes position 0, so the last token is never an input
     codebook_size: int = 1024
     embed_dim: int = 512  # of the CLIP embedding
+    rotary: bool = False  # turn queries and keys by their token's row and column, besides learnt positions
     dropout: float = 0.1
 
 
@@ -91,7 +94,7 @@ class ModelConfig:
         for part in ("clip", "vqgan", "gpt"):
             for name, value in vars(getattr(self, part)).items():
                 for size in value if isinstance(value, tuple) else [value]:
-                    if isinstance(size, int) and not 1 <= size <= MOST:
+                    if isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= MOST:
                         raise ValueError(f"{part}.{name} is {size}; give 1 to {MOST}")
         pairs = {
             "gpt.block_size and the VQGAN's tokens per picture": (gpt.block_size, vqgan.grid**2),
@@ -103,6 +106,15 @@ class ModelConfig:
                 raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
         if gpt.n_embd % gpt.n_head:
             raise ValueError(f"gpt.n_embd ({gpt.n_embd}) must be a multiple of gpt.n_head ({gpt.n_head})")
+        if gpt.rotary and gpt.n_embd // gpt.n_head % 4:
+            raise ValueError(f"gpt.rotary needs n_embd / n_head to be a multiple of 4, not {gpt.n_embd // gpt.n_head}")
+        if vqgan.local and len(vqgan.ch_mult) > 1:
+            raise ValueError(
+                f"vqgan.local has nothing to halve: vqgan.ch_mult takes one number, not {vqgan.ch_mult}"
+            )
+        # taming's group norm has 32 groups; a square's only value in a group would be normalised away.
+        if vqgan.local and vqgan.ch * vqgan.ch_mult[0] < 64:
+            raise ValueError(f"vqgan.local needs 64 channels or more; vqgan.ch is {vqgan.ch}")
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:

@@ -32,6 +32,26 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def grid_rotation(side: int, head_size: int) -> Tensor:
+    """Cosines and sines (2, T, D / 2) that tell a head where in the picture a token lies: half of them turn with its
+    row, half with its column, so that what a head learns about neighbours holds everywhere.
+
+    Rotary embedding: arXiv 2104.09864; by row and column, as for pictures: arXiv 2403.13298.
+    """
+    frequencies = 100.0 ** (-torch.arange(head_size // 4) / (head_size // 4))
+    place = torch.arange(side)[:, None] * frequencies  # (side, D / 4)
+    rows, columns = place.repeat_interleave(side, dim=0), place.repeat(side, 1)
+    angles = torch.cat([rows, columns], dim=1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns each pair of channels of x (B, H, n, D) by its angle in rotation (2, n, D / 2)."""
+    cosine, sine = rotation.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -40,10 +60,12 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         batch, length, width = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.n_head, width // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, n, D) each
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             assert length == 1 or cache.length == 0, "several positions at once only at the start"
             k, v = cache.extend(layer, k, v)
@@ -71,8 +93,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), cache, layer))
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), rotation, cache, layer))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -88,6 +110,10 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.codebook_size, bias=False)
+        rotation = (
+            grid_rotation(math.isqrt(config.block_size), config.n_embd // config.n_head) if config.rotary else None
+        )
+        self.register_buffer("rotation", rotation, persistent=False)
         self.apply(self._start)
 
     def _start(self, module: nn.Module) -> None:
@@ -138,8 +164,9 @@ class GPT(nn.Module):
         length = x.shape[1]
         assert start + length <= self.config.block_size, (start, length, self.config.block_size)
         x = self.dropout(x + self.position_embedding.weight[start : start + length])
+        rotation = None if self.rotation is None else self.rotation[:, start : start + length]
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
+            x = block(x, rotation, cache, layer)
         if cache is not None:
             cache.length += length
         return self.head(self.ln_f(x))

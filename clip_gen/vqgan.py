@@ -50,7 +50,7 @@ class CosineQuantizer(nn.Module):
             codebook_size=config.codebook_size,
             use_cosine_sim=True,
             kmeans_init=True,
-            threshold_ema_dead_code=2,
+            threshold_ema_dead_code=0.25,
             decay=0.98,
             commitment_weight=0.25,
             rotation_trick=False,
@@ -95,9 +95,19 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.quantizer = QUANTIZERS[config.quantizer](config)
 
-    def features(self, images: Tensor) -> Tensor:
-        """What the quantiser sees: (B, codebook_dim, h, w)."""
-        return self.quant_conv(self.encoder(F.pixel_unshuffle(images, self.config.patch)))
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the quantiser sees: (B, codebook_dim, h, w), and None.
+
+        With `local` it is (U, codebook_dim, 1, 1) for the U different squares, and which of them each token is, (B, T).
+        A square that comes again goes through once: quicker where pictures have plain parts, and the codebook is spread
+        over what there is to tell apart instead of what there is most of.
+        """
+        squares, which = F.pixel_unshuffle(images, self.config.patch), None
+        if self.config.local:
+            rows = squares.flatten(2).transpose(1, 2)  # (B, T, pixels)
+            different, which = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
+            squares, which = different[:, :, None, None], which.view(rows.shape[:2])
+        return self.quant_conv(self.encoder(squares)), which
 
     def pixels(self, codes: Tensor) -> Tensor:
         """Codes (B, codebook_dim, h, w) to images, not clamped."""
@@ -105,22 +115,29 @@ class VQGAN(nn.Module):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Through the codebook and back, with gradients: straight-through to the encoder."""
-        features = self.features(images)
-        # Which code is nearest is a matter of small differences: not for bfloat16.
-        with torch.autocast(images.device.type, enabled=False):
-            codes, tokens, loss = self.quantizer(features.float())
+        codes, tokens, loss = self._quantized(images)
         return Reconstruction(self.pixels(codes), tokens, loss)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, T) int64, row by row, of images (B, 3, S, S) in [-1, 1]."""
-        _, tokens, _ = self.quantizer(self.features(images).float())
-        return tokens
+        return self._quantized(images)[1]
+
+    def _quantized(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (B, codebook_dim, h, w), tokens (B, T), loss (scalar)."""
+        features, which = self.features(images)
+        # Which code is nearest is a matter of small differences: not for bfloat16.
+        with torch.autocast(images.device.type, enabled=False):
+            codes, tokens, loss = self.quantizer(features.float())
+        if which is not None:
+            codes, tokens = self._on_grid(codes.flatten(1)[which]), tokens.flatten()[which]
+        return codes, tokens, loss
+
+    def _on_grid(self, codes: Tensor) -> Tensor:
+        """(B, T, C) to (B, C, h, w)."""
+        return codes.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] of tokens (B, T)."""
-        side = self.config.grid
-        codes = self.quantizer.lookup(tokens)  # (B, T, C)
-        codes = codes.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w)
-        return self.pixels(codes).clamp(-1, 1)
+        return self.pixels(self._on_grid(self.quantizer.lookup(tokens))).clamp(-1, 1)

@@ -52,6 +52,12 @@ def test_parts_that_do_not_fit_one_another_are_refused_with_both_numbers() -> No
         wrong.check()
     with pytest.raises(ValueError, match=r"n_embd \(16\)"):
         replace(TINY, gpt=replace(TINY.gpt, n_head=3)).check()
+    with pytest.raises(ValueError, match="multiple of 4, not 2"):
+        replace(TINY, gpt=replace(TINY.gpt, n_head=8, rotary=True)).check()
+    with pytest.raises(ValueError, match=r"not \(1, 2\)"):
+        replace(TINY, vqgan=replace(TINY.vqgan, local=True, patch=2, ch_mult=(1, 2))).check()
+    with pytest.raises(ValueError, match=r"vqgan.ch is 32"):
+        replace(TINY, vqgan=replace(TINY.vqgan, local=True)).check()
 
 
 def test_a_file_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

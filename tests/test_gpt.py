@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.gpt import GPT
+from clip_gen.gpt import GPT, grid_rotation, rotate
 
 
-@pytest.fixture
-def gpt() -> GPT:
+@pytest.fixture(params=["learnt", "rotary"])
+def gpt(request: pytest.FixtureRequest) -> GPT:
     torch.manual_seed(0)
-    return GPT(TINY.gpt).eval()
+    return GPT(replace(TINY.gpt, rotary=request.param == "rotary")).eval()
 
 
 @pytest.fixture
@@ -81,3 +83,13 @@ def test_it_can_learn_to_write_what_an_embedding_asks_for(gpt: GPT, embedding: T
         optimizer.step()
     written = gpt.eval()(embedding, tokens[:, :-1]).argmax(dim=2)
     assert (written == tokens).float().mean() > 0.9
+
+
+def test_rotated_queries_and_keys_feel_how_far_apart_they_are_in_rows_and_columns_and_nothing_else() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(3))
+    rotation = grid_rotation(4, 16)
+    scores = rotate(q.expand(1, 1, 16, 16), rotation) @ rotate(k.expand(1, 1, 16, 16), rotation).transpose(-2, -1)
+    by_place = scores.view(4, 4, 4, 4)  # row and column of the query, row and column of the key
+    assert torch.allclose(by_place[:3, 1:, :3, 1:], by_place[1:, :3, 1:, :3], atol=1e-5)
+    for other in (by_place[0, 0, 0, 1], by_place[0, 0, 1, 0], by_place[0, 0, 1, 1], by_place[0, 0, 1, 2]):
+        assert not torch.isclose(by_place[0, 0, 0, 0], other)

@@ -17,6 +17,7 @@ from clip_gen.vqgan import VQGAN
 SIZES = {
     "cosine": TINY.vqgan,
     "taming": replace(TINY.vqgan, quantizer="taming"),
+    "local": replace(TINY.vqgan, local=True, ch=64),
     "halving": replace(TINY.vqgan, patch=1, ch_mult=(1, 2, 2), attn_resolutions=(4,)),
 }
 
@@ -57,7 +58,7 @@ def test_decoding_the_tokens_is_what_the_forward_pass_reconstructs(name: str) ->
 
 def test_tokens_run_row_by_row() -> None:
     vqgan = started(TINY.vqgan)
-    features = F.normalize(vqgan.features(pictures(1))[0], dim=0)  # (C, h, w)
+    features = F.normalize(vqgan.features(pictures(1))[0][0], dim=0)  # (C, h, w)
     codes = vqgan.quantizer.lookup(vqgan.encode(pictures(1)))[0]  # (T, C)
     alike = torch.einsum("tc,chw->thw", codes, features)
     every = vqgan.quantizer.lookup(torch.arange(32))
@@ -74,17 +75,39 @@ def rows_decoded(vqgan: VQGAN) -> Tensor:
         return vqgan.pixels(grid.permute(2, 0, 1)[None]).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("name", ["cosine", "taming"])
+@pytest.mark.parametrize("name", ["cosine", "taming", "local"])
 def test_gradients_pass_the_codebook_to_the_encoder(name: str) -> None:
     vqgan = started(SIZES[name]).train()
     vqgan(pictures(2)).images.square().mean().backward()
     assert vqgan.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
+def test_a_local_token_tells_of_its_own_square_alone() -> None:
+    vqgan = started(SIZES["local"])
+    before, changed = pictures(2), pictures(2)
+    changed[0, :, 4:8, 8:12] = pictures(4)[3, :, :4, :4]
+    differ = (vqgan.encode(before) != vqgan.encode(changed)).nonzero().tolist()
+    assert differ == [[0, 1 * 4 + 2]]
+
+
+def test_the_squares_of_a_plain_picture_are_one_token_when_local() -> None:
+    vqgan = started(SIZES["local"])
+    assert len(vqgan.encode(torch.full((2, 3, 16, 16), 0.3)).unique()) == 1
+
+
+def test_squares_met_often_do_not_weigh_more_in_a_local_codebook() -> None:
+    codebooks = []
+    for often in (1, 9):
+        vqgan = started(SIZES["local"]).train()
+        vqgan(torch.cat([pictures(4), torch.zeros(often, 3, 16, 16)]))
+        codebooks.append(vqgan.quantizer.lookup(torch.arange(32)))
+    assert torch.allclose(*codebooks)
+
+
 def test_commitment_pulls_the_encoder_a_quarter_as_hard_as_the_codebook_is_pulled() -> None:
     """The right way round: beta weighs what reaches the encoder. taming's legacy order swaps the two."""
     vqgan = started(SIZES["taming"])
-    features = vqgan.features(pictures(1)).detach().requires_grad_()
+    features = vqgan.features(pictures(1))[0].detach().requires_grad_()
     codes, _, loss = vqgan.quantizer(features)
     loss.backward()
     difference = features.detach() - codes.detach()

@@ -119,7 +119,7 @@ class Recipe:
     def train_vqgan(self, folder: Path) -> dict[str, object]:
         config, vqgan = self.config.vqgan_fit, self.networks.vqgan
         if config.compile:
-            vqgan.encoder.compile()
+            vqgan.encoder.compile(dynamic=vqgan.config.local)  # how many squares differ is another number each time
             vqgan.decoder.compile()
         trainer = VQGANTrainer(vqgan.to(memory_format=torch.channels_last).train(), **_learning(config))
 
@@ -156,7 +156,7 @@ class Recipe:
         pictures, networks = self.pictures(count, stream), self.networks
         if self.config.gpt_fit.compile:
             networks.clip.clip.visual.compile()
-            networks.vqgan.encoder.compile()
+            networks.vqgan.encoder.compile(dynamic=networks.vqgan.config.local)
         return EncodedPictures(
             encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count)),
             encode_tokens(pictures, networks.vqgan, folder / self.array_name("vqgan", name, count)),
