@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_los
 from clip_gen.training.dataset import EncodedPictures, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.run import FitConfig
-from clip_gen.training.schedule import adamw, warmup_cosine
+from clip_gen.training.schedule import Muon, adamw, warmup_cosine
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 
@@ -162,6 +163,44 @@ def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Pat
     assert not list(tmp_path.glob("*.npy"))
 
 
+def one_step(gpt: GPT, optimizer: Muon) -> None:
+    optimizer.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.nn.functional.normalize(torch.randn(4, 16, generator=generator), dim=1)
+    gpt(embedding, torch.randint(0, 32, (4, 15), generator=generator)).square().mean().backward()
+    optimizer.step()
+
+
+def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(TINY.gpt).eval()
+    before = {name: value.clone() for name, value in gpt.state_dict().items()}
+    one_step(gpt, Muon(gpt.blocks, gpt, muon_rate=1e-2, learning_rate=1e-4, decay=0.0))
+    moved = {name: value - before[name] for name, value in gpt.state_dict().items()}
+    turned = torch.linalg.svdvals(moved["blocks.0.mlp.fc.weight"])
+    pushed = torch.linalg.svdvals(gpt.blocks[0].mlp.fc.weight.grad)
+    assert turned.median() > 0.5 * turned.max()
+    assert pushed.median() < 0.3 * pushed.max()
+    assert moved["head.weight"].abs().max() < 1.1e-4
+    assert moved["blocks.0.mlp.fc.bias"].abs().max() < 1.1e-4
+
+
+def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(TINY.gpt).eval()
+    optimizer = Muon(gpt.blocks, gpt, muon_rate=1e-2, learning_rate=1e-3, decay=0.1)
+    one_step(gpt, optimizer)
+    weights, state = deepcopy(gpt.state_dict()), deepcopy(optimizer.state_dict())
+    one_step(gpt, optimizer)
+    other = GPT(TINY.gpt).eval()
+    other.load_state_dict(weights)
+    taken_up = Muon(other.blocks, other, muon_rate=0.0, learning_rate=0.0, decay=0.0)
+    taken_up.load_state_dict(state)
+    one_step(other, taken_up)
+    for name, value in gpt.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
 def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy() -> None:
     torch.manual_seed(0)
     trainer = GPTTrainer(
@@ -170,6 +209,7 @@ def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy() -> None:
         learning_rate=1e-3,
         warmup=1,
         weight_decay=0.0,
+        muon_rate=1e-3,
         embedding_noise=0.5,
         condition_dropout=0.1,
     )

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from clip_gen.bridge import add_noise
 from clip_gen.gpt import GPT
-from clip_gen.training.schedule import adamw, warmup_cosine
+from clip_gen.training.schedule import Muon, warmup_cosine
 
 
 class GPTTrainer(pl.LightningModule):
@@ -23,12 +23,14 @@ class GPTTrainer(pl.LightningModule):
         learning_rate: float,
         warmup: int,
         weight_decay: float,
+        muon_rate: float,
         embedding_noise: float,
         condition_dropout: float,
     ):
         super().__init__()
         self.gpt = gpt
         self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
+        self.muon_rate = muon_rate
         self.embedding_noise, self.condition_dropout = embedding_noise, condition_dropout
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -50,6 +52,6 @@ class GPTTrainer(pl.LightningModule):
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = adamw(self.gpt, self.learning_rate, self.weight_decay, betas=(0.9, 0.95))
+        optimizer = Muon(self.gpt.blocks, self.gpt, self.muon_rate, self.learning_rate, self.weight_decay)
         schedule = warmup_cosine(optimizer, self.steps, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,11 +1,12 @@
-"""What every training here shares: AdamW with decay on matrices only, warm-up and cosine."""
+"""What every training here shares: AdamW or Muon with decay on matrices only, warm-up and cosine."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -19,6 +20,41 @@ def adamw(
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of a network's blocks, AdamW for everything else, as the one optimiser Lightning wants.
+
+    Muon steps along the nearest orthogonal matrix, so that no direction is left behind: Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon; scaled so that AdamW's rates hold: arXiv 2502.16982. Both are torch's own.
+    """
+
+    def __init__(self, blocks: nn.Module, network: nn.Module, muon_rate: float, learning_rate: float, decay: float):
+        matrices = [parameter for parameter in blocks.parameters() if parameter.dim() == 2]
+        apart = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in network.parameters() if id(parameter) not in apart]
+        super().__init__([{"params": matrices}, {"params": others}], {})
+        self.parts = (
+            torch.optim.Muon(matrices, lr=muon_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self._share()
+
+    def _share(self) -> None:
+        """The parts work on this optimiser's own groups and state, so that it is saved and loaded as any other is."""
+        for i, part in enumerate(self.parts):
+            self.param_groups[i] = part.param_groups[0] | self.param_groups[i]
+            part.param_groups, part.state = [self.param_groups[i]], self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:

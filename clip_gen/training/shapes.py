@@ -48,6 +48,7 @@ class ShapesConfig:
     clip_fit: FitConfig = field(default_factory=FitConfig)
     vqgan_fit: FitConfig = field(default_factory=FitConfig)
     gpt_fit: FitConfig = field(default_factory=FitConfig)
+    muon_rate: float = 6e-3  # of the transformer's matrices; gpt_fit.learning_rate is the rest's
     encoded_pictures: int = 100_000
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
@@ -88,7 +89,7 @@ class Recipe:
             settings["sizes"] = asdict(getattr(self.config.model, name))
             settings["fit"] = asdict(getattr(self.config, f"{name}_fit"))
         if name == "gpt":
-            names = ("encoded_pictures", "embedding_noise", "condition_dropout")
+            names = ("muon_rate", "encoded_pictures", "embedding_noise", "condition_dropout")
             settings |= {name: getattr(self.config, name) for name in names}
         if name in ("gpt", "bridge"):
             settings["clip"] = fingerprint(self.work / "clip" / "clip.safetensors")
@@ -141,6 +142,7 @@ class Recipe:
             gpt.train().requires_grad_(True),
             embedding_noise=self.config.embedding_noise,
             condition_dropout=self.config.condition_dropout,
+            muon_rate=self.config.muon_rate,
             **_learning(config),
         )
 
