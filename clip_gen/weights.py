@@ -23,9 +23,10 @@ from typing import BinaryIO
 from clip_gen.checkpoint import FILES, TRAINING, ModelFolderError, load_config
 from clip_gen.download import open_url
 from clip_gen.files import whole_or_not
+from clip_gen.tars import tar_files
 
 MOST_BYTES = 4 * 2**30  # in one weights tar; the published size is under one GiB
-LEAST_BYTES = 2**20  # that an entry counts for, so that there cannot be endless empty ones
+LEAST_BYTES = 2**20  # that an entry counts for besides its own, so that there cannot be endless empty ones
 KEPT = 16  # unpacked weights in the cache: twice the slots of a server
 RECENT_SECONDS = 10 * 60  # so long nothing that was asked for is removed: somebody may be about to load it
 LEFT_OVER_SECONDS = 60 * 60  # longer than a download may take
@@ -135,8 +136,7 @@ def _unpacked(cache: Path, key: str, stream: BinaryIO) -> Path:
             return folder
         _forget_the_oldest(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix=UNPACKING, ignore_cleanup_errors=True) as temporary:
-        with tarfile.open(fileobj=stream, mode="r|*") as tar:
-            _unpack(tar, Path(temporary))
+        _unpack(stream, Path(temporary))
         with _alone(cache):
             if not folder.is_dir():  # else somebody was faster
                 os.replace(temporary, folder)
@@ -152,18 +152,22 @@ def _alone(cache: Path) -> Iterator[None]:
         yield
 
 
-def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+def _unpack(stream: BinaryIO, folder: Path) -> None:
     """Only plain files with the names of a model folder leave the archive, so that none can land elsewhere."""
     left = MOST_BYTES
-    for member in tar:
-        left -= max(member.size, LEAST_BYTES)
+
+    def count(size: int) -> None:
+        nonlocal left
+        left -= size
         if left < 0:
             raise ValueError(f"holds more than {MOST_BYTES // 2**30} GiB or thousands of files")
+
+    for member, content in tar_files(stream, count):
+        count(LEAST_BYTES)
         inside = member.name.removeprefix("./")
-        if member.isfile() and inside in FILES:
+        if content is not None and inside in FILES:
             with (folder / inside).open("wb") as file:
-                shutil.copyfileobj(tar.extractfile(member), file)
-    # tarfile takes an archive cut off between two files for a whole one.
+                shutil.copyfileobj(content, file)
     missing = [name for name in FILES if name != TRAINING and not (folder / name).is_file()]
     if missing:
         raise ValueError(f"has no {missing[0]} at its root")

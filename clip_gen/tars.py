@@ -1,0 +1,133 @@
+"""Tars of any compression, read once from front to back, with every unpacked byte counted.
+
+tarfile trusts a header's sizes, keeps whole headers in memory, and takes a damaged tar for one that ends there.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeVar
+
+MOST_HEADER_BYTES = 2**20  # of one member, with all that belongs to it: long names, pax records
+MOST_XZ_MEMORY = 2**28  # four times what `xz -9` asks for
+CHUNK = 2**16
+
+T = TypeVar("T")
+
+
+def tar_files(
+    stream: BinaryIO, count: Callable[[int], None]
+) -> Iterator[tuple[tarfile.TarInfo, io.BufferedReader | None]]:
+    """Each member, and its content if it is a plain file, to be read before the next is asked for.
+
+    `count` is told the size of every piece unpacked, headers and what is passed over included; it raises to stop.
+    Raises tarfile.TarError or OSError when the tar is damaged, cut off, or none.
+    """
+    forward = _Forward(_decompressed(io.BufferedReader(stream)), count)
+    tar = forward.header(lambda: tarfile.TarFile(fileobj=forward))
+    while (member := forward.header(tar.next)) is not None:
+        yield member, tar.extractfile(member) if member.isreg() and not member.issparse() else None
+        # Both would grow with the tar.
+        tar.members.clear()
+        tar.pax_headers.clear()
+    if not forward.last or forward.last.strip(b"\0"):
+        raise tarfile.ReadError("it is cut off or damaged: its end is missing")
+
+
+def _decompressed(stream: io.BufferedReader) -> BinaryIO:
+    start = stream.peek(6)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=stream)
+    if start.startswith(b"BZh"):
+        return bz2.BZ2File(stream)
+    if start.startswith(b"\xfd7zXZ\0"):
+        return io.BufferedReader(_Xz(stream))
+    return stream
+
+
+class _Forward:
+    """What tarfile needs of a file, without the way back, which only a tar that lies would take."""
+
+    def __init__(self, stream: BinaryIO, count: Callable[[int], None]):
+        self._stream, self._count = stream, count
+        self._position = 0
+        self._left: int | None = None  # of the header that is being read
+        self._stopped = False
+        self.last = b""
+
+    def header(self, read: Callable[[], T]) -> T:
+        """What `read` returns, which may take no more than MOST_HEADER_BYTES."""
+        self._left = MOST_HEADER_BYTES
+        try:
+            return read()
+        except RecursionError as error:  # tarfile calls itself for each extended header
+            raise tarfile.ReadError("it has too many headers in a row") from error
+        except (ValueError, LookupError, OverflowError) as error:  # it takes any text in them for a number
+            if self._stopped:
+                raise
+            raise tarfile.ReadError("a header in it makes no sense") from error
+        finally:
+            self._left = None
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        if size < 0:
+            raise tarfile.ReadError("a size in it is below 0")
+        if self._left is not None:
+            self._left -= size
+            if self._left < 0:
+                raise tarfile.ReadError(f"a header in it is over {MOST_HEADER_BYTES:,} bytes")
+        self.last = self._take(size)
+        return self.last
+
+    def seek(self, position: int) -> None:
+        if position < self._position:
+            raise tarfile.ReadError("a size in it is wrong")
+        while self._position < position and self._take(min(position - self._position, CHUNK)):
+            pass
+
+    def _take(self, size: int) -> bytes:
+        try:
+            data = self._stream.read(size)
+        except (EOFError, zlib.error, lzma.LZMAError) as error:
+            raise tarfile.ReadError(str(error)) from error
+        self._position += len(data)
+        self._stopped = True  # and stays so if count raises
+        self._count(len(data))
+        self._stopped = False
+        return data
+
+
+class _Xz(io.RawIOBase):
+    """lzma.open with a bound on memory: an xz file may otherwise ask for 4 GiB."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self._decoder = stream, lzma.LZMADecompressor(memlimit=MOST_XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = b""
+        while not data:
+            packed = b""
+            if self._decoder.eof:
+                packed = self._decoder.unused_data or self._stream.read(CHUNK)
+                if not packed:
+                    return 0
+                self._decoder = lzma.LZMADecompressor(memlimit=MOST_XZ_MEMORY)
+            elif self._decoder.needs_input:
+                packed = self._stream.read(CHUNK)
+                if not packed:
+                    raise EOFError("it is cut off")
+            data = self._decoder.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
