@@ -8,9 +8,8 @@ from cog import BaseRunner, Input, Path, concurrent
 
 from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
+from clip_gen.own_model import own_weights
 from clip_gen.serving import Models, Outputs
-
-BUNDLED = pathlib.Path(__file__).parent / "checkpoints" / "shapes"
 
 
 class Predictor(BaseRunner):
@@ -18,12 +17,12 @@ class Predictor(BaseRunner):
 
     async def setup(self, weights: str | None = None) -> None:
         """Loads the model. weights: COG_WEIGHTS as Cog hands it over, the text of a folder, a tar or a URL."""
-        source = str(weights or BUNDLED)
+        source, reason = own_weights(weights)
         self.inputs = read_signature(pathlib.Path(__file__), "Predictor").inputs
         self.models = Models(source)
         self.outputs = Outputs()
         self.turn = asyncio.Lock()
-        print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}")
+        print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}: {reason}")
 
     @concurrent(max=8)
     async def run(

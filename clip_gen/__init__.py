@@ -3,7 +3,8 @@
     prompt --clip_encoder--> embedding --bridge, gpt, sampling--> tokens --vqgan--> images --clip_encoder--> ranked
 
 Reading order: config (every dial), images, clip_encoder, vqgan, gpt, sampling, bridge, checkpoint (the model folder),
-pipeline (all of it in one sentence); then training (how the weights came about) and shapes (the demo world).
+pipeline (all of it in one sentence); then training (how the weights came about), importers (other people's weights)
+and shapes (the demo world).
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,14 +15,22 @@ from torch import Tensor, nn
 from clip_gen.bridge import Bridge
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.config import ModelConfig, read_config, write_config
-from clip_gen.files import whole_or_not
-from clip_gen.gpt import GPT
+from clip_gen.files import whole_folder_or_not, whole_or_not
+from clip_gen.gpt import GPT, with_null_condition
+from clip_gen.unfilled import Unfilled
 from clip_gen.vqgan import VQGAN
 
 CONFIG = "config.yaml"
 TRAINING = "training.json"
 PARTS = ("clip", "vqgan", "gpt", "bridge")
 FILES = (CONFIG, TRAINING, *(f"{part}.safetensors" for part in PARTS))
+DISCRIMINATOR = "discriminator.safetensors"  # of a published VQGAN, for fine-tuning; predicting never looks at it
+
+
+_REMEDIES = {
+    "clip": ", or add a CLIP to it by: python -m clip_gen import clip",
+    "gpt": ", or train its transformer (stage 2)",
+}
 
 
 class ModelFolderError(ValueError):
@@ -53,8 +59,11 @@ def build(config: ModelConfig) -> Networks:
     )
 
 
-def load_networks(folder: str | Path, device: str | torch.device = "cpu") -> Networks:
-    """Reads a model folder, strictly. ModelFolderError when a file is missing, damaged or of another shape."""
+def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh: Collection[str] = ()) -> Networks:
+    """Reads a model folder, strictly. ModelFolderError when a file is missing, damaged or of another shape.
+
+    Only the parts named in `fresh` may be missing: they start at random.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder; give one that holds {CONFIG} and its weights")
@@ -64,13 +73,39 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu") -> Net
             planned = build(config)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
         raise ModelFolderError(f"{folder / CONFIG}: its sizes make no network ({error}); mend it") from error
-    tensors = {part: read_part(getattr(planned, part), folder / f"{part}.safetensors") for part in PARTS}
-    networks = build(config)
+    files = {part: folder / f"{part}.safetensors" for part in PARTS}
+    missing = [part for part in fresh if not files[part].is_file()]
+    tensors = {part: read_part(getattr(planned, part), files[part]) for part in PARTS if part not in missing}
+    with Unfilled():
+        networks = build(config)
+    for part in tensors:
+        _assign(getattr(networks, part), tensors[part])
+    if missing:
+        started = build(config)
+        networks = replace(networks, **{part: getattr(started, part) for part in missing})
     for part in PARTS:
-        network = getattr(networks, part)
-        network.load_state_dict(tensors[part])
-        network.to(device).eval().requires_grad_(False)
+        getattr(networks, part).to(device).eval().requires_grad_(False)
     return networks
+
+
+def load_base(folder: str | Path) -> Networks:
+    """A model folder to train on: the transformer that an imported VQGAN lacks starts at random, and one that was
+    published without a null condition gets one to learn."""
+    networks = load_networks(folder, fresh=("gpt", "bridge"))
+    gpt = with_null_condition(networks.gpt)
+    return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config))
+
+
+def _assign(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts the file's tensors in the place of the network's, in the network's types.
+
+    A parameter that is in its type already stays where it is, in the mapped file; buffers are small, and may change.
+    """
+    parameters = dict(network.named_parameters())
+    for name, wanted in network.state_dict().items():
+        found = tensors.pop(name)
+        tensors[name] = found.to(wanted.dtype, copy=name not in parameters)
+    network.load_state_dict(tensors, assign=True)
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -91,9 +126,9 @@ def load_part(network: nn.Module, path: Path) -> None:
 
 
 def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The file's tensors: exactly those of the network, in their shapes, every number finite."""
+    """The file's tensors, memory-mapped: exactly those of the network, in their shapes, every number finite."""
     if not path.is_file():
-        raise ModelFolderError(f"{path}: missing; copy the whole model folder again")
+        raise ModelFolderError(f"{path}: missing; copy the whole model folder again{_REMEDIES.get(path.stem, '')}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -120,33 +155,39 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
 
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:
     """Writes a model folder, all of it or nothing, in the place of one that is there; parameters as float16."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
-    try:
+    with whole_folder_or_not(Path(folder)) as temporary:
         for part in PARTS:
             save_part(getattr(networks, part), temporary / f"{part}.safetensors")
-        write_config(networks.config, temporary / CONFIG)
-        (temporary / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp's folders are for their owner's eyes only
-        if folder.exists():
-            os.replace(folder, temporary.with_suffix(".old"))
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
+        write_description(temporary, networks.config, training)
+
+
+def write_description(folder: Path, config: ModelConfig, training: dict[str, object]) -> None:
+    """The two files of a model folder that people read."""
+    write_config(config, folder / CONFIG)
+    (folder / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
 
 
 def save_part(network: nn.Module, path: Path) -> None:
     """One network's tensors, atomically. Buffers (running means, codebooks) keep float32: they can overflow."""
-    parameters = dict(network.named_parameters())
-    for name, parameter in parameters.items():
+    tensors = network.state_dict()
+    try:
+        write_part(narrowed(tensors, dict(network.named_parameters()), torch.float16), path)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}; train again at a lower rate") from error
+
+
+def narrowed(tensors: dict[str, Tensor], names: Collection[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The same with those of these names in this type; None keeps theirs. ValueError for what the type cannot hold."""
+    kept = {}
+    for name, tensor in tensors.items():
+        kept[name] = tensor.to(dtype) if dtype and name in names else tensor
         # Larger numbers than float16 holds, or none at all: a training that went wrong.
-        if not parameter.half().isfinite().all():
-            raise ValueError(f"{path.name}: {name} holds numbers that float16 cannot; train again at a lower rate")
-    tensors = {
-        name: (tensor.half() if name in parameters else tensor).contiguous().cpu()
-        for name, tensor in network.state_dict().items()
-    }
+        if tensor.is_floating_point() and not kept[name].isfinite().all():
+            raise ValueError(f"{name} holds numbers that {str(kept[name].dtype).removeprefix('torch.')} cannot")
+    return kept
+
+
+def write_part(tensors: dict[str, Tensor], path: Path) -> None:
+    """A weights file, atomically."""
     with whole_or_not(path) as temporary:
-        save_file(tensors, temporary)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)

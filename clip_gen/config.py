@@ -49,7 +49,8 @@ class VQGANConfig:
     attn_resolutions: tuple[int, ...] = (16,)
     z_channels: int = 256
     dropout: float = 0.0
-    quantizer: str = "cosine"  # "cosine": l2-normalised codes with restart; "taming": VectorQuantizer2
+    norm_eps: float = 1e-6  # of every group norm; taming's own is 1e-6, others trained with torch's 1e-5
+    quantizer: str = "cosine"  # "cosine": l2-normalised codes with restart; "taming": VectorQuantizer2; "gumbel"
     codebook_size: int = 1024
     codebook_dim: int = 8
 
@@ -67,6 +68,8 @@ class GPTConfig:
     block_size: int = 256  # T: the condition takes position 0, so the last token is never an input
     codebook_size: int = 1024
     embed_dim: int = 512  # of the CLIP embedding
+    head_bias: bool = False  # HFAiLab's published transformer has one
+    null_condition: bool = True  # learnt in training; without it guidance has nothing to push away from
     rotary: bool = False  # turn queries and keys by their token's row and column, besides learnt positions
     dropout: float = 0.1
 
@@ -104,14 +107,14 @@ class ModelConfig:
         for names, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
+        if not 0 < vqgan.norm_eps < 1:
+            raise ValueError(f"vqgan.norm_eps is {vqgan.norm_eps}; give a small share of one, such as 1.0e-06")
         if gpt.n_embd % gpt.n_head:
             raise ValueError(f"gpt.n_embd ({gpt.n_embd}) must be a multiple of gpt.n_head ({gpt.n_head})")
         if gpt.rotary and gpt.n_embd // gpt.n_head % 4:
             raise ValueError(f"gpt.rotary needs n_embd / n_head to be a multiple of 4, not {gpt.n_embd // gpt.n_head}")
         if vqgan.local and len(vqgan.ch_mult) > 1:
-            raise ValueError(
-                f"vqgan.local has nothing to halve: vqgan.ch_mult takes one number, not {vqgan.ch_mult}"
-            )
+            raise ValueError(f"vqgan.local has nothing to halve: vqgan.ch_mult takes one number, not {vqgan.ch_mult}")
         # taming's group norm has 32 groups; a square's only value in a group would be normalised away.
         if vqgan.local and vqgan.ch * vqgan.ch_mult[0] < 64:
             raise ValueError(f"vqgan.local needs 64 channels or more; vqgan.ch is {vqgan.ch}")
@@ -129,6 +132,17 @@ def read_config(path: Path, kind: type[Config]) -> Config:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from error
     return _build(kind, values)
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """Somebody else's YAML file as plain dicts and lists; ValueError when it is not there or no mapping."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no settings; give the YAML file that came with the checkpoint")
+    return values
 
 
 def write_config(config: object, path: Path) -> None:

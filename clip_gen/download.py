@@ -15,20 +15,26 @@ DEADLINE_SECONDS = 30 * 60  # for a whole download, from opening to the last rea
 ASK_SECONDS = 1  # between two looks at should_stop while the server is silent
 
 
-def open_url(url: str, should_stop: Callable[[], bool] | None = None) -> http.client.HTTPResponse:
-    """The reply to a GET by http or https.
+def open_url(
+    url: str,
+    should_stop: Callable[[], bool] | None = None,
+    headers: dict[str, str] | None = None,
+    deadline_seconds: float | None = None,
+) -> http.client.HTTPResponse:
+    """The reply to a GET by http or https, through the proxy of $http_proxy or $https_proxy where there is one.
 
     Opening and reading raise OSError, HTTPException or ValueError, and soon after should_stop says so.
     """
     if not url.isascii():
         raise ValueError("a URL is ASCII; percent-encode what is not")
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    seconds = DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds
+    deadline = time.monotonic() + seconds
 
     def ask() -> None:
         if should_stop is not None and should_stop():
             raise ConnectionAbortedError("stopped")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not done after {DEADLINE_SECONDS} seconds")
+            raise TimeoutError(f"not done after {seconds} seconds")
 
     # urlopen's own opener would follow a redirect to ftp, which nothing here watches.
     opener = urllib.request.OpenerDirector()
@@ -38,7 +44,7 @@ def open_url(url: str, should_stop: Callable[[], bool] | None = None) -> http.cl
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
-    return opener.open(url, timeout=TIMEOUT_SECONDS)
+    return opener.open(urllib.request.Request(url, headers=headers or {}), timeout=TIMEOUT_SECONDS)
 
 
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):

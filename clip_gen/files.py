@@ -1,8 +1,9 @@
-"""Files written whole or not at all."""
+"""Files and folders written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,3 +22,19 @@ def whole_or_not(path: Path) -> Iterator[str]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextmanager
+def whole_folder_or_not(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when all went well, and is gone when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".saving-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's folders are for their owner's eyes only
+        if path.exists():
+            os.replace(path, temporary.with_suffix(".old"))
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)

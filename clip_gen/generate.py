@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from clip_gen.images import OUTPUT_FORMATS, save_image
+from clip_gen.own_model import own_weights
 from clip_gen.pipeline import ClipGen
+from clip_gen.weights import resolve_weights
+
+DEFAULTS = {"candidates": 16, "num_outputs": 4, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0}
+# What HFAiLab's demo of the published COCO model draws with.
+PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0.95}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt")
-    parser.add_argument("--model", type=Path, default=Path("checkpoints/shapes"), help="the model folder")
+    parser.add_argument("--model", type=Path, help="the model folder; else the one that script/predict takes")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder the pictures go to")
-    parser.add_argument("--candidates", type=int, default=16)
-    parser.add_argument("--num-outputs", type=int, default=4)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--preset", choices=PRESETS, help="settings known to suit a model; others given here go before")
+    for name, value in DEFAULTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--output-format", choices=OUTPUT_FORMATS, default="png")
     parser.add_argument("--device", default="auto")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    model = ClipGen.load(arguments.model, arguments.device)
-    names = ("candidates", "num_outputs", "top_k", "top_p", "temperature", "guidance", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
+    folder = arguments.model or resolve_weights(own_weights(os.environ.get("COG_WEIGHTS"))[0])
+    model = ClipGen.load(folder, arguments.device)
+    given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
+    settings = {**DEFAULTS, **PRESETS.get(arguments.preset, {}), **given, "seed": arguments.seed}
     result = model.generate(arguments.prompt, **settings)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for i, (image, score) in enumerate(zip(result.images, result.scores, strict=True)):

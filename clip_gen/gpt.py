@@ -6,6 +6,7 @@ A pre-norm decoder after GPT-2. The condition takes position 0, so token t is pr
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -103,13 +104,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.condition = nn.Linear(config.embed_dim, config.n_embd)
-        self.null_condition = nn.Parameter(torch.zeros(config.n_embd))
+        self.null_condition = nn.Parameter(torch.zeros(config.n_embd)) if config.null_condition else None
         self.token_embedding = nn.Embedding(config.codebook_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.codebook_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.codebook_size, bias=config.head_bias)
         rotation = (
             grid_rotation(math.isqrt(config.block_size), config.n_embd // config.n_head) if config.rotary else None
         )
@@ -130,7 +131,8 @@ class GPT(nn.Module):
         elif module is self:
             # A unit-length embedding has elements of about 1 / sqrt(E); bring its projection to the others' scale.
             nn.init.normal_(self.condition.weight, std=0.5)
-            nn.init.normal_(self.null_condition, std=0.5)
+            if self.null_condition is not None:
+                nn.init.normal_(self.null_condition, std=0.5)
 
     def prefix(self, embedding: Tensor, unconditional: Tensor | None = None) -> Tensor:
         """What stands at position 0, (B, n_embd).
@@ -141,6 +143,7 @@ class GPT(nn.Module):
         condition = self.condition(embedding)
         if unconditional is None:
             return condition
+        assert self.null_condition is not None, "a transformer without a null condition is never unconditional"
         return torch.where(unconditional[:, None], self.null_condition.to(condition.dtype), condition)
 
     def forward(self, embedding: Tensor, tokens: Tensor, unconditional: Tensor | None = None) -> Tensor:
@@ -170,3 +173,19 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += length
         return self.head(self.ln_f(x))
+
+
+def with_null_condition(gpt: GPT) -> GPT:
+    """The same transformer, its weights shared, with a null condition to be learnt in fine-tuning.
+
+    It starts as the condition of an embedding of zeros, which is what a transformer without one knows of nothing.
+    """
+    if gpt.null_condition is not None:
+        return gpt
+    weight = gpt.head.weight
+    with torch.device("meta"):
+        grown = GPT(replace(gpt.config, null_condition=True))
+    weights = {**gpt.state_dict(), "null_condition": gpt.condition.bias.detach().clone()}
+    grown.load_state_dict(weights, assign=True)
+    grown.rotation = gpt.rotation
+    return grown.train(gpt.training).requires_grad_(weight.requires_grad)

@@ -44,9 +44,19 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def for_clip(images: Tensor, resolution: int) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] to CLIP's (B, 3, resolution, resolution): resized, then its mean and deviation."""
-    if images.shape[-2:] != (resolution, resolution):
-        images = F.interpolate(images, (resolution, resolution), mode="bicubic", antialias=True)
+    """(B, 3, H, W) in [-1, 1] to CLIP's (B, 3, resolution, resolution): resized, then its mean and deviation.
+
+    Of a picture that is not square the middle is taken, as OpenAI's preprocessing does.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) != (resolution, resolution):
+        short = min(height, width)
+        size = (resolution * height // short, resolution * width // short)
+        # Along one side and then the other, as PIL does: it cuts off what overshoots white or black in between.
+        for sides in ((height, size[1]), size):
+            images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(-1, 1)
+        top, left = (round((side - resolution) / 2) for side in size)
+        images = images[..., top : top + resolution, left : left + resolution]
     unit = (images.clamp(-1, 1) + 1) / 2
     mean = unit.new_tensor(CLIP_MEAN).view(1, 3, 1, 1)
     std = unit.new_tensor(CLIP_STD).view(1, 3, 1, 1)

@@ -100,8 +100,13 @@ def sample_tokens(
     """Tokens (B, T) int64 for embeddings (B, E), one candidate a row; fewer than ROWS are filled up to it.
 
     uniforms: (B, T) in [0, 1), what decides each draw. should_stop is asked before every token; Stopped is raised
-    when it says so.
+    when it says so. ValueError for guidance where the model has no null condition.
     """
+    if sampling.guidance != 1 and gpt.null_condition is None:
+        raise ValueError(
+            f"guidance is {sampling.guidance}, but this model was trained without a null condition to push away from; "
+            "leave guidance at 1, or fine-tune the model, which adds one"
+        )
     wanted, length = uniforms.shape
     rows = max(wanted, ROWS)
     embedding, uniforms = _padded(embedding, rows), _padded(uniforms, rows).to(embedding.device)

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 from taming.modules.diffusionmodules.model import Decoder, Encoder
-from taming.modules.vqvae.quantize import VectorQuantizer2
-from torch import Tensor, nn
+from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import sample_vectors_distributed
 
 from clip_gen.config import VQGANConfig
 
@@ -38,6 +40,9 @@ class TamingQuantizer(nn.Module):
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return self.quantize.embedding(tokens)
+
+    def share_between_processes(self) -> None:
+        """The codebook is a parameter, which every process has the same of anyway."""
 
 
 class CosineQuantizer(nn.Module):
@@ -65,8 +70,32 @@ class CosineQuantizer(nn.Module):
     def lookup(self, tokens: Tensor) -> Tensor:
         return self.quantize.get_codes_from_indices(tokens)
 
+    def share_between_processes(self) -> None:
+        """One codebook for all processes of a training, which the library sets up only where they ran already."""
+        codebook = self.quantize._codebook
+        codebook.all_reduce_fn = codebook.kmeans_all_reduce_fn = distributed.all_reduce
+        codebook.sample_fn = codebook.replace_sample_fn = sample_vectors_distributed
 
-QUANTIZERS = {"taming": TamingQuantizer, "cosine": CosineQuantizer}
+
+class GumbelQuantizer(nn.Module):
+    """taming's GumbelQuantize: the encoder names a code by logits. Drawn in training, else always the likeliest."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.quantize = GumbelQuantize(config.codebook_dim, config.codebook_dim, config.codebook_size, kl_weight=1e-8)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.training:
+            codes, loss, (_, _, tokens) = self.quantize(features)
+            return codes, tokens.flatten(1), loss
+        tokens = self.quantize.proj(features).argmax(dim=1)  # (B, h, w)
+        return self.lookup(tokens).permute(0, 3, 1, 2), tokens.flatten(1), features.new_zeros(())
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        return self.quantize.embed(tokens)
+
+
+QUANTIZERS = {"taming": TamingQuantizer, "cosine": CosineQuantizer, "gumbel": GumbelQuantizer}
 
 
 class VQGAN(nn.Module):
@@ -91,6 +120,9 @@ class VQGAN(nn.Module):
         with redirect_stdout(None):  # the decoder announces its shapes
             self.encoder = Encoder(double_z=False, **sizes)
             self.decoder = Decoder(**sizes)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = config.norm_eps
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.quantizer = QUANTIZERS[config.quantizer](config)
@@ -135,9 +167,20 @@ class VQGAN(nn.Module):
 
     def _on_grid(self, codes: Tensor) -> Tensor:
         """(B, T, C) to (B, C, h, w)."""
-        return codes.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
+        # Contiguous, as taming hands them on: in another memory order convolutions round differently.
+        return codes.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid)).contiguous()
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [-1, 1] of tokens (B, T)."""
         return self.pixels(self._on_grid(self.quantizer.lookup(tokens))).clamp(-1, 1)
+
+    def decode_mixture(self, shares: Tensor) -> Tensor:
+        """Images (B, 3, S, S), not clamped, of shares (B, T, V) of the codes at each place; gradients flow to them."""
+        every = self.quantizer.lookup(torch.arange(self.config.codebook_size, device=shares.device)[None])[0]
+        return self.pixels(self._on_grid(shares @ every))
+
+
+def build_discriminator(channels: int = 64, layers: int = 3) -> nn.Module:
+    """taming's discriminator of patches with its own start; `channels` in its first layer."""
+    return NLayerDiscriminator(ndf=channels, n_layers=layers).apply(weights_init)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ TINY = ModelConfig(
 def _one_thread() -> None:
     """Two threads on a busy machine can be many times slower than one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bundled_model() -> Iterator[None]:
+    """Whatever was pulled into checkpoints/, tests draw with the bundled model when they name none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_GEN_MODEL", "checkpoints/shapes")
+        yield
 
 
 def tiny_networks(seed: int = 0) -> Networks:

@@ -10,7 +10,7 @@ from conftest import TINY
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.gpt import GPT, grid_rotation, rotate
+from clip_gen.gpt import GPT, grid_rotation, rotate, with_null_condition
 
 
 @pytest.fixture(params=["learnt", "rotary"])
@@ -93,3 +93,23 @@ def test_rotated_queries_and_keys_feel_how_far_apart_they_are_in_rows_and_column
     assert torch.allclose(by_place[:3, 1:, :3, 1:], by_place[1:, :3, 1:, :3], atol=1e-5)
     for other in (by_place[0, 0, 0, 1], by_place[0, 0, 1, 0], by_place[0, 0, 1, 1], by_place[0, 0, 1, 2]):
         assert not torch.isclose(by_place[0, 0, 0, 0], other)
+
+
+def test_a_null_condition_can_be_added_for_fine_tuning(embedding: Tensor, tokens: Tensor) -> None:
+    bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True)).eval()
+    assert "null_condition" not in bare.state_dict()
+    grown = with_null_condition(bare)
+    assert grown.config == replace(bare.config, null_condition=True)
+    assert torch.equal(grown(embedding, tokens[:, :-1]), bare(embedding, tokens[:, :-1]))
+    unconditional = torch.tensor([True, False, False])
+    logits = grown(embedding, tokens[:, :-1], unconditional)
+    assert torch.equal(logits[0], bare(torch.zeros(1, 16), tokens[:1, :-1])[0])
+    logits.square().mean().backward()
+    assert grown.null_condition.grad.abs().sum() > 0
+    assert with_null_condition(grown) is grown
+
+
+def test_without_a_null_condition_nothing_is_unconditional(embedding: Tensor, tokens: Tensor) -> None:
+    bare = GPT(replace(TINY.gpt, null_condition=False))
+    with pytest.raises(AssertionError, match="never unconditional"):
+        bare(embedding, tokens[:, :-1], torch.tensor([True, False, False]))

@@ -22,7 +22,7 @@ from clip_gen.cog_inputs import InputError
 from clip_gen.pipeline import ClipGen, Generation, Stopped
 from clip_gen.serving import Models, Outputs
 from clip_gen.weights import pack
-from predict import BUNDLED, Predictor
+from predict import Predictor
 
 QUICK = {
     **{"prompt": "a large red circle", "num_outputs": 2, "candidates": 4, "clip_rerank": True, "seed": 7},
@@ -44,7 +44,7 @@ def predict(predictor: Predictor, **inputs: object) -> list[Path]:
 
 def test_the_log_says_which_model_runs(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asyncio.run(Predictor().setup(str(tiny_model_folder)))
-    assert f"model: tiny from {tiny_model_folder} on cpu" in capsys.readouterr().out
+    assert f"model: tiny from {tiny_model_folder} on cpu: COG_WEIGHTS names it" in capsys.readouterr().out
 
 
 def test_the_log_says_the_seed_that_was_drawn(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,10 +52,6 @@ def test_the_log_says_the_seed_that_was_drawn(predictor: Predictor, capsys: pyte
     seed = int(capsys.readouterr().out.split("seed: ")[1].splitlines()[0])
     again = predict(predictor, seed=seed)
     assert [Image.open(path).tobytes() for path in first] == [Image.open(path).tobytes() for path in again]
-
-
-def test_the_bundled_model_lies_beside_predict() -> None:
-    assert Path(__file__).parents[1] / "checkpoints" / "shapes" == BUNDLED
 
 
 def test_a_missing_model_folder_is_named_with_the_remedy(tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Which model predicts when a request names none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from clip_gen.checkpoint import CONFIG
+from clip_gen.pull import pull_coco
+from clip_gen.weights import URLS
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = ROOT / "checkpoints" / "shapes"
+COCO = ROOT / "checkpoints" / "coco"
+
+
+def own_weights(given: str | None = None) -> tuple[str, str]:
+    """Something for resolve_weights, and why it was chosen.
+
+    given: what COG_WEIGHTS says. After it comes CLIP_GEN_MODEL, which cog.yaml may set: a folder, a tar or a URL, or
+    "coco" to pull that model where it is missing. Then the COCO model where it is there, then the bundled one.
+    """
+    if given:
+        return given, "COG_WEIGHTS names it"
+    named = os.environ.get("CLIP_GEN_MODEL")
+    if named == "coco":
+        if not (COCO / CONFIG).is_file():
+            pull_coco(COCO)
+        return str(COCO), "CLIP_GEN_MODEL names it"
+    if named:
+        return named if named.startswith(URLS) else str(ROOT / named), "CLIP_GEN_MODEL names it"
+    if (COCO / CONFIG).is_file():
+        return str(COCO), "it was pulled"
+    return str(BUNDLED), "no other was named or pulled; it knows plain shapes only"

@@ -1,0 +1,54 @@
+"""Foreign checkpoints in small, for the tests of the importers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conftest import TINY
+from torch import Tensor
+
+from clip_gen.clip_encoder import build_clip
+from clip_gen.config import ClipConfig
+
+HFAILAB = Path(__file__).parent / "fixtures" / "hfailab"
+
+VIT = ClipConfig(24, 32, (2,), 64, 8, 77, 49408, 64, 1, 1)
+RESNET = replace(VIT, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None)
+assert TINY.gpt.embed_dim != VIT.embed_dim
+
+
+def published_keys() -> dict[str, dict[str, list[int]]]:
+    """Shapes by key of HFAiLab's two published files."""
+    return json.loads((HFAILAB / "published_keys.json").read_text())
+
+
+def hfailab_files(folder: Path, gpt: dict[str, Tensor] | None = None, vqgan: dict[str, Tensor] | None = None) -> Path:
+    """Writes gpt.pt and vqgan.pt in HFAiLab's format, the given tensors put in (None: taken out)."""
+    for part, changed in (("gpt", gpt or {}), ("vqgan", vqgan or {})):
+        content = hfailab_checkpoint(part)
+        content["model"] |= changed
+        content["model"] = {name: tensor for name, tensor in content["model"].items() if tensor is not None}
+        torch.save(content, folder / f"{part}.pt")
+    return folder
+
+
+def hfailab_checkpoint(part: str) -> dict[str, object]:
+    content = torch.load(HFAILAB / f"{part}_tiny.pt", weights_only=True)
+    if part == "vqgan":
+        torch.manual_seed(0)
+        shapes = {name: shape for name, shape in published_keys()["vqgan"].items() if name.startswith("discriminator.")}
+        content["model"] |= {name: torch.rand(shape) for name, shape in shapes.items()}
+    return content
+
+
+def clip_state(config: ClipConfig, seed: int = 0) -> dict[str, Tensor]:
+    """A random CLIP of these sizes. OpenAI starts a ResNet's blocks with zeros, behind which nothing would show."""
+    torch.manual_seed(seed)
+    state = build_clip(config).state_dict()
+    for name, tensor in state.items():
+        if name.endswith("bn3.weight"):
+            tensor.fill_(0.5)
+    return state

@@ -1,0 +1,196 @@
+"""importers/openai_clip.py: OpenAI's CLIPs give what the `clip` package gives."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import clip
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from importer_files import RESNET, VIT, clip_state
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_gen.__main__ import main
+from clip_gen.bridge import Bridge
+from clip_gen.checkpoint import build, load_config, load_networks, load_part, save_networks, save_part
+from clip_gen.clip_encoder import ClipEncoder
+from clip_gen.config import BridgeConfig, ClipConfig
+from clip_gen.images import CLIP_MEAN, CLIP_STD, for_clip, to_tensor
+from clip_gen.importers.foreign import Foreign
+from clip_gen.importers.openai_clip import clip_config
+
+PHOTOS = Path(__file__).parent / "fixtures" / "photos"
+
+
+class Archive(nn.Module):
+    """The shape of an official file: the network's tensors, and three sizes as tensors beside them."""
+
+    def __init__(self, state: dict[str, Tensor], resolution: int):
+        super().__init__()
+        sizes = {"input_resolution": resolution, "context_length": 77, "vocab_size": 49408}
+        for name, tensor in (state | {name: torch.tensor(size) for name, size in sizes.items()}).items():
+            *path, last = name.split(".")
+            module = self
+            for step in path:
+                if not hasattr(module, step):
+                    module.add_module(step, nn.Module())
+                module = getattr(module, step)
+            module.register_buffer(last, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def write(state: dict[str, Tensor], form: str, path: Path, resolution: int = 32) -> None:
+    if form == "archive":
+        torch.jit.script(Archive(state, resolution)).save(str(path))
+    else:
+        torch.save({"state dict": state, "wrapped": {"state_dict": state, "epoch": 3}}[form], path)
+
+
+@pytest.mark.parametrize("form", ["archive", "state dict", "wrapped"])
+@pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
+def test_embeddings_are_those_of_the_clip_package(sizes: ClipConfig, form: str, tmp_path: Path) -> None:
+    state = clip_state(sizes)
+    theirs = clip.model.build_model({name: tensor.clone() for name, tensor in state.items()})
+    # Official files are what build_model makes of them: float16, but for the layer norms.
+    write({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, form, tmp_path / "clip.pt")
+    assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 0
+    config = load_config(tmp_path / "out")
+    assert config.clip == sizes
+    assert config.gpt.embed_dim == 24
+    ours = ClipEncoder(config.clip)
+    load_part(ours, tmp_path / "out" / "clip.safetensors")
+    images, prompts = torch.rand(2, 3, 32, 32) * 2 - 1, ["a cat", "two dogs on a hill"]
+    theirs = theirs.float().eval()
+    with torch.no_grad():
+        wanted = theirs.encode_image(for_clip(images, 32)), theirs.encode_text(clip.tokenize(prompts))
+    for found, embedding in zip((ours.encode_image(images), ours.encode_text(prompts)), wanted, strict=True):
+        assert torch.allclose(found, embedding / embedding.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+# From the published architectures (width, layers, patch, resolution, embedding, text width).
+PUBLISHED = {
+    "RN50": (64, (3, 4, 6, 3), None, 224, 1024, 512),
+    "RN101": (64, (3, 4, 23, 3), None, 224, 512, 512),
+    "RN50x4": (80, (4, 6, 10, 6), None, 288, 640, 640),
+    "RN50x16": (96, (6, 8, 18, 8), None, 384, 768, 768),
+    "RN50x64": (128, (3, 15, 36, 10), None, 448, 1024, 1024),
+    "ViT-B/32": (768, (12,), 32, 224, 512, 512),
+    "ViT-B/16": (768, (12,), 16, 224, 512, 512),
+    "ViT-L/14": (1024, (24,), 14, 224, 768, 768),
+    "ViT-L/14@336px": (1024, (24,), 14, 336, 768, 768),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_of_every_published_model_are_read_off_its_shapes(name: str) -> None:
+    width, layers, patch, resolution, embedding, text = PUBLISHED[name]
+    config = ClipConfig(embedding, resolution, layers, width, patch, 77, 49408, text, text // 64, 12)
+    with torch.device("meta"):
+        state = ClipEncoder(config).clip.state_dict()
+    assert clip_config(Foreign(Path("clip.pt"), state)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "sentence"),
+    [
+        ("text_projection", None, "has no key text_projection"),
+        ("visual.layer3.0.bn1.running_var", None, "has no key visual.layer3.0.bn1.running_var"),
+        ("visual.attnpool.c_proj.bias", torch.zeros(3), "visual.attnpool.c_proj.bias has shape (3,), wanted is (24,)"),
+        ("visual.layer5.0.conv1.weight", torch.zeros(3), "nothing asks for its key visual.layer5.0.conv1.weight"),
+        ("vocab_size", torch.tensor(5), "vocab_size is 5, but its tensors are for 49408"),
+        ("ln_final.bias", torch.full((64,), torch.inf), "ln_final.bias holds numbers"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
+    name: str, tensor: Tensor | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = clip_state(RESNET) | {name: tensor}
+    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "clip.pt")
+    assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 1
+    assert sentence in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.pt"]
+
+
+def test_a_damaged_archive_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(clip_state(VIT), "archive", tmp_path / "clip.pt")
+    with zipfile.ZipFile(tmp_path / "clip.pt") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "clip.pt", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content[: len(content) // 2] if name.endswith("/data.pkl") else content)
+    assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "clip.pt: cannot be read as a TorchScript archive" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_clip_of_another_embedding_size_does_not_join_a_transformer(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(clip_state(VIT), tmp_path / "clip.pt")
+    before = {path.name: path.read_bytes() for path in tiny_model_folder.iterdir()}
+    words = ["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tiny_model_folder)]
+    assert main(words) == 1
+    assert "its embeddings have 24 numbers, but the transformer in" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tiny_model_folder.iterdir()} == before
+
+
+def test_a_clip_takes_the_place_of_another_and_of_its_bridge(tmp_path: Path) -> None:
+    for sizes in (VIT, replace(VIT, embed_dim=40)):
+        torch.save(clip_state(sizes), tmp_path / "clip.pt")
+        assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 0
+        assert load_config(tmp_path / "out").clip == sizes
+        assert not (tmp_path / "out" / "bridge.safetensors").exists()
+        save_part(Bridge(sizes.embed_dim, BridgeConfig()), tmp_path / "out" / "bridge.safetensors")
+
+
+@pytest.mark.parametrize("size", [24, 640])
+def test_an_embedding_of_any_size_reaches_the_transformer(size: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = replace(TINY, clip=replace(VIT, embed_dim=size), gpt=replace(TINY.gpt, embed_dim=size))
+    networks = build(config)
+    networks.vqgan.train()(torch.rand(8, 3, 16, 16) * 2 - 1)  # the codebook starts from its first batch
+    save_networks(networks, tmp_path / "model", {})
+    loaded = load_networks(tmp_path / "model")
+    text = loaded.clip.encode_text(["a cat"])
+    assert text.shape == (1, size)
+    assert loaded.gpt(loaded.bridge(text), torch.zeros(1, 3, dtype=torch.long)).shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 300, 200), (80, 0, 280, 200), (100, 0, 230, 200)], ids=["wide", "square", "tall"]
+)
+@pytest.mark.parametrize("resolution", [32, 224, 336])
+@pytest.mark.parametrize("name", ["cat", "coffee"])
+def test_preprocessing_is_openais_within_one_grey_level(name: str, box: tuple[int, ...], resolution: int) -> None:
+    photo = Image.open(PHOTOS / f"{name}.jpg").crop(box)
+    ours = for_clip(to_tensor([photo]), resolution)[0]
+    theirs = clip.clip._transform(resolution)(photo)
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (CLIP_MEAN, CLIP_STD))
+    grey, their_grey = ((pixels * std + mean).round() for pixels in (ours, theirs))
+    assert ours.shape == theirs.shape
+    assert (grey - their_grey).abs().max() <= 1
+    assert np.asarray(photo).std() > 20  # a picture of something
+
+
+def test_a_picture_is_ranked_by_what_the_clip_package_sees_in_it() -> None:
+    """The published demo hands its pictures to CLIP without CLIP's own normalisation, which ranks something else."""
+    state = clip_state(VIT)
+    encoder = ClipEncoder(VIT)
+    encoder.clip.load_state_dict(state)
+    photos = [Image.open(PHOTOS / f"{name}.jpg") for name in ("cat", "coffee")]
+    theirs = torch.stack([clip.clip._transform(32)(photo) for photo in photos])
+    raw = F.interpolate(to_tensor(photos), (32, 32), mode="bilinear")
+    with torch.no_grad():
+        wanted, demos = (F.normalize(encoder.clip.encode_image(pixels), dim=1) for pixels in (theirs, raw))
+    found = encoder.encode_image(to_tensor(photos))
+    assert (found * wanted).sum(dim=1).min() > 0.9999
+    assert (found * demos).sum(dim=1).max() < 0.999

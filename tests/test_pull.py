@@ -1,0 +1,138 @@
+"""pull.py: from a server's files to a model folder that predicts, or a sentence and no folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import clip
+import pytest
+import torch
+from bad_server import bad_server
+from importer_files import VIT, clip_state, hfailab_files
+
+from clip_gen import ClipGen, download, pull, transfer
+from clip_gen.__main__ import main
+from clip_gen.checkpoint import load_config
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a mirror of both publishers holds, in small."""
+    folder = hfailab_files(tmp_path_factory.mktemp("published"))
+    torch.save(clip_state(VIT), folder / "clip.pt")
+    names = {"gpt.pt": "gpt_coco.pt", "vqgan.pt": "vqgan_coco.pt", "clip.pt": "ViT-B-32.pt"}
+    return {theirs: (folder / ours).read_bytes() for ours, theirs in names.items()}
+
+
+@pytest.fixture(autouse=True)
+def _small(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The published addresses, but sizes and the known sha256 are those of the small files."""
+    clip = replace(pull.CLIPS["ViT-B/32"], sha256=hashlib.sha256(files["ViT-B-32.pt"]).hexdigest())
+    monkeypatch.setitem(pull.CLIPS, "ViT-B/32", clip)
+    monkeypatch.setitem(pull.COCO, "clip", clip)
+    monkeypatch.setattr(pull, "COCO_BYTES", 10**8)
+    monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setenv("PATH", "/nowhere")  # no pget
+    monkeypatch.chdir(tmp_path)
+
+
+def test_pull_coco_makes_a_folder_that_predicts_and_leaves_nothing_else(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with bad_server(files, ["truncate", 500, "drop", "stall"]) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["coco"]
+    assert len(ClipGen.load("checkpoints/coco", "cpu").generate("a cat", 2, 1, seed=0).images) == 1
+    record = json.loads((tmp_path / "checkpoints" / "coco" / "training.json").read_text())["imported"]
+    for part, name in (("gpt", "gpt_coco.pt"), ("vqgan", "vqgan_coco.pt"), ("clip", "ViT-B-32.pt")):
+        assert record[part]["sha256"] == hashlib.sha256(files[name]).hexdigest()
+        assert record[part]["bytes"] == len(files[name])
+
+
+def test_pull_clip_by_its_published_name(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    with bad_server(files) as server:
+        monkeypatch.setenv("CLIP_GEN_MIRROR", f"{server.address}/some/folder/")
+        assert main(["pull", "clip", "ViT-B/32"]) == 0
+    assert server.asked == [("/some/folder/ViT-B-32.pt", None)]
+    assert load_config(Path("checkpoints/clip-vit-b-32")).clip == VIT
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ([404], "the server answers 404"),
+        ([500] * 6, "cannot be downloaded"),
+        (["well", "well", "wrong", "wrong"], "its sha256 is"),
+        (["wrong"], "vqgan_coco.pt: cannot be read as a checkpoint"),
+    ],
+)
+def test_a_pull_that_fails_leaves_no_model_folder_and_the_next_one_succeeds(
+    plan: list[str | int], sentence: str, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bad_server(files, plan) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "checkpoints" / "coco").exists()
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["coco"]
+
+
+def test_a_pull_that_fails_leaves_the_model_that_was_there(files: dict[str, bytes], tmp_path: Path) -> None:
+    with bad_server(files) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+        before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints" / "coco").iterdir()}
+        server.plan = ["well", "wrong"]
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints" / "coco").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["clip", "ViT-B/64"], "there is no CLIP ViT-B/64; name one of RN50, "),
+        (["clip"], "there is no CLIP None"),
+        (["coco", "ViT-B/32"], "coco takes no name"),
+    ],
+)
+def test_a_name_that_is_not_published_is_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pull", *words]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_too_little_room_is_said_before_anything_is_asked_for(
+    files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pull, "COCO_BYTES", 10**18)
+    with bad_server(files) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+    assert server.asked == []
+    assert "wanted are 1000000000.0; make room" in capsys.readouterr().err
+
+
+def test_two_pulls_of_one_folder_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints" / ".pulling-coco").mkdir(parents=True)
+    with (tmp_path / "checkpoints" / ".pulling-coco" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["pull", "coco"]) == 1
+    assert "is being pulled already" in capsys.readouterr().err
+
+
+def test_every_clip_has_the_address_and_sha256_that_openais_package_has() -> None:
+    assert {name: file.url for name, file in pull.CLIPS.items()} == clip.clip._MODELS
+    for name, file in pull.CLIPS.items():
+        assert name == "ViT-B/32" or f"/{file.sha256}/" in file.url  # that one's is a small file's here
+
+
+def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
+    readme = (Path(__file__).parent.parent / "checkpoints" / "README.md").read_text()
+    for file in [*pull.CLIPS.values(), *pull.COCO.values()]:
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
+        known = "not published" if file.sha256 is None else file.url.split("/")[-2]
+        assert known in row
