@@ -72,6 +72,23 @@ class ClipEncoder(nn.Module):
         """As encode_image, but gradients flow to the images."""
         return F.normalize(self.clip.encode_image(for_clip(images, self.config.image_resolution)), dim=-1)
 
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """What each quarter of the image tower makes of images (B, 3, S, S) in [-1, 1]: (B, C, ...), first to last.
+
+        Gradients flow to the images.
+        """
+        visual, found = self.clip.visual, []
+        vit = hasattr(visual, "transformer")
+        blocks = visual.transformer.resblocks if vit else [getattr(visual, f"layer{i}") for i in (1, 2, 3, 4)]
+        quarters = sorted({max(1, len(blocks) * quarter // 4) - 1 for quarter in (1, 2, 3, 4)})
+        hooks = [blocks[i].register_forward_hook(lambda *seen: found.append(seen[-1])) for i in quarters]
+        try:
+            self.embed_image(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [features.permute(1, 2, 0) for features in found] if vit else found  # a ViT's are (L, B, C)
+
 
 def build_clip(config: ClipConfig) -> CLIP:
     """OpenAI's class at these sizes, with its own random start."""

@@ -19,6 +19,12 @@ from types import ModuleType
 from clip_gen.cog_inputs import InputError, InputField, checked
 from clip_gen.cog_schema import PREDICT, ROOT, project_signatures
 
+PREDICTS = (
+    "script/predict",
+    "Draws pictures of a prompt and writes them as output.0.png, output.1.png, ..., best first.",
+    'script/predict -i prompt="a large red circle" -i seed=7',
+    "name of the files, or a folder for them; a suffix sets the format",
+)
 FORMATS = {"png": "png", "webp": "webp", "jpg": "jpg", "jpeg": "jpg"}
 
 
@@ -27,10 +33,10 @@ def main(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     try:
         fields = project_signatures()[0].inputs
-        options = _parse(arguments, fields)
-        os.environ.update(_named(options.env, "-e"))
+        options = parse_options(arguments, fields, PREDICTS)
+        os.environ.update(named(options.env, "-e"))
         target, suffix = output_target(options.output)
-        texts = _named(options.input, "-i")
+        texts = named(options.input, "-i")
         if suffix:
             texts.setdefault("output_format", suffix)
         values = checked(parse_inputs(texts, fields), fields)
@@ -57,6 +63,9 @@ def parse_inputs(texts: dict[str, str], fields: Sequence[InputField]) -> dict[st
     kinds = {field.name: field.kind.name for field in fields}
     values: dict[str, object] = {}
     for name, text in texts.items():
+        if kinds.get(name) == "Path":
+            values[name] = Path(text.removeprefix("@")).expanduser()
+            continue
         if text.startswith("@"):
             text = _file_input(name, Path(text[1:]).expanduser())
         elif len(text) > 1 and text[0] == text[-1] == '"':
@@ -107,14 +116,16 @@ def output_paths(target: Path, count: int, suffix: str) -> list[Path]:
     return paths
 
 
-def _parse(arguments: Sequence[str], fields: Sequence[InputField]) -> argparse.Namespace:
+def parse_options(
+    arguments: Sequence[str], fields: Sequence[InputField], words: tuple[str, str, str, str]
+) -> argparse.Namespace:
+    """-i, -e and -o. words: the command, what it does, an example, what -o names. SystemExit(1) when it is misused."""
+    command, purpose, example, output = words
     described = [f"  {field.name:<18} {field.arguments['description']} [{_limits(field)}]" for field in fields]
     parser = argparse.ArgumentParser(
-        prog="script/predict",
-        description="Draws pictures of a prompt and writes them as output.0.png, output.1.png, ..., best first.",
-        epilog="\n".join(
-            ["inputs:", *described, "", 'example: script/predict -i prompt="a large red circle" -i seed=7']
-        ),
+        prog=command,
+        description=purpose,
+        epilog="\n".join(["inputs:", *described, "", f"example: {example}"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -122,7 +133,7 @@ def _parse(arguments: Sequence[str], fields: Sequence[InputField]) -> argparse.N
     add(
         "-e", "--env", action="append", default=[], metavar="NAME=VALUE", help="an environment variable, as COG_WEIGHTS"
     )
-    add("-o", "--output", metavar="PATH", help="name of the files, or a folder for them; a suffix sets the format")
+    add("-o", "--output", metavar="PATH", help=output)
     try:
         return parser.parse_args(arguments)
     except SystemExit as exit:
@@ -138,7 +149,7 @@ def _limits(field: InputField) -> str:
     return f"{field.wanted()}; default {str(default).lower() if isinstance(default, bool) else default}"
 
 
-def _named(pairs: Sequence[str], option: str) -> dict[str, str]:
+def named(pairs: Sequence[str], option: str) -> dict[str, str]:
     """NAME=VALUE texts as a mapping."""
     named: dict[str, str] = {}
     for pair in pairs:

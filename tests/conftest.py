@@ -54,11 +54,11 @@ def _bundled_model() -> Iterator[None]:
         yield
 
 
-def tiny_networks(seed: int = 0) -> Networks:
+def tiny_networks(seed: int = 0, config: ModelConfig = TINY) -> Networks:
     """A toy model whose codebook counts as trained, so that loading needs no first batch."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        networks = build(TINY)
+        networks = build(config)
         networks.vqgan.train()
         networks.vqgan(torch.rand(8, 3, 16, 16) * 2 - 1)  # the codebook starts from its first batch
     for network in (networks.clip, networks.vqgan, networks.gpt, networks.bridge):

@@ -18,19 +18,22 @@ DOORS = {
     "vector_quantize_pytorch": ["clip_gen/vqgan.py"],
     "safetensors": ["clip_gen/checkpoint.py"],
     "pytorch_lightning": ["clip_gen/training/"],
+    "tqdm": ["clip_gen/transfer.py"],
     "cog": ["predict.py", "train.py"],
 }
 
 # Lower first; a module imports from its own row or rows above.
 LAYERS = [
-    ["config", "files", "images", "download"],
+    ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled"],
+    ["zips", "entries", "findings", "archives"],
     ["gpt", "clip_encoder", "vqgan", "bridge"],
     ["sampling", "checkpoint", "weights"],
     ["pipeline"],
-    ["serving"],
+    ["serving", "importers"],
+    ["pull", "own_model"],
     ["shapes", "training", "evaluation"],
     ["generate", "__main__"],
-    ["cog_signature", "cog_expressions", "cog_inputs", "cog_openapi", "cog_schema", "cog_cli"],
+    ["cog_signature", "cog_expressions", "cog_inputs", "cog_openapi", "cog_schema", "cog_cli", "cog_training"],
 ]
 
 

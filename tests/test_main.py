@@ -21,6 +21,13 @@ def test_generate_writes_numbered_pictures_that_say_how_they_were_made(
     assert text["score"] in capsys.readouterr().out
 
 
+def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path) -> None:
+    words = ["generate", "a cat", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--preset", "coco"]
+    assert main([*words, "--candidates", "3", "--num-outputs", "1"]) == 0
+    text = Image.open(tmp_path / "0.png").text
+    assert (text["candidates"], text["num_outputs"], text["top_k"], text["top_p"]) == ("3", "1", "500", "0.95")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

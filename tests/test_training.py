@@ -20,11 +20,9 @@ from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_loss
-from clip_gen.training.dataset import EncodedPictures, encode_embeddings, encode_tokens
-from clip_gen.training.gpt_trainer import GPTTrainer
-from clip_gen.training.run import FitConfig
-from clip_gen.training.schedule import Muon, adamw, warmup_cosine
+from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
@@ -143,7 +141,9 @@ def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> Non
     assert len(encoded) == 70
     for i in (0, 13, 69):
         image = from_bytes(torch.from_numpy(pictures[i][None]))
-        embedding, tokens = encoded[i]
+        condition, tokens, unconditional, embedding = encoded[i]
+        assert torch.equal(condition, embedding)
+        assert not unconditional
         assert torch.equal(tokens, networks.vqgan.encode(image)[0])
         assert torch.allclose(embedding, networks.clip.encode_image(image)[0], atol=1e-3)
     before = (tmp_path / "tokens.npy").stat().st_mtime_ns
@@ -175,7 +175,7 @@ def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
-    one_step(gpt, Muon(gpt.blocks, gpt, muon_rate=1e-2, learning_rate=1e-4, decay=0.0))
+    one_step(gpt, Muon(gpt, gpt.blocks, FitConfig(muon_rate=1e-2, learning_rate=1e-4, weight_decay=0.0)))
     moved = {name: value - before[name] for name, value in gpt.state_dict().items()}
     turned = torch.linalg.svdvals(moved["blocks.0.mlp.fc.weight"])
     pushed = torch.linalg.svdvals(gpt.blocks[0].mlp.fc.weight.grad)
@@ -188,45 +188,65 @@ def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_
 def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> None:
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()
-    optimizer = Muon(gpt.blocks, gpt, muon_rate=1e-2, learning_rate=1e-3, decay=0.1)
+    optimizer = Muon(gpt, gpt.blocks, FitConfig(muon_rate=1e-2, learning_rate=1e-3, weight_decay=0.1))
     one_step(gpt, optimizer)
     weights, state = deepcopy(gpt.state_dict()), deepcopy(optimizer.state_dict())
     one_step(gpt, optimizer)
     other = GPT(TINY.gpt).eval()
     other.load_state_dict(weights)
-    taken_up = Muon(other.blocks, other, muon_rate=0.0, learning_rate=0.0, decay=0.0)
+    taken_up = Muon(other, other.blocks, FitConfig(muon_rate=0.0, learning_rate=0.0, weight_decay=0.0))
     taken_up.load_state_dict(state)
     one_step(other, taken_up)
     for name, value in gpt.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy() -> None:
-    torch.manual_seed(0)
-    trainer = GPTTrainer(
-        GPT(TINY.gpt),
-        steps=1,
-        learning_rate=1e-3,
-        warmup=1,
-        weight_decay=0.0,
-        muon_rate=1e-3,
-        embedding_noise=0.5,
-        condition_dropout=0.1,
-    )
-    seen = {}
+@pytest.fixture
+def encoded(tmp_path: Path) -> EncodedPictures:
+    """Two views each of 200 pictures, of random embeddings and tokens."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(400, 16)).astype(np.float32)
+    np.save(tmp_path / "embeddings.npy", embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
+    np.save(tmp_path / "tokens.npy", np.arange(400)[:, None] + np.zeros((1, 16), np.uint16))
+    return EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "tokens.npy", views=2, noise=0.5, dropout=0.1)
 
-    def spy(embedding: torch.Tensor, tokens: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
-        seen.update(embedding=embedding, dropped=unconditional)
-        return torch.tensor(0.0)
 
-    trainer._loss = spy
-    trainer.log = lambda *_: None
-    clean = torch.nn.functional.normalize(torch.randn(4000, 16), dim=1)
-    trainer.training_step((clean, torch.zeros(4000, 16, dtype=torch.long)))
-    assert abs(seen["dropped"].float().mean() - 0.1) < 0.02
-    cosine = (seen["embedding"] * clean).sum(dim=1)
+def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy(encoded: EncodedPictures) -> None:
+    samples = Endless(encoded, seed=0)
+    conditions, _, dropped, embeddings = zip(*(samples[n] for n in range(4000)), strict=True)
+    assert abs(np.mean(dropped) - 0.1) < 0.02
+    cosine = (torch.stack(conditions) * torch.stack(embeddings)).sum(dim=1)
     assert cosine.min() > 1 / 1.25**0.5 - 0.2
     assert 0.9 < cosine.mean() < 0.99
+
+
+def test_a_sample_is_the_same_whatever_came_before_and_every_picture_comes_once_a_round(
+    encoded: EncodedPictures,
+) -> None:
+    samples = Endless(encoded, seed=5)
+    rounds = [[int(samples[n][1][0]) // 2 for n in range(200 * turn, 200 * (turn + 1))] for turn in (0, 1)]
+    assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(200))
+    assert rounds[0] != rounds[1] != list(range(200))
+    for n in (399, 0, 250):
+        for a, b in zip(samples[n], Endless(encoded, seed=5)[n], strict=True):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert not torch.equal(samples[0][0], Endless(encoded, seed=6)[0][0])
+
+
+def test_every_view_of_a_picture_is_drawn(encoded: EncodedPictures) -> None:
+    samples = Endless(encoded, seed=0)
+    assert len({int(samples[n][1][0]) for n in range(2000)}) > 390
+
+
+def test_processes_share_out_every_batch_and_a_resumed_run_takes_up_the_next() -> None:
+    whole = list(Batches(5, 6))
+    assert whole[2] == list(range(12, 18))
+    shares = [list(Batches(5, 6, rank=rank, ranks=2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == whole
+    assert list(Batches(5, 6, first=3)) == whole[3:]
+    assert len(Batches(5, 6, first=3)) == 5
+    with pytest.raises(ValueError, match="batch_size is 6; 4 processes share it"):
+        Batches(5, 6, ranks=4)
 
 
 def test_other_true_captions_are_not_held_against_a_picture() -> None:
@@ -249,7 +269,7 @@ def test_no_caption_is_pulled_towards_a_spoilt_picture() -> None:
 def test_the_small_clip_learns_to_find_pictures() -> None:
     torch.manual_seed(0)
     encoder = ClipEncoder(TINY.clip)
-    trainer = ClipTrainer(encoder, steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0)
+    trainer = ClipTrainer(encoder, FitConfig(steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0))
     trainer.log_dict = lambda *_, **__: None
     pairs = CaptionedPairs(8, 0, 32)
     batch = Collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])
@@ -266,21 +286,34 @@ def test_the_small_clip_learns_to_find_pictures() -> None:
 
 
 def test_only_matrices_are_decayed() -> None:
-    groups = adamw(GPT(TINY.gpt), 1e-3, 0.1, (0.9, 0.95)).param_groups
+    groups = adamw(GPT(TINY.gpt), FitConfig(weight_decay=0.1), (0.9, 0.95)).param_groups
     assert {p.dim() for p in groups[0]["params"]} == {2}
     assert {p.dim() for p in groups[1]["params"]} == {1}
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
-def test_the_rate_warms_up_and_falls_to_a_hundredth() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = warmup_cosine(optimizer, steps=100, warmup=10)
-    rates = []
+def rates(time_spent: float) -> list[float]:
+    stage = Stage(FitConfig(steps=100, warmup=10))
+    stage.time_spent = lambda: time_spent
+    learning = stage.learning(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    optimizer, schedule = learning["optimizer"], learning["lr_scheduler"]["scheduler"]
+    found = []
     for _ in range(101):
-        rates.append(optimizer.param_groups[0]["lr"])
+        found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == rates[10] == 1.0
-    assert rates[100] == pytest.approx(0.01)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    return found
+
+
+def test_the_rate_warms_up_and_falls_to_a_hundredth() -> None:
+    found = rates(time_spent=0.0)
+    assert found[0] == pytest.approx(0.1)
+    assert max(found) == found[9] == found[10] == 1.0
+    assert found[100] == pytest.approx(0.01)
+    assert found[10:] == sorted(found[10:], reverse=True)
+
+
+def test_the_rate_is_down_when_time_is_over_however_many_steps_are_left() -> None:
+    assert rates(time_spent=1.0)[20] == pytest.approx(0.01)
+    assert rates(time_spent=0.5)[20] == pytest.approx(0.505)
+    assert rates(time_spent=0.5)[90] == pytest.approx(rates(time_spent=0.0)[90])

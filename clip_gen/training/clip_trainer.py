@@ -9,7 +9,6 @@ leaves text and pictures in two separate cones (arXiv 2203.02053), a gap that th
 from __future__ import annotations
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from clip_gen.clip_encoder import ClipEncoder, Tokenizer
 from clip_gen.images import for_clip, from_bytes
 from clip_gen.shapes.pairs import PairGroup, fits
-from clip_gen.training.schedule import adamw, warmup_cosine
+from clip_gen.training.stage import FitConfig, Stage, adamw
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -36,13 +35,12 @@ class Collate:
         return joined("pictures"), tokens, joined("stated"), joined("shown"), joined("spoilt")
 
 
-class ClipTrainer(pl.LightningModule):
-    def __init__(self, encoder: ClipEncoder, *, steps: int, learning_rate: float, warmup: int, weight_decay: float):
-        super().__init__()
+class ClipTrainer(Stage):
+    def __init__(self, encoder: ClipEncoder, config: FitConfig):
+        super().__init__(config)
         # Not as a submodule: ClipEncoder refuses to leave eval mode, in which batch norms would never learn.
         self.clip = encoder.clip.requires_grad_(True).train()
         self.resolution = encoder.config.image_resolution
-        self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
         self.register_buffer("word_seen", torch.zeros(encoder.config.vocab_size, dtype=torch.bool))
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -73,9 +71,7 @@ class ClipTrainer(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = adamw(self.clip, self.learning_rate, self.weight_decay, betas=(0.9, 0.98))
-        schedule = warmup_cosine(optimizer, self.steps, self.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.learning(adamw(self.clip, self.config, betas=(0.9, 0.98)))
 
     @torch.no_grad()
     def forget_unseen_words(self) -> None:

@@ -1,51 +1,162 @@
-"""Pictures encoded once: tokens and embeddings in two arrays on disk, read from there ever after."""
+"""What the stages learn from: pictures read from disk, and pictures encoded once into arrays.
+
+Sample number n of a training is the same picture with the same chance in it whatever came before, on how many machines
+and after how many restarts: everything random about it is drawn from (seed, n).
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from clip_gen.bridge import add_noise
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
+from clip_gen.pictures import load_picture
 from clip_gen.vqgan import VQGAN
 
 log = logging.getLogger(__name__)
 
+ORDER, CHANCE = range(2)  # what a sample's number is turned into by chance: which picture, and how it is shown
 
-class Onward(Sampler[int]):
-    """In order from `first` on; says it is as long as the whole, since Lightning counts in what a stage did before."""
 
-    def __init__(self, count: int, first: int):
-        self.count, self.first = count, first
+class Batches(Sampler[list[int]]):
+    """The sample numbers of each batch from batch `first` on: batch b holds b·B to (b + 1)·B - 1, shared out by rank.
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.count))
+    Says it is as long as the whole, since Lightning counts in what a stage did before.
+    """
+
+    def __init__(self, count: int, batch_size: int, first: int = 0, rank: int = 0, ranks: int = 1):
+        if batch_size % ranks:
+            raise ValueError(f"batch_size is {batch_size}; {ranks} processes share it, so give a multiple of {ranks}")
+        self.count, self.batch_size, self.first, self.rank, self.ranks = count, batch_size, first, rank, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.first, self.count):
+            yield list(range(batch * self.batch_size + self.rank, (batch + 1) * self.batch_size, self.ranks))
 
     def __len__(self) -> int:
         return self.count
 
 
-class EncodedPictures(Dataset):
-    """(embedding (E,) float32, tokens (T,) int64) of each picture."""
+Drawn = TypeVar("Drawn", covariant=True)
 
-    def __init__(self, embeddings: Path, tokens: Path):
-        self.embeddings = np.load(embeddings, mmap_mode="r")
-        self.tokens = np.load(tokens, mmap_mode="r")
+
+class Drawable(Protocol[Drawn]):
+    """So many pictures, each of which can be shown in ways that chance decides."""
+
+    def __len__(self) -> int: ...
+
+    def draw(self, index: int, rng: np.random.Generator) -> Drawn: ...
+
+
+class Endless(Dataset):
+    """Sample number n of a set gone through again and again, in another order each time."""
+
+    def __init__(self, pictures: Drawable, seed: int):
+        self.pictures, self.seed = pictures, seed
+        self.round, self.order = -1, np.empty(0, int)
+
+    def __getitem__(self, number: int) -> object:
+        turn, place = divmod(number, len(self.pictures))
+        if turn != self.round:
+            self.round = turn
+            self.order = np.random.default_rng([self.seed, ORDER, turn]).permutation(len(self.pictures))
+        return self.pictures.draw(int(self.order[place]), np.random.default_rng([self.seed, CHANCE, number]))
+
+
+class PictureFiles(Dataset):
+    """Pictures on disk as (S, S, 3) uint8: item i is the middle square; `draw` crops and flips by chance.
+
+    crop: the least share of the shorter side that a crop keeps, 1 for none.
+    """
+
+    def __init__(self, paths: Sequence[Path], resolution: int, crop: float = 0.8, flip: bool = True):
+        self.paths, self.resolution, self.crop, self.flip = paths, resolution, crop, flip
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        embedding = torch.from_numpy(self.embeddings[index].astype(np.float32))
-        return embedding, torch.from_numpy(self.tokens[index].astype(np.int64))
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._square(load_picture(self.paths[index]), 1.0, 0.5, 0.5)
+
+    def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        # Every number is drawn whatever the settings, so that switching one leaves the others as they were.
+        share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
+        picture = load_picture(self.paths[index])
+        pixels = self._square(picture, share, x, y) if self.crop < 1 else self[index]
+        return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
+
+    def _square(self, picture: Image.Image, share: float, x: float, y: float) -> np.ndarray:
+        """A square of this share of the shorter side, at x and y in [0, 1] of the room there is, at S x S."""
+        side = max(1, round(min(picture.size) * share))
+        left, top = round((picture.width - side) * x), round((picture.height - side) * y)
+        box = (left, top, left + side, top + side)
+        if side == self.resolution:
+            return np.array(picture.crop(box))
+        size = (self.resolution, self.resolution)
+        # Lanczos overshoots at hard edges; reducing first is several times faster on photographs.
+        return np.array(picture.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0))
+
+
+class Views(Dataset):
+    """Each picture `count` times over, as chance shows it: item i · count + v is view v of picture i."""
+
+    def __init__(self, pictures: Drawable, count: int, seed: int):
+        self.pictures, self.count, self.seed = pictures, count, seed
+
+    def __len__(self) -> int:
+        return len(self.pictures) * self.count
+
+    def __getitem__(self, row: int) -> object:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.pictures.draw(row // self.count, np.random.default_rng([self.seed, CHANCE, row]))
+
+
+Encoded = tuple[Tensor, Tensor, bool, Tensor]
+
+
+class EncodedPictures(Dataset):
+    """(condition (E,) float32, tokens (T,) int64, whether to draw it without one, embedding (E,)) of each picture.
+
+    Item i is picture i as it is, its embedding the condition. `draw` takes one of its views, pushes the condition by
+    up to `noise` in a random direction, and drops it at the chance `dropout`.
+    """
+
+    def __init__(self, embeddings: Path, tokens: Path, views: int = 1, noise: float = 0.0, dropout: float = 0.0):
+        self.embeddings, self.tokens = np.load(embeddings, mmap_mode="r"), np.load(tokens, mmap_mode="r")
+        self.views, self.noise, self.dropout = views, noise, dropout
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.views
+
+    def __getitem__(self, index: int) -> Encoded:
+        embedding, tokens = self._row(index * self.views)
+        return embedding, tokens, False, embedding
+
+    def draw(self, index: int, rng: np.random.Generator) -> Encoded:
+        embedding, tokens = self._row(index * self.views + int(rng.integers(self.views)))
+        # Each picture at a strength of its own, so that clean and far-off embeddings are both at home.
+        strength = self.noise * rng.random()
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        condition = add_noise(embedding[None], strength, generator)[0]
+        return condition, tokens, bool(rng.random() < self.dropout), embedding
+
+    def _row(self, row: int) -> tuple[Tensor, Tensor]:
+        embedding = torch.from_numpy(self.embeddings[row].astype(np.float32))
+        return embedding, torch.from_numpy(self.tokens[row].astype(np.int64))
 
 
 def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path) -> Path:
@@ -62,7 +173,9 @@ def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path) 
 def _encoded_once(
     pictures: Dataset, encode: Callable[[Tensor], Tensor], path: Path, dtype: type, width: int, batch_size: int = 64
 ) -> Path:
-    """A row for each picture, in their order; the file is whole or not there."""
+    """A row for each picture, in their order; the file is whole or not there. Of several processes one writes it."""
+    while not path.is_file() and rank_zero_only.rank:
+        time.sleep(1)
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +183,7 @@ def _encoded_once(
     part = path.with_suffix(".part")
     rows = np.lib.format.open_memmap(part, "w+", dtype, (count, width))
     for start, batch in zip(range(0, count, batch_size), DataLoader(pictures, batch_size, num_workers=1), strict=True):
-        rows[start : start + len(batch)] = encode(from_bytes(batch)).numpy()
+        rows[start : start + len(batch)] = encode(from_bytes(batch)).cpu().numpy()
         if start // batch_size % 100 == 99:
             speed = start / (time.perf_counter() - began)
             log.info("%s: %d of %d pictures, %.0f a second", path.name, start, count, speed)

@@ -1,35 +1,255 @@
-"""One training run: Lightning's Trainer as every stage here uses it, with progress a person and a log can read."""
+"""One stage's training on Lightning: where it runs, what it leaves on disk, and how it goes on after being cut off.
+
+A stage's folder holds last.ckpt (all there is to go on from), history.jsonl (a line of values every so often) and
+ledger.json (when it was started, with what settings, and how far it came).
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
-from torch.utils.data import DataLoader
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch.utils.data import DataLoader, Dataset
 
 from clip_gen.files import whole_or_not
+from clip_gen.training.dataset import Batches
+from clip_gen.training.stage import FitConfig, Stage
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """How long and how fast a stage learns."""
+class Machine:
+    """Where a stage is trained, in Lightning's words, and for how long at most."""
 
-    steps: int = 10_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    ema_decay: float = 0.999  # of the averaged weights that are kept in the end
-    compile: bool = False  # torch.compile the network: a minute at the start, then faster; needs a C compiler
+    devices: str = "auto"
+    nodes: int = 1
+    strategy: str = "auto"
+    max_minutes: float = 0.0  # 0: until the last step
+    save_seconds: float = 60.0  # between checkpoints
+
+
+def fit(
+    name: str,
+    stage: Stage,
+    samples: Dataset,
+    held_back: Dataset,
+    folder: Path,
+    *,
+    seed: int,
+    machine: Machine = Machine(),
+    collate: Callable | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, object]:
+    """Trains a stage to its last step, leaving its averaged weights in it; returns what to write down about it.
+
+    samples: item n is sample number n, without end. When a checkpoint is in `folder`, the run goes on from there and
+    ends with the very weights it would have had. Out of memory halves the batch that is worked on at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = 1
+    while True:
+        try:
+            values = _fit(name, stage, samples, held_back, folder, seed, machine, collate, callbacks, pieces)
+            break
+        except torch.OutOfMemoryError:
+            pieces *= 2
+            if stage.config.batch_size % pieces:
+                raise
+            log.warning(
+                "%s: out of memory; going on with %d pictures at a time, %d times a step",
+                name, stage.config.batch_size // pieces, pieces,
+            )  # fmt: skip
+            torch.cuda.empty_cache()
+    legs = read_ledger(folder / "ledger.json")
+    return {
+        **values,
+        "minutes": round(sum(leg["minutes"] for leg in legs), 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "legs": legs,
+    }
+
+
+def _fit(
+    name: str,
+    stage: Stage,
+    samples: Dataset,
+    held_back: Dataset,
+    folder: Path,
+    seed: int,
+    machine: Machine,
+    collate: Callable | None,
+    callbacks: Sequence[Callback],
+    pieces: int,
+) -> dict[str, object]:
+    config, last = stage.config, folder / "last.ckpt"
+    done = checkpointed_steps(last)
+    averaging = EMAWeightAveraging(decay=config.ema_decay, use_buffers=False)
+    best = [Best(folder / "best.ckpt", averaging, config.patience)] if config.patience else []
+    trainer = pl.Trainer(
+        max_steps=config.steps,
+        accelerator="auto",
+        devices=int(machine.devices) if machine.devices.isdecimal() else machine.devices,
+        num_nodes=machine.nodes,
+        strategy=machine.strategy,
+        precision=_precision(config.precision),
+        accumulate_grad_batches=pieces,
+        gradient_clip_val=1.0,
+        callbacks=[
+            Chance(seed),
+            Deadline(name, machine.max_minutes),
+            History(folder / "history.jsonl"),
+            Progress(name, config.batch_size),
+            Ledger(folder / "ledger.json", config),
+            averaging,
+            *best,
+            *callbacks,
+            Checkpoints(last, machine.save_seconds),
+        ],
+        plugins=[WholeCheckpoints()],
+        val_check_interval=min(config.validate_every, config.steps) * pieces,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    if done < config.steps:
+        data = Samples(samples, held_back, config, done, pieces, collate)
+        trainer.fit(stage, datamodule=data, ckpt_path=last if done else None, weights_only=True)
+        done = trainer.global_step
+    else:
+        # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
+        stage.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
+    values = {key: round(float(value), 5) for key, value in trainer.callback_metrics.items()}
+    if best and best[0].path.is_file():
+        kept = torch.load(best[0].path, weights_only=True)
+        stage.load_state_dict(kept["state_dict"])
+        values |= {"val_loss": round(kept["val_loss"], 5), "best_step": kept["step"]}
+    return {"steps": done, **values}
+
+
+def _precision(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
+class Samples(pl.LightningDataModule):
+    """The batches of a stage, each process its share of them."""
+
+    def __init__(
+        self,
+        samples: Dataset,
+        held_back: Dataset,
+        config: FitConfig,
+        done: int,
+        pieces: int,
+        collate: Callable | None,
+    ):
+        super().__init__()
+        self.samples, self.held_back, self.config = samples, held_back, config
+        self.done, self.pieces, self.collate = done, pieces, collate
+
+    def train_dataloader(self) -> DataLoader:
+        config, trainer = self.config, self.trainer
+        batches = Batches(
+            config.steps * self.pieces,
+            config.batch_size // self.pieces,
+            self.done * self.pieces,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return DataLoader(
+            self.samples, batch_sampler=batches, num_workers=config.workers, collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+
+    def val_dataloader(self) -> DataLoader:
+        # Every process goes over all of it: little work, and the mean is then exact.
+        size = max(1, self.config.batch_size // self.pieces)
+        return DataLoader(self.held_back, size, collate_fn=self.collate)
+
+
+class Chance(Callback):
+    """Sets torch's random numbers anew for every batch from (seed, batch): a resumed run draws the same ones."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, index: int) -> None:
+        number = trainer.global_step * trainer.accumulate_grad_batches + index % trainer.accumulate_grad_batches
+        # Processes must not all drop out the same neurons.
+        torch.manual_seed(((self.seed * 1_000_003 + number) * 4099 + trainer.global_rank) % 2**63)
+
+
+class Deadline(Callback):
+    """Ends the stage after so many minutes, and lets the learning rate come down in time."""
+
+    def __init__(self, name: str, minutes: float):
+        self.name, self.minutes = name, minutes
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.began = time.monotonic()
+        if self.minutes:
+            module.time_spent = lambda: (time.monotonic() - self.began) / (60 * self.minutes)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        if self.minutes and trainer.strategy.reduce_boolean_decision(module.time_spent() >= 1, all=False):
+            log.info("%s: %g minutes are over at step %d", self.name, self.minutes, trainer.global_step)
+            trainer.should_stop = True
+
+
+class History(Callback):
+    """A line of JSON with every value that was logged, some 500 in a training; for the report's curves."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.every = max(1, trainer.max_steps // 500)
+        # What came after the checkpoint will come again.
+        kept = [entry for entry in read_history(self.path) if entry["step"] <= trainer.global_step]
+        if trainer.is_global_zero:
+            with whole_or_not(self.path) as temporary:
+                Path(temporary).write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        if trainer.global_step % self.every == 0 and trainer.is_global_zero:
+            self._write(trainer, "loss")
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._write(trainer, "val")
+
+    def _write(self, trainer: pl.Trainer, kind: str) -> None:
+        validation = kind == "val"
+        values = {
+            name: round(float(value), 6)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val_") == validation
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
+
+
+def read_history(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # a line that was cut off has no end
 
 
 class Progress(Callback):
@@ -43,10 +263,10 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         step = trainer.global_step
-        if step % self.every and step != trainer.max_steps:
+        if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
             return
         speed = (step - self.first) / (time.perf_counter() - self.began)
-        left = (trainer.max_steps - step) / speed
+        left = (trainer.max_steps - step) / speed if speed else float("inf")
         values = " ".join(f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
         rate = speed * self.batch_size
         log.info(
@@ -55,7 +275,7 @@ class Progress(Callback):
 
 
 class Ledger(Callback):
-    """ledger.json beside the checkpoints: one entry for each time the stage was started, with what it was told.
+    """ledger.json: one entry for each time the stage was started, with what it was told.
 
     What a record says of a training that was cut off and taken up again, perhaps with other settings, comes from here.
     """
@@ -72,7 +292,7 @@ class Ledger(Callback):
         self.from_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        if trainer.global_step % 50 and trainer.global_step != trainer.max_steps:
+        if not trainer.is_global_zero or (trainer.global_step % 50 and trainer.global_step != trainer.max_steps):
             return
         minutes = round((time.perf_counter() - self.began) / 60, 2)
         leg = {"from_step": self.from_step, "to_step": trainer.global_step, "minutes": minutes}
@@ -84,53 +304,76 @@ def read_ledger(path: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
-def fit(
-    name: str,
-    module: pl.LightningModule,
-    config: FitConfig,
-    pictures: Callable[[int], DataLoader],
-    held_back: DataLoader | None,
-    folder: Path,
-) -> dict[str, object]:
-    """Trains to `config.steps`, leaving the averaged weights in the module; returns what to write down about it.
+class Best(Callback):
+    """Keeps the averaged weights with the least validation loss, and ends the stage when it has not sunk for long."""
 
-    pictures: the batches from a step on. Checkpoints go to `folder`; when one is there, the run goes on from it.
-    """
-    last = folder / "last.ckpt"
-    done = checkpointed_steps(last)
-    trainer = pl.Trainer(
-        max_steps=config.steps,
-        accelerator="auto",
-        devices=1,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        callbacks=[
-            Progress(name, config.batch_size),
-            Ledger(folder / "ledger.json", config),
-            EMAWeightAveraging(decay=config.ema_decay, use_buffers=False),
-            ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1000),
-        ],
-        val_check_interval=min(1000, config.steps),
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    if done < config.steps:
-        trainer.fit(module, pictures(done), held_back, ckpt_path=last if done else None, weights_only=True)
-    else:
-        # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
-        module.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
-    legs = read_ledger(folder / "ledger.json")
-    return {
-        "steps": max(done, trainer.global_step),
-        **{key: round(float(value), 5) for key, value in trainer.callback_metrics.items()},
-        "minutes": round(sum(leg["minutes"] for leg in legs), 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "legs": legs,
-    }
+    def __init__(self, path: Path, averaging: EMAWeightAveraging, patience: int):
+        self.path, self.averaging, self.patience = path, averaging, patience
+        self.least, self.since = float("inf"), 0
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val_loss"])
+        self.since += 1
+        if loss < self.least:
+            self.least, self.since = loss, 0
+            # Lightning has put the trained weights back by now.
+            averaged = self.averaging._average_model.module.state_dict()
+            if trainer.is_global_zero:
+                _save_whole({"state_dict": averaged, "val_loss": loss, "step": trainer.global_step}, self.path)
+        if self.since >= self.patience:
+            log.info("the validation loss has not sunk for %d validations: done", self.since)
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"least": self.least, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.least, self.since = state["least"], state["since"]
+
+
+class Checkpoints(Callback):
+    """last.ckpt every so many seconds, and at the end."""
+
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.seconds = path, seconds
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.saved = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: object, index: int
+    ) -> None:
+        whole_step = (index + 1) % trainer.accumulate_grad_batches == 0
+        due = time.monotonic() - self.saved >= self.seconds or trainer.should_stop
+        if whole_step and trainer.strategy.reduce_boolean_decision(due, all=False):
+            trainer.save_checkpoint(self.path)
+            self.saved = time.monotonic()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """A checkpoint takes the place of the one before when all of it is on disk, and not sooner."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
+        try:
+            _save_whole(checkpoint, Path(path))
+        except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError when the disk is full
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(
+                errno.EIO,
+                f"the checkpoint could not be written ({error}); the one before is whole. "
+                "Make room, or make the folder writable, and start the same command again",
+                str(path),
+            ) from error
+
+
+def _save_whole(values: dict, path: Path) -> None:
+    # Given the name, torch would refuse one that starts with a dot.
+    with whole_or_not(path) as temporary, open(temporary, "wb") as file:
+        torch.save(values, file)
 
 
 def checkpointed_steps(path: Path) -> int:

@@ -12,13 +12,15 @@ import hashlib
 import json
 import logging
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch._inductor.config
+from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
@@ -28,9 +30,10 @@ from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
-from clip_gen.training.dataset import EncodedPictures, Onward, encode_embeddings, encode_tokens
+from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
-from clip_gen.training.run import FitConfig, fit
+from clip_gen.training.run import fit
+from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,6 @@ class ShapesConfig:
     clip_fit: FitConfig = field(default_factory=FitConfig)
     vqgan_fit: FitConfig = field(default_factory=FitConfig)
     gpt_fit: FitConfig = field(default_factory=FitConfig)
-    muon_rate: float = 6e-3  # of the transformer's matrices; gpt_fit.learning_rate is the rest's
     encoded_pictures: int = 100_000
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
@@ -86,10 +88,10 @@ class Recipe:
         """All that decides what a part turns into, as JSON has it."""
         settings: dict[str, object] = {"seed": self.config.seed}
         if name != "bridge":
-            settings["sizes"] = asdict(getattr(self.config.model, name))
-            settings["fit"] = asdict(getattr(self.config, f"{name}_fit"))
+            settings["sizes"] = stated(getattr(self.config.model, name))
+            settings["fit"] = stated(getattr(self.config, f"{name}_fit"))
         if name == "gpt":
-            names = ("muon_rate", "encoded_pictures", "embedding_noise", "condition_dropout")
+            names = ("encoded_pictures", "embedding_noise", "condition_dropout")
             settings |= {name: getattr(self.config, name) for name in names}
         if name in ("gpt", "bridge"):
             settings["clip"] = fingerprint(self.work / "clip" / "clip.safetensors")
@@ -100,56 +102,37 @@ class Recipe:
     def train_clip(self, folder: Path) -> dict[str, object]:
         config, clip = self.config.clip_fit, self.config.model.clip
         if config.compile:
-            self.networks.clip.clip.visual.compile()
-            self.networks.clip.clip.transformer.compile()
-        trainer = ClipTrainer(self.networks.clip, **_learning(config))
+            compiled(self.networks.clip.clip.visual)
+            compiled(self.networks.clip.clip.transformer)
+        trainer = ClipTrainer(self.networks.clip, config)
+
+        def groups(count: int, stream: int) -> CaptionedPairs:
+            return CaptionedPairs(count, self.stream(stream), clip.image_resolution)
+
+        seen, unseen = groups(config.steps * config.batch_size, PAIRS), groups(512, UNSEEN)
         collate = Collate(clip.context_length)
-
-        def loader(groups: int, stream: int, first: int = 0) -> DataLoader:
-            pairs = CaptionedPairs(groups, self.stream(stream), clip.image_resolution)
-            order = Onward(groups, first)
-            return DataLoader(pairs, config.batch_size, sampler=order, num_workers=1, collate_fn=collate)
-
-        def pictures(step: int) -> DataLoader:
-            return loader(config.steps * config.batch_size, PAIRS, step * config.batch_size)
-
-        record = fit("clip", trainer, config, pictures, loader(512, UNSEEN), folder)
+        record = fit("clip", trainer, seen, unseen, folder, seed=self.config.seed, collate=collate)
         trainer.forget_unseen_words()
         return record
 
     def train_vqgan(self, folder: Path) -> dict[str, object]:
         config, vqgan = self.config.vqgan_fit, self.networks.vqgan
         if config.compile:
-            vqgan.encoder.compile(dynamic=vqgan.config.local)  # how many squares differ is another number each time
-            vqgan.decoder.compile()
-        trainer = VQGANTrainer(vqgan.to(memory_format=torch.channels_last).train(), **_learning(config))
-
-        def pictures(step: int) -> DataLoader:
-            every = self.pictures(config.steps * config.batch_size, PICTURES)
-            order = Onward(len(every), step * config.batch_size)
-            return DataLoader(every, config.batch_size, sampler=order, num_workers=1)
-
-        record = fit("vqgan", trainer, config, pictures, DataLoader(self.pictures(512, UNSEEN), 64), folder)
+            compiled(vqgan.encoder, dynamic=vqgan.config.local)  # how many squares differ is another number each time
+            compiled(vqgan.decoder)
+        trainer = VQGANTrainer(vqgan.to(memory_format=torch.channels_last).train(), config)
+        seen, unseen = self.pictures(config.steps * config.batch_size, PICTURES), self.pictures(512, UNSEEN)
+        record = fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed)
         vqgan.to(memory_format=torch.contiguous_format)
         return record
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
-        config, gpt = self.config.gpt_fit, self.networks.gpt
-        train, unseen = self.encoded("train"), self.encoded("unseen")
-        if config.compile:
-            gpt.compile()
-        trainer = GPTTrainer(
-            gpt.train().requires_grad_(True),
-            embedding_noise=self.config.embedding_noise,
-            condition_dropout=self.config.condition_dropout,
-            muon_rate=self.config.muon_rate,
-            **_learning(config),
-        )
-
-        def shuffled(step: int) -> DataLoader:
-            return DataLoader(train, config.batch_size, shuffle=True, drop_last=True)
-
-        return fit("gpt", trainer, config, shuffled, DataLoader(unseen, config.batch_size), folder)
+        gpt, config = self.networks.gpt, self.config
+        seen, unseen = self.encoded("train"), self.encoded("unseen")
+        if config.gpt_fit.compile:
+            compiled(gpt)
+        trainer = GPTTrainer(gpt.train().requires_grad_(True), config.gpt_fit)
+        return fit("gpt", trainer, Endless(seen, config.seed), unseen, folder, seed=config.seed)
 
     def encoded(self, name: str) -> EncodedPictures:
         """The pictures the transformer trains on, or those its loss is watched on, through CLIP and VQGAN."""
@@ -157,11 +140,13 @@ class Recipe:
         stream, count = {"train": (ENCODED, self.config.encoded_pictures), "unseen": (UNSEEN, 1024)}[name]
         pictures, networks = self.pictures(count, stream), self.networks
         if self.config.gpt_fit.compile:
-            networks.clip.clip.visual.compile()
-            networks.vqgan.encoder.compile(dynamic=networks.vqgan.config.local)
+            compiled(networks.clip.clip.visual)
+            compiled(networks.vqgan.encoder, dynamic=networks.vqgan.config.local)
         return EncodedPictures(
             encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count)),
             encode_tokens(pictures, networks.vqgan, folder / self.array_name("vqgan", name, count)),
+            noise=self.config.embedding_noise,
+            dropout=self.config.condition_dropout,
         )
 
     def array_name(self, part: str, name: str, count: int) -> str:
@@ -194,8 +179,16 @@ class Recipe:
         }
 
 
-def _learning(config: FitConfig) -> dict[str, float]:
-    return {name: getattr(config, name) for name in ("steps", "learning_rate", "warmup", "weight_decay")}
+def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
+    """torch.compile in place, for as many threads as there are: torch's cache would hand on code made for fewer."""
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
+    network.compile(dynamic=dynamic)
+
+
+def stated(config: object) -> dict[str, object]:
+    """The fields that differ from their defaults: a setting that is new since then does not make another recipe."""
+    values = {spec.name: (getattr(config, spec.name), spec.default) for spec in fields(config)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def fingerprint(path: Path) -> str:

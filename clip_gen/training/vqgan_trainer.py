@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
-from clip_gen.training.schedule import adamw, warmup_cosine
-from clip_gen.vqgan import VQGAN
+from clip_gen.training.losses import adaptive_weight, hinge_loss, perceptual_distance
+from clip_gen.training.stage import FitConfig, Stage, adamw
+from clip_gen.vqgan import VQGAN, build_discriminator
 
 
-class VQGANTrainer(pl.LightningModule):
+@dataclass(frozen=True)
+class VQGANLoss:
+    """How much each part of the loss counts; pixels count 1."""
+
+    perceptual: float = 0.0
+    adversarial: float = 0.0  # on top of the adaptive weight
+    adversarial_from: int = 0  # the step the discriminator's word counts from; it learns from the start
+
+
+class VQGANTrainer(Stage):
     """Batches are pictures, (B, S, S, 3) uint8."""
 
-    def __init__(self, vqgan: VQGAN, *, steps: int, learning_rate: float, warmup: int, weight_decay: float):
-        super().__init__()
-        self.vqgan = vqgan
-        self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
+    def __init__(self, vqgan: VQGAN, config: FitConfig, loss: VQGANLoss = VQGANLoss(), clip: ClipEncoder | None = None):
+        super().__init__(config)
+        self.vqgan, self.weights = vqgan, loss
+        self.clip = lambda: clip  # behind a function, so as not to be trained, averaged or saved
+        # One layer fewer where pictures are too small for three.
+        layers = 3 if vqgan.config.resolution >= 32 else 2
+        self.discriminator = build_discriminator(layers=layers) if loss.adversarial else None
+
+    def on_fit_start(self) -> None:
+        if self.clip() is not None:
+            self.clip().to(self.device)
+        if self.trainer.world_size > 1:
+            self.vqgan.quantizer.share_between_processes()
 
     def training_step(self, batch: Tensor) -> Tensor:
         images = from_bytes(batch)
@@ -25,19 +46,41 @@ class VQGANTrainer(pl.LightningModule):
         difference = out.images.float() - images
         # The absolute error keeps edges sharp, the square keeps any one pixel from being far off.
         reconstruction = difference.abs().mean() + difference.square().mean()
+        values = {"l1": difference.abs().mean(), **self._codebook_use(out.tokens)}
+        if self.weights.perceptual:
+            values["perceptual"] = perceptual_distance(self.clip(), out.images, images)
+            reconstruction = reconstruction + self.weights.perceptual * values["perceptual"]
         loss = reconstruction + out.loss
-        used = torch.bincount(out.tokens.flatten(), minlength=self.vqgan.config.codebook_size) > 0
-        self.log_dict({"loss": loss.detach(), "l1": difference.abs().mean(), "codes_in_batch": used.float().mean()})
+        if self.discriminator is not None:
+            loss = loss + self._adversarial(images, out.images, reconstruction, values)
+        self.log_dict({"loss": loss.detach(), **values}, batch_size=len(batch), sync_dist=True)
         return loss
+
+    def _adversarial(self, images: Tensor, fakes: Tensor, reconstruction: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """The generator's and the discriminator's losses as one sum, each kept from the other's weights."""
+        self.discriminator.requires_grad_(False)
+        fooled = -self.discriminator(fakes).mean()
+        weight = adaptive_weight(reconstruction, fooled, self.vqgan.decoder.conv_out.weight)
+        if self.global_step < self.weights.adversarial_from:
+            weight = torch.zeros_like(weight)
+        self.discriminator.requires_grad_(True)
+        told_apart = hinge_loss(self.discriminator(images), self.discriminator(fakes.detach()))
+        values |= {"fooled": fooled, "told_apart": told_apart, "adversarial_weight": weight}
+        return self.weights.adversarial * weight * fooled + told_apart
+
+    def _codebook_use(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The share of codes in this batch, and how many evenly used ones would be as hard to guess."""
+        counts = torch.bincount(tokens.flatten(), minlength=self.vqgan.config.codebook_size).float()
+        shares = counts / counts.sum()
+        perplexity = torch.special.entr(shares).sum().exp()
+        return {"codes_in_batch": (counts > 0).float().mean(), "perplexity": perplexity}
 
     def validation_step(self, batch: Tensor) -> None:
         images = from_bytes(batch)
         difference = self.vqgan.decode(self.vqgan.encode(images)).float() - images
         # Per picture, in decibels against the full range of 2.
         psnr = 10 * torch.log10(4 / difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
-        self.log("val_psnr", psnr.mean())
+        self.log("val_psnr", psnr.mean(), batch_size=len(batch), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = adamw(self.vqgan, self.learning_rate, self.weight_decay, betas=(0.9, 0.95))
-        schedule = warmup_cosine(optimizer, self.steps, self.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.learning(adamw(self, self.config, betas=(0.9, 0.95)))

@@ -1,0 +1,100 @@
+"""Running `python -m clip_gen train` for Cog: inputs as options, its lines as they come, and no process left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from clip_gen.cog_cli import named, parse_inputs, parse_options
+from clip_gen.cog_inputs import InputError, checked
+from clip_gen.cog_schema import project_signatures
+from clip_gen.files import whole_or_not
+
+ROOT = Path(__file__).resolve().parents[1]
+DELIVERED = "trained_model.tar"  # in the project's folder, which `cog train` shares with its host
+TRAINS = (
+    "script/train",
+    "Trains on pictures without captions and leaves weights.tar, for script/predict -e COG_WEIGHTS=weights.tar.",
+    "script/train -i images=@photos.zip",
+    "folder for the weights, `trained` by default; the same command started again goes on where it was cut off",
+)
+KEPT_LINES = 20  # of what was printed last, for the error
+
+
+class TrainingFailed(RuntimeError):
+    """A training ended without weights; the message is the last that it said."""
+
+
+def options(values: dict[str, object], out: Path) -> list[str]:
+    """The inputs of train.py as the command's arguments."""
+    words = [str(values["images"]), "--out", str(out)]
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif name != "images" and value is not None:
+            words.append(f"{option}={value}")
+    return words
+
+
+async def run_training(values: dict[str, object], out: Path) -> None:
+    """Trains into `out` and prints what the training says. Cancelled, it ends at once with all its processes."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "clip_gen", "train", *options(values, out)),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+    )
+    last: list[str] = []
+    try:
+        async for line in process.stdout:
+            text = line.decode(errors="replace").rstrip()
+            print(text, flush=True)
+            last = [*last, text][-KEPT_LINES:]
+        code = await process.wait()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        said = [line for line in last if line.startswith("train: ")]
+        raise TrainingFailed(said[-1].removeprefix("train: ") if said else "\n".join(last))
+
+
+def deliver(out: Path) -> Path:
+    """Copies the tar out of the training's folder, into the project's folder, and says where it is."""
+    target = ROOT / DELIVERED
+    with whole_or_not(target) as temporary:
+        shutil.copyfile(out / "weights.tar", temporary)
+    return target
+
+
+def main(arguments: Sequence[str]) -> int:
+    """What `cog train` does, in a folder that outlives it. 1 and a sentence on stderr when it cannot be done."""
+    try:
+        fields = project_signatures()[1].inputs
+        given = parse_options(arguments, fields, TRAINS)
+        os.environ.update(named(given.env, "-e"))
+        values = checked(parse_inputs(named(given.input, "-i"), fields), fields)
+        images, out = Path(values["images"]).absolute(), Path(given.output or "trained").absolute()
+        if not images.exists():
+            raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")
+        asyncio.run(run_training(values | {"images": images}, out))
+        print(out / "weights.tar")
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, TrainingFailed) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

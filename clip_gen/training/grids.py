@@ -1,0 +1,101 @@
+"""Pictures of how far a stage has come: a PNG every tenth of it, in the stage's folder under grids/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from clip_gen.bridge import Bridge
+from clip_gen.checkpoint import Networks
+from clip_gen.files import whole_or_not
+from clip_gen.images import from_bytes, to_pil
+from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.training.dataset import EncodedPictures, PictureFiles
+
+SHOWN = 8  # pictures in a row
+GAP = 2
+LEAST_SIDE = 96  # small pictures are enlarged to about this
+
+
+class Grids(Callback):
+    """Draws `rows` now and then: at each tenth of the steps, on the first process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "grids"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        step, every = trainer.global_step, max(1, trainer.max_steps // 10)
+        if step % every or step == 0 or not trainer.is_global_zero:
+            return
+        path = self.folder / f"{step:07d}.png"
+        if path.is_file():
+            return  # drawn already by an earlier piece of the same step
+        training = module.training
+        module.eval()
+        with torch.no_grad():
+            rows = self.rows(module)
+        module.train(training)
+        self.folder.mkdir(exist_ok=True)
+        with whole_or_not(path) as temporary:
+            grid(rows).save(temporary, "png")
+
+    def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
+        raise NotImplementedError
+
+
+class ReconstructionGrids(Grids):
+    """Pictures the VQGAN does not learn from, above what it makes of them."""
+
+    def __init__(self, held_back: PictureFiles, folder: Path):
+        super().__init__(folder)
+        self.pictures = held_back
+
+    def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
+        pixels = np.stack([self.pictures[i] for i in range(min(SHOWN, len(self.pictures)))])
+        images = from_bytes(torch.from_numpy(pixels)).to(module.device)
+        return [to_pil(images), to_pil(module.vqgan.decode(module.vqgan.encode(images)))]
+
+
+class SampleGrids(Grids):
+    """The same pictures as their tokens have them, above what is drawn from their embeddings; a row for each prompt."""
+
+    def __init__(self, networks: Networks, held_back: EncodedPictures, prompts: Sequence[str], folder: Path, seed: int):
+        super().__init__(folder)
+        self.networks, self.pictures, self.prompts, self.seed = networks, held_back, prompts, seed
+
+    def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
+        count = min(SHOWN, len(self.pictures))
+        _, tokens, _, embeddings = zip(*(self.pictures[i] for i in range(count)), strict=True)
+        vqgan = self.networks.vqgan
+        rows = [to_pil(vqgan.decode(torch.stack(tokens).to(module.device)))]
+        rows.append(self._drawn(module, torch.stack(embeddings)))
+        if self.prompts:
+            bridge: Bridge = self.networks.bridge
+            texts = bridge(self.networks.clip.encode_text(list(self.prompts)))
+            rows += [self._drawn(module, text.expand(SHOWN, -1)) for text in texts]
+        return rows
+
+    def _drawn(self, module: pl.LightningModule, embeddings: Tensor) -> list[Image.Image]:
+        gpt = module.gpt
+        uniforms = candidate_uniforms(self.seed, range(len(embeddings)), gpt.config.block_size)
+        tokens = sample_tokens(gpt, embeddings.to(module.device), uniforms, Sampling())
+        return to_pil(self.networks.vqgan.decode(tokens))
+
+
+def grid(rows: list[list[Image.Image]]) -> Image.Image:
+    """Rows of equal pictures on white, small ones enlarged by a whole number."""
+    side = rows[0][0].width * max(1, round(LEAST_SIDE / rows[0][0].width))
+    width, height = (max(map(len, rows)) * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP)
+    sheet = Image.new("RGB", (width, height), (255, 255, 255))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
+    return sheet

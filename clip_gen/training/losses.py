@@ -1,0 +1,41 @@
+"""What stage 1 asks of a reconstruction besides its pixels: that it looks alike, and that it looks real.
+
+"Taming Transformers for High-Resolution Image Synthesis", arXiv 2012.09841; perceptual distance after LPIPS,
+arXiv 1801.03924.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_gen.clip_encoder import ClipEncoder
+
+
+def perceptual_distance(clip: ClipEncoder, images: Tensor, targets: Tensor) -> Tensor:
+    """How far apart two batches (B, 3, S, S) look to a frozen CLIP, scalar; gradients flow to `images`.
+
+    The mean over its layers of the squared distance between features brought to unit length at every place, as LPIPS
+    does with a VGG, without its learnt weights.
+    """
+    with torch.no_grad():
+        wanted = clip.feature_maps(targets)
+    found = clip.feature_maps(images)
+    distances = [
+        (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean()
+        for a, b in zip(found, wanted, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's: logits of real pictures above 1, of reconstructions below -1."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """What makes the adversarial loss pull the decoder's last layer as hard as the reconstruction does; at most 1e4."""
+    (wanted,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    (pushed,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (wanted.norm() / (pushed.norm() + 1e-4)).clamp(max=1e4).detach()

@@ -1,0 +1,151 @@
+"""What a training is told, and what follows from that and from how many pictures there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
+from clip_gen.training.stage import FitConfig
+from clip_gen.training.vqgan_trainer import VQGANLoss
+
+STAGES = ("both", "vqgan", "transformer")
+
+# From a laptop's to the published model's. `local` tokens are learnt soonest; they leave detail to the decoder.
+SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
+    "laptop": (
+        VQGANConfig(
+            resolution=64,
+            patch=4,
+            local=True,
+            ch=96,
+            ch_mult=(1,),
+            num_res_blocks=1,
+            attn_resolutions=(),
+            z_channels=96,
+        ),
+        GPTConfig(n_layer=6, n_head=4, n_embd=256, rotary=True),
+    ),
+    "small": (
+        VQGANConfig(resolution=128, ch=64, ch_mult=(1, 2, 2, 4), z_channels=128),
+        GPTConfig(n_layer=12, n_head=8, n_embd=512, rotary=True),
+    ),
+    "medium": (VQGANConfig(), GPTConfig(n_layer=12, n_head=12, n_embd=768, rotary=True)),
+    "published": (VQGANConfig(), GPTConfig(n_layer=24, n_head=16, n_embd=1024, rotary=True)),
+}
+# Up to so many pictures, so many codes.
+CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
+MOST_CODES = 16384
+
+# Enough passes for few pictures, enough steps for many; (least, passes, most).
+VQGAN_STEPS = {"scratch": (4_000, 100, 60_000), "base": (1_500, 30, 20_000)}
+GPT_STEPS = {"scratch": (5_000, 150, 100_000), "base": (2_000, 50, 40_000)}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a person may say of a training; 0 and "" leave it to the plan."""
+
+    stage: str = "both"
+    base: str = ""
+    size: str = "base"
+    resolution: int = 0
+    codebook_size: int = 0
+    vqgan_steps: int = 0
+    transformer_steps: int = 0
+    batch_size: int = 0
+    vqgan_learning_rate: float = 0.0
+    transformer_learning_rate: float = 0.0
+    perceptual_weight: float = 0.2
+    adversarial_weight: float = 0.1
+    embedding_noise: float = 0.5
+    condition_dropout: float = 0.1
+    embedding_loss_weight: float = 0.0
+    crop: bool = True
+    flip: bool = True
+    sample_prompts: str = ""
+    max_minutes: float = 0.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError with the value and the remedy."""
+        for name, allowed in (("stage", STAGES), ("size", ("base", *SIZES))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name} is "{getattr(self, name)}"; it takes one of {", ".join(allowed)}')
+        if self.size == "base":
+            for name in ("resolution", "codebook_size"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, but the base model has its own; "
+                        f"leave it out, or train from scratch with size one of {', '.join(SIZES)}"
+                    )
+        elif self.stage == "transformer":
+            raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
+        weights = ("perceptual_weight", "adversarial_weight", "embedding_loss_weight")
+        for name in ("embedding_noise", "max_minutes", *weights):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout is {self.condition_dropout}; give 0 up to, but not, 1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided."""
+
+    model: ModelConfig
+    vqgan: FitConfig
+    vqgan_loss: VQGANLoss
+    transformer: FitConfig
+    views: int  # of each picture for the transformer: crops and flips
+
+
+def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
+    """ValueError where the sizes asked for do not go together."""
+    start = "base" if settings.size == "base" else "scratch"
+    model = base if start == "base" else _model(settings, base, pictures)
+    model.check()
+    batch = settings.batch_size or (32 if model.vqgan.resolution <= 128 else 16)
+
+    def steps(asked: int, usual: tuple[int, int, int]) -> int:
+        least, passes, most = usual
+        return asked or min(most, max(least, passes * pictures // batch))
+
+    vqgan = FitConfig(
+        steps=steps(settings.vqgan_steps, VQGAN_STEPS[start]),
+        batch_size=batch,
+        learning_rate=settings.vqgan_learning_rate or (1e-3 if start == "scratch" else 3e-4),
+        weight_decay=0.0,
+        ema_decay=0.998,
+    )
+    transformer = FitConfig(
+        steps=steps(settings.transformer_steps, GPT_STEPS[start]),
+        batch_size=batch,
+        learning_rate=settings.transformer_learning_rate or (1.5e-3 if start == "scratch" else 3e-4),
+        muon_rate=4 * settings.transformer_learning_rate or (6e-3 if start == "scratch" else 1e-3),
+        weight_decay=0.05,
+        ema_decay=0.998,
+        patience=4,
+    )
+    loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight, adversarial_from=vqgan.steps // 2)
+    views = (4 if settings.crop else 1) * (2 if settings.flip else 1)
+    return Plan(model, _in_step(vqgan), loss, _in_step(transformer), max(1, min(views, 400_000 // pictures)))
+
+
+def _in_step(config: FitConfig) -> FitConfig:
+    """Warmed up in a twentieth, and looked at forty times."""
+    return replace(config, warmup=min(200, config.steps // 20 + 1), validate_every=max(1, config.steps // 40))
+
+
+def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelConfig:
+    """New networks of a size, for the base's CLIP."""
+    vqgan, gpt = SIZES[settings.size]
+    codes = next((codes for up_to, codes in CODES_PER_PICTURES if pictures <= up_to), MOST_CODES)
+    codes = settings.codebook_size or codes
+    vqgan = replace(vqgan, resolution=settings.resolution or vqgan.resolution, codebook_size=codes)
+    fold = vqgan.patch * 2 ** (len(vqgan.ch_mult) - 1)
+    if vqgan.resolution % fold:
+        raise ValueError(f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {fold}")
+    if vqgan.attn_resolutions:
+        vqgan = replace(vqgan, attn_resolutions=(vqgan.grid,))
+    gpt = replace(gpt, block_size=vqgan.grid**2, codebook_size=codes, embed_dim=base.clip.embed_dim)
+    return replace(base, name="trained", vqgan=vqgan, gpt=gpt)

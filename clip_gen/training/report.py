@@ -1,0 +1,101 @@
+"""report.html: one page with everything in it about a training: curves, pictures, what was skipped, every setting."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+
+from clip_gen.files import whole_or_not
+from clip_gen.training.run import read_history
+
+STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
+CURVES = {
+    "vqgan": (("loss",), ("l1",), ("perceptual",), ("val_psnr",), ("codes_in_batch",), ("perplexity",)),
+    "gpt": (("loss", "val_loss"), ("embedding",)),
+}
+WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
+MOST_GRIDS = 10
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 960px; margin: 2em auto; padding: 0 1em }
+h1, h2, h3 { font-weight: 600 } table { border-collapse: collapse } td { padding: 2px 14px 2px 0; vertical-align: top }
+figure { display: inline-block; margin: 0 16px 16px 0 } figcaption { color: #666; font-size: 13px }
+img { max-width: 100%; image-rendering: pixelated } svg text { font-size: 11px; fill: #666 }
+"""
+
+
+def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
+    """Writes the page for the training whose stages lie in `work`; record: as in training.json."""
+    pictures = record["pictures"]
+    body = [
+        f"<h1>A training on {pictures['used']} pictures</h1>",
+        f"<p>{pictures['held_back']} of them were held back to watch the losses on. {record['minutes']} minutes.</p>",
+    ]
+    for name, title in STAGES.items():
+        if name in record["stages"]:
+            body += [f"<h2>{title}</h2>", _table(_plain(record["stages"][name])), *_curves(work / name, name)]
+            body += _grids(work / name / "grids")
+    skipped = [(one["name"], f"{one['reason']} {one['detail']}".strip()) for one in pictures["skipped"]]
+    body += [f"<h2>Skipped: {len(skipped)} files</h2>", _table(skipped)]
+    body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
+    with whole_or_not(path) as temporary:
+        Path(temporary).write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
+
+
+def _plain(values: dict[str, object]) -> list[tuple[str, object]]:
+    return [(name, value) for name, value in values.items() if isinstance(value, int | float | str)]
+
+
+def _table(rows: object) -> str:
+    cells = "".join(f"<tr><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
+    return f"<table>{cells}</table>"
+
+
+def _nested(values: dict[str, object]) -> str:
+    parts = [_table((name, value) for name, value in values.items() if not isinstance(value, dict))]
+    for name, value in values.items():
+        if isinstance(value, dict):
+            parts += [f"<h3>{html.escape(name)}</h3>", _nested(value)]
+    return "".join(parts)
+
+
+def _curves(folder: Path, name: str) -> list[str]:
+    history = read_history(folder / "history.jsonl")
+    figures = []
+    for group in CURVES[name]:
+        lines = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in group}
+        lines = {key: points for key, points in lines.items() if len(points) > 1}
+        if lines:
+            figures.append(f"<figure>{_chart(lines)}<figcaption>{', '.join(lines)}</figcaption></figure>")
+    return figures
+
+
+def _chart(lines: dict[str, list[tuple[int, float]]]) -> str:
+    """Step across, value up, as SVG."""
+    every = [point for points in lines.values() for point in points]
+    last, low, high = max(x for x, _ in every), min(y for _, y in every), max(y for _, y in every)
+    span = high - low or 1.0
+
+    def place(x: float, y: float) -> str:
+        across = LEFT + (WIDTH - LEFT) * x / last
+        return f"{across:.1f},{(HEIGHT - BOTTOM) * (1 - (y - low) / span) + 6:.1f}"
+
+    drawn = "".join(
+        f'<polyline fill=none stroke="{colour}" stroke-width=1.5 points="{" ".join(place(*p) for p in points)}"/>'
+        for colour, points in zip(("#2563eb", "#dc2626"), lines.values(), strict=False)
+    )
+    words = (
+        f"<text x=0 y=14>{high:.4g}</text><text x=0 y={HEIGHT - BOTTOM + 6}>{low:.4g}</text>"
+        f"<text x={LEFT} y={HEIGHT - 2}>0</text><text x={WIDTH} y={HEIGHT - 2} text-anchor=end>step {last}</text>"
+    )
+    return f"<svg width={WIDTH} height={HEIGHT} role=img>{drawn}{words}</svg>"
+
+
+def _grids(folder: Path) -> list[str]:
+    figures = []
+    for path in sorted(folder.glob("*.png"))[-MOST_GRIDS:]:
+        data = base64.b64encode(path.read_bytes()).decode()
+        step = int(path.stem)
+        figures.append(f'<figure><img src="data:image/png;base64,{data}"><figcaption>step {step}</figcaption></figure>')
+    return figures

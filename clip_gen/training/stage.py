@@ -1,0 +1,97 @@
+"""What every stage is told and how it learns: AdamW or Muon with decay on matrices only, warm-up and cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long and how fast a stage learns."""
+
+    steps: int = 10_000
+    batch_size: int = 64  # of all processes together
+    learning_rate: float = 1e-3
+    muon_rate: float = 0.0  # of Muon for the matrices of a transformer's blocks; 0: AdamW for all
+    warmup: int = 200
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999  # of the averaged weights that are kept in the end
+    validate_every: int = 1000  # steps
+    patience: int = 0  # so many validations without a better one end the stage, and the best is kept; 0: the last is
+    precision: str = "auto"  # as Lightning's; auto: bfloat16 on a GPU that has it, else float32
+    workers: int = 1  # processes that prepare samples
+    compile: bool = False  # torch.compile the network: a minute at the start, then faster; needs a C compiler
+
+
+class Stage(pl.LightningModule):
+    """A network in training. `time_spent` is the share of the time there is that has passed, 0 when there is no end."""
+
+    def __init__(self, config: FitConfig):
+        super().__init__()
+        self.config = config
+        self.time_spent: Callable[[], float] = lambda: 0.0
+
+    def learning(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+        """What configure_optimizers returns: the rate goes up in `warmup` steps, then along a cosine to a hundredth."""
+        config = self.config
+
+        def factor(step: int) -> float:
+            if step < config.warmup:
+                return (step + 1) / config.warmup
+            done = max((step - config.warmup) / max(1, config.steps - config.warmup), self.time_spent())
+            return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def adamw(network: nn.Module, config: FitConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Biases, norms and single vectors are not decayed: they have no size to keep small."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of a transformer's blocks, AdamW for everything else, as the one optimiser Lightning wants.
+
+    Muon steps along the nearest orthogonal matrix, so that no direction is left behind: Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon; scaled so that AdamW's rates hold: arXiv 2502.16982. Both are torch's own.
+    """
+
+    def __init__(self, network: nn.Module, blocks: nn.Module, config: FitConfig):
+        matrices = [parameter for parameter in blocks.parameters() if parameter.dim() == 2]
+        apart = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in network.parameters() if id(parameter) not in apart]
+        super().__init__([{"params": matrices}, {"params": others}], {})
+        decay = config.weight_decay
+        self.parts = (
+            torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self._share()
+
+    def _share(self) -> None:
+        """The parts work on this optimiser's own groups and state, so that it is saved and loaded as any other is."""
+        for i, part in enumerate(self.parts):
+            self.param_groups[i] = part.param_groups[0] | self.param_groups[i]
+            part.param_groups, part.state = [self.param_groups[i]], self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss

@@ -1,0 +1,203 @@
+"""Pictures in, a model folder and a weights tar out.
+
+    python -m clip_gen train photos.zip --out weights
+
+The folder `out` holds weights.tar, model/, report.html, and work/ with all there is to go on from: the same command
+started again goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from pytorch_lightning.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from clip_gen.archives import Pictures, unpack
+from clip_gen.checkpoint import Networks, build, load_base, load_part, save_networks, save_part
+from clip_gen.files import whole_or_not
+from clip_gen.findings import unpacked
+from clip_gen.images import from_bytes
+from clip_gen.own_model import own_weights
+from clip_gen.training.dataset import (
+    EncodedPictures,
+    Endless,
+    PictureFiles,
+    Views,
+    encode_embeddings,
+    encode_tokens,
+)
+from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.grids import ReconstructionGrids, SampleGrids
+from clip_gen.training.plan import Plan, TrainSettings, plan
+from clip_gen.training.report import write_report
+from clip_gen.training.run import Machine, fit
+from clip_gen.training.vqgan_trainer import VQGANTrainer
+from clip_gen.weights import pack, resolve_weights
+
+log = logging.getLogger(__name__)
+
+MOST_HELD_BACK = 512
+VQGAN_TIME = 0.4  # of max_minutes; the transformer gets the rest
+
+
+class Training:
+    """One training in its folder."""
+
+    def __init__(self, images: Path, out: Path, settings: TrainSettings, machine: Machine | None = None):
+        settings.check()
+        self.settings, self.machine, self.out, self.work = settings, machine or Machine(), out, out / "work"
+        self.began = time.monotonic()
+        self.pictures = self._pictures(images)
+        base = resolve_weights(settings.base or own_weights()[0])
+        self.networks: Networks = load_base(base)
+        self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths))
+        self._same_settings(images, base)
+        if settings.size != "base":
+            torch.manual_seed(settings.seed)
+            self.networks = build(self.plan.model)
+            for part in ("clip", "bridge"):
+                load_part(getattr(self.networks, part), base / f"{part}.safetensors")
+        self.networks.clip.requires_grad_(False)
+        self.learnt, self.held_back = self._split()
+
+    def _pictures(self, images: Path) -> Pictures:
+        folder = self.work / "pictures"
+        return unpacked(folder) if folder.is_dir() else unpack(images, folder)
+
+    def _same_settings(self, images: Path, base: Path) -> None:
+        """Notes what this training was told; ValueError when the folder holds one that was told otherwise."""
+        path = self.work / "settings.json"
+        told = asdict(self.settings) | {"images": str(images), "base": str(base)}
+        told.pop("max_minutes")  # may be given anew, to go on for longer
+        if path.is_file():
+            before = json.loads(path.read_text())
+            for name, value in told.items():
+                if before[name] != value:
+                    raise ValueError(
+                        f"{self.out} holds a training with {name} {before[name]!r}, not {value!r}; "
+                        "say the same to go on with it, or name another folder"
+                    )
+        with whole_or_not(path) as temporary:
+            Path(temporary).write_text(json.dumps(told, indent=1))
+
+    def _split(self) -> tuple[list[Path], list[Path]]:
+        """The pictures to learn from, and a twentieth to watch the losses on; at least 2, at most 512."""
+        paths = self.pictures.paths
+        count = min(MOST_HELD_BACK, max(2, len(paths) // 20))
+        shuffled = [paths[i] for i in np.random.default_rng(self.settings.seed).permutation(len(paths))]
+        return shuffled[count:], shuffled[:count]
+
+    def files(self, paths: Sequence[Path]) -> PictureFiles:
+        settings, resolution = self.settings, self.plan.model.vqgan.resolution
+        return PictureFiles(paths, resolution, crop=0.8 if settings.crop else 1.0, flip=settings.flip)
+
+    def run(self) -> Path:
+        """Trains what the settings say, and returns the weights tar."""
+        stages = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)}[self.settings.stage]
+        records = {name: self.part(name) for name in stages}
+        tar = self.out / "weights.tar"
+        if rank_zero_only.rank:
+            return tar
+        self.measure_pictures()
+        record = self.record(records)
+        save_networks(self.networks, self.out / "model", record)
+        pack(self.out / "model", tar)
+        write_report(self.out / "report.html", self.work, record)
+        log.info("weights: %s  report: %s", tar, self.out / "report.html")
+        return tar
+
+    def part(self, name: str) -> dict[str, object]:
+        """Trains a stage, or takes up what was trained before; leaves its network loaded as it will ship."""
+        folder, network = self.work / name, getattr(self.networks, name)
+        record, weights = folder / "record.json", folder / f"{name}.safetensors"
+        if not record.is_file():
+            torch.manual_seed(self.settings.seed)  # for networks that start anew, such as the discriminator
+            values = getattr(self, f"train_{name}")(folder)
+            if not rank_zero_only.rank:
+                save_part(network.cpu(), weights)
+                with whole_or_not(record) as temporary:
+                    Path(temporary).write_text(json.dumps(values))
+        while not record.is_file():
+            time.sleep(1)  # another process writes it
+        load_part(network, weights)
+        network.eval().requires_grad_(False)
+        return json.loads(record.read_text())
+
+    def train_vqgan(self, folder: Path) -> dict[str, object]:
+        seed, held_back = self.settings.seed, self.files(self.held_back)
+        vqgan = self.networks.vqgan.train().requires_grad_(True)
+        trainer = VQGANTrainer(vqgan, self.plan.vqgan, self.plan.vqgan_loss, self.networks.clip)
+        minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
+        samples = Endless(self.files(self.learnt), seed)
+        return self.fit("vqgan", trainer, samples, held_back, folder, minutes, ReconstructionGrids(held_back, folder))
+
+    def train_gpt(self, folder: Path) -> dict[str, object]:
+        settings, networks = self.settings, self.networks
+        learnt, held_back = self.encoded("learnt"), self.encoded("held_back")
+        trainer = GPTTrainer(
+            networks.gpt.train().requires_grad_(True),
+            self.plan.transformer,
+            embedding_loss=settings.embedding_loss_weight,
+            vqgan=networks.vqgan,
+            clip=networks.clip,
+        )
+        spent = (time.monotonic() - self.began) / 60
+        minutes = max(0.1, settings.max_minutes - spent) if settings.max_minutes else 0.0
+        prompts = [prompt.strip() for prompt in settings.sample_prompts.split("|") if prompt.strip()]
+        grids = SampleGrids(networks, held_back, prompts, folder, settings.seed)
+        return self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
+
+    def fit(
+        self,
+        name: str,
+        trainer: VQGANTrainer | GPTTrainer,
+        samples: Endless,
+        held_back: PictureFiles | EncodedPictures,
+        folder: Path,
+        minutes: float,
+        grids: Callback,
+    ) -> dict[str, object]:
+        machine = replace(self.machine, max_minutes=minutes)
+        seed = self.settings.seed
+        return fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=[grids])
+
+    def encoded(self, name: str) -> EncodedPictures:
+        """Every picture as several crops and their flips, through CLIP and VQGAN once."""
+        settings, folder = self.settings, self.work / "encoded"
+        views = self.plan.views if name == "learnt" else 1
+        files = self.files(getattr(self, name))
+        pictures = Views(files, views, settings.seed) if views > 1 else files
+        return EncodedPictures(
+            encode_embeddings(pictures, self.networks.clip, folder / f"embeddings-{name}.npy"),
+            encode_tokens(pictures, self.networks.vqgan, folder / f"tokens-{name}.npy"),
+            views,
+            settings.embedding_noise,
+            settings.condition_dropout,
+        )
+
+    @torch.no_grad()
+    def measure_pictures(self) -> None:
+        """The bridge's image mean, over these pictures; the text mean stays the base's."""
+        loader = DataLoader(self.files(self.learnt[:4000]), 64)
+        embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch)) for batch in loader])
+        self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
+
+    def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
+        return {
+            "pictures": self.pictures.as_json() | {"held_back": len(self.held_back)},
+            "settings": asdict(self.settings),
+            "plan": asdict(self.plan),
+            "stages": stages,
+            "minutes": round((time.monotonic() - self.began) / 60, 1),
+            "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
+        }

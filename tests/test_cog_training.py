@@ -1,0 +1,207 @@
+"""cog_training.py and train.py: training as Cog runs it, over its real server, at toy size."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from cog_server import Server, running, wait_for
+from test_training_train import picture_bytes
+
+from clip_gen.cog_inputs import InputField, checked
+from clip_gen.cog_schema import ROOT, project_signatures, write_schema
+from clip_gen.cog_training import TrainingFailed, main, options, run_training
+from clip_gen.shapes.pairs import RenderedPictures
+
+SERVER = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
+BAKED = {  # what Cog's command line bakes into an image
+    "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+    "COG_TRAIN_TYPE_STUB": "train.py:train",
+    "COG_MAX_CONCURRENCY": "8",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where it finds the worker's python
+}
+STEPS = {"vqgan_steps": 4, "transformer_steps": 4, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def fields() -> tuple[InputField, ...]:
+    return project_signatures()[1].inputs
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, pictures = tmp_path_factory.mktemp("photos") / "photos.zip", RenderedPictures(16, 5, 24)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(16):
+            archive.writestr(f"{i}.png", picture_bytes(pictures[i]))
+    return path
+
+
+def data_url(path: Path) -> str:
+    return f"data:application/zip;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def command_lines() -> dict[int, str]:
+    """What every process alive was started as."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            words = entry.read_bytes().replace(b"\0", b" ").decode()
+            if words:  # one that is dead has none
+                found[int(entry.parent.name)] = words
+    return found
+
+
+def processes_of(group: int) -> list[str]:
+    """The command lines of the processes alive in a process group."""
+    found = []
+    for process, words in command_lines().items():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process) == group:
+                found.append(words)
+    return found
+
+
+def test_every_input_becomes_an_option_that_the_command_knows(
+    fields: tuple[InputField, ...], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = checked({"images": photos}, fields)
+    words = options(values, Path("out"))
+    assert words[:3] == [str(photos), "--out", "out"]
+    assert "--crop" in words
+    assert "--no-crop" in options(values | {"crop": False}, Path("out"))
+    assert not [word for word in words if word.startswith("--base")]
+    assert "--sample-prompts=a star|b" in options(values | {"sample_prompts": "a star|b"}, Path("out"))
+    from clip_gen.__main__ import main as command
+
+    with pytest.raises(SystemExit) as exit:
+        command(["train", *words, "--help"])
+    assert exit.value.code == 0
+    told = capsys.readouterr().out
+    for field in fields[1:]:
+        assert f"--{field.name.replace('_', '-')}" in told, field.name
+
+
+def test_the_inputs_and_the_settings_have_the_same_defaults(fields: tuple[InputField, ...]) -> None:
+    from dataclasses import fields as settings
+
+    from clip_gen.training.plan import TrainSettings
+
+    defaults = {spec.name: spec.default for spec in settings(TrainSettings)}
+    assert {field.name: field.arguments.get("default") or defaults[field.name] for field in fields[1:]} == defaults
+
+
+def test_what_a_training_says_at_the_end_is_the_error(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.zip").write_bytes(b"no archive")
+    with pytest.raises(TrainingFailed, match=r"few\.zip"):
+        asyncio.run(run_training({"images": tmp_path / "few.zip"}, tmp_path / "out"))
+
+
+def test_a_cancelled_training_is_gone_within_two_seconds(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = []
+    start = asyncio.create_subprocess_exec
+
+    async def noted(*words: str, **options: object) -> asyncio.subprocess.Process:
+        groups.append(await start(*words, **options))
+        return groups[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", noted)
+
+    async def cancelled() -> float:
+        values = {"images": photos, "base": str(tiny_model_folder), "vqgan_steps": 100_000, "batch_size": 4}
+        task = asyncio.create_task(run_training(values, tmp_path / "out"))
+        while not (tmp_path / "out" / "work" / "vqgan" / "history.jsonl").is_file():
+            assert not task.done(), task
+            await asyncio.sleep(0.1)
+        assert len(processes_of(groups[0].pid)) >= 2  # the training and what loads its pictures
+        began = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return time.monotonic() - began
+
+    assert asyncio.run(cancelled()) < 2
+    wait_for(lambda: not processes_of(groups[0].pid), seconds=2)
+
+
+def test_the_script_trains_in_a_folder_that_outlives_it(
+    photos: Path,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}
+    words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    said = capfd.readouterr().out
+    assert "vqgan 4/4" in said
+    assert said.splitlines()[-1] == str(tmp_path / "out" / "weights.tar")
+    assert main(["-i", "images=@nothing.zip"]) == 1
+    assert "nothing.zip: no such file" in capfd.readouterr().err
+    assert main(["-i", f"images=@{photos}", "-i", "stage=all"]) == 1
+    assert "stage" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(photos: Path, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """The reply to a training over HTTP, and the tar that it left in the project's folder."""
+    scratch = tmp_path_factory.mktemp("server")
+    write_schema()
+    with running([*SERVER, "--x-mode", "train"], ROOT, scratch, **BAKED) as server:
+        server.wait_until_set_up()
+        given = {"images": data_url(photos), "base": str(tiny_model_folder), **STEPS}
+        status, reply = server.request("POST", "/trainings", {"input": given})
+        assert status == 200, reply
+        bad = server.request("POST", "/trainings", {"input": {"images": "data:text/plain;base64,bm8=", **STEPS}})
+        few = server.request("POST", "/trainings", {"input": {"stage": "all"}})
+    return {"good": reply, "bad": bad, "few": few}, ROOT / "trained_model.tar"
+
+
+def test_a_zip_becomes_weights_over_the_real_server(trained: tuple[dict, Path]) -> None:
+    replies, tar = trained
+    assert replies["good"]["status"] == "succeeded", replies["good"]
+    assert "gpt 4/4" in replies["good"]["logs"]
+    sent = base64.b64decode(replies["good"]["output"]["weights"].partition(",")[2])
+    assert sent == tar.read_bytes()
+    assert replies["bad"][1]["status"] == "failed"
+    assert "archive" in replies["bad"][1]["error"]
+    assert replies["few"][0] == 422
+
+
+def test_the_weights_predict_over_the_real_server(trained: tuple[dict, Path], tmp_path: Path) -> None:
+    _, tar = trained
+    with running(SERVER, ROOT, tmp_path, **BAKED, COG_WEIGHTS=str(tar)) as server:
+        server.wait_until_set_up()
+        reply = server.predict(prompt="a red circle", candidates=2, num_outputs=2, seed=1)
+    assert reply["status"] == "succeeded", reply
+    assert len(reply["output"]) == 2
+
+
+def test_a_training_over_the_server_is_cancelled_within_two_seconds(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    with running([*SERVER, "--x-mode", "train"], ROOT, tmp_path, **BAKED) as server:
+        server.wait_until_set_up()
+        given = {"images": data_url(photos), "base": str(tiny_model_folder), "vqgan_steps": 100_000, "batch_size": 4}
+        status, _ = server.request("PUT", "/trainings/one", {"input": given}, Prefer="respond-async")
+        assert status == 202
+        wait_for(lambda: "vqgan 100/" in server.log.read_text() or bool(trainings(server)), seconds=60)
+        server.request("POST", "/trainings/one/cancel")
+        wait_for(lambda: not trainings(server), seconds=2)
+        wait_for(lambda: server.health()["status"] == "READY")
+
+
+def trainings(server: Server) -> list[str]:
+    """The trainings that the server has running: their pictures lie in its own temporary folder."""
+    scratch = str(server.log.parent)
+    return [words for words in command_lines().values() if "clip_gen train " in words and scratch in words]

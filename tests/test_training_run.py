@@ -1,0 +1,188 @@
+"""training/run.py: a stage that is cut off, short of memory or of time, at toy size and really trained."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_networks
+from pytorch_lightning.callbacks import Callback
+
+from clip_gen.gpt import GPT
+from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.training import run
+from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
+from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.run import Machine, fit, read_history
+from clip_gen.training.stage import FitConfig, Stage
+from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
+from clip_gen.vqgan import VQGAN
+
+CONFIG = FitConfig(steps=9, batch_size=8, warmup=2, ema_decay=0.5, validate_every=4, workers=0)
+
+
+SAVING = Machine(save_seconds=0)
+
+
+class Cut(Exception):
+    """Stands for whatever ends a training early."""
+
+
+class CutAfter(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer: object, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise Cut
+
+
+def stage_1(config: FitConfig) -> VQGANTrainer:
+    torch.manual_seed(0)
+    loss = VQGANLoss(perceptual=0.1, adversarial=0.1, adversarial_from=3)
+    return VQGANTrainer(VQGAN(TINY.vqgan).train(), config, loss, tiny_networks().clip)
+
+
+def stage_2(config: FitConfig) -> GPTTrainer:
+    torch.manual_seed(0)
+    return GPTTrainer(GPT(TINY.gpt).train(), replace(config, muon_rate=3e-3))
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> EncodedPictures:
+    folder, networks, pictures = tmp_path_factory.mktemp("encoded"), tiny_networks(), RenderedPictures(24, 1, 16)
+    embeddings = encode_embeddings(pictures, networks.clip, folder / "embeddings.npy")
+    return EncodedPictures(
+        embeddings, encode_tokens(pictures, networks.vqgan, folder / "tokens.npy"), noise=0.5, dropout=0.1
+    )
+
+
+@pytest.fixture(params=["vqgan", "gpt"])
+def train(request: pytest.FixtureRequest, encoded: EncodedPictures) -> Callable[..., Stage]:
+    """Trains a stage of either kind in a folder and gives it back; cut: the step that it does not outlive."""
+
+    def trained(folder: Path, config: FitConfig = CONFIG, cut: int | None = None, **options: object) -> Stage:
+        pictures = RenderedPictures(1000, 0, 16)
+        samples, held_back = {
+            "vqgan": (pictures, RenderedPictures(8, 2, 16)),
+            "gpt": (Endless(encoded, 3), encoded),
+        }[request.param]
+        stage = {"vqgan": stage_1, "gpt": stage_2}[request.param](config)
+        options.setdefault("machine", SAVING)
+        options["callbacks"] = [*options.get("callbacks", ()), *([CutAfter(cut)] if cut else [])]
+        stage.record = fit("toy", stage, samples, held_back, folder, seed=4, **options)
+        return stage
+
+    return trained
+
+
+def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train: Callable, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    for cut in (3, 7):
+        with pytest.raises(Cut):
+            train(tmp_path / "cut", cut=cut)
+    resumed = train(tmp_path / "cut")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert read_history(tmp_path / "whole" / "history.jsonl") == read_history(tmp_path / "cut" / "history.jsonl")
+    legs = [(leg["from_step"], leg["to_step"]) for leg in resumed.record["legs"]]
+    assert legs[-1] == (6, 9) or legs[-1] == (7, 9)
+
+
+def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: Path) -> None:
+    train(tmp_path)
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 10))
+    assert [entry["step"] for entry in history if "val_psnr" in entry or "val_loss" in entry] == [4, 8]
+    assert all(np.isfinite(value) for entry in history for value in entry.values())
+
+
+def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        stage = train(tmp_path, replace(CONFIG, steps=100_000), machine=Machine(max_minutes=1 / 60))
+    assert 1 <= stage.record["steps"] < 100_000
+    assert any("minutes are over at step" in line for line in caplog.messages)
+    assert run.checkpointed_steps(tmp_path / "last.ckpt") == stage.record["steps"]
+
+
+def test_out_of_memory_halves_what_is_worked_on_at_once_and_goes_on(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(Callback):
+        """A machine that holds 2 pictures at a time, and 8 until step 3."""
+
+        def on_train_batch_start(self, trainer: object, module: object, batch: object, index: int) -> None:
+            pictures = batch[0] if isinstance(batch, list | tuple) else batch
+            if len(pictures) > 2 and trainer.global_step >= 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with caplog.at_level(logging.WARNING):
+        stage = train(tmp_path, callbacks=[Full()])
+    assert stage.record["steps"] == 9
+    said = [line for line in caplog.messages if "out of memory" in line]
+    assert said == [
+        "toy: out of memory; going on with 4 pictures at a time, 2 times a step",
+        "toy: out of memory; going on with 2 pictures at a time, 4 times a step",
+    ]
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_whole(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Cut):
+        train(tmp_path, cut=4)
+    before = (tmp_path / "last.ckpt").read_bytes()
+
+    def full(values: dict, file: object) -> None:
+        file.write(b"the first bytes")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.torch, "save", full)
+        with pytest.raises(
+            OSError, match=r"could not be written \(.*No space left.*the one before is whole. Make room"
+        ):
+            train(tmp_path)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert not list(tmp_path.glob(".saving*"))
+    assert train(tmp_path).record["steps"] == 9
+
+
+def test_the_best_weights_by_validation_are_kept_and_the_stage_ends_when_they_are_not_beaten(
+    encoded: EncodedPictures, tmp_path: Path
+) -> None:
+    """Every picture is learnt by heart, so what was held back fares worse and worse."""
+
+    class Few(torch.utils.data.Dataset):
+        def __getitem__(self, number: int) -> object:
+            return encoded.draw(number % 4, np.random.default_rng(number))
+
+    config = replace(CONFIG, steps=2000, learning_rate=3e-3, validate_every=10, patience=3)
+    stage = stage_2(config)
+    held_back = torch.utils.data.Subset(encoded, range(8, 24))
+    record = fit("toy", stage, Few(), held_back, tmp_path, seed=0)
+    losses = {e["step"]: e["val_loss"] for e in read_history(tmp_path / "history.jsonl") if "val_loss" in e}
+    assert record["best_step"] == min(losses, key=losses.get)
+    assert record["steps"] == record["best_step"] + 30
+    assert record["val_loss"] == pytest.approx(min(losses.values()), abs=1e-4)
+    stage.gpt.eval()
+    batch = [torch.utils.data.default_collate([held_back[i] for i in range(16)])]
+    with torch.no_grad():
+        logits = stage.gpt(batch[0][3], batch[0][1][:, :-1])
+    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[0][1].flatten())
+    assert float(found) == pytest.approx(record["val_loss"], abs=1e-3)
+
+
+def test_a_line_of_history_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert read_history(path) == [{"step": 1, "loss": 2.0}]

@@ -1,0 +1,243 @@
+"""training/train.py: a zip of pictures to weights that predict, at toy size."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_networks
+from PIL import Image
+from safetensors.torch import load_file
+
+from clip_gen import ClipGen
+from clip_gen.__main__ import main
+from clip_gen.bridge import Bridge
+from clip_gen.checkpoint import save_networks
+from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.training.plan import SIZES, TrainSettings, plan
+from clip_gen.training.train import Training
+from clip_gen.weights import resolve_weights
+
+TOY = TrainSettings(vqgan_steps=8, transformer_steps=8, batch_size=4, sample_prompts="a red circle | a star", seed=3)
+
+
+def picture_bytes(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zip of 24 pictures, a duplicate and a text."""
+    path, pictures = tmp_path_factory.mktemp("photos") / "photos.zip", RenderedPictures(24, 5, 24)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(24):
+            archive.writestr(f"album/{i:02}.png", picture_bytes(pictures[i]))
+        archive.writestr("album/again.png", picture_bytes(pictures[0]))
+        archive.writestr("album/notes.txt", "not a picture")
+    return path
+
+
+@pytest.fixture
+def toy(tiny_model_folder: Path) -> TrainSettings:
+    return replace(TOY, base=str(tiny_model_folder))
+
+
+def test_a_zip_becomes_a_tar_that_predicts(
+    photos: Path, toy: TrainSettings, tiny_model: ClipGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    tar = Training(photos, tmp_path / "out", toy).run()
+    model = ClipGen.load(resolve_weights(str(tar)), "cpu")
+    assert len(model.generate("a red circle", candidates=2, num_outputs=2, seed=0).images) == 2
+    for part in ("vqgan", "gpt"):
+        before = getattr(tiny_model, part).state_dict()
+        assert any(not torch.equal(before[name], value) for name, value in getattr(model, part).state_dict().items())
+    for name, value in model.clip_encoder.state_dict().items():
+        assert torch.equal(value, tiny_model.clip_encoder.state_dict()[name])
+    bridge: Bridge = model.bridge
+    assert not torch.equal(bridge.image_mean, tiny_model.bridge.image_mean)
+    assert torch.equal(bridge.text_mean, tiny_model.bridge.text_mean)
+
+    record = json.loads((tmp_path / "out" / "model" / "training.json").read_text())
+    assert record["pictures"]["used"] == 24
+    assert {one["name"] for one in record["pictures"]["skipped"]} == {"album/again.png", "album/notes.txt"}
+    assert record["pictures"]["held_back"] == 2
+    assert record["stages"]["vqgan"]["steps"] == record["stages"]["gpt"]["steps"] == 8
+    assert record["settings"]["seed"] == 3
+
+
+def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path, toy).run()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<polyline") >= 5
+    assert page.count("data:image/png;base64") >= 16
+    for words in ("album/notes.txt", "a duplicate", "A training on 24 pictures", "sample_prompts", "val_psnr"):
+        assert words in page, words
+    assert "http" not in page.replace("http-equiv", "")
+    with Image.open(tmp_path / "work" / "vqgan" / "grids" / "0000008.png") as grid:
+        assert grid.height == 2 * 98 + 2  # two rows: pictures and reconstructions
+    with Image.open(tmp_path / "work" / "gpt" / "grids" / "0000008.png") as grid:
+        assert grid.height == 4 * 98 + 2  # tokens as they are, from embeddings, and two prompts
+
+
+def test_new_networks_of_a_size_for_the_clip_of_the_base(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vqgan, gpt = SIZES["laptop"]
+    small = (replace(vqgan, ch=64, z_channels=64), replace(gpt, n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setitem(SIZES, "laptop", small)
+    Training(photos, tmp_path, replace(toy, size="laptop", resolution=16, codebook_size=32, vqgan_steps=2)).run()
+    model = ClipGen.load(tmp_path / "model", "cpu")
+    assert model.config.vqgan.resolution == 16
+    assert model.config.gpt.codebook_size == model.config.vqgan.codebook_size == 32
+
+
+def test_one_stage_alone_leaves_the_other_network_as_it_is(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    base = load_file(Path(toy.base) / "vqgan.safetensors")
+    Training(photos, tmp_path / "gpt", replace(toy, stage="transformer")).run()
+    after = load_file(tmp_path / "gpt" / "model" / "vqgan.safetensors")
+    assert all(torch.equal(base[name], after[name]) for name in base)
+    base = load_file(Path(toy.base) / "gpt.safetensors")
+    Training(photos, tmp_path / "vqgan", replace(toy, stage="vqgan")).run()
+    after = load_file(tmp_path / "vqgan" / "model" / "gpt.safetensors")
+    assert all(torch.equal(base[name], after[name]) for name in base)
+
+
+def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    Training(photos, tmp_path, toy)
+    Training(photos, tmp_path, replace(toy, max_minutes=5))
+    with pytest.raises(ValueError, match="holds a training with vqgan_steps 8, not 9; say the same to go on"):
+        Training(photos, tmp_path, replace(toy, vqgan_steps=9))
+
+
+def test_the_command_line_says_one_sentence_when_the_pictures_will_not_do(
+    toy: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "few.zip").write_bytes(b"no archive")
+    assert main(["train", str(tmp_path / "few.zip"), "--out", str(tmp_path / "out"), "--base", toy.base]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("train: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out" / "weights.tar").exists()
+
+
+def command(photos: Path, out: Path, base: str, *more: str) -> list[str]:
+    words = f"train {photos} --out {out} --base {base} --vqgan-steps 40 --transformer-steps 40 --batch-size 4 --seed 3"
+    return [sys.executable, "-m", "clip_gen", *words.split(), "--save-seconds", "0", *more]
+
+
+def test_a_training_killed_again_and_again_ends_with_the_very_weights_of_one_that_was_not(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(photos, whole, str(tiny_model_folder)), check=True, capture_output=True)
+    chance, kills = random.Random(0), 0
+    for stage in ("vqgan", "vqgan", "gpt", "gpt"):
+        process = subprocess.Popen(
+            command(photos, killed, str(tiny_model_folder)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        # A checkpoint is written at every step, so that some of the kills fall into the writing of one.
+        seen = steps_done(killed, stage)
+        while process.poll() is None and steps_done(killed, stage) < seen + 3:
+            time.sleep(0.02)
+        time.sleep(chance.random() / 5)
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert kills >= 3
+    subprocess.run(command(photos, killed, str(tiny_model_folder)), check=True, capture_output=True)
+    for part in ("vqgan", "gpt", "bridge"):
+        expected, found = (load_file(out / "model" / f"{part}.safetensors") for out in (whole, killed))
+        for name, value in expected.items():
+            assert torch.equal(value, found[name]), f"{part} {name}"
+
+
+def steps_done(out: Path, stage: str) -> int:
+    path = out / "work" / stage / "history.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
+def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage: str) -> None:
+    # taming's quantiser: the other one draws new codes for dead ones by chance, which processes do each for themselves.
+    # Neither do they drop the same neurons.
+    base = replace(TINY, vqgan=replace(TINY.vqgan, quantizer="taming"), gpt=replace(TINY.gpt, dropout=0.0))
+    save_networks(tiny_networks(config=base), tmp_path / "base", training={})
+    options = ["--stage", stage, "--adversarial-weight", "0"]
+    for devices in ("1", "2"):
+        words = command(photos, tmp_path / devices, str(tmp_path / "base"), *options, "--devices", devices)
+        subprocess.run(words, check=True, capture_output=True, timeout=300)
+    part = "gpt" if stage == "transformer" else "vqgan"
+    one, two = (
+        [json.loads(line) for line in (tmp_path / devices / "work" / part / "history.jsonl").open()]
+        for devices in ("1", "2")
+    )
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    for a, b in zip(one, two, strict=True):
+        for name in {"loss", "val_loss", "val_psnr"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-3), (a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stage": "all"}, 'stage is "all"; it takes one of both, vqgan, transformer'),
+        ({"size": "huge"}, 'size is "huge"; it takes one of base, laptop'),
+        ({"resolution": 128}, "resolution is 128, but the base model has its own"),
+        ({"size": "laptop", "stage": "transformer"}, "needs the base model's VQGAN"),
+        ({"size": "laptop", "resolution": 30}, "resolution is 30; size laptop takes multiples of 4"),
+        ({"condition_dropout": 1.0}, "condition_dropout is 1.0"),
+        ({"max_minutes": -1.0}, "max_minutes is -1.0; give 0 or more"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    settings: dict[str, object], sentence: str, tiny_model: ClipGen
+) -> None:
+    def planned() -> None:
+        told = TrainSettings(**settings)
+        told.check()
+        plan(told, tiny_model.config, 100)
+
+    with pytest.raises(ValueError, match=sentence):
+        planned()
+
+
+def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> None:
+    plans = [plan(TrainSettings(size="laptop"), tiny_model.config, count) for count in (50, 1000, 50_000, 200_000)]
+    codes = [one.model.vqgan.codebook_size for one in plans]
+    assert codes == sorted(codes)
+    assert codes[0] < codes[-1]
+    steps = [one.vqgan.steps for one in plans]
+    assert steps == sorted(steps)
+    for one in plans:
+        one.model.check()
+
+
+def test_the_log_tells_how_far_it_is(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        Training(photos, tmp_path, toy).run()
+    said = "\n".join(caplog.messages)
+    for words in ("24 pictures of use; skipped:", "vqgan 8/8  loss", "gpt 8/8  loss", "weights: "):
+        assert words in said, words

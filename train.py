@@ -1,0 +1,80 @@
+"""What Cog trains: a zip of pictures in, a weights tar out. The training itself is `python -m clip_gen train`."""
+
+import pathlib
+import tempfile
+
+from cog import BaseModel, Input, Path
+
+from clip_gen.cog_inputs import checked
+from clip_gen.cog_signature import read_signature
+from clip_gen.cog_training import deliver, run_training
+
+
+class TrainingOutput(BaseModel):
+    weights: Path
+
+
+async def train(
+    images: Path = Input(description="Pictures without captions: a zip, or a tar. At least 8."),
+    stage: str = Input(
+        description="What to train. vqgan alone makes a base for the transformer.",
+        default="both",
+        choices=["both", "vqgan", "transformer"],
+    ),
+    base: str | None = Input(
+        description="Model to start from: URL or path of a weights tar. Leave blank for the one served.", default=None
+    ),
+    size: str = Input(
+        description="base goes on with the base model; the others train new networks of that size for its CLIP.",
+        default="base",
+        choices=["base", "laptop", "small", "medium", "published"],
+    ),
+    resolution: int = Input(
+        description="Side of the pictures for new networks, a multiple of 16. 0: by the size.", default=0, ge=0, le=1024
+    ),
+    codebook_size: int = Input(
+        description="Codes of a new VQGAN. 0: by the number of pictures.", default=0, ge=0, le=16384
+    ),
+    vqgan_steps: int = Input(
+        description="Steps of stage 1. 0: by the number of pictures.", default=0, ge=0, le=1000000
+    ),
+    transformer_steps: int = Input(
+        description="Most steps of stage 2; it ends when it no longer improves. 0: by the number of pictures.",
+        default=0,
+        ge=0,
+        le=1000000,
+    ),
+    batch_size: int = Input(description="Pictures a step. 0: by the resolution.", default=0, ge=0, le=4096),
+    vqgan_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
+    transformer_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
+    perceptual_weight: float = Input(
+        description="How much reconstructions should look alike to CLIP.", default=0.2, ge=0, le=100
+    ),
+    adversarial_weight: float = Input(
+        description="How much reconstructions should look real to a discriminator.", default=0.1, ge=0, le=100
+    ),
+    embedding_noise: float = Input(
+        description="Greatest push on a picture's embedding: more forgives prompts that fit it loosely.",
+        default=0.5,
+        ge=0,
+        le=10,
+    ),
+    condition_dropout: float = Input(
+        description="Share of pictures learnt without their embedding, which guidance needs.", default=0.1, ge=0, le=0.9
+    ),
+    embedding_loss_weight: float = Input(
+        description="Weight of CLIP-GEN's second loss; slow. 0: without.", default=0.0, ge=0, le=100
+    ),
+    crop: bool = Input(description="Learn from random crops too.", default=True),
+    flip: bool = Input(description="Learn from mirrored pictures too. Off for text and faces.", default=True),
+    sample_prompts: str = Input(
+        description="Prompts to draw now and then for the report, with | between them.", default="", max_length=2000
+    ),
+    max_minutes: float = Input(description="Stop after so long and keep what there is. 0: no end.", default=0.0, ge=0),
+    seed: int = Input(description="The same seed trains the same weights.", default=0, ge=0, le=2147483647),
+) -> TrainingOutput:
+    """Trains in a process of its own, which ends with the request. Checks its inputs itself, as predict.py does."""
+    values = checked(dict(locals()), read_signature(pathlib.Path(__file__), "train").inputs)
+    with tempfile.TemporaryDirectory(prefix="training-") as folder:
+        await run_training(values, pathlib.Path(folder))
+        return TrainingOutput(weights=Path(deliver(pathlib.Path(folder))))
