@@ -49,48 +49,15 @@ def fit(
     machine: Machine = Machine(),
     collate: Callable | None = None,
     callbacks: Sequence[Callback] = (),
+    pieces: int = 1,
 ) -> dict[str, object]:
     """Trains a stage to its last step, leaving its averaged weights in it; returns what to write down about it.
 
     samples: item n is sample number n, without end. When a checkpoint is in `folder`, the run goes on from there and
-    ends with the very weights it would have had. Out of memory halves the batch that is worked on at once.
+    ends with the very weights it would have had. pieces: how many parts a batch is worked on in; out of memory doubles
+    it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = 1
-    while True:
-        try:
-            values = _fit(name, stage, samples, held_back, folder, seed, machine, collate, callbacks, pieces)
-            break
-        except torch.OutOfMemoryError:
-            pieces *= 2
-            if stage.config.batch_size % pieces:
-                raise
-            log.warning(
-                "%s: out of memory; going on with %d pictures at a time, %d times a step",
-                name, stage.config.batch_size // pieces, pieces,
-            )  # fmt: skip
-            torch.cuda.empty_cache()
-    legs = read_ledger(folder / "ledger.json")
-    return {
-        **values,
-        "minutes": round(sum(leg["minutes"] for leg in legs), 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "legs": legs,
-    }
-
-
-def _fit(
-    name: str,
-    stage: Stage,
-    samples: Dataset,
-    held_back: Dataset,
-    folder: Path,
-    seed: int,
-    machine: Machine,
-    collate: Callable | None,
-    callbacks: Sequence[Callback],
-    pieces: int,
-) -> dict[str, object]:
     config, last = stage.config, folder / "last.ckpt"
     done = checkpointed_steps(last)
     averaging = EMAWeightAveraging(decay=config.ema_decay, use_buffers=False)
@@ -128,7 +95,17 @@ def _fit(
     )
     if done < config.steps:
         data = Samples(samples, held_back, config, done, pieces, collate)
-        trainer.fit(stage, datamodule=data, ckpt_path=last if done else None, weights_only=True)
+        try:
+            trainer.fit(stage, datamodule=data, ckpt_path=last if done else None, weights_only=True)
+        except torch.OutOfMemoryError:
+            pieces *= 2
+            if config.batch_size % pieces:
+                raise
+            torch.cuda.empty_cache()
+            size = config.batch_size // pieces
+            log.warning("%s: out of memory; going on with %d pictures at a time, %d times a step", name, size, pieces)
+            more = {"seed": seed, "machine": machine, "collate": collate, "callbacks": callbacks}
+            return fit(name, stage, samples, held_back, folder, pieces=pieces, **more)
         done = trainer.global_step
     else:
         # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
@@ -138,7 +115,14 @@ def _fit(
         kept = torch.load(best[0].path, weights_only=True)
         stage.load_state_dict(kept["state_dict"])
         values |= {"val_loss": round(kept["val_loss"], 5), "best_step": kept["step"]}
-    return {"steps": done, **values}
+    legs = read_ledger(folder / "ledger.json")
+    return {
+        "steps": done,
+        **values,
+        "minutes": round(sum(leg["minutes"] for leg in legs), 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "legs": legs,
+    }
 
 
 def _precision(wanted: str) -> str:
