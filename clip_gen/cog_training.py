@@ -63,6 +63,7 @@ async def run_training(values: dict[str, object], out: Path) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()  # or its pipes are closed by whoever clears up memory next, in the middle of anything
     if code:
         said = [line for line in last if line.startswith("train: ")]
         raise TrainingFailed(said[-1].removeprefix("train: ") if said else "\n".join(last))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.checkpoint import Networks, build, save_networks
 from clip_gen.config import ClipConfig, GPTConfig, ModelConfig, VQGANConfig
+from clip_gen.shapes.pairs import RenderedPictures
 
 TINY = ModelConfig(
     name="tiny",
@@ -64,6 +69,24 @@ def tiny_networks(seed: int = 0, config: ModelConfig = TINY) -> Networks:
     for network in (networks.clip, networks.vqgan, networks.gpt, networks.bridge):
         network.eval().requires_grad_(False)
     return networks
+
+
+def picture_bytes(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zip of 24 pictures, a duplicate and a text."""
+    path, pictures = tmp_path_factory.mktemp("photos") / "photos.zip", RenderedPictures(24, 5, 24)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(24):
+            archive.writestr(f"album/{i:02}.png", picture_bytes(pictures[i]))
+        archive.writestr("album/again.png", picture_bytes(pictures[0]))
+        archive.writestr("album/notes.txt", "not a picture")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,14 @@ import contextlib
 import os
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 from cog_server import Server, running, wait_for
-from test_training_train import picture_bytes
 
 from clip_gen.cog_inputs import InputField, checked
 from clip_gen.cog_schema import ROOT, project_signatures, write_schema
 from clip_gen.cog_training import TrainingFailed, main, options, run_training
-from clip_gen.shapes.pairs import RenderedPictures
 
 SERVER = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
 BAKED = {  # what Cog's command line bakes into an image
@@ -33,15 +30,6 @@ STEPS = {"vqgan_steps": 4, "transformer_steps": 4, "batch_size": 4}
 @pytest.fixture(scope="module")
 def fields() -> tuple[InputField, ...]:
     return project_signatures()[1].inputs
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, pictures = tmp_path_factory.mktemp("photos") / "photos.zip", RenderedPictures(16, 5, 24)
-    with zipfile.ZipFile(path, "w") as archive:
-        for i in range(16):
-            archive.writestr(f"{i}.png", picture_bytes(pictures[i]))
-    return path
 
 
 def data_url(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -11,11 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_networks
@@ -26,30 +23,11 @@ from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
 from clip_gen.checkpoint import save_networks
-from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training.plan import SIZES, TrainSettings, plan
 from clip_gen.training.train import Training
 from clip_gen.weights import resolve_weights
 
 TOY = TrainSettings(vqgan_steps=8, transformer_steps=8, batch_size=4, sample_prompts="a red circle | a star", seed=3)
-
-
-def picture_bytes(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zip of 24 pictures, a duplicate and a text."""
-    path, pictures = tmp_path_factory.mktemp("photos") / "photos.zip", RenderedPictures(24, 5, 24)
-    with zipfile.ZipFile(path, "w") as archive:
-        for i in range(24):
-            archive.writestr(f"album/{i:02}.png", picture_bytes(pictures[i]))
-        archive.writestr("album/again.png", picture_bytes(pictures[0]))
-        archive.writestr("album/notes.txt", "not a picture")
-    return path
 
 
 @pytest.fixture
