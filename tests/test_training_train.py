@@ -117,7 +117,7 @@ def test_the_command_line_says_one_sentence_when_the_pictures_will_not_do(
 
 
 def command(photos: Path, out: Path, base: str, *more: str) -> list[str]:
-    words = f"train {photos} --out {out} --base {base} --vqgan-steps 40 --transformer-steps 40 --batch-size 4 --seed 3"
+    words = f"train {photos} --out {out} --base {base} --vqgan-steps 24 --transformer-steps 24 --batch-size 4 --seed 3"
     return [sys.executable, "-m", "clip_gen", *words.split(), "--save-seconds", "0", *more]
 
 
