@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ GAP = 2
 LEAST_SIDE = 96  # small pictures are enlarged to about this
 
 
-class Grids(Callback):
+class Grids(Callback, ABC):
     """Draws `rows` now and then: at each tenth of the steps, on the first process."""
 
     def __init__(self, folder: Path):
@@ -46,8 +47,9 @@ class Grids(Callback):
         with whole_or_not(path) as temporary:
             grid(rows).save(temporary, "png")
 
+    @abstractmethod
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
-        raise NotImplementedError
+        """Equal pictures, row by row, of what the stage's network makes now."""
 
 
 class ReconstructionGrids(Grids):

@@ -14,6 +14,7 @@ CURVES = {
     "vqgan": (("loss",), ("l1",), ("perceptual",), ("val_psnr",), ("codes_in_batch",), ("perplexity",)),
     "gpt": (("loss", "val_loss"), ("embedding",)),
 }
+COLOURS = ("#2563eb", "#dc2626")  # of the curves in one chart: what is learnt from, what was held back
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
 MOST_GRIDS = 10
 STYLE = """
@@ -83,7 +84,7 @@ def _chart(lines: dict[str, list[tuple[int, float]]]) -> str:
 
     drawn = "".join(
         f'<polyline fill=none stroke="{colour}" stroke-width=1.5 points="{" ".join(place(*p) for p in points)}"/>'
-        for colour, points in zip(("#2563eb", "#dc2626"), lines.values(), strict=False)
+        for colour, points in zip(COLOURS, lines.values(), strict=False)  # there may be fewer lines than colours
     )
     words = (
         f"<text x=0 y=14>{high:.4g}</text><text x=0 y={HEIGHT - BOTTOM + 6}>{low:.4g}</text>"
