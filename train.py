@@ -70,6 +70,11 @@ async def train(
     sample_prompts: str = Input(
         description="Prompts to draw now and then for the report, with | between them.", default="", max_length=2000
     ),
+    precision: str = Input(
+        description="Of the arithmetic. auto: bfloat16 where the hardware multiplies it.",
+        default="auto",
+        choices=["auto", "32-true", "bf16-mixed"],
+    ),
     max_minutes: float = Input(description="Stop after so long and keep what there is. 0: no end.", default=0.0, ge=0),
     seed: int = Input(description="The same seed trains the same weights.", default=0, ge=0, le=2147483647),
 ) -> TrainingOutput:

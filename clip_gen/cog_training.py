@@ -43,13 +43,16 @@ def options(values: dict[str, object], out: Path) -> list[str]:
     return words
 
 
-async def run_training(values: dict[str, object], out: Path) -> None:
-    """Trains into `out` and prints what the training says. Cancelled, it ends at once with all its processes."""
+async def run_training(values: dict[str, object], out: Path, terminal: bool = False) -> None:
+    """Trains into `out` and prints what the training says. Cancelled, it ends at once with all its processes.
+
+    terminal: what it says goes to the terminal this runs in, where it keeps its progress on one line.
+    """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "clip_gen", "train", *options(values, out)),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        stderr=None if terminal else asyncio.subprocess.STDOUT,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )
@@ -66,7 +69,8 @@ async def run_training(values: dict[str, object], out: Path) -> None:
         await process.wait()  # or its pipes are closed by whoever clears up memory next, in the middle of anything
     if code:
         said = [line for line in last if line.startswith("train: ")]
-        raise TrainingFailed(said[-1].removeprefix("train: ") if said else "\n".join(last))
+        unsaid = f"the training ended with exit status {code}; see above"
+        raise TrainingFailed(said[-1].removeprefix("train: ") if said else "\n".join(last) or unsaid)
 
 
 def deliver(out: Path) -> Path:
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         images, out = Path(values["images"]).absolute(), Path(given.output or "trained").absolute()
         if not images.exists():
             raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")
-        asyncio.run(run_training(values | {"images": images}, out))
+        asyncio.run(run_training(values | {"images": images}, out, terminal=sys.stderr.isatty()))
         print(out / "weights.tar")
     except KeyboardInterrupt:
         return 130

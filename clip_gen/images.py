@@ -49,6 +49,7 @@ def for_clip(images: Tensor, resolution: int) -> Tensor:
     Of a picture that is not square the middle is taken, as OpenAI's preprocessing does.
     """
     height, width = images.shape[-2:]
+    images = images.float()  # what a decoder in bfloat16 made, torch cannot resize on a CPU
     if (height, width) != (resolution, resolution):
         short = min(height, width)
         size = (resolution * height // short, resolution * width // short)

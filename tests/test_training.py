@@ -14,13 +14,14 @@ import torch
 from conftest import TINY, tiny_networks
 
 from clip_gen import ClipGen
-from clip_gen.checkpoint import save_networks
+from clip_gen.checkpoint import load_networks, save_networks
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_loss
 from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens
+from clip_gen.training.gpt_trainer import embedding_loss
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -199,6 +200,39 @@ def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> N
     one_step(other, taken_up)
     for name, value in gpt.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_along_its_gradient() -> None:
+    # The bundled CLIP and VQGAN: to an untrained CLIP all pictures are one.
+    networks = load_networks(Path(__file__).parents[1] / "checkpoints" / "shapes")
+    vqgan, clip = networks.vqgan, networks.clip
+    torch.manual_seed(0)
+    gpt = GPT(replace(networks.gpt.config, n_layer=1, n_head=2, n_embd=64, null_condition=False)).eval()
+    images = from_bytes(torch.stack([torch.from_numpy(RenderedPictures(4, 0, 64)[i]) for i in range(4)]))
+    embeddings, tokens = clip.encode_image(images), vqgan.encode(images)
+    optimizer = torch.optim.Adam(gpt.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = embedding_loss(gpt(embeddings, tokens[:, :-1]), embeddings, vqgan, clip)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    for name, parameter in gpt.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for part in (vqgan, clip) for parameter in part.parameters())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_second_loss_is_that_of_the_picture_the_likeliest_tokens_decode_to() -> None:
+    networks = tiny_networks()
+    logits = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+    drawn = networks.clip.encode_image(networks.vqgan.decode(logits.argmax(dim=2)))
+    expected = 1 - (drawn * embeddings).sum(dim=1).mean()
+    found = embedding_loss(logits, embeddings, networks.vqgan, networks.clip)
+    assert float(found) == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.fixture

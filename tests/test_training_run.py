@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
+import itertools
 import json
 import logging
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +118,35 @@ def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
     assert run.checkpointed_steps(tmp_path / "last.ckpt") == stage.record["steps"]
 
 
+def test_a_terminal_shows_how_far_a_stage_is_on_one_line(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(tmp_path)
+    shown = terminal.getvalue()
+    assert re.search(r"\rtoy 9/9, .* pictures/s  0\.0 min left  .*loss \d", shown)
+    assert shown.count("\n") == 2  # a word of Lightning's, and at the end
+    assert shown.endswith("\n")
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_pace_since_the_last(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(step=4.0)
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+
+    with caplog.at_level(logging.INFO):
+        train(tmp_path, machine=Machine())
+    said = [line for line in caplog.messages if line.startswith("toy ")]
+    assert 2 <= len(said) < 9
+    assert said[-1].startswith("toy 9/9 ")
+
+
 def test_out_of_memory_halves_what_is_worked_on_at_once_and_goes_on(
     train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,19 +190,25 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_whole(
     assert train(tmp_path).record["steps"] == 9
 
 
+class Few(torch.utils.data.Dataset):
+    """Four pictures again and again: they are learnt by heart, so what was held back fares worse and worse."""
+
+    def __init__(self, encoded: EncodedPictures):
+        self.encoded = encoded
+
+    def __getitem__(self, number: int) -> object:
+        return self.encoded.draw(number % 4, np.random.default_rng(number))
+
+
+OVERFITTING = replace(CONFIG, steps=2000, learning_rate=3e-3, validate_every=10, patience=3)
+
+
 def test_the_best_weights_by_validation_are_kept_and_the_stage_ends_when_they_are_not_beaten(
     encoded: EncodedPictures, tmp_path: Path
 ) -> None:
-    """Every picture is learnt by heart, so what was held back fares worse and worse."""
-
-    class Few(torch.utils.data.Dataset):
-        def __getitem__(self, number: int) -> object:
-            return encoded.draw(number % 4, np.random.default_rng(number))
-
-    config = replace(CONFIG, steps=2000, learning_rate=3e-3, validate_every=10, patience=3)
-    stage = stage_2(config)
+    stage = stage_2(OVERFITTING)
     held_back = torch.utils.data.Subset(encoded, range(8, 24))
-    record = fit("toy", stage, Few(), held_back, tmp_path, seed=0)
+    record = fit("toy", stage, Few(encoded), held_back, tmp_path, seed=0)
     losses = {e["step"]: e["val_loss"] for e in read_history(tmp_path / "history.jsonl") if "val_loss" in e}
     assert record["best_step"] == min(losses, key=losses.get)
     assert record["steps"] == record["best_step"] + 30
@@ -180,6 +219,33 @@ def test_the_best_weights_by_validation_are_kept_and_the_stage_ends_when_they_ar
         logits = stage.gpt(batch[0][3], batch[0][1][:, :-1])
     found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[0][1].flatten())
     assert float(found) == pytest.approx(record["val_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("when", ["on_validation_start", "on_validation_end"])
+def test_what_a_validation_found_outlives_the_end_of_the_training_right_after_it(
+    encoded: EncodedPictures, tmp_path: Path, when: str
+) -> None:
+    held_back = torch.utils.data.Subset(encoded, range(8, 24))
+
+    def trained(folder: Path, callbacks: list[Callback]) -> dict[str, object]:
+        stage = stage_2(OVERFITTING)
+        return fit("toy", stage, Few(encoded), held_back, folder, seed=0, machine=SAVING, callbacks=callbacks)
+
+    whole = trained(tmp_path / "whole", [])
+
+    def cut(trainer: object, *_: object) -> None:
+        if trainer.global_step == whole["best_step"]:
+            raise Cut
+
+    callback = Callback()
+    setattr(callback, when, cut)
+    with pytest.raises(Cut):
+        trained(tmp_path / "cut", [callback])
+    again = trained(tmp_path / "cut", [])
+    assert {name: again[name] for name in ("steps", "best_step", "val_loss")} == {
+        name: whole[name] for name in ("steps", "best_step", "val_loss")
+    }
+    assert read_history(tmp_path / "cut" / "history.jsonl") == read_history(tmp_path / "whole" / "history.jsonl")
 
 
 def test_a_line_of_history_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

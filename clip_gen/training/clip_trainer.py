@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from clip_gen.clip_encoder import ClipEncoder, Tokenizer
 from clip_gen.images import for_clip, from_bytes
 from clip_gen.shapes.pairs import PairGroup, fits
-from clip_gen.training.stage import FitConfig, Stage, adamw
+from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -40,6 +40,9 @@ class ClipTrainer(Stage):
         super().__init__(config)
         # Not as a submodule: ClipEncoder refuses to leave eval mode, in which batch norms would never learn.
         self.clip = encoder.clip.requires_grad_(True).train()
+        if config.compile:
+            compiled(self.clip.visual)
+            compiled(self.clip.transformer)
         self.resolution = encoder.config.image_resolution
         self.register_buffer("word_seen", torch.zeros(encoder.config.vocab_size, dtype=torch.bool))
 

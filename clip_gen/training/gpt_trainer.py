@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import GPT
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -31,6 +31,8 @@ class GPTTrainer(Stage):
     ):
         super().__init__(config)
         self.gpt, self.embedding_loss = gpt, embedding_loss
+        if config.compile:
+            compiled(gpt)
         self.frozen = lambda: (vqgan, clip)  # behind a function, so as not to be trained, averaged or saved
 
     def on_fit_start(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
@@ -9,6 +10,7 @@ from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss
 
 STAGES = ("both", "vqgan", "transformer")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 # From a laptop's to the published model's. `local` tokens are learnt soonest; they leave detail to the decoder.
 SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
@@ -63,12 +65,14 @@ class TrainSettings:
     crop: bool = True
     flip: bool = True
     sample_prompts: str = ""
+    precision: str = "auto"
     max_minutes: float = 0.0
     seed: int = 0
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
-        for name, allowed in (("stage", STAGES), ("size", ("base", *SIZES))):
+        choices = {"stage": STAGES, "size": ("base", *SIZES), "precision": PRECISIONS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} is "{getattr(self, name)}"; it takes one of {", ".join(allowed)}')
         if self.size == "base":
@@ -116,6 +120,7 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
         learning_rate=settings.vqgan_learning_rate or (1e-3 if start == "scratch" else 3e-4),
         weight_decay=0.0,
         ema_decay=0.998,
+        precision=settings.precision,
     )
     transformer = FitConfig(
         steps=steps(settings.transformer_steps, GPT_STEPS[start]),
@@ -125,15 +130,24 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
         weight_decay=0.05,
         ema_decay=0.998,
         patience=4,
+        precision=settings.precision,
     )
     loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight, adversarial_from=vqgan.steps // 2)
     views = (4 if settings.crop else 1) * (2 if settings.flip else 1)
-    return Plan(model, _in_step(vqgan), loss, _in_step(transformer), max(1, min(views, 400_000 // pictures)))
+    minutes = settings.max_minutes
+    views = max(1, min(views, 400_000 // pictures))
+    return Plan(model, _in_step(vqgan, minutes), loss, _in_step(transformer, minutes), views)
 
 
-def _in_step(config: FitConfig) -> FitConfig:
-    """Warmed up in a twentieth, and looked at forty times."""
-    return replace(config, warmup=min(200, config.steps // 20 + 1), validate_every=max(1, config.steps // 40))
+def _in_step(config: FitConfig, minutes: float) -> FitConfig:
+    """Warmed up in a twentieth, looked at forty times, and compiled where that pays."""
+    long = config.steps >= 1000 and (minutes == 0 or minutes >= 10)
+    return replace(
+        config,
+        warmup=min(200, config.steps // 20 + 1),
+        validate_every=max(1, config.steps // 40),
+        compile=long and shutil.which("g++") is not None,
+    )
 
 
 def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelConfig:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.files import whole_or_not
 from clip_gen.training.dataset import Batches
@@ -59,7 +63,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config, last = stage.config, folder / "last.ckpt"
-    done = checkpointed_steps(last)
+    done, validate_every = checkpointed_steps(last), min(config.validate_every, config.steps)
     averaging = EMAWeightAveraging(decay=config.ema_decay, use_buffers=False)
     best = [Best(folder / "best.ckpt", averaging, config.patience)] if config.patience else []
     trainer = pl.Trainer(
@@ -80,10 +84,10 @@ def fit(
             averaging,
             *best,
             *callbacks,
-            Checkpoints(last, machine.save_seconds),
+            Checkpoints(last, machine.save_seconds, validate_every),
         ],
         plugins=[WholeCheckpoints()],
-        val_check_interval=min(config.validate_every, config.steps) * pieces,
+        val_check_interval=validate_every * pieces,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -115,6 +119,7 @@ def fit(
         kept = torch.load(best[0].path, weights_only=True)
         stage.load_state_dict(kept["state_dict"])
         values |= {"val_loss": round(kept["val_loss"], 5), "best_step": kept["step"]}
+    stage.to(memory_format=torch.contiguous_format)  # as every network is that comes from a file
     legs = read_ledger(folder / "ledger.json")
     return {
         "steps": done,
@@ -126,9 +131,12 @@ def fit(
 
 
 def _precision(wanted: str) -> str:
+    """bfloat16 where the hardware multiplies matrices of it: on a GPU, or a CPU with AMX."""
     if wanted != "auto":
         return wanted
-    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+    cuda = torch.cuda.is_available()
+    able = torch.cuda.is_bf16_supported() if cuda else torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16-mixed" if able else "32-true"
 
 
 class Samples(pl.LightningDataModule):
@@ -237,25 +245,48 @@ def read_history(path: Path) -> list[dict]:
 
 
 class Progress(Callback):
-    """A line every so many steps: step of total, what was logged, pictures a second, time left."""
+    """Step of total, what was logged, pictures a second and time left.
 
-    def __init__(self, name: str, batch_size: int, every: int = 100):
-        self.name, self.batch_size, self.every = name, batch_size, every
+    In a terminal one line that is written over; elsewhere a line every so many seconds, and one at the end.
+    """
+
+    def __init__(self, name: str, batch_size: int, seconds: float = 30.0):
+        self.name, self.batch_size, self.seconds = name, batch_size, seconds
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.began, self.first = time.perf_counter(), trainer.global_step
+        self.began = self.said = time.monotonic()
+        self.step_said = trainer.global_step
+        self.bar, self.terminal = None, ExitStack()
+        if sys.stderr.isatty() and trainer.is_global_zero:
+            self.terminal.enter_context(logging_redirect_tqdm())
+            form = "{desc} {n_fmt}/{total_fmt}{postfix}"
+            steps = {"initial": trainer.global_step, "total": trainer.max_steps}
+            self.bar = self.terminal.enter_context(tqdm(desc=self.name, bar_format=form, dynamic_ncols=True, **steps))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        step = trainer.global_step
-        if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
+        now, step = time.monotonic(), trainer.global_step
+        passed, due = now - self.said, 1.0 if self.bar else self.seconds
+        done = step == trainer.max_steps and step > self.step_said
+        if not trainer.is_global_zero or (passed < due and not done):
             return
-        speed = (step - self.first) / (time.perf_counter() - self.began)
+        speed = (step - self.step_said) / passed
         left = (trainer.max_steps - step) / speed if speed else float("inf")
-        values = " ".join(f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
-        rate = speed * self.batch_size
-        log.info(
-            "%s %d/%d  %s  %.0f pictures/s  %.1f min left", self.name, step, trainer.max_steps, values, rate, left / 60
-        )
+        if spent := module.time_spent():
+            left = min(left, (now - self.began) * max(0.0, 1 - spent) / spent)
+        values = "  ".join(f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
+        pace = f"{speed * self.batch_size:.0f} pictures/s  {left / 60:.1f} min left"
+        if self.bar:
+            self.bar.n = step
+            self.bar.set_postfix_str(f"{pace}  {values}")
+        else:
+            log.info("%s %d/%d  %s  %s", self.name, step, trainer.max_steps, pace, values)
+        self.said, self.step_said = now, step
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.terminal.close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.terminal.close()
 
 
 class Ledger(Callback):
@@ -316,10 +347,13 @@ class Best(Callback):
 
 
 class Checkpoints(Callback):
-    """last.ckpt every so many seconds, and at the end."""
+    """last.ckpt every so many seconds, and at the end.
 
-    def __init__(self, path: Path, seconds: float):
-        self.path, self.seconds = path, seconds
+    At a step with a validation it waits for what that finds: a run taken up from there would not validate again.
+    """
+
+    def __init__(self, path: Path, seconds: float, validate_every: int):
+        self.path, self.seconds, self.validate_every = path, seconds, validate_every
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.saved = time.monotonic()
@@ -328,13 +362,23 @@ class Checkpoints(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: object, index: int
     ) -> None:
         whole_step = (index + 1) % trainer.accumulate_grad_batches == 0
+        if whole_step and trainer.global_step % self.validate_every:
+            self._save_when_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._save_when_due(trainer)
+
+    def _save_when_due(self, trainer: pl.Trainer) -> None:
         due = time.monotonic() - self.saved >= self.seconds or trainer.should_stop
-        if whole_step and trainer.strategy.reduce_boolean_decision(due, all=False):
-            trainer.save_checkpoint(self.path)
-            self.saved = time.monotonic()
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
+            self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self.saved = time.monotonic()
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch._inductor.config
-from torch import nn
 from torch.utils.data import DataLoader
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
@@ -33,7 +31,7 @@ from clip_gen.training.clip_trainer import ClipTrainer, Collate
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.run import fit
-from clip_gen.training.stage import FitConfig
+from clip_gen.training.stage import FitConfig, compiled
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 
 log = logging.getLogger(__name__)
@@ -101,9 +99,6 @@ class Recipe:
 
     def train_clip(self, folder: Path) -> dict[str, object]:
         config, clip = self.config.clip_fit, self.config.model.clip
-        if config.compile:
-            compiled(self.networks.clip.clip.visual)
-            compiled(self.networks.clip.clip.transformer)
         trainer = ClipTrainer(self.networks.clip, config)
 
         def groups(count: int, stream: int) -> CaptionedPairs:
@@ -116,21 +111,14 @@ class Recipe:
         return record
 
     def train_vqgan(self, folder: Path) -> dict[str, object]:
-        config, vqgan = self.config.vqgan_fit, self.networks.vqgan
-        if config.compile:
-            compiled(vqgan.encoder, dynamic=vqgan.config.local)  # how many squares differ is another number each time
-            compiled(vqgan.decoder)
-        trainer = VQGANTrainer(vqgan.to(memory_format=torch.channels_last).train(), config)
+        config = self.config.vqgan_fit
+        trainer = VQGANTrainer(self.networks.vqgan.train(), config)
         seen, unseen = self.pictures(config.steps * config.batch_size, PICTURES), self.pictures(512, UNSEEN)
-        record = fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed)
-        vqgan.to(memory_format=torch.contiguous_format)
-        return record
+        return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed)
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         gpt, config = self.networks.gpt, self.config
         seen, unseen = self.encoded("train"), self.encoded("unseen")
-        if config.gpt_fit.compile:
-            compiled(gpt)
         trainer = GPTTrainer(gpt.train().requires_grad_(True), config.gpt_fit)
         return fit("gpt", trainer, Endless(seen, config.seed), unseen, folder, seed=config.seed)
 
@@ -177,12 +165,6 @@ class Recipe:
             "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
             "python": platform.python_version(),
         }
-
-
-def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
-    """torch.compile in place, for as many threads as there are: torch's cache would hand on code made for fewer."""
-    torch._inductor.config.cpp.threads = torch.get_num_threads()
-    network.compile(dynamic=dynamic)
 
 
 def stated(config: object) -> dict[str, object]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
+import torch._dynamo.config
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -25,7 +27,7 @@ class FitConfig:
     ema_decay: float = 0.999  # of the averaged weights that are kept in the end
     validate_every: int = 1000  # steps
     patience: int = 0  # so many validations without a better one end the stage, and the best is kept; 0: the last is
-    precision: str = "auto"  # as Lightning's; auto: bfloat16 on a GPU that has it, else float32
+    precision: str = "auto"  # as Lightning's; auto: bfloat16 where the hardware has it, else float32
     workers: int = 1  # processes that prepare samples
     compile: bool = False  # torch.compile the network: a minute at the start, then faster; needs a C compiler
 
@@ -49,6 +51,14 @@ class Stage(pl.LightningModule):
             return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
+    """torch.compile in place; where that fails, as without the headers of Python, torch says so and does without."""
+    torch._dynamo.config.suppress_errors = True
+    # torch's cache would hand on code made for fewer threads.
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
+    network.compile(dynamic=dynamic)
 
 
 def adamw(network: nn.Module, config: FitConfig, betas: tuple[float, float]) -> torch.optim.AdamW:

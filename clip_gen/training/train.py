@@ -114,6 +114,8 @@ class Training:
         pack(self.out / "model", tar)
         write_report(self.out / "report.html", self.work, record)
         log.info("weights: %s  report: %s", tar, self.out / "report.html")
+        if self.settings.stage == "vqgan":
+            log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
         return tar
 
     def part(self, name: str) -> dict[str, object]:
@@ -177,13 +179,11 @@ class Training:
         views = self.plan.views if name == "learnt" else 1
         files = self.files(getattr(self, name))
         pictures = Views(files, views, settings.seed) if views > 1 else files
-        return EncodedPictures(
-            encode_embeddings(pictures, self.networks.clip, folder / f"embeddings-{name}.npy"),
-            encode_tokens(pictures, self.networks.vqgan, folder / f"tokens-{name}.npy"),
-            views,
-            settings.embedding_noise,
-            settings.condition_dropout,
-        )
+        # Not compiled, for a training taken up again here has nothing compiled, and is to find the same tokens.
+        with torch.compiler.set_stance("force_eager"):
+            embeddings = encode_embeddings(pictures, self.networks.clip, folder / f"embeddings-{name}.npy")
+            tokens = encode_tokens(pictures, self.networks.vqgan, folder / f"tokens-{name}.npy")
+        return EncodedPictures(embeddings, tokens, views, settings.embedding_noise, settings.condition_dropout)
 
     @torch.no_grad()
     def measure_pictures(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
 from clip_gen.training.losses import adaptive_weight, hinge_loss, perceptual_distance
-from clip_gen.training.stage import FitConfig, Stage, adamw
+from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN, build_discriminator
 
 
@@ -28,7 +28,11 @@ class VQGANTrainer(Stage):
 
     def __init__(self, vqgan: VQGAN, config: FitConfig, loss: VQGANLoss = VQGANLoss(), clip: ClipEncoder | None = None):
         super().__init__(config)
-        self.vqgan, self.weights = vqgan, loss
+        # Channels last is how convolutions are fastest.
+        self.vqgan, self.weights = vqgan.to(memory_format=torch.channels_last), loss
+        if config.compile:
+            compiled(vqgan.encoder, dynamic=vqgan.config.local)  # how many squares differ is another number each time
+            compiled(vqgan.decoder)
         self.clip = lambda: clip  # behind a function, so as not to be trained, averaged or saved
         # One layer fewer where pictures are too small for three.
         layers = 3 if vqgan.config.resolution >= 32 else 2
