@@ -12,13 +12,15 @@ import hashlib
 import json
 import logging
 import platform
-from dataclasses import asdict, dataclass, field, fields
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
@@ -30,7 +32,7 @@ from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
-from clip_gen.training.run import fit
+from clip_gen.training.run import Machine, fit
 from clip_gen.training.stage import FitConfig, compiled
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 
@@ -57,9 +59,9 @@ class ShapesConfig:
 class Recipe:
     """The three parts in order, each resting on the ones before."""
 
-    def __init__(self, config: ShapesConfig, work: Path):
+    def __init__(self, config: ShapesConfig, work: Path, machine: Machine | None = None):
         pl.seed_everything(config.seed)
-        self.config, self.work = config, work
+        self.config, self.work, self.machine = config, work, machine or Machine()
         self.networks: Networks = build(config.model)
 
     def stream(self, number: int) -> int:
@@ -74,9 +76,12 @@ class Recipe:
             folder.mkdir(parents=True, exist_ok=True)
             pl.seed_everything(self.config.seed)
             values = getattr(self, f"train_{name}")(folder)
-            save_part(network, folder / f"{name}.safetensors")
-            record.write_text(json.dumps(values | {"told": told}))
-        elif json.loads(record.read_text())["told"] != told:
+            if not rank_zero_only.rank:
+                save_part(network, folder / f"{name}.safetensors")
+                record.write_text(json.dumps(values | {"told": told}))
+        while not record.is_file():
+            time.sleep(1)  # another process writes it
+        if json.loads(record.read_text())["told"] != told:
             raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
         # Loaded even when just trained, so that what comes next sees the weights as they will ship: float16.
         load_part(network, folder / f"{name}.safetensors")
@@ -106,7 +111,9 @@ class Recipe:
 
         seen, unseen = groups(config.steps * config.batch_size, PAIRS), groups(512, UNSEEN)
         collate = Collate(clip.context_length)
-        record = fit("clip", trainer, seen, unseen, folder, seed=self.config.seed, collate=collate)
+        # On one process whatever the machine: a batch shared out would have fewer wrong answers to each question.
+        alone = replace(self.machine, devices="1", nodes=1)
+        record = fit("clip", trainer, seen, unseen, folder, seed=self.config.seed, machine=alone, collate=collate)
         trainer.forget_unseen_words()
         return record
 
@@ -114,13 +121,14 @@ class Recipe:
         config = self.config.vqgan_fit
         trainer = VQGANTrainer(self.networks.vqgan.train(), config)
         seen, unseen = self.pictures(config.steps * config.batch_size, PICTURES), self.pictures(512, UNSEEN)
-        return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed)
+        return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         gpt, config = self.networks.gpt, self.config
         seen, unseen = self.encoded("train"), self.encoded("unseen")
         trainer = GPTTrainer(gpt.train().requires_grad_(True), config.gpt_fit)
-        return fit("gpt", trainer, Endless(seen, config.seed), unseen, folder, seed=config.seed)
+        samples = Endless(seen, config.seed)
+        return fit("gpt", trainer, samples, unseen, folder, seed=config.seed, machine=self.machine)
 
     def encoded(self, name: str) -> EncodedPictures:
         """The pictures the transformer trains on, or those its loss is watched on, through CLIP and VQGAN."""
@@ -181,12 +189,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/shapes.yaml"))
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"), help="checkpoints and encoded pictures")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where the model folder goes")
+    parser.add_argument("--devices", default="auto", help="GPUs or, on a CPU, processes that share the work")
     parser.add_argument("--until", choices=ORDER, default=ORDER[-1], help="stop after this part; the last by default")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work)
+    recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work, Machine(arguments.devices))
     for name in ORDER[: ORDER.index(arguments.until) + 1]:
         recipe.part(name)
-    if arguments.until == ORDER[-1]:
+    if arguments.until == ORDER[-1] and not rank_zero_only.rank:
         save_networks(recipe.networks, arguments.out, recipe.training_record())
