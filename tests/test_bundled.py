@@ -13,7 +13,9 @@ from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.evaluation.prompts import cases
+from clip_gen.evaluation.report import Evaluation
 from clip_gen.images import to_pil, to_tensor
+from clip_gen.sampling import Sampling
 from clip_gen.shapes.captions import describe
 from clip_gen.shapes.judge import read, satisfies
 from clip_gen.shapes.rendering import render
@@ -62,6 +64,12 @@ def test_every_best_of_16_has_the_colour_and_background_of_its_prompt(model: Cli
         background = picture.min(axis=2) > 230 if "white" in prompt else picture.max(axis=2) < 25
         assert 0.05 < wanted.mean() < 0.25
         assert background.mean() > 0.6
+
+
+def test_at_least_half_of_the_one_object_prompts_come_out_all_right_best_of_16(model: ClipGen) -> None:
+    evaluation = Evaluation(model, 12, seed=123, sampling=Sampling())
+    evaluation.grade("one", "text")
+    assert evaluation.rows["one object, best of 16"].value >= 0.5
 
 
 def test_the_same_seed_gives_the_same_bytes_alone_and_beside_others(model: ClipGen) -> None:

@@ -89,7 +89,7 @@ def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny
         Networks(tiny_model.config, Critic(), Painter(), tiny_model.gpt, tiny_model.bridge), tiny_model.device
     )
     evaluation = Evaluation(model, 6, 0, Sampling())
-    evaluation._from("one", "text")
+    evaluation.grade("one", "text")
     shares = {name.split(", ")[1]: share.right for name, share in evaluation.rows.items()}
     assert shares == {"best of 1": 0, "best of 4": 0, "best of 16": 4, "perfect ranker of 16": 6}
     assert [verdict for _, verdict in evaluation.best["one"]] == [True] * 4 + [False] * 2

@@ -47,12 +47,12 @@ class Evaluation:
 
     def run(self, kinds: list[str]) -> None:
         for kind in kinds:
-            self._from(kind, "text")
+            self.grade(kind, "text")
             if kind in ("one", "two"):
-                self._from(kind, "image")
+                self.grade(kind, "image")
         self._reconstructions()
 
-    def _from(self, kind: str, source: str) -> None:
+    def grade(self, kind: str, source: str) -> None:
         """Rows for one kind of prompt, from text embeddings or from those of matching renders."""
         began, chosen = time.perf_counter(), cases(kind, self.prompts, self.seed)
         graded = [
