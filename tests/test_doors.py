@@ -18,7 +18,7 @@ DOORS = {
     "vector_quantize_pytorch": ["clip_gen/vqgan.py"],
     "safetensors": ["clip_gen/checkpoint.py"],
     "pytorch_lightning": ["clip_gen/training/"],
-    "tqdm": ["clip_gen/transfer.py"],
+    "tqdm": ["clip_gen/transfer.py", "clip_gen/training/run.py"],
     "cog": ["predict.py", "train.py"],
 }
 
@@ -27,7 +27,7 @@ LAYERS = [
     ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled"],
     ["zips", "entries", "findings", "archives"],
     ["gpt", "clip_encoder", "vqgan", "bridge"],
-    ["sampling", "checkpoint", "weights"],
+    ["sampling", "checkpoint", "weights", "batching"],
     ["pipeline"],
     ["serving", "importers"],
     ["pull", "own_model"],

@@ -130,7 +130,7 @@ def test_a_terminal_shows_how_far_a_stage_is_on_one_line(
     train(tmp_path)
     shown = terminal.getvalue()
     assert re.search(r"\rtoy 9/9, .* pictures/s  0\.0 min left  .*loss \d", shown)
-    assert shown.count("\n") == 2  # a word of Lightning's, and at the end
+    assert shown.count("\n") == 1
     assert shown.endswith("\n")
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -62,6 +63,7 @@ def fit(
     it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _quiet_lightning()
     config, last = stage.config, folder / "last.ckpt"
     done, validate_every = checkpointed_steps(last), min(config.validate_every, config.steps)
     averaging = EMAWeightAveraging(decay=config.ema_decay, use_buffers=False)
@@ -128,6 +130,16 @@ def fit(
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "legs": legs,
     }
+
+
+def _quiet_lightning() -> None:
+    """Without its greetings and advertisements, and without warnings that do not hold here."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Samples takes up where the checkpoint ended.
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    # What loads a training's data is a file already decoded, or small: more processes would idle.
+    warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")
 
 
 def _precision(wanted: str) -> str:

@@ -1,0 +1,182 @@
+"""Training on a zip of pictures, measured: from scratch, towards a style the base model never saw, and in memory.
+
+    .venv/bin/python benchmarks/own_pictures.py scratch --out /tmp/scratch [--minutes 44] [--pictures 2000]
+    .venv/bin/python benchmarks/own_pictures.py style --out /tmp/style [--minutes 10] [--pictures 300]
+    .venv/bin/python benchmarks/own_pictures.py memory --out /tmp/memory [--pictures 20000]
+
+scratch: new networks of size laptop for the bundled CLIP, on plain shapes. Prints the reconstructions' PSNR and the
+codebook's use on pictures never seen, and how many one-object prompts come out all right by the judge, best of 16.
+style: from the bundled model, on hollow shapes. Prints the share of pictures that are hollow before and after, and
+leaves sheet.png with one above the other.
+memory: a few steps of both stages on 200 pictures and on many; prints the peak of all processes' memory together.
+Other options go to `python -m clip_gen train`. All leave result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clip_gen import ClipGen
+from clip_gen.evaluation.prompts import cases
+from clip_gen.evaluation.report import Evaluation
+from clip_gen.images import from_bytes
+from clip_gen.sampling import Sampling
+from clip_gen.shapes.folder import write_pictures
+from clip_gen.shapes.judge import FOREGROUND
+from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.shapes.rendering import coverage, render
+from clip_gen.shapes.scenes import BACKGROUNDS, Scene, sample_scene
+
+ROOT = Path(__file__).resolve().parent.parent
+UNSEEN = 1_000_003  # a seed of pictures that no training here takes
+
+
+def train(pictures: Path, out: Path, words: list[str]) -> tuple[float, float]:
+    """Trains as a user would; the minutes it took from Enter to the weights, and the most GB it held at a time."""
+    began, most = time.monotonic(), 0
+    command = [sys.executable, "-m", "clip_gen", "train", str(pictures), "--out", str(out), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    training = subprocess.Popen(command, env=environment, start_new_session=True)
+    while training.poll() is None:
+        most = max(most, memory(training.pid))
+        time.sleep(0.2)
+    if training.returncode:
+        raise SystemExit(training.returncode)
+    return (time.monotonic() - began) / 60, most / 1e9
+
+
+def memory(session: int) -> int:
+    """Bytes that the processes of a session hold, what they share shared out among them."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):  # gone meanwhile
+            if os.getsid(int(process.name)) == session:
+                line = next(line for line in (process / "smaps_rollup").open() if line.startswith("Pss:"))
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def scratch(arguments: argparse.Namespace) -> dict[str, object]:
+    archive = arguments.out / "pictures.zip"
+    if not archive.exists():
+        write_pictures(arguments.pictures, 4, archive, 64, captions=False, zipped=True, held_out="never")
+    words = ["--size", "laptop", f"--max-minutes={arguments.minutes}", *arguments.words]
+    took, _ = train(archive, arguments.out / "trained", words)
+    model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
+    psnr, used = reconstructed(model, 1000)
+    evaluation = Evaluation(model, arguments.prompts, 0, Sampling())
+    evaluation.run(["one"])
+    print(evaluation.table())
+    evaluation.sheet().save(arguments.out / "sheet.png")
+    shares = {name: share.value for name, share in evaluation.rows.items()}
+    return {"minutes": took, "psnr": psnr, "codes_used": used, **shares}
+
+
+@torch.inference_mode()
+def reconstructed(model: ClipGen, count: int) -> tuple[float, float]:
+    """Mean PSNR in dB of pictures never seen, and the share of all codes that they use."""
+    pictures = RenderedPictures(count, UNSEEN, model.config.vqgan.resolution)
+    errors, used = [], set()
+    for start in range(0, count, 50):
+        images = from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(start, start + 50)]))
+        tokens = model.vqgan.encode(images)
+        errors += (model.vqgan.decode(tokens) - images).square().mean(dim=(1, 2, 3)).tolist()
+        used |= set(tokens.unique().tolist())
+    psnr = 10 * np.log10(4 / np.maximum(errors, 1e-10))
+    return float(psnr.mean()), len(used) / model.config.vqgan.codebook_size
+
+
+def style(arguments: argparse.Namespace) -> dict[str, object]:
+    archive = arguments.out / "pictures.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for i, scene in enumerate(scenes(arguments.pictures)):
+            with file.open(f"{i:05d}.png", "w") as entry:
+                Image.fromarray(hollow_picture(scene)).save(entry, "png")
+    before = drawn(ClipGen.load(ROOT / "checkpoints" / "shapes", "cpu"), arguments.prompts)
+    words = [f"--max-minutes={arguments.minutes}", *arguments.words]
+    took, _ = train(archive, arguments.out / "trained", words)
+    after = drawn(ClipGen.load(arguments.out / "trained" / "model", "cpu"), arguments.prompts)
+    columns, side = 16, 64
+    sheet = Image.new("RGB", (columns * side, 4 * side))
+    for i in range(2 * columns):
+        for row, pictures in ((0, before), (2, after)):
+            sheet.paste(pictures[i], (i % columns * side, (row + i // columns) * side))
+    sheet.save(arguments.out / "sheet.png")
+    shares = [sum(map(is_hollow, pictures)) / len(pictures) for pictures in (before, after)]
+    true = [is_hollow(Image.fromarray(hollow_picture(scene))) for scene in scenes(100) if len(scene.items) == 1]
+    return {"minutes": took, "hollow_before": shares[0], "hollow_after": shares[1], "of_pictures": np.mean(true)}
+
+
+def peaks(arguments: argparse.Namespace) -> dict[str, object]:
+    words = ["--vqgan-steps", "20", "--transformer-steps", "20", "--no-crop", "--no-flip", *arguments.words]
+    found = {}
+    for count in (200, arguments.pictures):
+        archive = arguments.out / f"{count}.zip"
+        if not archive.exists():
+            write_pictures(count, 4, archive, 256, captions=False, zipped=True, held_out="never")
+        _, found[str(count)] = train(archive, arguments.out / str(count), words)
+    return {"gigabytes": found, "more": found[str(arguments.pictures)] - found["200"]}
+
+
+def scenes(count: int) -> Iterator[Scene]:
+    for i in range(count):
+        yield sample_scene(np.random.default_rng([UNSEEN, i]))
+
+
+def hollow_picture(scene: Scene) -> np.ndarray:
+    """The scene in outline: each shape with a smaller one of the background's colour in it."""
+    picture = render(scene).astype(np.float32)
+    for item in scene.items:
+        alpha = coverage(item.shape, item.x, item.y, 0.6 * item.radius, len(picture))[..., None]
+        picture += alpha * (np.float32(BACKGROUNDS[scene.background]) - picture)
+    return (picture + 0.5).astype(np.uint8)
+
+
+def is_hollow(picture: Image.Image) -> bool:
+    """Whether the middle of what is drawn has the background's colour; of one object that is no ring."""
+    pixels = np.asarray(picture, np.float32)
+    foreground = ((pixels - np.median(pixels[0], axis=0)) ** 2).sum(axis=-1) > FOREGROUND**2
+    if not foreground.any():
+        return False
+    rows, columns = (np.flatnonzero(foreground.any(axis=axis)) for axis in (1, 0))
+    y, x = (round((found[0] + found[-1]) / 2) for found in (rows, columns))
+    return foreground[y - 1 : y + 2, x - 1 : x + 2].mean() < 0.5
+
+
+def drawn(model: ClipGen, count: int) -> list[Image.Image]:
+    """The best of 16 for one-object prompts."""
+    chosen = [case for case in cases("one", 2 * count, 0) if case.scene.items[0].shape != "ring"][:count]
+    return [model.generate(case.prompt, num_outputs=1, seed=i).images[0] for i, case in enumerate(chosen)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["scratch", "style", "memory"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pictures", type=int)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--prompts", type=int, default=100)
+    arguments, arguments.words = parser.parse_known_args()
+    pictures, minutes = {"scratch": (2000, 44.0), "style": (300, 10.0), "memory": (20_000, 0.0)}[arguments.what]
+    arguments.pictures, arguments.minutes = arguments.pictures or pictures, arguments.minutes or minutes
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    result = {"scratch": scratch, "style": style, "memory": peaks}[arguments.what](arguments)
+    (arguments.out / "result.json").write_text(json.dumps(result | {"words": arguments.words}, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
