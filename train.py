@@ -48,7 +48,10 @@ async def train(
     vqgan_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
     transformer_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
     perceptual_weight: float = Input(
-        description="How much reconstructions should look alike to CLIP.", default=0.2, ge=0, le=100
+        description="How much reconstructions should look alike, to LPIPS if pulled, else to CLIP.",
+        default=0.2,
+        ge=0,
+        le=100,
     ),
     adversarial_weight: float = Input(
         description="How much reconstructions should look real to a discriminator.", default=0.1, ge=0, le=100

@@ -1,4 +1,4 @@
-"""Which model predicts when a request names none."""
+"""Which model predicts when a request names none, and where LPIPS is, which training asks for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from clip_gen.checkpoint import CONFIG
+from clip_gen.importers import lpips
 from clip_gen.pull import pull_coco
 from clip_gen.weights import URLS
 
@@ -32,3 +33,8 @@ def own_weights(given: str | None = None) -> tuple[str, str]:
     if (COCO / CONFIG).is_file():
         return str(COCO), "it was pulled"
     return str(BUNDLED), "no other was named or pulled; it knows plain shapes only"
+
+
+def own_lpips() -> Path:
+    """The file with LPIPS's weights, there or not: in the folder CLIP_GEN_LPIPS names, else where it is pulled to."""
+    return ROOT / (os.environ.get("CLIP_GEN_LPIPS") or "checkpoints/lpips") / lpips.WEIGHTS

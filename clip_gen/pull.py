@@ -1,4 +1,4 @@
-"""The command `python -m clip_gen pull`: downloads published weights and converts them to a model folder."""
+"""The command `python -m clip_gen pull`: downloads published weights and converts them to a folder of ours."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from clip_gen.importers.command import DTYPES
 from clip_gen.importers.folder import check_replaceable, import_clip, import_hfailab
+from clip_gen.importers.lpips import check_lpips_folder, import_lpips
 from clip_gen.transfer import check_room, fetch
 
 CHECKPOINTS = Path("checkpoints")
@@ -28,6 +29,7 @@ class Published:
 
     url: str
     sha256: str | None = None  # None: its publisher names none
+    sha256_start: str | None = None  # what a file's name tells of it, where no more is published
 
     @property
     def name(self) -> str:
@@ -54,16 +56,26 @@ COCO = {
     "gpt": Published(f"{HFAILAB}/gpt_coco.pt"),
     "clip": CLIPS["ViT-B/32"],  # what the transformer was trained with; this copy of it has a known sha256
 }
+LPIPS = {
+    "vgg": Published("https://download.pytorch.org/models/vgg16-397923af.pth", sha256_start="397923af"),
+    "linear": Published(
+        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",  # of the file in that repository
+    ),
+}
 # Downloads and the folder made of them lie side by side for a while: 570 M parameters as published, twice.
 COCO_BYTES = 5_000_000_000
 CLIP_BYTES = 2_000_000_000
+LPIPS_BYTES = 700_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["coco", "clip"])
+    parser.add_argument("what", choices=["coco", "clip", "lpips"])
     parser.add_argument("name", nargs="?", help=f"of the CLIP: {', '.join(CLIPS)}".replace("%", "%%"))
-    parser.add_argument("--out", type=Path, help="the model folder to write; checkpoints/<name> if not given")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters on disk; else as they were published")
+    parser.add_argument("--out", type=Path, help="the folder to write; checkpoints/<name> if not given")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the parameters on disk; else as they were published, LPIPS in float16"
+    )
     parser.add_argument(
         "--mirror",
         help="address of a folder with files of the same names, else $CLIP_GEN_MIRROR; $https_proxy sets a proxy",
@@ -72,23 +84,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     dtype = DTYPES.get(arguments.dtype)
-    if arguments.what == "coco":
+    if arguments.what != "clip":
         if arguments.name:
-            raise ValueError(f"coco takes no name, and {arguments.name} was given; leave it out")
-        pull_coco(arguments.out or CHECKPOINTS / "coco", arguments.mirror, dtype)
+            raise ValueError(f"{arguments.what} takes no name, and {arguments.name} was given; leave it out")
+        pull = {"coco": pull_coco, "lpips": pull_lpips}[arguments.what]
+        pull(arguments.out or CHECKPOINTS / arguments.what, arguments.mirror, dtype)
         return
     if arguments.name not in CLIPS:
         raise ValueError(f"there is no CLIP {arguments.name}; name one of {', '.join(CLIPS)}")
     clip = CLIPS[arguments.name]
     out = arguments.out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
+    check_replaceable(out)
     with pulled({"clip": clip}, out, arguments.mirror, CLIP_BYTES) as files:
         import_clip(files["clip"], out, dtype)
 
 
 def pull_coco(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
     """HFAiLab's model and the CLIP it was trained with, as a model folder."""
+    check_replaceable(out)
     with pulled(COCO, out, mirror, COCO_BYTES) as files:
         import_hfailab(files["vqgan"], files["gpt"], out, files["clip"], dtype=dtype)
+
+
+def pull_lpips(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """torchvision's VGG-16 and LPIPS's linear layers on it, as one folder, for stage 1's perceptual loss."""
+    check_lpips_folder(out)
+    with pulled(LPIPS, out, mirror, LPIPS_BYTES) as files:
+        urls = {part: file.url for part, file in LPIPS.items()}
+        import_lpips(files["vgg"], files["linear"], out, urls, dtype or torch.float16)
 
 
 @contextmanager
@@ -97,7 +120,6 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
 
     After an error they are kept, so that the same command goes on; but not a file that proved to be of no use.
     """
-    check_replaceable(out)
     mirror = mirror or os.environ.get("CLIP_GEN_MIRROR")
     folder = out.parent / f".pulling-{out.name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +132,8 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
         check_room(folder, room - here)
         paths = {part: folder / file.name for part, file in files.items()}
         for part, file in files.items():
-            fetch(f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url, paths[part], file.sha256)
+            address = f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url
+            fetch(address, paths[part], file.sha256 or file.sha256_start)
         try:
             yield paths
         except ValueError:

@@ -33,21 +33,23 @@ PASSING = (408, 425, 429)  # answers from 400 to 499 that may be others the next
 def fetch(url: str, path: Path, sha256: str | None = None) -> None:
     """Downloads to `path`, which is there whole or not at all; what came of a broken transfer is kept beside it.
 
-    ValueError, in one sentence, when the server does not give the file, or not the one of this sha256.
+    sha256: all of its digits, or the first of them where no more are known. ValueError, in one sentence, when the
+    server does not give the file, or not the one of this sha256.
     """
     part = path.with_name(f"{path.name}.part")
-    if path.is_file() and sha256 in (None, digest(path)):
+    if path.is_file() and (sha256 is None or digest(path).startswith(sha256)):
         return
     for _ in range(2):  # a part that was damaged on the disk is worth a second download
         if not _by_pget(url, part):
             _transfer(url, part)
         found = digest(part)
-        if sha256 in (None, found):
+        if sha256 is None or found.startswith(sha256):
             os.replace(part, path)
             _notes(part).unlink(missing_ok=True)
             return
         _forget(part)
-    raise ValueError(f"{url}: its sha256 is {found}, wanted is {sha256}; other bytes are sent, try another --mirror")
+    wanted = sha256 if len(sha256) == len(found) else f"one that starts with {sha256}"
+    raise ValueError(f"{url}: its sha256 is {found}, wanted is {wanted}; other bytes are sent, try another --mirror")
 
 
 def digest(path: Path) -> str:

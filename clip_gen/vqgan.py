@@ -6,6 +6,7 @@ codes: "Vector-quantized Image Modeling with Improved VQGAN", arXiv 2110.04627.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import redirect_stdout
 from typing import NamedTuple
 
@@ -184,3 +185,34 @@ class VQGAN(nn.Module):
 def build_discriminator(channels: int = 64, layers: int = 3) -> nn.Module:
     """taming's discriminator of patches with its own start; `channels` in its first layer."""
     return NLayerDiscriminator(ndf=channels, n_layers=layers).apply(weights_init)
+
+
+def build_lpips() -> nn.Module:
+    """taming's LPIPS with a random start, frozen, in eval mode for good; its state is convolutions and linear layers.
+
+    Called with two batches of images (B, 3, S, S) in [-1, 1], it gives their distances, (B, 1, 1, 1). RuntimeError
+    where S is below 16: a VGG-16 halves four times.
+    """
+    with warnings.catch_warnings():
+        # Python warns of its source the first time, torchvision of the way it asks for a VGG.
+        warnings.simplefilter("ignore")
+        # Not above: it brings an HTTP client, which predicting has no use for.
+        from taming.modules.losses.lpips import LPIPS, NetLinLayer, ScalingLayer, vgg16
+
+        class Frozen(LPIPS):
+            """With the parts that LPIPS.forward asks for, but nothing of LPIPS.__init__, which downloads."""
+
+            def __init__(self):
+                nn.Module.__init__(self)
+                self.chns = [64, 128, 256, 512, 512]
+                self.scaling_layer, self.net = ScalingLayer(), vgg16(pretrained=False)
+                for name, buffer in list(self.scaling_layer.named_buffers()):  # constants, not weights
+                    self.scaling_layer.register_buffer(name, buffer, persistent=False)
+                for i, channels in enumerate(self.chns):
+                    self.add_module(f"lin{i}", NetLinLayer(channels, use_dropout=True))
+
+            def train(self, mode: bool = True) -> nn.Module:
+                """Stays in eval mode whatever a parent asks: it must never drop out."""
+                return super().train(False)
+
+        return Frozen().train(False).requires_grad_(False)

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lpips_files import write_lpips_files
 from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.checkpoint import Networks, build, save_networks
 from clip_gen.config import ClipConfig, GPTConfig, ModelConfig, VQGANConfig
+from clip_gen.importers.lpips import import_lpips
 from clip_gen.shapes.pairs import RenderedPictures
 
 TINY = ModelConfig(
@@ -53,9 +55,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _bundled_model() -> Iterator[None]:
-    """Whatever was pulled into checkpoints/, tests draw with the bundled model when they name none."""
+    """Whatever was pulled into checkpoints/, tests draw with the bundled model and train without LPIPS."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIP_GEN_MODEL", "checkpoints/shapes")
+        patch.setenv("CLIP_GEN_LPIPS", "nowhere")
         yield
 
 
@@ -87,6 +90,21 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.writestr("album/again.png", picture_bytes(pictures[0]))
         archive.writestr("album/notes.txt", "not a picture")
     return path
+
+
+@pytest.fixture(scope="session")
+def lpips_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the two files that LPIPS is made of."""
+    return write_lpips_files(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture(scope="session")
+def lpips_folder(lpips_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pull lpips` makes of them, but in float32."""
+    out = tmp_path_factory.mktemp("checkpoints") / "lpips"
+    files = lpips_files / "vgg16-397923af.pth", lpips_files / "vgg.pth"
+    import_lpips(*files, out, {"vgg": "", "linear": ""}, torch.float32)
+    return out
 
 
 @pytest.fixture(scope="session")

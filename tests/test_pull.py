@@ -5,14 +5,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import clip
 import pytest
 import torch
-from bad_server import bad_server
+from bad_server import BadServer, bad_server
 from importer_files import VIT, clip_state, hfailab_files
+from safetensors.torch import load_file
+from torchvision.models import VGG16_Weights
 
 from clip_gen import ClipGen, download, pull, transfer
 from clip_gen.__main__ import main
@@ -97,6 +100,7 @@ def test_a_pull_that_fails_leaves_the_model_that_was_there(files: dict[str, byte
         (["clip", "ViT-B/64"], "there is no CLIP ViT-B/64; name one of RN50, "),
         (["clip"], "there is no CLIP None"),
         (["coco", "ViT-B/32"], "coco takes no name"),
+        (["lpips", "vgg"], "lpips takes no name"),
     ],
 )
 def test_a_name_that_is_not_published_is_refused(
@@ -124,6 +128,81 @@ def test_two_pulls_of_one_folder_do_not_meet(tmp_path: Path, capsys: pytest.Capt
     assert "is being pulled already" in capsys.readouterr().err
 
 
+@pytest.fixture
+def lpips_server(lpips_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
+    """Has the two files of LPIPS, whose known sha256 are of these."""
+    files = {path.name: path.read_bytes() for path in lpips_files.iterdir()}
+    vgg, linear = (hashlib.sha256(files[pull.LPIPS[part].name]).hexdigest() for part in ("vgg", "linear"))
+    monkeypatch.setitem(pull.LPIPS, "vgg", replace(pull.LPIPS["vgg"], sha256_start=vgg[:8]))
+    monkeypatch.setitem(pull.LPIPS, "linear", replace(pull.LPIPS["linear"], sha256=linear))
+    monkeypatch.setattr(pull, "LPIPS_BYTES", 10**8)
+    with bad_server(files) as server:
+        yield server
+
+
+def test_pull_lpips_makes_one_small_folder_that_says_what_it_came_from_and_can_be_pulled_again(
+    lpips_server: BadServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints" / "lpips"
+    for _ in range(2):
+        assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
+        assert [path.name for path in folder.parent.iterdir()] == ["lpips"]
+        assert sorted(path.name for path in folder.iterdir()) == ["lpips.json", "lpips.safetensors"]
+    tensors = load_file(folder / "lpips.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert len(tensors) == 13 * 2 + 5
+    assert sum(tensor.numel() for tensor in tensors.values()) == 14_714_688 + 1472  # VGG-16's features; five layers
+    record = json.loads((folder / "lpips.json").read_text())["imported"]
+    for part, file in pull.LPIPS.items():
+        content = lpips_server.files[file.name]
+        assert record[part]["sha256"] == hashlib.sha256(content).hexdigest()
+        assert record[part]["bytes"] == len(content)
+        assert record[part]["url"] == file.url
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "sentence"),
+    [
+        ("vgg", {"sha256_start": "397923af"}, "wanted is one that starts with 397923af"),
+        ("linear", {"sha256": "0" * 64}, "wanted is 0000"),
+    ],
+)
+def test_a_file_of_another_sha256_makes_no_lpips(
+    part: str,
+    change: dict[str, str],
+    sentence: str,
+    lpips_server: BadServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(pull.LPIPS, part, replace(pull.LPIPS[part], **change))
+    assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "lpips").exists()
+
+
+def test_a_vgg_that_is_here_already_is_not_downloaded_again_unless_its_sha256_starts_otherwise(
+    lpips_server: BadServer, tmp_path: Path
+) -> None:
+    folder, name = tmp_path / "checkpoints" / ".pulling-lpips", pull.LPIPS["vgg"].name
+    for content in (lpips_server.files[name], b"other bytes"):
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+        assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
+    assert [path for path, _ in lpips_server.asked] == ["/vgg.pth", f"/{name}", "/vgg.pth"]
+
+
+def test_lpips_and_a_model_do_not_take_each_others_place(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pull", "lpips", "--out", str(tiny_model_folder)]) == 1
+    assert "which is no part of LPIPS; give another --out" in capsys.readouterr().err
+    (tmp_path / "lpips.json").write_text("{}")
+    assert main(["pull", "coco", "--out", str(tmp_path)]) == 1
+    assert "holds lpips.json, which is no part of a model folder" in capsys.readouterr().err
+
+
 def test_every_clip_has_the_address_and_sha256_that_openais_package_has() -> None:
     assert {name: file.url for name, file in pull.CLIPS.items()} == clip.clip._MODELS
     for name, file in pull.CLIPS.items():
@@ -136,3 +215,12 @@ def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
         known = "not published" if file.sha256 is None else file.url.split("/")[-2]
         assert known in row
+    for file in pull.LPIPS.values():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
+        assert f"`{file.sha256 or file.sha256_start}`" in row
+
+
+def test_the_vgg_is_torchvisions_and_its_sha256_starts_as_its_name_says() -> None:
+    file = pull.LPIPS["vgg"]
+    assert file.url == VGG16_Weights.IMAGENET1K_V1.url
+    assert file.name == f"vgg16-{file.sha256_start}.pth"

@@ -83,13 +83,15 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -
     _write(out, config, {"clip": tensors}, record, kept)
 
 
-def check_replaceable(out: Path) -> None:
-    """ValueError when something else than a model folder would be lost."""
+def check_replaceable(
+    out: Path, names: Collection[str] = (*FILES, DISCRIMINATOR), kind: str = "a model folder"
+) -> None:
+    """ValueError when something else than a folder of this kind, which has these files, would be lost."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is no folder; give another --out")
-    strange = sorted(path.name for path in out.glob("*") if path.name not in (*FILES, DISCRIMINATOR))
+    strange = sorted(path.name for path in out.glob("*") if path.name not in names)
     if strange:
-        raise ValueError(f"{out}: holds {strange[0]}, which is no part of a model folder; give another --out")
+        raise ValueError(f"{out}: holds {strange[0]}, which is no part of {kind}; give another --out")
 
 
 def _write(

@@ -1,7 +1,7 @@
 """What stage 1 asks of a reconstruction besides its pixels: that it looks alike, and that it looks real.
 
-"Taming Transformers for High-Resolution Image Synthesis", arXiv 2012.09841; perceptual distance after LPIPS,
-arXiv 1801.03924.
+"Taming Transformers for High-Resolution Image Synthesis", arXiv 2012.09841; LPIPS, arXiv 1801.03924,
+and after it a distance between CLIP's features.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ def perceptual_distance(clip: ClipEncoder, images: Tensor, targets: Tensor) -> T
         for a, b in zip(found, wanted, strict=True)
     ]
     return torch.stack(distances).mean()
+
+
+def lpips_distance(lpips: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """The mean LPIPS of two batches (B, 3, S, S) in [-1, 1], S at least 16, scalar; gradients flow to `images`.
+
+    In float32 under autocast too: differences of features that are nearly alike are too small for bfloat16.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        return lpips(images.float(), targets.float()).mean()
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from clip_gen.training.dataset import (
 )
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
+from clip_gen.training.perceptual import chosen_lpips
 from clip_gen.training.plan import Plan, TrainSettings, plan
 from clip_gen.training.report import write_report
 from clip_gen.training.run import Machine, fit
@@ -138,10 +139,14 @@ class Training:
     def train_vqgan(self, folder: Path) -> dict[str, object]:
         seed, held_back = self.settings.seed, self.files(self.held_back)
         vqgan = self.networks.vqgan.train().requires_grad_(True)
-        trainer = VQGANTrainer(vqgan, self.plan.vqgan, self.plan.vqgan_loss, self.networks.clip)
+        compares = self.plan.vqgan_loss.perceptual > 0
+        lpips = chosen_lpips(folder, vqgan.config.resolution) if compares else None
+        trainer = VQGANTrainer(vqgan, self.plan.vqgan, self.plan.vqgan_loss, self.networks.clip, lpips)
         minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
         samples = Endless(self.files(self.learnt), seed)
-        return self.fit("vqgan", trainer, samples, held_back, folder, minutes, ReconstructionGrids(held_back, folder))
+        grids = ReconstructionGrids(held_back, folder)
+        values = self.fit("vqgan", trainer, samples, held_back, folder, minutes, grids)
+        return values | ({"perceptual_loss": "CLIP" if lpips is None else "LPIPS"} if compares else {})
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         settings, networks = self.settings, self.networks

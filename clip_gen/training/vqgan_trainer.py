@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
-from clip_gen.training.losses import adaptive_weight, hinge_loss, perceptual_distance
+from clip_gen.training.losses import adaptive_weight, hinge_loss, lpips_distance, perceptual_distance
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN, build_discriminator
 
@@ -20,20 +20,28 @@ class VQGANLoss:
 
     perceptual: float = 0.0
     adversarial: float = 0.0  # on top of the adaptive weight
-    adversarial_from: int = 0  # the step the discriminator's word counts from; it learns from the start
+    adversarial_from: int = 0  # the step the discriminator comes in at
 
 
 class VQGANTrainer(Stage):
-    """Batches are pictures, (B, S, S, 3) uint8."""
+    """Batches are pictures, (B, S, S, 3) uint8. What looks alike is LPIPS's to say where it is given, else CLIP's."""
 
-    def __init__(self, vqgan: VQGAN, config: FitConfig, loss: VQGANLoss = VQGANLoss(), clip: ClipEncoder | None = None):
+    def __init__(
+        self,
+        vqgan: VQGAN,
+        config: FitConfig,
+        loss: VQGANLoss = VQGANLoss(),
+        clip: ClipEncoder | None = None,
+        lpips: nn.Module | None = None,
+    ):
         super().__init__(config)
         # Channels last is how convolutions are fastest.
         self.vqgan, self.weights = vqgan.to(memory_format=torch.channels_last), loss
         if config.compile:
             compiled(vqgan.encoder, dynamic=vqgan.config.local)  # how many squares differ is another number each time
             compiled(vqgan.decoder)
-        self.clip = lambda: clip  # behind a function, so as not to be trained, averaged or saved
+        # Behind functions, so as not to be trained, averaged or saved.
+        self.clip, self.lpips = lambda: clip, lambda: lpips
         # One layer fewer where pictures are too small for three.
         layers = 3 if vqgan.config.resolution >= 32 else 2
         self.discriminator = build_discriminator(layers=layers) if loss.adversarial else None
@@ -41,6 +49,8 @@ class VQGANTrainer(Stage):
     def on_fit_start(self) -> None:
         if self.clip() is not None:
             self.clip().to(self.device)
+        if self.lpips() is not None:
+            self.lpips().to(self.device, memory_format=torch.channels_last)
         if self.trainer.world_size > 1:
             self.vqgan.quantizer.share_between_processes()
 
@@ -52,7 +62,7 @@ class VQGANTrainer(Stage):
         reconstruction = difference.abs().mean() + difference.square().mean()
         values = {"l1": difference.abs().mean(), **self._codebook_use(out.tokens)}
         if self.weights.perceptual:
-            values["perceptual"] = perceptual_distance(self.clip(), out.images, images)
+            values["perceptual"] = self._perceptual(out.images, images)
             reconstruction = reconstruction + self.weights.perceptual * values["perceptual"]
         loss = reconstruction + out.loss
         if self.discriminator is not None:
@@ -60,13 +70,19 @@ class VQGANTrainer(Stage):
         self.log_dict({"loss": loss.detach(), **values}, batch_size=len(batch), sync_dist=True)
         return loss
 
+    def _perceptual(self, fakes: Tensor, images: Tensor) -> Tensor:
+        if self.lpips() is not None:
+            return lpips_distance(self.lpips(), fakes, images)
+        return perceptual_distance(self.clip(), fakes, images)
+
     def _adversarial(self, images: Tensor, fakes: Tensor, reconstruction: Tensor, values: dict[str, Tensor]) -> Tensor:
         """The generator's and the discriminator's losses as one sum, each kept from the other's weights."""
+        if self.global_step < self.weights.adversarial_from:
+            # Processes that share the work want a gradient, if of nothing, for every parameter.
+            return 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         self.discriminator.requires_grad_(False)
         fooled = -self.discriminator(fakes).mean()
         weight = adaptive_weight(reconstruction, fooled, self.vqgan.decoder.conv_out.weight)
-        if self.global_step < self.weights.adversarial_from:
-            weight = torch.zeros_like(weight)
         self.discriminator.requires_grad_(True)
         told_apart = hinge_loss(self.discriminator(images), self.discriminator(fakes.detach()))
         values |= {"fooled": fooled, "told_apart": told_apart, "adversarial_weight": weight}
@@ -85,6 +101,14 @@ class VQGANTrainer(Stage):
         # Per picture, in decibels against the full range of 2.
         psnr = 10 * torch.log10(4 / difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
         self.log("val_psnr", psnr.mean(), batch_size=len(batch), sync_dist=True)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
+    ) -> None:
+        """Each network's for itself: the discriminator's gradient is far the greater."""
+        for network in (self.vqgan, self.discriminator):
+            if network is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> dict[str, object]:
         return self.learning(adamw(self, self.config, betas=(0.9, 0.95)))
