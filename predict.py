@@ -1,8 +1,10 @@
 """What Cog serves: a prompt in, its best pictures out."""
 
 import asyncio
+import functools
 import pathlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from cog import BaseRunner, Input, Path, concurrent
 
@@ -10,6 +12,8 @@ from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
 from clip_gen.own_model import own_weights
 from clip_gen.serving import Models, Outputs
+
+SLOTS = 8  # predictions at a time, which share the device; cog.yaml says the same
 
 
 class Predictor(BaseRunner):
@@ -21,7 +25,7 @@ class Predictor(BaseRunner):
         self.inputs = read_signature(pathlib.Path(__file__), "Predictor").inputs
         self.models = Models(source)
         self.outputs = Outputs()
-        self.turn = asyncio.Lock()
+        self.drawing = ThreadPoolExecutor(SLOTS, "drawing")  # asyncio's own has fewer threads on a small machine
         print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}: {reason}")
 
     @concurrent(max=8)
@@ -60,15 +64,16 @@ class Predictor(BaseRunner):
         stop = threading.Event()
         try:
             model = await self.models.fetch(weights, stop.is_set)
-            async with self.turn:
-                result = await asyncio.to_thread(model.generate, **values, should_stop=stop.is_set)
+            draw = functools.partial(model.generate, **values, should_stop=stop.is_set)
+            result = await asyncio.get_running_loop().run_in_executor(self.drawing, draw)
             settings = values | {"candidates": result.candidates, "model": model.config.name}
             files = await asyncio.to_thread(self.outputs.save, result, settings, form, quality)
         finally:
             stop.set()  # when cancelled, its thread leaves at the next token, or its download within a second
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
-        metrics = {"image_output_count": len(files), "candidates": result.candidates, "seed": result.seed}
-        for name, value in {**metrics, "best_score": max(scores), "scores": scores, "model": settings["model"]}.items():
+        counts = {"image_output_count": len(files), "candidates": result.candidates, "seed": result.seed}
+        best = {"best_score": max(scores), "scores": scores, "model": settings["model"]}
+        for name, value in {**counts, **best, **result.metrics}.items():
             self.record_metric(name, value)
         return [Path(file) for file in files]

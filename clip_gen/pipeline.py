@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_gen.batching import Busy, shared_batcher
 from clip_gen.checkpoint import Networks, load_networks
 from clip_gen.images import to_pil
-from clip_gen.sampling import MAX_SEED, ROWS, Sampling, Stopped, candidate_uniforms, sample_tokens
+from clip_gen.sampling import MAX_SEED, Sampling, Stopped
 
-__all__ = ["ClipGen", "Generation", "Stopped"]
+__all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Generation:
     tokens: Tensor  # (num_outputs, T) int64, on the CPU
     seed: int
     candidates: int  # how many were drawn: without clip_rerank no more than are returned
+    metrics: dict[str, float]  # queue_seconds, sampling_seconds, tokens_per_second, rows_in_batch
 
 
 class ClipGen:
@@ -67,8 +69,9 @@ class ClipGen:
         """Samples `candidates` pictures of the prompt and returns `num_outputs`, best first by CLIP.
 
         Candidate i of a seed is the same picture whatever the number of candidates. Without clip_rerank the first
-        ones sampled are returned, scored all the same. ValueError when a value is out of its range; Stopped when
-        should_stop, asked before every token, says so.
+        ones sampled are returned, scored all the same. Calls from several threads share the device; see batching.py.
+        ValueError when a value is out of its range; Stopped when should_stop, asked before every token, says so; Busy
+        when too many candidates wait already.
         """
         sampling = Sampling(temperature, top_k, top_p, guidance)
         check_request(prompt, candidates, num_outputs, seed)
@@ -79,47 +82,35 @@ class ClipGen:
         if not clip_rerank:
             candidates = num_outputs  # the others would never be looked at
 
-        text = self.clip_encoder.encode_text([prompt])
-        tokens = self.sample(self.bridge(text), candidates, seed, sampling, should_stop)
-        images = self.decode(tokens, should_stop)
-        scores = self.score(text, images)
-        best = scores.argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
-        best = best[:num_outputs]
-        pictures = to_pil(images[best])
-        return Generation(pictures, scores[best].tolist(), tokens[best].cpu(), seed, candidates)
-
-    def sample(
-        self,
-        embedding: Tensor,
-        candidates: int,
-        seed: int,
-        sampling: Sampling,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> Tensor:
-        """Tokens (candidates, T) for one embedding (1, E)."""
-        length = self.config.gpt.block_size
-        chunks = []
-        for first in range(0, candidates, ROWS):
-            uniforms = candidate_uniforms(seed, range(first, min(first + ROWS, candidates)), length)
-            rows = embedding.expand(len(uniforms), -1)
-            chunks.append(sample_tokens(self.gpt, rows, uniforms, sampling, should_stop))
-        return torch.cat(chunks)
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, should_stop: Callable[[], bool] | None = None) -> Tensor:
-        """Images (B, 3, S, S). One at a time, so that a picture's bytes do not depend on the ones beside it."""
-        images = []
-        for row in tokens:
+        device = shared_batcher()
+        text = device.run(lambda: self.clip_encoder.encode_text([prompt]))
+        sampled = device.sample(self.gpt, self.bridge(text), candidates, seed, sampling, should_stop)
+        images, scores = [], []
+        for row in sampled.tokens:
             if should_stop is not None and should_stop():
                 raise Stopped
-            images.append(self.vqgan.decode(row[None]))
-        return torch.cat(images)
+            image, score = device.run(lambda row=row: self.look(row[None], text))
+            images.append(image)
+            scores.append(score)
+        ranked = torch.tensor(scores).argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
+        best = ranked[:num_outputs].tolist()
+        return Generation(
+            to_pil(torch.cat([images[i] for i in best])),
+            [scores[i] for i in best],
+            sampled.tokens[best].cpu(),
+            seed,
+            candidates,
+            sampled.metrics,
+        )
 
     @torch.inference_mode()
-    def score(self, text: Tensor, images: Tensor) -> Tensor:
-        """CLIP cosine (B,) of each image with the text embedding (1, E), each for itself as in decode."""
-        embeddings = torch.cat([self.clip_encoder.encode_image(image[None]) for image in images])
-        return embeddings @ text[0]
+    def look(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, float]:
+        """The image (1, 3, S, S) of tokens (1, T), and its CLIP cosine with the text embedding (1, E).
+
+        One at a time, so that a picture's bytes and its score do not depend on the ones beside it.
+        """
+        image = self.vqgan.decode(tokens)
+        return image, float(self.clip_encoder.encode_image(image)[0] @ text[0])
 
 
 def choose_device(device: str) -> torch.device:

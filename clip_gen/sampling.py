@@ -89,7 +89,57 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(token, last)
 
 
-@torch.inference_mode()
+class Batch:
+    """Candidates drawn together, a token of each at a time: `step` until `done`, then `tokens` (B, T) are there.
+
+    embedding: (B, E), one candidate a row; fewer than ROWS are filled up to it. uniforms: (B, T) in [0, 1), what
+    decides each draw. ValueError for guidance where the model has no null condition.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling):
+        check_guidance(gpt, sampling)
+        self.gpt, self.sampling, self.wanted = gpt, sampling, len(uniforms)
+        rows = max(self.wanted, ROWS)
+        embedding, self.uniforms = _padded(embedding, rows), _padded(uniforms, rows).to(embedding.device)
+        self.prefix = gpt.prefix(embedding)
+        if sampling.guidance != 1:
+            null = torch.ones(rows, dtype=torch.bool, device=embedding.device)
+            self.prefix = torch.cat([self.prefix, gpt.prefix(embedding, null)])
+        self.cache = gpt.new_cache(len(self.prefix))
+        self._tokens = torch.empty(self.uniforms.shape, dtype=torch.long, device=embedding.device)
+
+    @property
+    def done(self) -> bool:
+        return self.cache.length == self._tokens.shape[1]
+
+    @property
+    def tokens(self) -> Tensor:
+        assert self.done
+        return self._tokens[: self.wanted]
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Draws the next token of every row."""
+        t = self.cache.length
+        if t == 0:
+            logits = self.gpt.start(self.prefix, self.cache)
+        else:
+            logits = self.gpt.step(self._tokens[:, t - 1].repeat(len(self.prefix) // len(self._tokens)), self.cache)
+        guidance = self.sampling.guidance
+        chosen = logits if guidance == 1 else guided(*logits.chunk(2), guidance)
+        self._tokens[:, t] = draw(filtered_probabilities(chosen.float(), self.sampling), self.uniforms[:, t])
+
+
+def check_guidance(gpt: GPT, sampling: Sampling) -> None:
+    """Raises ValueError for guidance by a transformer without a null condition."""
+    if sampling.guidance != 1 and gpt.null_condition is None:
+        raise ValueError(
+            f"guidance is {sampling.guidance}, but this model was trained without a null condition to push away from; "
+            "leave guidance at 1, or fine-tune the model, which adds one"
+        )
+
+
 def sample_tokens(
     gpt: GPT,
     embedding: Tensor,
@@ -97,34 +147,13 @@ def sample_tokens(
     sampling: Sampling,
     should_stop: Callable[[], bool] | None = None,
 ) -> Tensor:
-    """Tokens (B, T) int64 for embeddings (B, E), one candidate a row; fewer than ROWS are filled up to it.
-
-    uniforms: (B, T) in [0, 1), what decides each draw. should_stop is asked before every token; Stopped is raised
-    when it says so. ValueError for guidance where the model has no null condition.
-    """
-    if sampling.guidance != 1 and gpt.null_condition is None:
-        raise ValueError(
-            f"guidance is {sampling.guidance}, but this model was trained without a null condition to push away from; "
-            "leave guidance at 1, or fine-tune the model, which adds one"
-        )
-    wanted, length = uniforms.shape
-    rows = max(wanted, ROWS)
-    embedding, uniforms = _padded(embedding, rows), _padded(uniforms, rows).to(embedding.device)
-    prefix = gpt.prefix(embedding)
-    if sampling.guidance != 1:
-        null = torch.ones(rows, dtype=torch.bool, device=embedding.device)
-        prefix = torch.cat([prefix, gpt.prefix(embedding, null)])
-    cache = gpt.new_cache(len(prefix))
-    tokens = torch.empty(rows, length, dtype=torch.long, device=embedding.device)
-    logits = gpt.start(prefix, cache)
-    for t in range(length):
+    """A whole Batch: tokens (B, T) int64. should_stop is asked before every token; Stopped when it says so."""
+    batch = Batch(gpt, embedding, uniforms, sampling)
+    while not batch.done:
         if should_stop is not None and should_stop():
             raise Stopped
-        if t:
-            logits = gpt.step(tokens[:, t - 1].repeat(len(prefix) // rows), cache)
-        chosen = logits if sampling.guidance == 1 else guided(*logits.chunk(2), sampling.guidance)
-        tokens[:, t] = draw(filtered_probabilities(chosen.float(), sampling), uniforms[:, t])
-    return tokens[:wanted]
+        batch.step()
+    return batch.tokens
 
 
 def _padded(rows: Tensor, least: int) -> Tensor:

@@ -91,15 +91,21 @@ def test_whole_floats_pass_for_whole_numbers_and_whole_numbers_for_floats(predic
 
 
 class Watched(ClipGen):
-    """Counts the generations under way and those that were stopped."""
+    """Counts the generations under way and those that were stopped, and keeps what the others took."""
 
-    under_way, most, stopped = 0, 0, 0
+    under_way, stopped = 0, 0
+
+    def __init__(self, *inputs: object):
+        super().__init__(*inputs)
+        self.gate, self.made = threading.Barrier(1), []
 
     def generate(self, *inputs: object, **named: object) -> Generation:
         self.under_way += 1
-        self.most = max(self.most, self.under_way)
+        self.gate.wait(30)
         try:
-            return super().generate(*inputs, **named)
+            found = super().generate(*inputs, **named)
+            self.made.append(found)
+            return found
         except Stopped:
             self.stopped += 1
             raise
@@ -118,7 +124,7 @@ def test_a_cancelled_prediction_leaves_the_model_before_it_is_done(tmp_path: Pat
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.get_running_loop().shutdown_default_executor()  # waits for the thread that draws
+        predictor.drawing.shutdown()  # waits for the thread that draws
         return model.stopped
 
     assert asyncio.run(cancel_early()) == 1
@@ -178,15 +184,25 @@ def test_downloads_under_way_keep_no_plain_prediction_waiting(
         assert len(asyncio.run(ask_beside_eight(address))) == 2
 
 
-def test_one_generation_at_a_time_uses_the_device(tiny_model_folder: Path) -> None:
-    async def four_at_once() -> int:
+def test_predictions_at_once_share_their_batches_and_none_can_tell(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.batching.LINGER", 1.0)  # however busy the machine
+    alone = Predictor()
+    asyncio.run(alone.setup(str(tiny_model_folder)))
+    expected = [[path.read_bytes() for path in predict(alone, seed=seed)] for seed in range(8)]
+
+    async def eight_at_once() -> tuple[list[list[bytes]], list[Generation]]:
         predictor = Predictor()
         await predictor.setup(str(tiny_model_folder))
         predictor.models.own = Watched.load(tiny_model_folder)
-        await asyncio.gather(*(predictor.run(**(QUICK | {"seed": seed, "candidates": 64})) for seed in range(4)))
-        return predictor.models.own.most
+        predictor.models.own.gate = threading.Barrier(8)
+        found = await asyncio.gather(*(predictor.run(**(QUICK | {"seed": seed})) for seed in range(8)))
+        return [[path.read_bytes() for path in paths] for paths in found], predictor.models.own.made
 
-    assert asyncio.run(four_at_once()) == 1
+    found, made = asyncio.run(eight_at_once())
+    assert found == expected
+    assert [generation.metrics["rows_in_batch"] for generation in made] == [16] * 8
 
 
 def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen) -> None:

@@ -1,0 +1,295 @@
+"""Several requests, one device: their candidates share batches, and one thread does all the work.
+
+A request's candidates join the next batch that starts, within LINGER, beside whatever others have under way; every
+batch is worked on in turn, a token each. Batches have the shape they would have for one request alone (sampling.ROWS),
+so on a CPU a candidate's bits are the same whoever else asks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from clip_gen.gpt import GPT
+from clip_gen.sampling import ROWS, Batch, Sampling, Stopped, candidate_uniforms, check_guidance
+
+Result = TypeVar("Result")
+
+LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it
+
+
+class Busy(RuntimeError):
+    """More is asked for than may wait."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a request was given, and what it took."""
+
+    tokens: Tensor  # (candidates, T)
+    queue_seconds: float  # until its last candidates were begun
+    sampling_seconds: float  # from its first token to its last
+    rows_in_batch: float  # candidates, its own and others', in its batches; the mean over them
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {
+            "queue_seconds": round(self.queue_seconds, 4),
+            "sampling_seconds": round(self.sampling_seconds, 4),
+            "tokens_per_second": round(self.tokens.numel() / max(self.sampling_seconds, 1e-6), 1),
+            "rows_in_batch": round(self.rows_in_batch, 2),
+        }
+
+
+@dataclass(eq=False)
+class _Request:
+    gpt: GPT
+    embedding: Tensor  # (1, E)
+    uniforms: Tensor  # (candidates, T)
+    sampling: Sampling
+    should_stop: Callable[[], bool]
+    tokens: Tensor  # (candidates, T), filled in as batches end
+    result: Future = field(default_factory=Future)
+    given_up: bool = False
+    begun_rows: int = 0
+    ended_rows: int = 0
+    asked: float = field(default_factory=time.monotonic)
+    first_begun: float = 0.0
+    last_begun: float = 0.0
+    neighbours: list[int] = field(default_factory=list)  # rows in each of its batches
+
+    @property
+    def waiting_rows(self) -> int:
+        return 0 if self.result.done() else len(self.uniforms) - self.begun_rows
+
+    def shares_with(self, other: _Request) -> bool:
+        """What is drawn by other settings, or by another model, takes another batch."""
+        return self.gpt is other.gpt and self.sampling == other.sampling
+
+
+@dataclass(eq=False)
+class _Shared:
+    """A batch under way, and whose its rows are."""
+
+    batch: Batch
+    rows: list[tuple[_Request, int]]  # the request and which of its candidates
+
+    @property
+    def wanted(self) -> bool:
+        return any(not request.result.done() for request, _ in self.rows)
+
+
+class Batcher:
+    """Give it requests from any thread; it blocks each until its own is done.
+
+    most_bytes: what the batches under way may hold together by batch_bytes, of which there is always one; more wait
+    their turn. most_waiting: candidates that may wait; Busy beyond.
+    """
+
+    def __init__(self, most_bytes: float, most_waiting: int = 4096):
+        self.most_bytes, self.most_waiting = most_bytes, most_waiting
+        self._asked: deque[_Request] = deque()
+        self._calls: deque[tuple[Callable[[], object], Future]] = deque()
+        self._under_way: list[_Shared] = []
+        self._news = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self._thread.start()
+
+    def sample(
+        self,
+        gpt: GPT,
+        embedding: Tensor,
+        candidates: int,
+        seed: int,
+        sampling: Sampling,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Sampled:
+        """The tokens of candidates 0 to `candidates` of a seed for one embedding (1, E).
+
+        Stopped within a token of should_stop saying so; Busy when too many wait already; ValueError for guidance by a
+        transformer without a null condition.
+        """
+        check_guidance(gpt, sampling)
+        uniforms = candidate_uniforms(seed, range(candidates), gpt.config.block_size)
+        tokens = torch.empty(uniforms.shape, dtype=torch.long)
+        request = _Request(gpt, embedding, uniforms, sampling, should_stop or (lambda: False), tokens)
+        with self._news:
+            self._check_open()
+            waiting = sum(other.waiting_rows for other in self._asked)
+            # One alone may be as large as it likes.
+            if waiting and waiting + candidates > self.most_waiting:
+                raise Busy(
+                    f"{waiting} candidates are waiting already and {candidates} more would pass {self.most_waiting}; "
+                    "ask again in a while"
+                )
+            self._asked.append(request)
+            self._news.notify()
+        try:
+            return request.result.result()
+        except BaseException:  # whoever waits was interrupted, or hears of an error
+            request.given_up = True
+            raise
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, done between two tokens by the thread that has the device."""
+        result: Future = Future()
+        with self._news:
+            self._check_open()
+            self._calls.append((work, result))
+            self._news.notify()
+        return result.result()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this batcher is closed")
+
+    def close(self) -> None:
+        """Ends the thread; what is under way is Stopped."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                while not (self._calls or self._under_way or self._closed) and (patience := self._patience()) != 0:
+                    self._news.wait(patience)
+                calls = [self._calls.popleft() for _ in range(len(self._calls))]
+                closed = self._closed
+            for work, result in calls:
+                _fulfil(result, work)
+            self._drop_stopped(closed)
+            if closed:
+                return
+            self._begin()
+            for shared in list(self._under_way):
+                self._step(shared)
+
+    def _patience(self) -> float | None:
+        """Seconds to wait before the next batch may begin; None for as long as nobody asks."""
+        waiting = [request for request in self._asked if request.waiting_rows]
+        if not waiting:
+            return None
+        if sum(request.waiting_rows for request in waiting if request.shares_with(waiting[0])) >= ROWS:
+            return 0
+        return max(0, waiting[0].asked + LINGER - time.monotonic())
+
+    def _drop_stopped(self, closed: bool) -> None:
+        requests = {request for shared in self._under_way for request, _ in shared.rows} | set(self._asked)
+        for request in requests:
+            if not request.result.done() and (closed or request.given_up or request.should_stop()):
+                request.result.set_exception(Stopped())
+        self._under_way = [shared for shared in self._under_way if shared.wanted]
+
+    def _begin(self) -> None:
+        """Puts candidates that wait into new batches, first come first served, as far as there is room."""
+        held = sum(batch_bytes(shared.batch.gpt, shared.batch.sampling) for shared in self._under_way)
+        while True:
+            with self._news:
+                self._asked = deque(request for request in self._asked if request.waiting_rows)
+                if self._patience() != 0:
+                    return
+                waiting = list(self._asked)
+            first = waiting[0]
+            held += batch_bytes(first.gpt, first.sampling)
+            if self._under_way and held > self.most_bytes:
+                return
+            rows: list[tuple[_Request, int]] = []
+            for request in waiting:
+                if request.shares_with(first):
+                    taken = min(ROWS - len(rows), request.waiting_rows)
+                    rows += [(request, request.begun_rows + i) for i in range(taken)]
+                    request.begun_rows += taken
+            self._start(rows)
+
+    def _start(self, rows: list[tuple[_Request, int]]) -> None:
+        first = rows[0][0]
+        now = time.monotonic()
+        for request, _ in rows:
+            request.first_begun = request.first_begun or now
+            request.last_begun = now
+        for request in {request for request, _ in rows}:
+            request.neighbours.append(len(rows))
+        try:
+            embedding = torch.cat([request.embedding for request, _ in rows])
+            uniforms = torch.stack([request.uniforms[i] for request, i in rows])
+            self._under_way.append(_Shared(Batch(first.gpt, embedding, uniforms, first.sampling), rows))
+        except Exception as error:  # the requests' to hear of; the thread goes on for the others
+            _fail(rows, error)
+
+    def _step(self, shared: _Shared) -> None:
+        try:
+            shared.batch.step()
+            if shared.batch.done:
+                self._under_way.remove(shared)
+                self._deliver(shared)
+        except Exception as error:
+            self._under_way.remove(shared)
+            _fail(shared.rows, error)
+
+    def _deliver(self, shared: _Shared) -> None:
+        for (request, candidate), tokens in zip(shared.rows, shared.batch.tokens.cpu(), strict=True):
+            request.tokens[candidate] = tokens
+            request.ended_rows += 1
+            if request.ended_rows == len(request.uniforms) and not request.result.done():
+                request.result.set_result(
+                    Sampled(
+                        request.tokens.to(request.embedding.device),
+                        request.last_begun - request.asked,
+                        time.monotonic() - request.first_begun,
+                        sum(request.neighbours) / len(request.neighbours),
+                    )
+                )
+
+
+def batch_bytes(gpt: GPT, sampling: Sampling) -> int:
+    """What a batch holds, at most: keys and values of every layer, and logits with what they are turned into."""
+    config, element = gpt.config, gpt.head.weight.element_size()
+    cache = 2 * config.n_layer * config.block_size * config.n_embd * element
+    logits = 8 * config.codebook_size * 4
+    return ROWS * (cache + logits) * (1 if sampling.guidance == 1 else 2)
+
+
+_making = threading.Lock()
+_shared: list[Batcher] = []
+
+
+def shared_batcher() -> Batcher:
+    """The one that every request of this process goes through; begun at the first, with half the memory there is."""
+    with _making:
+        if not _shared:
+            free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
+            _shared.append(Batcher(free / 2))
+            atexit.register(_shared[0].close)  # a thread cut off inside torch would abort the process
+        return _shared[0]
+
+
+def available_memory() -> int:
+    """Bytes that processes here may still take, as Linux reckons them."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _fail(rows: list[tuple[_Request, int]], error: Exception) -> None:
+    for request in {request for request, _ in rows}:
+        if not request.result.done():
+            request.result.set_exception(error)
+
+
+def _fulfil(result: Future, work: Callable[[], object]) -> None:
+    try:
+        result.set_result(work())
+    except Exception as error:
+        result.set_exception(error)

@@ -1,0 +1,215 @@
+"""batching.py: several requests share a device, and none can tell."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import TINY
+from torch.nn import functional as F
+
+from clip_gen.batching import Batcher, Busy, Sampled, batch_bytes
+from clip_gen.gpt import GPT
+from clip_gen.sampling import ROWS, Sampling, Stopped, candidate_uniforms, sample_tokens
+
+LENGTH = TINY.gpt.block_size
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY.gpt).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def batcher() -> Iterator[Batcher]:
+    made = Batcher(most_bytes=1e9)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def embedding(number: int) -> torch.Tensor:
+    return F.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(number)), dim=-1)
+
+
+def alone(gpt: GPT, number: int, candidates: int, sampling: Sampling) -> torch.Tensor:
+    uniforms = candidate_uniforms(number, range(candidates), LENGTH)
+    return sample_tokens(gpt, embedding(number).expand(candidates, -1), uniforms, sampling)
+
+
+def ask(
+    threads: ThreadPoolExecutor,
+    batcher: Batcher,
+    gpt: GPT,
+    number: int,
+    candidates: int = 2,
+    sampling: Sampling = Sampling(),  # noqa: B008, frozen
+    should_stop: Callable[[], bool] | None = None,
+) -> Future[Sampled]:
+    return threads.submit(batcher.sample, gpt, embedding(number), candidates, number, sampling, should_stop)
+
+
+class Held:
+    """Keeps the batcher's thread busy, so that what is asked meanwhile is all there when it goes on."""
+
+    def __init__(self, batcher: Batcher, threads: ThreadPoolExecutor):
+        self.batcher, self.threads, self.go_on = batcher, threads, threading.Event()
+
+    def __enter__(self) -> None:
+        held = threading.Event()
+        self.threads.submit(self.batcher.run, lambda: (held.set(), self.go_on.wait(10)))
+        assert held.wait(10)
+
+    def __exit__(self, *_: object) -> None:
+        while not self.batcher._asked:
+            pass
+        self.go_on.set()
+
+
+def wait_until_asked(batcher: Batcher, count: int) -> None:
+    while len(batcher._asked) < count:
+        pass
+
+
+def test_every_request_gets_the_tokens_it_would_get_alone(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    settings = [Sampling(), Sampling(top_p=0.9, temperature=0.8), Sampling(guidance=3.0), Sampling()]
+    wanted = [(number, 1 + 5 * number % 23, settings[number % 4]) for number in range(12)]
+    asked = [ask(threads, batcher, gpt, *request) for request in wanted]
+    for request, future in zip(wanted, asked, strict=True):
+        assert torch.equal(future.result(30).tokens, alone(gpt, *request)), request
+
+
+def test_those_who_ask_together_share_a_batch(gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor) -> None:
+    with Held(batcher, threads):
+        asked = [ask(threads, batcher, gpt, number, candidates=2) for number in range(8)]
+        wait_until_asked(batcher, 8)
+    assert [future.result(30).rows_in_batch for future in asked] == [16] * 8
+    with Held(batcher, threads):
+        asked = [ask(threads, batcher, gpt, number, sampling=Sampling(top_k=number)) for number in (1, 2)]
+        wait_until_asked(batcher, 2)
+    assert [future.result(30).rows_in_batch for future in asked] == [2, 2]
+
+
+def test_a_request_joins_at_once_while_another_is_under_way(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    order, second = [], []
+
+    def first_asked() -> bool:
+        order.append("first")
+        if len(order) == 4:
+            second.append(ask(threads, batcher, gpt, 2, should_stop=lambda: order.append("second")))
+            wait_until_asked(batcher, 1)
+        return False
+
+    first = ask(threads, batcher, gpt, 1, should_stop=first_asked)
+    assert torch.equal(first.result(30).tokens, alone(gpt, 1, 2, Sampling()))
+    assert torch.equal(second[0].result(30).tokens, alone(gpt, 2, 2, Sampling()))
+    # From the next token on they take turns, until the first is done.
+    assert order[4 : 4 + 10] == ["first", "second"] * 5 or order[5 : 5 + 10] == ["first", "second"] * 5
+    assert second[0].result().queue_seconds < 1
+
+
+def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    asked_at = []
+
+    def stop() -> bool:
+        asked_at.append(batcher._under_way[0].batch.cache.length if batcher._under_way else 0)
+        return len(asked_at) > 5
+
+    with Held(batcher, threads):
+        stopped = ask(threads, batcher, gpt, 1, should_stop=stop)
+        stays = ask(threads, batcher, gpt, 2)
+        wait_until_asked(batcher, 2)
+    with pytest.raises(Stopped):
+        stopped.result(30)
+    assert len(asked_at) == 6
+    assert torch.equal(stays.result(30).tokens, alone(gpt, 2, 2, Sampling()))
+    alone_again = ask(threads, batcher, gpt, 3, should_stop=lambda: True)
+    with pytest.raises(Stopped):
+        alone_again.result(30)
+    assert not batcher._under_way
+
+
+def test_a_full_queue_says_so_and_takes_more_later(gpt: GPT, threads: ThreadPoolExecutor) -> None:
+    batcher = Batcher(most_bytes=0, most_waiting=20)
+    with Held(batcher, threads):
+        asked = [ask(threads, batcher, gpt, number, candidates=8) for number in (1, 2)]
+        wait_until_asked(batcher, 2)
+        with pytest.raises(Busy, match="16 candidates are waiting already and 8 more would pass 20; ask again"):
+            batcher.sample(gpt, embedding(3), 8, 3, Sampling())
+    for future in asked:
+        future.result(30)
+    assert batcher.sample(gpt, embedding(3), 40, 3, Sampling()).tokens.shape == (40, LENGTH)
+    batcher.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.sample(gpt, embedding(3), 1, 3, Sampling())
+
+
+@pytest.mark.parametrize(("room", "batches"), [(0, 1), (1, 1), (2, 2), (100, 3)])
+def test_no_more_batches_are_under_way_than_memory_has_room_for(
+    gpt: GPT, threads: ThreadPoolExecutor, room: int, batches: int
+) -> None:
+    most = []
+    batcher = Batcher(most_bytes=room * batch_bytes(gpt, Sampling()))
+
+    def watch() -> bool:
+        most.append(len(batcher._under_way))
+        return False
+
+    found = batcher.sample(gpt, embedding(1), 3 * ROWS, 1, Sampling(), watch)
+    assert torch.equal(found.tokens, alone_in_batches(gpt, 1, 3 * ROWS))
+    assert max(most) == batches
+    batcher.close()
+
+
+def alone_in_batches(gpt: GPT, number: int, candidates: int) -> torch.Tensor:
+    uniforms = candidate_uniforms(number, range(candidates), LENGTH)
+    parts = [sample_tokens(gpt, embedding(number).expand(ROWS, -1), part, Sampling()) for part in uniforms.split(ROWS)]
+    return torch.cat(parts)
+
+
+def test_memory_is_predicted_from_the_rows(gpt: GPT) -> None:
+    caches = [gpt.new_cache(rows) for rows in (ROWS, 2 * ROWS)]
+    for cache, sampling in zip(caches, (Sampling(), Sampling(guidance=2.0)), strict=True):
+        held = cache.keys.nbytes + cache.values.nbytes
+        assert held < batch_bytes(gpt, sampling) < 3 * held
+
+
+def test_an_error_reaches_those_whose_batch_it_was_and_nobody_else(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    class Broken(GPT):
+        def step(self, *_: object) -> torch.Tensor:
+            raise RuntimeError("out of memory")
+
+    broken = Broken(TINY.gpt).eval()
+    bad, good = ask(threads, batcher, broken, 1), ask(threads, batcher, gpt, 2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(30)
+    assert torch.equal(good.result(30).tokens, alone(gpt, 2, 2, Sampling()))
+    with pytest.raises(ValueError, match="no such thing"):
+        batcher.run(lambda: (_ for _ in ()).throw(ValueError("no such thing")))
+    assert batcher.run(lambda: 7) == 7
+
+
+def test_metrics_tell_what_a_request_took(gpt: GPT, batcher: Batcher) -> None:
+    metrics = batcher.sample(gpt, embedding(1), 5, 1, Sampling()).metrics
+    assert metrics["rows_in_batch"] == 5
+    assert 0 <= metrics["queue_seconds"] < 5
+    assert metrics["sampling_seconds"] > 0
+    speed = 5 * LENGTH / metrics["sampling_seconds"]
+    assert metrics["tokens_per_second"] == pytest.approx(speed, rel=0.1)
