@@ -13,7 +13,7 @@ from clip_gen.cog_signature import read_signature
 from clip_gen.own_model import own_weights
 from clip_gen.serving import Models, Outputs
 
-SLOTS = 8  # predictions at a time, which share the device; cog.yaml says the same
+SLOTS = 8  # as @concurrent says below, where Cog reads a number and nothing else
 
 
 class Predictor(BaseRunner):

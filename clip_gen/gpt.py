@@ -34,8 +34,8 @@ class KVCache:
 
 
 def grid_rotation(side: int, head_size: int) -> Tensor:
-    """Cosines and sines (2, T, D / 2) that tell a head where in the picture a token lies: half of them turn with its
-    row, half with its column, so that what a head learns about neighbours holds everywhere.
+    """Cosines and signed sines (2, T, D) that tell a head where in the picture a token lies: half of them turn with
+    its row, half with its column, so that what a head learns about neighbours holds everywhere.
 
     Rotary embedding: arXiv 2104.09864; by row and column, as for pictures: arXiv 2403.13298.
     """
@@ -43,35 +43,34 @@ def grid_rotation(side: int, head_size: int) -> Tensor:
     place = torch.arange(side)[:, None] * frequencies  # (side, D / 4)
     rows, columns = place.repeat_interleave(side, dim=0), place.repeat(side, 1)
     angles = torch.cat([rows, columns], dim=1)
-    return torch.stack([angles.cos(), angles.sin()])
+    return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)])
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns each pair of channels of x (B, H, n, D) by its angle in rotation (2, n, D / 2)."""
+    """Turns each pair of channels of x (..., n, D), which lie half of D apart, by its angle in rotation (2, n, D)."""
     cosine, sine = rotation.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, rotation: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         batch, length, width = x.shape
-        heads = self.qkv(x).view(batch, length, 3, self.n_head, width // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, n, D) each
+        heads = self.qkv(x.to(self.qkv.weight.dtype)).view(batch, length, 3, self.n_head, width // self.n_head)
+        heads = heads.permute(2, 0, 3, 1, 4)
+        q, k, v = heads  # (B, H, n, D) each
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = rotate(heads[:2], rotation)
         if cache is not None:
             assert length == 1 or cache.length == 0, "several positions at once only at the start"
             k, v = cache.extend(layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=length > 1)
+        # No dropout here, only on what comes out: on a CPU torch has no quick kernel for it.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -82,7 +81,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x)))
+        return self.proj(F.gelu(self.fc(x.to(self.fc.weight.dtype))))
 
 
 class Block(nn.Module):
@@ -160,14 +159,23 @@ class GPT(nn.Module):
         return self._logits(self.token_embedding(token)[:, None], cache.length, cache)[:, 0]
 
     def new_cache(self, batch_size: int) -> KVCache:
-        weight = self.head.weight
+        weight = self.blocks[0].attn.qkv.weight
         return KVCache(self.config, batch_size, device=weight.device, dtype=weight.dtype)
+
+    def work_in(self, dtype: torch.dtype) -> GPT:
+        """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is."""
+        for block in self.blocks:
+            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj):
+                linear.to(dtype)
+        return self
 
     def _logits(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
         length = x.shape[1]
         assert start + length <= self.config.block_size, (start, length, self.config.block_size)
         x = self.dropout(x + self.position_embedding.weight[start : start + length])
-        rotation = None if self.rotation is None else self.rotation[:, start : start + length]
+        rotation = self.rotation
+        if rotation is not None:
+            rotation = rotation[:, start : start + length].to(self.blocks[0].attn.qkv.weight.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, cache, layer)
         if cache is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,10 +49,16 @@ class ClipGen:
         self.device = device
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto") -> ClipGen:
-        """Reads a model folder. device: cpu, cuda, or auto for cuda where there is one."""
+    def load(cls, folder: str | Path, device: str = "auto", dtype: str | None = None) -> ClipGen:
+        """Reads a model folder. device: cpu, cuda, or auto for cuda where there is one.
+
+        dtype: of the transformer's matrices; float32, bfloat16, or auto for bfloat16 where the hardware multiplies it.
+        If not given, CLIP_GEN_DTYPE says, else auto.
+        """
         chosen = choose_device(device)
-        return cls(load_networks(folder, chosen), chosen)
+        networks = load_networks(folder, chosen)
+        networks.gpt.work_in(choose_dtype(dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto", chosen))
+        return cls(networks, chosen)
 
     def generate(
         self,
@@ -121,6 +128,16 @@ def choose_device(device: str) -> torch.device:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError('device is "cuda", but torch sees none here; give "cpu" or "auto"')
     return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32" or "bfloat16"')
+    if dtype == "auto":
+        cuda = device.type == "cuda"
+        able = torch.cuda.is_bf16_supported() if cuda else torch.cpu.get_capabilities().get("amx_bf16", False)
+        dtype = "bfloat16" if able else "float32"
+    return getattr(torch, dtype)
 
 
 def check_request(prompt: str, candidates: int, num_outputs: int, seed: int | None) -> None:

@@ -126,9 +126,9 @@ class Batch:
             logits = self.gpt.start(self.prefix, self.cache)
         else:
             logits = self.gpt.step(self._tokens[:, t - 1].repeat(len(self.prefix) // len(self._tokens)), self.cache)
-        guidance = self.sampling.guidance
+        logits, guidance = logits.float(), self.sampling.guidance
         chosen = logits if guidance == 1 else guided(*logits.chunk(2), guidance)
-        self._tokens[:, t] = draw(filtered_probabilities(chosen.float(), self.sampling), self.uniforms[:, t])
+        self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
 
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:

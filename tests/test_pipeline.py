@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,32 @@ def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ValueError, match='device is "tpu"; give'):
         choose_device("tpu")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def types(dtype: str | None = None) -> set[torch.dtype]:
+        gpt = ClipGen.load(tiny_model_folder, "cpu", dtype).gpt
+        assert gpt.head.weight.dtype == gpt.blocks[0].ln_1.weight.dtype == torch.float32
+        assert gpt.new_cache(1).keys.dtype == gpt.blocks[1].mlp.fc.weight.dtype
+        return {block.attn.qkv.weight.dtype for block in gpt.blocks}
+
+    assert types("bfloat16") == {torch.bfloat16}
+    assert types("float32") == {torch.float32}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert types() == {torch.bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    assert types() == {torch.float32}
+    monkeypatch.setenv("CLIP_GEN_DTYPE", "bfloat16")
+    assert types() == {torch.bfloat16}
+    with pytest.raises(ValueError, match='dtype is "int8"; give "auto", "float32" or "bfloat16"'):
+        types("int8")
+
+
+def test_in_bfloat16_the_logits_stay_near(tiny_model_folder: Path) -> None:
+    exact, quick = (ClipGen.load(tiny_model_folder, "cpu", dtype).gpt for dtype in ("float32", "bfloat16"))
+    embedding = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    tokens = torch.randint(0, 32, (4, 15), generator=torch.Generator().manual_seed(1))
+    difference = (exact(embedding, tokens) - quick(embedding, tokens)).abs()
+    assert 0 < difference.max() < 0.02 * exact(embedding, tokens).std() + 0.01

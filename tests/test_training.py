@@ -22,9 +22,11 @@ from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_loss
 from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import embedding_loss
+from clip_gen.training.run import fit
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw
-from clip_gen.training.vqgan_trainer import VQGANTrainer
+from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
+from clip_gen.vqgan import VQGAN
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 RECIPE = ShapesConfig(model=TINY, clip_fit=FIT, vqgan_fit=FIT, gpt_fit=FIT, encoded_pictures=64)
@@ -200,6 +202,26 @@ def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> N
     one_step(other, taken_up)
     for name, value in gpt.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_the_discriminator_learns_from_the_step_its_word_counts_from_and_then_moves_the_decoder(
+    tmp_path: Path,
+) -> None:
+    def trained(folder: Path, adversarial_from: int) -> tuple[dict, dict]:
+        torch.manual_seed(0)
+        loss = VQGANLoss(adversarial=1.0, adversarial_from=adversarial_from)
+        trainer = VQGANTrainer(VQGAN(TINY.vqgan).train(), replace(FIT, weight_decay=0.0), loss)
+        before = deepcopy(trainer.discriminator.state_dict())
+        fit("toy", trainer, RenderedPictures(100, 0, 16), RenderedPictures(8, 1, 16), folder, seed=0)
+        after = trainer.discriminator.state_dict()
+        moved = {name: not torch.equal(value, after[name]) for name, value in before.items() if "weight" in name}
+        return moved, trainer.vqgan.state_dict()
+
+    never, plain = trained(tmp_path / "never", 100)
+    late, touched = trained(tmp_path / "late", 3)
+    assert not any(never.values())
+    assert all(late.values())
+    assert not torch.equal(plain["decoder.conv_out.weight"], touched["decoder.conv_out.weight"])
 
 
 def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_along_its_gradient() -> None:

@@ -56,6 +56,7 @@ class Stage(pl.LightningModule):
 def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
     """torch.compile in place; where that fails, as without the headers of Python, torch says so and does without."""
     torch._dynamo.config.suppress_errors = True
+    torch._inductor.config.fallback_random = True  # its own dropout is slow on a CPU
     # torch's cache would hand on code made for fewer threads.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     network.compile(dynamic=dynamic)
