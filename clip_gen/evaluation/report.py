@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from clip_gen.evaluation.prompts import KINDS, Case, cases
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.pipeline import ClipGen
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
-from clip_gen.shapes.judge import read, satisfies
+from clip_gen.shapes.judge import grade, read, satisfies
 from clip_gen.shapes.rendering import render
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,24 @@ TITLES = {
     "held_out": "one object of a held-out pair",
     "unsaid": "attributes left unsaid",
 }
+
+
+@dataclass(frozen=True)
+class Graded:
+    """The candidates of one prompt."""
+
+    scores: Tensor  # CLIP's, of each
+    grades: list[dict[str, bool]]  # the judge's, of each attribute that the prompt states
+    clean: list[bool]  # whether it is a picture of this world at all
+    pictures: list[Image.Image]
+
+    @property
+    def right(self) -> list[bool]:
+        return [all(grades.values()) for grades in self.grades]
+
+    def best(self, n: int) -> int:
+        """Which of the first n CLIP likes best."""
+        return int(self.scores[:n].argmax())
 
 
 class Evaluation:
@@ -62,21 +81,23 @@ class Evaluation:
         ]
         name = TITLES[kind] if source == "text" else f"{TITLES[kind]}, from image embeddings"
         for n in (1, 4, CANDIDATES):
-            best = [right[int(scores[:n].argmax())] for scores, right, _ in graded]
-            self.rows[f"{name}, best of {n}"] = Share(sum(best), len(best))
-        self.rows[f"{name}, perfect ranker of {CANDIDATES}"] = Share(sum(any(r) for _, r, _ in graded), len(graded))
+            self._row(f"{name}, best of {n}", [row.right[row.best(n)] for row in graded])
+        self._row(f"{name}, perfect ranker of {CANDIDATES}", [any(row.right) for row in graded])
+        best = [row.grades[row.best(CANDIDATES)] for row in graded]
+        for attribute in sorted({name for grades in best for name in grades}):
+            stated = [grades[attribute] for grades in best if attribute in grades]
+            self._row(f"{name}, best of {CANDIDATES}, {attribute}", stated)
+        self._row(f"{name}, best of {CANDIDATES}, a clean picture", [row.clean[row.best(CANDIDATES)] for row in graded])
         if source == "text":
-            tops = [int(scores.argmax()) for scores, _, _ in graded]
-            self.best[kind] = [
-                (pictures[top], right[top]) for top, (_, right, pictures) in zip(tops, graded, strict=True)
-            ]
+            tops = [(row, row.best(CANDIDATES)) for row in graded]
+            self.best[kind] = [(row.pictures[top], row.right[top]) for row, top in tops]
         log.info("%s: %d prompts in %.0f s", name, len(chosen), time.perf_counter() - began)
 
+    def _row(self, name: str, right: list[bool]) -> None:
+        self.rows[name] = Share(sum(right), len(right))
+
     @torch.inference_mode()
-    def _graded(
-        self, chosen: list[Case], start: int, source: str
-    ) -> list[tuple[Tensor, list[bool], list[Image.Image]]]:
-        """For each case the CLIP scores, the judge's verdicts and the pictures of its candidates."""
+    def _graded(self, chosen: list[Case], start: int, source: str) -> list[Graded]:
         model = self.model
         text = model.clip_encoder.encode_text([case.prompt for case in chosen])
         if source == "text":
@@ -96,8 +117,9 @@ class Evaluation:
         rows = []
         for i, case in enumerate(chosen):
             own = pictures[i * CANDIDATES : (i + 1) * CANDIDATES]
-            right = [satisfies(read(np.asarray(picture)), case.description) for picture in own]
-            rows.append((similarity[i, :, 0].cpu(), right, own))
+            readings = [read(np.asarray(picture)) for picture in own]
+            grades = [grade(reading, case.description) for reading in readings]
+            rows.append(Graded(similarity[i, :, 0].cpu(), grades, [reading is not None for reading in readings], own))
         return rows
 
     @torch.inference_mode()
@@ -112,11 +134,9 @@ class Evaluation:
                     for part in renders.split(64)
                 ]
             )
-            right = [
-                satisfies(read(np.asarray(picture)), case.description)
-                for picture, case in zip(to_pil(images), chosen, strict=True)
-            ]
-            self.rows[f"{TITLES[kind]}, reconstructions"] = Share(sum(right), len(right))
+            pairs = zip(to_pil(images), chosen, strict=True)
+            right = [satisfies(read(np.asarray(picture)), case.description) for picture, case in pairs]
+            self._row(f"{TITLES[kind]}, reconstructions", right)
 
     def table(self) -> str:
         width = max(map(len, self.rows))
