@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -252,3 +253,18 @@ def test_a_line_of_history_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert read_history(path) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize("train", ["vqgan"], indirect=True)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
+def test_a_compiled_stage_learns_what_the_plain_one_does(train: Callable, tmp_path: Path) -> None:
+    plain, compiled = (
+        train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))
+        for compile in (False, True)
+    )
+    losses = [
+        [entry["loss"] for entry in read_history(tmp_path / str(one) / "history.jsonl") if "loss" in entry]
+        for one in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert plain.record["steps"] == compiled.record["steps"] == 5

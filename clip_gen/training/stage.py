@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 import torch
 import torch._dynamo.config
+import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -56,6 +57,7 @@ class Stage(pl.LightningModule):
 def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
     """torch.compile in place; where that fails, as without the headers of Python, torch says so and does without."""
     torch._dynamo.config.suppress_errors = True
+    torch._functorch.config.donated_buffer = False  # the adaptive weight goes back through a graph more than once
     torch._inductor.config.fallback_random = True  # its own dropout is slow on a CPU
     # torch's cache would hand on code made for fewer threads.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
