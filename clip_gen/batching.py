@@ -8,6 +8,8 @@ so on a CPU a candidate's bits are the same whoever else asks.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -25,6 +27,7 @@ from clip_gen.sampling import ROWS, Batch, Sampling, Stopped, candidate_uniforms
 
 Result = TypeVar("Result")
 
+CONTAINER = Path("/sys/fs/cgroup")
 LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it
 
 
@@ -86,7 +89,7 @@ class _Shared:
 
     @property
     def wanted(self) -> bool:
-        return any(not request.result.done() for request, _ in self.rows)
+        return not self.batch.done and any(not request.result.done() for request, _ in self.rows)
 
 
 class Batcher:
@@ -121,6 +124,9 @@ class Batcher:
         transformer without a null condition.
         """
         check_guidance(gpt, sampling)
+        wanted = (1, gpt.config.embed_dim)
+        if embedding.shape != wanted:  # in a batch it would be the neighbours' trouble too
+            raise ValueError(f"the embedding has shape {tuple(embedding.shape)}; this transformer takes {wanted}")
         uniforms = candidate_uniforms(seed, range(candidates), gpt.config.block_size)
         tokens = torch.empty(uniforms.shape, dtype=torch.long)
         request = _Request(gpt, embedding, uniforms, sampling, should_stop or (lambda: False), tokens)
@@ -158,39 +164,71 @@ class Batcher:
         """Ends the thread; what is under way is Stopped."""
         with self._news:
             self._closed = True
-            self._news.notify()
+            self._news.notify_all()
         self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            with self._news:
-                while not (self._calls or self._under_way or self._closed) and (patience := self._patience()) != 0:
-                    self._news.wait(patience)
-                calls = [self._calls.popleft() for _ in range(len(self._calls))]
-                closed = self._closed
-            for work, result in calls:
-                _fulfil(result, work)
-            self._drop_stopped(closed)
-            if closed:
-                return
-            self._begin()
-            for shared in list(self._under_way):
-                self._step(shared)
+        error: BaseException = Stopped()
+        try:
+            while self._round():
+                pass
+        except BaseException as unforeseen:  # nobody may wait for a thread that is gone
+            error = unforeseen
+        with self._news:
+            self._closed = True
+            waiting = [result for _, result in self._calls]
+            waiting += [request.result for request in self._requests()]
+            self._under_way = []
+        for result in waiting:
+            if not result.done():
+                result.set_exception(error)
+
+    def _round(self) -> bool:
+        """Calls, then a token of every batch; False when closed. Its locals die with it, and what they hold."""
+        with self._news:
+            while not (self._calls or self._under_way or self._closed) and (patience := self._patience()) != 0:
+                self._news.wait(patience)
+            if self._closed:
+                return False
+            calls = [self._calls.popleft() for _ in range(len(self._calls))]
+        for work, result in calls:
+            _fulfil(result, work)
+        self._drop_stopped()
+        self._begin()
+        for shared in self._under_way:
+            self._step(shared)
+        self._under_way = [shared for shared in self._under_way if shared.wanted]
+        return True
+
+    def _requests(self) -> set[_Request]:
+        return {request for shared in self._under_way for request, _ in shared.rows} | set(self._asked)
+
+    def _ready(self) -> list[_Request]:
+        """Those that wait and have no batch under way: a large request takes its batches one after another, or a small
+        one beside it would wait for all of them."""
+        served = {request for shared in self._under_way for request, _ in shared.rows}
+        return [request for request in self._asked if request.waiting_rows and request not in served]
 
     def _patience(self) -> float | None:
         """Seconds to wait before the next batch may begin; None for as long as nobody asks."""
-        waiting = [request for request in self._asked if request.waiting_rows]
-        if not waiting:
+        ready = self._ready()
+        if not ready:
             return None
-        if sum(request.waiting_rows for request in waiting if request.shares_with(waiting[0])) >= ROWS:
+        if sum(request.waiting_rows for request in ready if request.shares_with(ready[0])) >= ROWS:
             return 0
-        return max(0, waiting[0].asked + LINGER - time.monotonic())
+        return max(0, ready[0].asked + LINGER - time.monotonic())
 
-    def _drop_stopped(self, closed: bool) -> None:
-        requests = {request for shared in self._under_way for request, _ in shared.rows} | set(self._asked)
-        for request in requests:
-            if not request.result.done() and (closed or request.given_up or request.should_stop()):
-                request.result.set_exception(Stopped())
+    def _drop_stopped(self) -> None:
+        for request in self._requests():
+            if request.result.done():
+                continue
+            try:
+                stopped = request.given_up or request.should_stop()
+            except Exception as error:
+                request.result.set_exception(error)
+            else:
+                if stopped:
+                    request.result.set_exception(Stopped())
         self._under_way = [shared for shared in self._under_way if shared.wanted]
 
     def _begin(self) -> None:
@@ -201,13 +239,13 @@ class Batcher:
                 self._asked = deque(request for request in self._asked if request.waiting_rows)
                 if self._patience() != 0:
                     return
-                waiting = list(self._asked)
-            first = waiting[0]
+                ready = self._ready()
+            first = ready[0]
             held += batch_bytes(first.gpt, first.sampling)
             if self._under_way and held > self.most_bytes:
                 return
             rows: list[tuple[_Request, int]] = []
-            for request in waiting:
+            for request in ready:
                 if request.shares_with(first):
                     taken = min(ROWS - len(rows), request.waiting_rows)
                     rows += [(request, request.begun_rows + i) for i in range(taken)]
@@ -233,10 +271,8 @@ class Batcher:
         try:
             shared.batch.step()
             if shared.batch.done:
-                self._under_way.remove(shared)
                 self._deliver(shared)
         except Exception as error:
-            self._under_way.remove(shared)
             _fail(shared.rows, error)
 
     def _deliver(self, shared: _Shared) -> None:
@@ -256,7 +292,7 @@ class Batcher:
 
 def batch_bytes(gpt: GPT, sampling: Sampling) -> int:
     """What a batch holds, at most: keys and values of every layer, and logits with what they are turned into."""
-    config, element = gpt.config, gpt.head.weight.element_size()
+    config, element = gpt.config, gpt.blocks[0].attn.qkv.weight.element_size()
     cache = 2 * config.n_layer * config.block_size * config.n_embd * element
     logits = 8 * config.codebook_size * 4
     return ROWS * (cache + logits) * (1 if sampling.guidance == 1 else 2)
@@ -266,20 +302,34 @@ _making = threading.Lock()
 _shared: list[Batcher] = []
 
 
-def shared_batcher() -> Batcher:
+def shared_batcher(device: torch.device) -> Batcher:
     """The one that every request of this process goes through; begun at the first, with half the memory there is."""
     with _making:
         if not _shared:
-            free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
             _shared.append(Batcher(free / 2))
             atexit.register(_shared[0].close)  # a thread cut off inside torch would abort the process
         return _shared[0]
 
 
 def available_memory() -> int:
-    """Bytes that processes here may still take, as Linux reckons them."""
+    """Bytes that processes here may still take, as Linux reckons them; in a container, of what it was given."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    room = [int(lines["MemAvailable"].split()[0]) * 1024]
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        most, held = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        room.append(most - held)
+    return max(0, min(room))
+
+
+def _forget() -> None:
+    """In a forked child there is no thread behind the batcher."""
+    global _making
+    _making = threading.Lock()
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _fail(rows: list[tuple[_Request, int]], error: Exception) -> None:
@@ -291,5 +341,5 @@ def _fail(rows: list[tuple[_Request, int]], error: Exception) -> None:
 def _fulfil(result: Future, work: Callable[[], object]) -> None:
     try:
         result.set_result(work())
-    except Exception as error:
+    except BaseException as error:
         result.set_exception(error)

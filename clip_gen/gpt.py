@@ -197,3 +197,10 @@ def with_null_condition(gpt: GPT) -> GPT:
     grown.load_state_dict(weights, assign=True)
     grown.rotation = gpt.rotation
     return grown.train(gpt.training).requires_grad_(weight.requires_grad)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware does it itself: a GPU that can, or a CPU with AMX. Elsewhere float32 is quicker."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clip_gen.batching import Busy, shared_batcher
 from clip_gen.checkpoint import Networks, load_networks
+from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
 from clip_gen.sampling import MAX_SEED, Sampling, Stopped
 
@@ -89,7 +90,7 @@ class ClipGen:
         if not clip_rerank:
             candidates = num_outputs  # the others would never be looked at
 
-        device = shared_batcher()
+        device = shared_batcher(self.device)
         text = device.run(lambda: self.clip_encoder.encode_text([prompt]))
         sampled = device.sample(self.gpt, self.bridge(text), candidates, seed, sampling, should_stop)
         images, scores = [], []
@@ -134,9 +135,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f'dtype is "{dtype}"; give "auto", "float32" or "bfloat16"')
     if dtype == "auto":
-        cuda = device.type == "cuda"
-        able = torch.cuda.is_bf16_supported() if cuda else torch.cpu.get_capabilities().get("amx_bf16", False)
-        dtype = "bfloat16" if able else "float32"
+        dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return getattr(torch, dtype)
 
 

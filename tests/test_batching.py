@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from clip_gen.batching import Batcher, Busy, Sampled, batch_bytes
+from clip_gen.batching import Batcher, Busy, Sampled, available_memory, batch_bytes, shared_batcher
 from clip_gen.gpt import GPT
 from clip_gen.sampling import ROWS, Sampling, Stopped, candidate_uniforms, sample_tokens
 
@@ -170,23 +177,100 @@ def test_no_more_batches_are_under_way_than_memory_has_room_for(
         most.append(len(batcher._under_way))
         return False
 
-    found = batcher.sample(gpt, embedding(1), 3 * ROWS, 1, Sampling(), watch)
-    assert torch.equal(found.tokens, alone_in_batches(gpt, 1, 3 * ROWS))
+    with Held(batcher, threads):
+        asked = [ask(threads, batcher, gpt, number, ROWS, should_stop=watch) for number in range(3)]
+        wait_until_asked(batcher, 3)
+    for number, future in enumerate(asked):
+        assert torch.equal(future.result(30).tokens, alone(gpt, number, ROWS, Sampling()))
     assert max(most) == batches
     batcher.close()
 
 
-def alone_in_batches(gpt: GPT, number: int, candidates: int) -> torch.Tensor:
-    uniforms = candidate_uniforms(number, range(candidates), LENGTH)
-    parts = [sample_tokens(gpt, embedding(number).expand(ROWS, -1), part, Sampling()) for part in uniforms.split(ROWS)]
-    return torch.cat(parts)
+def test_a_small_request_does_not_wait_for_all_of_a_large_one(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    with Held(batcher, threads):
+        large = ask(threads, batcher, gpt, 1, candidates=40 * ROWS)
+        wait_until_asked(batcher, 1)
+        small = ask(threads, batcher, gpt, 2)
+        wait_until_asked(batcher, 2)
+    assert torch.equal(small.result(30).tokens, alone(gpt, 2, 2, Sampling()))
+    assert not large.done()
+    assert len(large.result(60).tokens) == 40 * ROWS
 
 
-def test_memory_is_predicted_from_the_rows(gpt: GPT) -> None:
-    caches = [gpt.new_cache(rows) for rows in (ROWS, 2 * ROWS)]
-    for cache, sampling in zip(caches, (Sampling(), Sampling(guidance=2.0)), strict=True):
-        held = cache.keys.nbytes + cache.values.nbytes
-        assert held < batch_bytes(gpt, sampling) < 3 * held
+def test_what_goes_wrong_with_one_request_leaves_the_thread_to_the_others(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    def broken() -> bool:
+        raise KeyError("gone")
+
+    with Held(batcher, threads):
+        bad = ask(threads, batcher, gpt, 1, should_stop=broken)
+        wait_until_asked(batcher, 1)
+        good = ask(threads, batcher, gpt, 2)
+        wait_until_asked(batcher, 2)
+    with pytest.raises(KeyError, match="gone"):
+        bad.result(30)
+    assert torch.equal(good.result(30).tokens, alone(gpt, 2, 2, Sampling()))
+    with pytest.raises(ValueError, match=r"the embedding has shape \(1, 7\); this transformer takes \(1, 16\)"):
+        batcher.sample(gpt, torch.zeros(1, 7), 1, 0, Sampling())
+    with pytest.raises(SystemExit):
+        batcher.run(lambda: sys.exit(3))
+    assert batcher.run(lambda: 7) == 7
+
+
+def test_nobody_waits_for_a_thread_that_is_gone(
+    gpt: GPT, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = Batcher(most_bytes=1e9)
+    monkeypatch.setattr(batcher, "_begin", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batcher.sample(gpt, embedding(1), 1, 1, Sampling())
+    with pytest.raises(RuntimeError, match="closed"):
+        batcher.run(lambda: 7)
+
+
+def test_an_idle_thread_holds_nothing(batcher: Batcher) -> None:
+    gpt = GPT(TINY.gpt).eval()
+    batcher.sample(gpt, embedding(1), 1, 1, Sampling())
+    held = weakref.ref(gpt)
+    del gpt
+    deadline = time.monotonic() + 10
+    while held() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.02)
+    assert held() is None
+
+
+def test_a_forked_child_has_a_batcher_of_its_own(gpt: GPT) -> None:
+    cpu = torch.device("cpu")
+    assert shared_batcher(cpu).run(lambda: 7) == 7
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(shared_batcher(cpu).run(lambda: 5))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+
+
+def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.batching.CONTAINER", tmp_path)
+    whole = available_memory()
+    assert whole > 1e8
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    assert available_memory() == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory() > 1e8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_predicted_from_the_rows(dtype: torch.dtype) -> None:
+    gpt = GPT(TINY.gpt).work_in(dtype)
+    for rows, sampling in ((ROWS, Sampling()), (2 * ROWS, Sampling(guidance=2.0))):
+        cache = gpt.new_cache(rows)
+        logits = rows * TINY.gpt.codebook_size * 32
+        assert batch_bytes(gpt, sampling) == cache.keys.nbytes + cache.values.nbytes + logits
 
 
 def test_an_error_reaches_those_whose_batch_it_was_and_nobody_else(

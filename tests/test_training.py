@@ -20,7 +20,7 @@ from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_loss
-from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens
+from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
 from clip_gen.training.gpt_trainer import embedding_loss
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
@@ -373,3 +373,13 @@ def test_the_rate_is_down_when_time_is_over_however_many_steps_are_left() -> Non
     assert rates(time_spent=1.0)[20] == pytest.approx(0.01)
     assert rates(time_spent=0.5)[20] == pytest.approx(0.505)
     assert rates(time_spent=0.5)[90] == pytest.approx(rates(time_spent=0.0)[90])
+
+
+def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([5, 5, 5, 1])
+    monkeypatch.setattr("clip_gen.training.dataset.os.getppid", lambda: next(parents))
+    with pytest.raises(OSError, match=r"record\.json was to be written by a process that has ended"):
+        wait_for(tmp_path / "record.json")
+    (tmp_path / "record.json").touch()
+    monkeypatch.setattr("clip_gen.training.dataset.os.getppid", lambda: 5)
+    wait_for(tmp_path / "record.json")

@@ -169,6 +169,15 @@ def test_out_of_memory_halves_what_is_worked_on_at_once_and_goes_on(
     ]
 
 
+def test_out_of_memory_before_the_first_step_is_heard_as_such(train: Callable, tmp_path: Path) -> None:
+    class Full(Callback):
+        def on_fit_start(self, trainer: object, module: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tmp_path, replace(CONFIG, batch_size=1), callbacks=[Full()])
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_whole(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

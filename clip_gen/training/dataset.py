@@ -159,6 +159,18 @@ class EncodedPictures(Dataset):
         return embedding, torch.from_numpy(self.tokens[row].astype(np.int64))
 
 
+def wait_for(path: Path) -> None:
+    """Returns when the file is there, which the first process of a training writes for all of them.
+
+    OSError when that one is gone: it began the others here, and they lose their parent with it.
+    """
+    parent = os.getppid()
+    while not path.is_file():
+        if os.getppid() != parent or parent == 1:
+            raise OSError(f"{path} was to be written by a process that has ended; see what it said")
+        time.sleep(0.2)
+
+
 def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path) -> Path:
     """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) uint16, unless it is there already."""
     return _encoded_once(pictures, vqgan.encode, path, np.uint16, vqgan.config.grid**2)
@@ -174,8 +186,8 @@ def _encoded_once(
     pictures: Dataset, encode: Callable[[Tensor], Tensor], path: Path, dtype: type, width: int, batch_size: int = 64
 ) -> Path:
     """A row for each picture, in their order; the file is whole or not there. Of several processes one writes it."""
-    while not path.is_file() and rank_zero_only.rank:
-        time.sleep(1)
+    if rank_zero_only.rank:
+        wait_for(path)
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -12,6 +11,7 @@ from torch import nn
 from clip_gen.checkpoint import load_part
 from clip_gen.files import whole_or_not
 from clip_gen.own_model import own_lpips
+from clip_gen.training.dataset import wait_for
 from clip_gen.unfilled import Unfilled
 from clip_gen.vqgan import build_lpips
 
@@ -33,9 +33,10 @@ def chosen_lpips(folder: Path, resolution: int) -> nn.Module | None:
         begun = (folder / "last.ckpt").is_file()  # without a note: before there was LPIPS
         with whole_or_not(note) as temporary:
             fits = file.is_file() and resolution >= LEAST_SIDE and not begun
+            if fits:
+                _loaded(file)  # or there is nothing to go on with
             Path(temporary).write_text("LPIPS" if fits else "CLIP")
-    while not note.is_file():
-        time.sleep(1)  # another process writes it
+    wait_for(note)
     if note.read_text() == "LPIPS":
         return _loaded(file)
     log.info("perceptual loss: features of CLIP, for %s", _why_not(file, resolution))

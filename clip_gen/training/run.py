@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.files import whole_or_not
+from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.training.dataset import Batches
 from clip_gen.training.stage import FitConfig, Stage
 
@@ -146,9 +147,8 @@ def _precision(wanted: str) -> str:
     """bfloat16 where the hardware multiplies matrices of it: on a GPU, or a CPU with AMX."""
     if wanted != "auto":
         return wanted
-    cuda = torch.cuda.is_available()
-    able = torch.cuda.is_bf16_supported() if cuda else torch.cpu.get_capabilities().get("amx_bf16", False)
-    return "bf16-mixed" if able else "32-true"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
 
 
 class Samples(pl.LightningDataModule):
@@ -264,11 +264,11 @@ class Progress(Callback):
 
     def __init__(self, name: str, batch_size: int, seconds: float = 30.0):
         self.name, self.batch_size, self.seconds = name, batch_size, seconds
+        self.bar, self.terminal = None, ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.began = self.said = time.monotonic()
         self.step_said = trainer.global_step
-        self.bar, self.terminal = None, ExitStack()
         if sys.stderr.isatty() and trainer.is_global_zero:
             self.terminal.enter_context(logging_redirect_tqdm())
             form = "{desc} {n_fmt}/{total_fmt}{postfix}"
@@ -278,7 +278,7 @@ class Progress(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         now, step = time.monotonic(), trainer.global_step
         passed, due = now - self.said, 1.0 if self.bar else self.seconds
-        done = step == trainer.max_steps and step > self.step_said
+        done = step > self.step_said and (step == trainer.max_steps or trainer.should_stop)
         if not trainer.is_global_zero or (passed < due and not done):
             return
         speed = (step - self.step_said) / passed

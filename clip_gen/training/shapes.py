@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import platform
-import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +24,13 @@ from torch.utils.data import DataLoader
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
 from clip_gen.config import ModelConfig, read_config
+from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes
 from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
-from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
+from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.run import Machine, fit
 from clip_gen.training.stage import FitConfig, compiled
@@ -78,9 +78,9 @@ class Recipe:
             values = getattr(self, f"train_{name}")(folder)
             if not rank_zero_only.rank:
                 save_part(network, folder / f"{name}.safetensors")
-                record.write_text(json.dumps(values | {"told": told}))
-        while not record.is_file():
-            time.sleep(1)  # another process writes it
+                with whole_or_not(record) as temporary:
+                    Path(temporary).write_text(json.dumps(values | {"told": told}))
+        wait_for(record)
         if json.loads(record.read_text())["told"] != told:
             raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
         # Loaded even when just trained, so that what comes next sees the weights as they will ship: float16.

@@ -41,6 +41,13 @@ class Stage(pl.LightningModule):
         self.config = config
         self.time_spent: Callable[[], float] = lambda: 0.0
 
+    def setup(self, stage: str) -> None:
+        """Compiled code is for as many threads as there are here, now that processes have shared them out.
+
+        torch's cache would hand on code made for another number.
+        """
+        torch._inductor.config.cpp.threads = torch.get_num_threads()
+
     def learning(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """What configure_optimizers returns: the rate goes up in `warmup` steps, then along a cosine to a hundredth."""
         config = self.config
@@ -59,7 +66,6 @@ def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
     torch._dynamo.config.suppress_errors = True
     torch._functorch.config.donated_buffer = False  # the adaptive weight goes back through a graph more than once
     torch._inductor.config.fallback_random = True  # its own dropout is slow on a CPU
-    # torch's cache would hand on code made for fewer threads.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     network.compile(dynamic=dynamic)
 

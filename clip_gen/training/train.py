@@ -35,6 +35,7 @@ from clip_gen.training.dataset import (
     Views,
     encode_embeddings,
     encode_tokens,
+    wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
@@ -130,8 +131,7 @@ class Training:
                 save_part(network.cpu(), weights)
                 with whole_or_not(record) as temporary:
                     Path(temporary).write_text(json.dumps(values))
-        while not record.is_file():
-            time.sleep(1)  # another process writes it
+        wait_for(record)
         load_part(network, weights)
         network.eval().requires_grad_(False)
         return json.loads(record.read_text())
