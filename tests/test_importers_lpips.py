@@ -43,7 +43,7 @@ def test_distances_are_those_of_tamings_lpips_that_read_the_same_files(
         with Unfilled():
             network = vgg16(weights=None)
         features = {name: tensor for name, tensor in vgg_state().items() if name.startswith("features.")}
-        network.load_state_dict(features, strict=False)
+        network.load_state_dict(features, strict=False)  # the classifier, which LPIPS stops before, stays unfilled
         return network
 
     monkeypatch.setattr(tamings.models, "vgg16", published)
