@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,6 +310,21 @@ def shared_batcher(device: torch.device) -> Batcher:
             _shared.append(Batcher(free / 2))
             atexit.register(_shared[0].close)  # a thread cut off inside torch would abort the process
         return _shared[0]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch works in the calling thread alone.
+
+    A thread that works on several keeps helpers for good, and with more helpers about than processors GNU's OpenMP puts
+    all of them to sleep between two steps, which takes the batcher's thread two and a half times as long a token.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def available_memory() -> int:

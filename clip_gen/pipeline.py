@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_gen.batching import Busy, shared_batcher
+from clip_gen.batching import Busy, one_thread, shared_batcher
 from clip_gen.checkpoint import Networks, load_networks
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
@@ -57,8 +57,9 @@ class ClipGen:
         If not given, CLIP_GEN_DTYPE says, else auto.
         """
         chosen = choose_device(device)
-        networks = load_networks(folder, chosen)
-        networks.gpt.work_in(choose_dtype(dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto", chosen))
+        with one_thread():
+            networks = load_networks(folder, chosen)
+            networks.gpt.work_in(choose_dtype(dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto", chosen))
         return cls(networks, chosen)
 
     def generate(
@@ -91,8 +92,8 @@ class ClipGen:
             candidates = num_outputs  # the others would never be looked at
 
         device = shared_batcher(self.device)
-        text = device.run(lambda: self.clip_encoder.encode_text([prompt]))
-        sampled = device.sample(self.gpt, self.bridge(text), candidates, seed, sampling, should_stop)
+        text, embedding = device.run(lambda: self.read(prompt))
+        sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop)
         images, scores = [], []
         for row in sampled.tokens:
             if should_stop is not None and should_stop():
@@ -103,13 +104,18 @@ class ClipGen:
         ranked = torch.tensor(scores).argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
         best = ranked[:num_outputs].tolist()
         return Generation(
-            to_pil(torch.cat([images[i] for i in best])),
+            device.run(lambda: to_pil(torch.cat([images[i] for i in best]))),
             [scores[i] for i in best],
             sampled.tokens[best].cpu(),
             seed,
             candidates,
             sampled.metrics,
         )
+
+    def read(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """CLIP's embedding (1, E) of a prompt, and what the bridge makes of it for the transformer."""
+        text = self.clip_encoder.encode_text([prompt])
+        return text, self.bridge(text)
 
     @torch.inference_mode()
     def look(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, float]:

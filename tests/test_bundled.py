@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,36 @@ def test_the_same_seed_gives_the_same_bytes_alone_and_beside_others(model: ClipG
     many = model.generate(prompt, candidates=20, num_outputs=20, seed=5, clip_rerank=False)
     few = model.generate(prompt, candidates=3, num_outputs=3, seed=5, clip_rerank=False)
     assert [image.tobytes() for image in few.images] == [image.tobytes() for image in many.images[:3]]
+
+
+THREADS = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+from clip_gen import ClipGen
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = threads()
+model = ClipGen.load(FOLDER, device="cpu")
+print(threads() - before)
+with ThreadPoolExecutor(2) as drawing:
+    for seed in range(2):
+        drawing.submit(model.generate, "a red circle", candidates=4, seed=seed)
+    drawing.shutdown(wait=True)
+    print(threads() - before)
+"""
+
+
+def test_only_the_batchers_thread_keeps_helpers() -> None:
+    """More helpers than processors, and each is put to sleep between two steps: 2.8 seconds a prediction, not 1.2."""
+    code = THREADS.replace("FOLDER", repr(str(FOLDER)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    batcher, helper = 1, 1
+    assert run.stdout.split() == ["0", str(batcher + helper)]
 
 
 def test_script_predict_writes_numbered_pictures_where_the_caller_stands(tmp_path: Path) -> None:

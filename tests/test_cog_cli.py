@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -251,6 +251,15 @@ def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Pa
     assert run.stdout.count("score") == 4
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A suite started in the background inherits Ctrl-C as ignored, and would hand that on to what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_it_quietly_and_leaves_no_file(folder: Path, tmp_path: Path) -> None:
     (scratch := tmp_path / "scratch").mkdir()
     environment = {**os.environ, "COG_WEIGHTS": str(slow_folder(tmp_path / "slow")), "TMPDIR": str(scratch)}
