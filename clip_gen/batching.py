@@ -1,6 +1,6 @@
 """Several requests, one device: their candidates share batches, and one thread does all the work.
 
-A request's candidates join the next batch that starts, within LINGER, beside whatever others have under way; every
+A request's candidates join the next batch that starts, within LONGEST, beside whatever others have under way; every
 batch is worked on in turn, a token each. Batches have the shape they would have for one request alone (sampling.ROWS),
 so on a CPU a candidate's bits are the same whoever else asks.
 """
@@ -28,7 +28,8 @@ from clip_gen.sampling import ROWS, Batch, Sampling, Stopped, candidate_uniforms
 Result = TypeVar("Result")
 
 CONTAINER = Path("/sys/fs/cgroup")
-LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it
+LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it, from the last to come
+LONGEST = 0.1  # and from the first
 
 
 class Busy(RuntimeError):
@@ -214,9 +215,10 @@ class Batcher:
         ready = self._ready()
         if not ready:
             return None
-        if sum(request.waiting_rows for request in ready if request.shares_with(ready[0])) >= ROWS:
+        together = [request for request in ready if request.shares_with(ready[0])]
+        if sum(request.waiting_rows for request in together) >= ROWS:
             return 0
-        return max(0, ready[0].asked + LINGER - time.monotonic())
+        return max(0, min(together[-1].asked + LINGER, together[0].asked + LONGEST) - time.monotonic())
 
     def _drop_stopped(self) -> None:
         for request in self._requests():

@@ -108,6 +108,23 @@ def test_those_who_ask_together_share_a_batch(gpt: GPT, batcher: Batcher, thread
     assert [future.result(30).rows_in_batch for future in asked] == [2, 2]
 
 
+def test_those_who_ask_within_a_moment_of_one_another_share_a_batch_but_nobody_waits_for_ever(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(count: int) -> list[float]:
+        asked = []
+        for number in range(count):
+            asked.append(ask(threads, batcher, gpt, number, candidates=2))
+            time.sleep(0.1)
+        return [future.result(30).rows_in_batch for future in asked]
+
+    monkeypatch.setattr("clip_gen.batching.LINGER", 1.0)
+    monkeypatch.setattr("clip_gen.batching.LONGEST", 10.0)
+    assert rows(4) == [8] * 4
+    monkeypatch.setattr("clip_gen.batching.LONGEST", 0.25)
+    assert max(rows(7)) < 14
+
+
 def test_a_request_joins_at_once_while_another_is_under_way(
     gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
 ) -> None:

@@ -187,7 +187,8 @@ def test_downloads_under_way_keep_no_plain_prediction_waiting(
 def test_predictions_at_once_share_their_batches_and_none_can_tell(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.batching.LINGER", 1.0)  # however busy the machine
+    for name in ("LINGER", "LONGEST"):
+        monkeypatch.setattr(f"clip_gen.batching.{name}", 1.0)  # however busy the machine
     alone = Predictor()
     asyncio.run(alone.setup(str(tiny_model_folder)))
     expected = [[path.read_bytes() for path in predict(alone, seed=seed)] for seed in range(8)]
