@@ -16,17 +16,21 @@ from clip_gen.config import GPTConfig
 
 
 class KVCache:
-    """Keys and values of every layer for the positions seen so far, allocated once for the whole picture."""
+    """Keys and values of every layer for the positions seen so far, allocated once for the whole picture.
 
-    def __init__(self, config: GPTConfig, batch_size: int, *, device: torch.device, dtype: torch.dtype):
+    rows: of a batch whose later rows are there to fill it up; those attend to nothing, and what comes of them means
+    nothing.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+        shape = (config.n_layer, rows, config.n_head, config.block_size, head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.rows, self.length = rows, 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (B, H, n, D) behind what is there; returns all so far. `length` moves when the step is over."""
+        """Writes (rows, H, n, D) behind what is there; returns all so far. `length` moves when the step is over."""
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
@@ -68,10 +72,12 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(heads[:2], rotation)
         if cache is not None:
             assert length == 1 or cache.length == 0, "several positions at once only at the start"
+            q, k, v = (part[: cache.rows] for part in (q, k, v))
             k, v = cache.extend(layer, k, v)
         # No dropout here, only on what comes out: on a CPU torch has no quick kernel for it.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
-        return self.proj(y.transpose(1, 2).reshape(batch, length, width))
+        y = y.transpose(1, 2).reshape(-1, length, width)
+        return self.proj(y if len(y) == batch else F.pad(y, (0, 0, 0, 0, 0, batch - len(y))))
 
 
 class MLP(nn.Module):
@@ -158,9 +164,9 @@ class GPT(nn.Module):
         """Logits (B, V) of the token after `token` (B,), which follows what the cache holds."""
         return self._logits(self.token_embedding(token)[:, None], cache.length, cache)[:, 0]
 
-    def new_cache(self, batch_size: int) -> KVCache:
+    def new_cache(self, rows: int) -> KVCache:
         weight = self.blocks[0].attn.qkv.weight
-        return KVCache(self.config, batch_size, device=weight.device, dtype=weight.dtype)
+        return KVCache(self.config, rows, device=weight.device, dtype=weight.dtype)
 
     def work_in(self, dtype: torch.dtype) -> GPT:
         """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is."""

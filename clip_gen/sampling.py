@@ -92,21 +92,21 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 class Batch:
     """Candidates drawn together, a token of each at a time: `step` until `done`, then `tokens` (B, T) are there.
 
-    embedding: (B, E), one candidate a row; fewer than ROWS are filled up to it. uniforms: (B, T) in [0, 1), what
-    decides each draw. ValueError for guidance where the model has no null condition.
+    embedding: (B, E), one candidate a row. uniforms: (B, T) in [0, 1), what decides each draw. ValueError for guidance
+    where the model has no null condition. Matrix products have ROWS rows at least; all else is done for B alone.
     """
 
     @torch.inference_mode()
     def __init__(self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling):
         check_guidance(gpt, sampling)
-        self.gpt, self.sampling, self.wanted = gpt, sampling, len(uniforms)
-        rows = max(self.wanted, ROWS)
-        embedding, self.uniforms = _padded(embedding, rows), _padded(uniforms, rows).to(embedding.device)
-        self.prefix = gpt.prefix(embedding)
+        self.gpt, self.sampling, self.uniforms = gpt, sampling, uniforms.to(embedding.device)
+        rows = max(len(uniforms), ROWS)
+        self.prefix = gpt.prefix(_padded(embedding, rows))[: len(uniforms)]
         if sampling.guidance != 1:
-            null = torch.ones(rows, dtype=torch.bool, device=embedding.device)
+            null = torch.ones(len(uniforms), dtype=torch.bool, device=embedding.device)
             self.prefix = torch.cat([self.prefix, gpt.prefix(embedding, null)])
-        self.cache = gpt.new_cache(len(self.prefix))
+            rows *= 2
+        self.rows, self.cache = rows, gpt.new_cache(len(self.prefix))
         self._tokens = torch.empty(self.uniforms.shape, dtype=torch.long, device=embedding.device)
 
     @property
@@ -116,17 +116,18 @@ class Batch:
     @property
     def tokens(self) -> Tensor:
         assert self.done
-        return self._tokens[: self.wanted]
+        return self._tokens
 
     @torch.inference_mode()
     def step(self) -> None:
         """Draws the next token of every row."""
         t = self.cache.length
         if t == 0:
-            logits = self.gpt.start(self.prefix, self.cache)
+            logits = self.gpt.start(_padded(self.prefix, self.rows), self.cache)
         else:
-            logits = self.gpt.step(self._tokens[:, t - 1].repeat(len(self.prefix) // len(self._tokens)), self.cache)
-        logits, guidance = logits.float(), self.sampling.guidance
+            last = self._tokens[:, t - 1].repeat(len(self.prefix) // len(self._tokens))
+            logits = self.gpt.step(_padded(last, self.rows), self.cache)
+        logits, guidance = logits[: len(self.prefix)].float(), self.sampling.guidance
         chosen = logits if guidance == 1 else guided(*logits.chunk(2), guidance)
         self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
 
@@ -158,5 +159,5 @@ def sample_tokens(
 
 def _padded(rows: Tensor, least: int) -> Tensor:
     """At least this many rows, the last one repeated."""
-    missing = least - rows.shape[0]
-    return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, -1)])
+    missing = least - len(rows)
+    return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
