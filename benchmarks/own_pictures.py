@@ -1,8 +1,8 @@
 """Training on a zip of pictures, measured: from scratch, towards a style the base model never saw, and in memory.
 
-    .venv/bin/python benchmarks/own_pictures.py scratch --out /tmp/scratch [--minutes 44] [--pictures 2000]
-    .venv/bin/python benchmarks/own_pictures.py style --out /tmp/style [--minutes 10] [--pictures 300]
-    .venv/bin/python benchmarks/own_pictures.py memory --out /tmp/memory [--pictures 20000]
+    PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py scratch --out /tmp/scratch [--minutes 44] [--pictures 2000]
+    PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py style --out /tmp/style [--minutes 10] [--pictures 300]
+    PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py memory --out /tmp/memory [--pictures 20000]
 
 scratch: new networks of size laptop for the bundled CLIP, on plain shapes. Prints the reconstructions' PSNR and the
 codebook's use on pictures never seen, and how many one-object prompts come out all right by the judge, best of 16.
@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from clip_gen import ClipGen
+from clip_gen.cog_training import KEEP_MEMORY
 from clip_gen.evaluation.prompts import cases
 from clip_gen.evaluation.report import Evaluation
 from clip_gen.images import from_bytes
@@ -48,11 +49,11 @@ def train(pictures: Path, out: Path, words: list[str]) -> tuple[float, float]:
     """Trains as a user would; the minutes it took from Enter to the weights, and the most GB it held at a time."""
     began, most = time.monotonic(), 0
     command = [sys.executable, "-m", "clip_gen", "train", str(pictures), "--out", str(out), *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "100000"}
+    environment = KEEP_MEMORY | os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "100000"}
     training = subprocess.Popen(command, env=environment, start_new_session=True)
     while training.poll() is None:
         most = max(most, memory(training.pid))
-        time.sleep(0.2)
+        time.sleep(1)
     if training.returncode:
         raise SystemExit(training.returncode)
     return (time.monotonic() - began) / 60, most / 1e9

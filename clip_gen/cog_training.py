@@ -24,6 +24,14 @@ TRAINS = (
     "script/train -i images=@photos.zip",
     "folder for the weights, `trained` by default; the same command started again goes on where it was cut off",
 )
+# glibc's malloc keeps what a step has freed for the next: the system clears every page it gives anew, and on a CPU that
+# can take as long as the arithmetic.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
 KEPT_LINES = 20  # of what was printed last, for the error
 
 
@@ -54,7 +62,7 @@ async def run_training(values: dict[str, object], out: Path, terminal: bool = Fa
         stdout=asyncio.subprocess.PIPE,
         stderr=None if terminal else asyncio.subprocess.STDOUT,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env={**KEEP_MEMORY, **os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )
     last: list[str] = []
     try:
@@ -81,6 +89,13 @@ def deliver(out: Path) -> Path:
     return target
 
 
+def _end_as_by_ctrl_c() -> None:
+    """A terminal that closes, or somebody who ends this process, ends the training too, unless told to be ignored."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, signal.default_int_handler)
+
+
 def main(arguments: Sequence[str]) -> int:
     """What `cog train` does, in a folder that outlives it. 1 and a sentence on stderr when it cannot be done."""
     try:
@@ -91,6 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         images, out = Path(values["images"]).absolute(), Path(given.output or "trained").absolute()
         if not images.exists():
             raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")
+        _end_as_by_ctrl_c()
         asyncio.run(run_training(values | {"images": images}, out, terminal=sys.stderr.isatty()))
         print(out / "weights.tar")
     except KeyboardInterrupt:

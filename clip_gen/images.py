@@ -37,10 +37,14 @@ def from_bytes(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8; values outside are clamped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] to RGB pictures; values outside are clamped."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(picture) for picture in to_bytes(images).cpu().numpy()]
 
 
 def for_clip(images: Tensor, resolution: int) -> Tensor:

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -249,14 +249,6 @@ def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Pa
     run = subprocess.run([SCRIPT, *QUICK], capture_output=True, text=True, check=True)
     assert {f"output.{i}.png" for i in range(4)} < set(files(folder))
     assert run.stdout.count("score") == 4
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A suite started in the background inherits Ctrl-C as ignored, and would hand that on to what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

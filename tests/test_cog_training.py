@@ -6,6 +6,8 @@ import asyncio
 import base64
 import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -138,6 +140,22 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     assert "nothing.zip: no such file" in capfd.readouterr().err
     assert main(["-i", f"images=@{photos}", "-i", "stage=all"]) == 1
     assert "stage" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_script_ended_from_outside_leaves_no_training_behind(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    given = {"images": f"@{photos}", "base": tiny_model_folder, "vqgan_steps": 100_000, "batch_size": 4}
+    words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
+    script = subprocess.Popen([sys.executable, "-m", "clip_gen.cog_training", *words, "-o", str(out)], cwd=ROOT)
+    wait_for(lambda: (out / "work" / "vqgan" / "history.jsonl").is_file(), seconds=60)
+    assert any(f"train {photos}" in words for words in command_lines().values())
+    script.send_signal(number)
+    assert script.wait(10) == 130
+    wait_for(lambda: not any(str(out) in words for words in command_lines().values()), seconds=2)
 
 
 @pytest.fixture(scope="module")

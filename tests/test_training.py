@@ -29,7 +29,9 @@ from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.vqgan import VQGAN
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
-RECIPE = ShapesConfig(model=TINY, clip_fit=FIT, vqgan_fit=FIT, gpt_fit=FIT, encoded_pictures=64)
+RECIPE = ShapesConfig(
+    model=TINY, clip_fit=FIT, vqgan_fit=FIT, gpt_fit=FIT, ranker_fit=FIT, encoded_pictures=64, drawn_pictures=48
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
     result = ClipGen.load(tmp_path / "model", "cpu").generate("a red circle", candidates=2, num_outputs=2, seed=0)
     assert len(result.images) == 2
     record = json.loads((tmp_path / "model" / "training.json").read_text())
-    for part in ("clip", "vqgan", "gpt"):
+    for part in ("clip", "vqgan", "gpt", "ranker"):
         assert record["stages"][part]["steps"] == 6
         assert [(leg["from_step"], leg["to_step"]) for leg in record["stages"][part]["legs"]] == [(0, 6)]
         assert record["stages"][part]["told"]["fit"]["steps"] == 6
@@ -118,7 +120,7 @@ def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Re
 
 def test_the_batch_norms_of_clip_learn_what_pictures_look_like(trained: Recipe) -> None:
     norm = trained.networks.clip.clip.visual.bn1
-    assert norm.num_batches_tracked == 6
+    assert norm.num_batches_tracked == 6 + 6  # and again as a ranker
     assert norm.running_mean.abs().sum() > 0
 
 
@@ -204,23 +206,26 @@ def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> N
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_the_discriminator_learns_from_the_step_its_word_counts_from_and_then_moves_the_decoder(
+def test_the_discriminator_comes_in_by_steps_or_by_time_and_then_moves_the_decoder(
     tmp_path: Path,
 ) -> None:
-    def trained(folder: Path, adversarial_from: int) -> tuple[dict, dict]:
+    def trained(folder: Path, adversarial_from: float, time_spent: float = 0.0) -> tuple[dict, dict]:
         torch.manual_seed(0)
         loss = VQGANLoss(adversarial=1.0, adversarial_from=adversarial_from)
         trainer = VQGANTrainer(VQGAN(TINY.vqgan).train(), replace(FIT, weight_decay=0.0), loss)
+        trainer.time_spent = time_spent
         before = deepcopy(trainer.discriminator.state_dict())
         fit("toy", trainer, RenderedPictures(100, 0, 16), RenderedPictures(8, 1, 16), folder, seed=0)
         after = trainer.discriminator.state_dict()
         moved = {name: not torch.equal(value, after[name]) for name, value in before.items() if "weight" in name}
         return moved, trainer.vqgan.state_dict()
 
-    never, plain = trained(tmp_path / "never", 100)
-    late, touched = trained(tmp_path / "late", 3)
+    never, plain = trained(tmp_path / "never", 1.0)
+    late, touched = trained(tmp_path / "late", 0.5)
+    in_time, _ = trained(tmp_path / "in time", 0.9, time_spent=0.95)
     assert not any(never.values())
     assert all(late.values())
+    assert all(in_time.values())
     assert not torch.equal(plain["decoder.conv_out.weight"], touched["decoder.conv_out.weight"])
 
 
@@ -350,7 +355,7 @@ def test_only_matrices_are_decayed() -> None:
 
 def rates(time_spent: float) -> list[float]:
     stage = Stage(FitConfig(steps=100, warmup=10))
-    stage.time_spent = lambda: time_spent
+    stage.time_spent = time_spent
     learning = stage.learning(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
     optimizer, schedule = learning["optimizer"], learning["lr_scheduler"]["scheduler"]
     found = []

@@ -79,7 +79,7 @@ class CaptionedPairs(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(index)
         rng = training_rng(self.seed, index)
-        scenes = [sample_scene(rng, held_out="may")]
+        scenes = [_first_scene(rng)]
         while len(scenes) < self.group:
             scenes.append(near_miss(scenes[rng.integers(len(scenes))], rng))
         told = [_told(describe(scene), rng) for scene in scenes]
@@ -90,6 +90,14 @@ class CaptionedPairs(Dataset):
             shown=np.stack([_numbers(describe(scene)) for scene in scenes]),
             spoilt=spoil(scenes[0], rng, self.resolution)[None],
         )
+
+    def scene(self, index: int) -> Scene:
+        """What the first picture of group i shows."""
+        return _first_scene(training_rng(self.seed, index))
+
+
+def _first_scene(rng: np.random.Generator) -> Scene:
+    return sample_scene(rng, held_out="may")
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:

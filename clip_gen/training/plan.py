@@ -38,6 +38,9 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
 MOST_CODES = 16384
 
+# AdamW's; deep networks take less.
+VQGAN_RATES = {"laptop": 2e-3, "small": 1e-3}
+
 # Enough passes for few pictures, enough steps for many; (least, passes, most).
 VQGAN_STEPS = {"scratch": (4_000, 100, 60_000), "base": (1_500, 30, 20_000)}
 GPT_STEPS = {"scratch": (5_000, 150, 100_000), "base": (2_000, 50, 40_000)}
@@ -117,9 +120,9 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
     vqgan = FitConfig(
         steps=steps(settings.vqgan_steps, VQGAN_STEPS[start]),
         batch_size=batch,
-        learning_rate=settings.vqgan_learning_rate or (1e-3 if start == "scratch" else 3e-4),
+        learning_rate=settings.vqgan_learning_rate or VQGAN_RATES.get(settings.size, 3e-4),
         weight_decay=0.0,
-        ema_decay=0.998,
+        ema_decay=0.995,
         precision=settings.precision,
     )
     transformer = FitConfig(
@@ -128,11 +131,11 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
         learning_rate=settings.transformer_learning_rate or (1.5e-3 if start == "scratch" else 3e-4),
         muon_rate=4 * settings.transformer_learning_rate or (6e-3 if start == "scratch" else 1e-3),
         weight_decay=0.05,
-        ema_decay=0.998,
+        ema_decay=0.995,
         patience=4,
         precision=settings.precision,
     )
-    loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight, adversarial_from=vqgan.steps // 2)
+    loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight)
     views = (4 if settings.crop else 1) * (2 if settings.flip else 1)
     minutes = settings.max_minutes
     views = max(1, min(views, 400_000 // pictures))
@@ -144,7 +147,7 @@ def _in_step(config: FitConfig, minutes: float) -> FitConfig:
     long = config.steps >= 1000 and (minutes == 0 or minutes >= 10)
     return replace(
         config,
-        warmup=min(200, config.steps // 20 + 1),
+        warmup=min(50, config.steps // 20 + 1),
         validate_every=max(1, config.steps // 40),
         compile=long and shutil.which("g++") is not None,
     )

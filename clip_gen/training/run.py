@@ -136,6 +136,8 @@ def fit(
 def _quiet_lightning() -> None:
     """Without its greetings and advertisements, and without warnings that do not hold here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # torch.compile misses a GPU wherever CUDA is installed.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Samples takes up where the checkpoint ended.
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
@@ -207,11 +209,15 @@ class Deadline(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.began = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         if self.minutes:
-            module.time_spent = lambda: (time.monotonic() - self.began) / (60 * self.minutes)
+            spent = (time.monotonic() - self.began) / (60 * self.minutes)
+            # One clock for all: what follows from it must be the same in every process.
+            module.time_spent = trainer.strategy.broadcast(spent)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        if self.minutes and trainer.strategy.reduce_boolean_decision(module.time_spent() >= 1, all=False):
+        if module.time_spent >= 1:
             log.info("%s: %g minutes are over at step %d", self.name, self.minutes, trainer.global_step)
             trainer.should_stop = True
 
@@ -283,7 +289,7 @@ class Progress(Callback):
             return
         speed = (step - self.step_said) / passed
         left = (trainer.max_steps - step) / speed if speed else float("inf")
-        if spent := module.time_spent():
+        if spent := module.time_spent:
             left = min(left, (now - self.began) * max(0.0, 1 - spent) / spent)
         values = "  ".join(f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
         pace = f"{speed * self.batch_size:.0f} pictures/s  {left / 60:.1f} min left"

@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone.
+"""The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, then CLIP as a ranker.
 
     python -m clip_gen train-shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
@@ -32,6 +32,7 @@ from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
 from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.ranker import DrawnPairs, RankerTrainer, draw_pictures
 from clip_gen.training.run import Machine, fit
 from clip_gen.training.stage import FitConfig, compiled
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -39,9 +40,9 @@ from clip_gen.training.vqgan_trainer import VQGANTrainer
 log = logging.getLogger(__name__)
 
 # Streams of pictures that never meet: each is a seed of its own.
-PAIRS, PICTURES, ENCODED, UNSEEN = range(4)
+PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
 
-ORDER = ("clip", "vqgan", "gpt", "bridge")
+ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker")
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,12 @@ class ShapesConfig:
     encoded_pictures: int = 100_000
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
+    ranker_fit: FitConfig = field(default_factory=FitConfig)
+    drawn_pictures: int = 8000
 
 
 class Recipe:
-    """The three parts in order, each resting on the ones before."""
+    """The parts in order, each resting on the ones before."""
 
     def __init__(self, config: ShapesConfig, work: Path, machine: Machine | None = None):
         pl.seed_everything(config.seed)
@@ -65,12 +68,12 @@ class Recipe:
         self.networks: Networks = build(config.model)
 
     def stream(self, number: int) -> int:
-        return 4 * self.config.seed + number
+        return len(STREAMS) * self.config.seed + number
 
     def part(self, name: str) -> None:
         """Loads the part from the work folder, or trains it and leaves it there."""
         folder = self.work / name
-        network, told = getattr(self.networks, name), self.told(name)
+        network, told = getattr(self.networks, "clip" if name == "ranker" else name), self.told(name)
         record = folder / "record.json"
         if not record.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,16 +93,17 @@ class Recipe:
     def told(self, name: str) -> dict[str, object]:
         """All that decides what a part turns into, as JSON has it."""
         settings: dict[str, object] = {"seed": self.config.seed}
-        if name != "bridge":
+        if name in ("clip", "vqgan", "gpt"):
             settings["sizes"] = stated(getattr(self.config.model, name))
+        if name != "bridge":
             settings["fit"] = stated(getattr(self.config, f"{name}_fit"))
         if name == "gpt":
             names = ("encoded_pictures", "embedding_noise", "condition_dropout")
             settings |= {name: getattr(self.config, name) for name in names}
-        if name in ("gpt", "bridge"):
-            settings["clip"] = fingerprint(self.work / "clip" / "clip.safetensors")
-        if name == "gpt":
-            settings["vqgan"] = fingerprint(self.work / "vqgan" / "vqgan.safetensors")
+        if name == "ranker":
+            settings["drawn_pictures"] = self.config.drawn_pictures
+        rests_on = {"gpt": ("clip", "vqgan"), "bridge": ("clip",), "ranker": ("clip", "vqgan", "gpt")}
+        settings |= {part: fingerprint(self.work / part / f"{part}.safetensors") for part in rests_on.get(name, ())}
         return json.loads(json.dumps(settings))
 
     def train_clip(self, folder: Path) -> dict[str, object]:
@@ -160,6 +164,21 @@ class Recipe:
         bridge.image_mean.copy_(image)
         bridge.text_mean.copy_(text)
         return {"gap": round(float((image - text).norm()), 4)}
+
+    def train_ranker(self, folder: Path) -> dict[str, object]:
+        networks, config = self.networks, self.config.ranker_fit
+        vqgan = networks.vqgan.requires_grad_(False)
+        if config.compile:
+            compiled(vqgan.decoder)
+
+        def pairs(name: str, count: int, stream: int) -> DrawnPairs:
+            groups = CaptionedPairs(count, self.stream(stream), networks.config.vqgan.resolution)
+            return DrawnPairs(groups, draw_pictures(networks, groups, self.stream(stream), folder / f"{name}.npy"))
+
+        seen, unseen = pairs("drawn", self.config.drawn_pictures, RANKED), pairs("unseen", 512, UNSEEN)
+        trainer = RankerTrainer(networks.clip, vqgan, config)
+        collate, alone = Collate(networks.config.clip.context_length), replace(self.machine, devices="1", nodes=1)
+        return fit("ranker", trainer, seen, unseen, folder, seed=self.config.seed, machine=alone, collate=collate)
 
     def pictures(self, count: int, stream: int) -> RenderedPictures:
         return RenderedPictures(count, self.stream(stream), self.config.model.vqgan.resolution)

@@ -34,12 +34,16 @@ class FitConfig:
 
 
 class Stage(pl.LightningModule):
-    """A network in training. `time_spent` is the share of the time there is that has passed, 0 when there is no end."""
+    """A network in training.
+
+    `time_spent` is the share of the time there is that had passed when the batch began, the same in every process; 0
+    when there is no end.
+    """
 
     def __init__(self, config: FitConfig):
         super().__init__()
         self.config = config
-        self.time_spent: Callable[[], float] = lambda: 0.0
+        self.time_spent = 0.0
 
     def setup(self, stage: str) -> None:
         """Compiled code is for as many threads as there are here, now that processes have shared them out.
@@ -55,7 +59,7 @@ class Stage(pl.LightningModule):
         def factor(step: int) -> float:
             if step < config.warmup:
                 return (step + 1) / config.warmup
-            done = max((step - config.warmup) / max(1, config.steps - config.warmup), self.time_spent())
+            done = max((step - config.warmup) / max(1, config.steps - config.warmup), self.time_spent)
             return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

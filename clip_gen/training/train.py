@@ -49,7 +49,7 @@ from clip_gen.weights import pack, resolve_weights
 log = logging.getLogger(__name__)
 
 MOST_HELD_BACK = 512
-VQGAN_TIME = 0.4  # of max_minutes; the transformer gets the rest
+VQGAN_TIME = 0.3  # of max_minutes; the transformer gets the rest
 
 
 class Training:

@@ -20,7 +20,7 @@ class VQGANLoss:
 
     perceptual: float = 0.0
     adversarial: float = 0.0  # on top of the adaptive weight
-    adversarial_from: int = 0  # the step the discriminator comes in at
+    adversarial_from: float = 0.5  # the share of the stage, by steps or by time, at which the discriminator comes in
 
 
 class VQGANTrainer(Stage):
@@ -77,7 +77,7 @@ class VQGANTrainer(Stage):
 
     def _adversarial(self, images: Tensor, fakes: Tensor, reconstruction: Tensor, values: dict[str, Tensor]) -> Tensor:
         """The generator's and the discriminator's losses as one sum, each kept from the other's weights."""
-        if self.global_step < self.weights.adversarial_from:
+        if max(self.global_step / self.config.steps, self.time_spent) < self.weights.adversarial_from:
             # Processes that share the work want a gradient, if of nothing, for every parameter.
             return 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         self.discriminator.requires_grad_(False)
