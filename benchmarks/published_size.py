@@ -1,6 +1,6 @@
 """The published size on this machine: what importing, loading and predicting take in seconds and memory.
 
-    .venv/bin/python benchmarks/published_size.py --out /tmp/published
+    PYTHONPATH=. .venv/bin/python benchmarks/published_size.py --out /tmp/published
 
 Writes HFAiLab's and OpenAI's files at their full size with random weights, 2 GB, then runs each step in a process of
 its own, its threads held to --threads, and prints a table; --json writes the figures too. The targets are those the

@@ -11,7 +11,7 @@ import pytest
 from clip_gen.cog_schema import ROOT
 
 
-@pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes"])
+@pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "bench"])
 def test_a_script_works_through_a_link_and_whatever_cdpath_says(tmp_path: Path, name: str) -> None:
     (tmp_path / "script").mkdir()
     (link := tmp_path / "script" / name).symlink_to(ROOT / "script" / name)

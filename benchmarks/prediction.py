@@ -1,0 +1,60 @@
+"""Decoding and ranking, loading, and a whole prediction in a warm process, each beside the plain reference.
+
+script/bench --only decoding loading prediction [--size bundled published] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import plain
+import torch
+from figures import Figure, seconds
+from subjects import PROMPT, Subject
+
+from clip_gen import ClipGen
+from clip_gen.serving import Outputs
+
+CANDIDATES = 16
+MOST_SECONDS = 1.5  # for a prediction of the bundled model
+
+
+def decoding(subject: Subject) -> list[Figure]:
+    """Pictures of sixteen candidates' tokens and their scores: ours one by one as pipeline.py has it, plain in one."""
+    theirs, ours, device = subject.plain, subject.ours, subject.device
+
+    def work() -> list[Figure]:
+        gpt = ours.config.gpt
+        tokens = torch.randint(0, gpt.codebook_size, (CANDIDATES, gpt.block_size), device=device)
+        text, _ = ours.read(PROMPT)
+        each = seconds(lambda: [ours.look(row[None], text) for row in tokens], device, subject.times)
+        batch = seconds(lambda: plain.look(theirs, tokens, text), device, subject.times)
+        return [Figure(f"decoding and ranking {CANDIDATES}", each, batch)]
+
+    return subject.run(work)
+
+
+def loading(subject: Subject) -> list[Figure]:
+    """The model folder to networks that are ready, its files in the system's cache."""
+    folder, device, times = subject.folder, subject.device, subject.times
+    theirs = subject.run(lambda: seconds(lambda: plain.load(folder, device), device, times))
+    return [Figure("loading", seconds(lambda: ClipGen.load(folder, device.type), device, times), theirs)]
+
+
+def whole(subject: Subject) -> list[Figure]:
+    """Sixteen candidates, the four best to files, as predict.py does it."""
+    theirs, ours, device, times = subject.plain, subject.ours, subject.device, subject.times
+    outputs, settings = Outputs(), {"prompt": PROMPT, "candidates": CANDIDATES, "model": ours.config.name}
+
+    def predict() -> None:
+        outputs.save(ours.generate(PROMPT, candidates=CANDIDATES, seed=0), settings, "png", 90)
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def reference() -> None:
+            plain.predict(theirs, PROMPT, 0, Path(folder), CANDIDATES)
+
+        slow = subject.run(lambda: seconds(reference, device, times))
+    name = f"a prediction of {CANDIDATES}, prompt to files"
+    return [Figure(name, seconds(predict, device, times), slow, most_seconds=MOST_SECONDS)]

@@ -1,0 +1,118 @@
+"""Where the time of a prediction goes: sixteen candidates, the four best saved.
+
+    script/bench --only profile [--size bundled published] [--device cpu]
+
+Drawing the tokens is measured in a few steps at lengths spread evenly over the picture and scaled to all of them;
+torch.profiler says which operations its seconds go to. On a GPU "Python and the rest" is when it had nothing to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from figures import Figure, seconds
+from subjects import PROMPT, Subject
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from clip_gen.gpt import GPT
+from clip_gen.images import to_pil
+from clip_gen.pipeline import ClipGen, Generation
+from clip_gen.sampling import ROWS, Sampling, draw, filtered_probabilities
+from clip_gen.serving import Outputs
+
+STEPS = 8  # of all that drawing a picture takes
+PROFILED_RUNS = 3  # of these steps
+DRAWING, OTHER, REST = "drawing the token", "adding, rotating, cache", "Python and the rest"
+GROUPS = {  # what the names of torch's operations have in them
+    DRAWING: (DRAWING,),
+    "attention": ("attention",),
+    "matrix products": ("linear", "matmul", "addmm", "::mm", "bmm"),
+    "normalisation and activation": ("layer_norm", "gelu"),
+}
+PROFILED = (*GROUPS, OTHER, REST)
+
+
+def measure(subject: Subject) -> list[Figure]:
+    model = subject.ours
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True):
+        pass  # it complains unless the main thread was its first
+    taken = subject.run(lambda: stages(model, subject.device, subject.times))
+    whole = sum(taken.values())
+    return [Figure(name, part, share=part / whole) for name, part in taken.items()]
+
+
+@torch.inference_mode()
+def stages(model: ClipGen, device: torch.device, times: int) -> dict[str, float]:
+    """Seconds of each stage."""
+    config = model.config.gpt
+    tokens = torch.randint(0, config.codebook_size, (1, config.block_size), device=device)
+    image = model.vqgan.decode(tokens)
+    found = Generation([], [0.0] * 4, tokens.expand(4, -1), 0, ROWS, {})
+    outputs, settings = Outputs(), {"prompt": PROMPT, "candidates": ROWS, "model": model.config.name}
+
+    def save() -> None:
+        found.images[:] = to_pil(image.expand(4, -1, -1, -1))
+        outputs.save(found, settings, "png", 90)
+
+    def took(work: Callable[[], object]) -> float:
+        return seconds(work, device, times)
+
+    return {
+        "reading the prompt": took(lambda: model.read(PROMPT)),
+        **{f"sampling: {name}": part for name, part in sampling_stages(model.gpt, device, times).items()},
+        "decoding": ROWS * took(lambda: model.vqgan.decode(tokens)),
+        "ranking": ROWS * took(lambda: model.clip_encoder.encode_image(image)),
+        "saving": took(save),
+    }
+
+
+@torch.inference_mode()
+def sampling_stages(gpt: GPT, device: torch.device, times: int) -> dict[str, float]:
+    """Seconds of drawing a batch of pictures, by kinds of operations."""
+    total = gpt.config.block_size
+    lengths = [(2 * step + 1) * total // (2 * STEPS) for step in range(STEPS)]
+    cache, sampling = gpt.new_cache(ROWS), Sampling()
+    token, uniform = torch.zeros(ROWS, dtype=torch.long, device=device), torch.rand(ROWS, device=device)
+
+    def steps() -> None:
+        """As sampling.Batch does it."""
+        for length in lengths:
+            cache.length = length
+            logits = gpt.step(token, cache).float()
+            with record_function(DRAWING):
+                draw(filtered_probabilities(logits, sampling), uniform)
+
+    taken = seconds(steps, device, times) * total / STEPS
+    parts = profiled_seconds(lambda: [steps() for _ in range(PROFILED_RUNS)], device)
+    # The profiler slows down what it watches, so it has the shares and the clock has the seconds.
+    return {name: taken * parts[name] / sum(parts.values()) for name in PROFILED}
+
+
+def profiled_seconds(work: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds that the work spends in each group of operations, under the profiler."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        began = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        whole = time.perf_counter() - began
+    found = dict.fromkeys(PROFILED, 0.0)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # with the seconds of the kernels it started
+            found[group(event)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+    found[REST] = max(0.0, whole - sum(found.values()))
+    return found
+
+
+def group(event: FunctionEvent) -> str:
+    """That of the outermost operation around this one which has any."""
+    found = OTHER
+    while event is not None:
+        found = next((name for name, words in GROUPS.items() if any(word in event.name for word in words)), found)
+        event = event.cpu_parent
+    return found

@@ -1,0 +1,60 @@
+"""The models that are measured: the bundled one, and one of the published size with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import plain
+import torch
+
+from clip_gen import ClipGen
+from clip_gen.batching import shared_batcher
+from clip_gen.checkpoint import Networks, build, save_networks
+from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
+
+Result = TypeVar("Result")
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = ROOT / "checkpoints" / "shapes"
+PROMPT = "a large red circle on a white background"
+# HFAiLab's, with OpenAI's ViT-B/32.
+PUBLISHED = ModelConfig(
+    name="published",
+    vqgan=VQGANConfig(norm_eps=1e-5, quantizer="taming", codebook_size=16384, codebook_dim=256),
+    gpt=GPTConfig(n_layer=24, n_head=16, n_embd=1024, codebook_size=16384, head_bias=True, null_condition=False),
+)
+
+
+@dataclass
+class Subject:
+    """A model folder, loaded both ways when first asked for."""
+
+    size: str  # "bundled" or "published"
+    folder: Path
+    device: torch.device
+    times: int = 3  # how often a thing is measured
+
+    @cached_property
+    def plain(self) -> Networks:
+        return self.run(lambda: plain.load(self.folder, self.device))
+
+    @cached_property
+    def ours(self) -> ClipGen:
+        return ClipGen.load(self.folder, self.device.type)
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, done by the thread that draws predictions. All that takes torch some time belongs there:
+        a second thread with helpers slows both down (batching.one_thread). `work` must not generate or load, or it
+        would wait for itself."""
+        return shared_batcher(self.device).run(work)
+
+
+def write_published(folder: Path, config: ModelConfig = PUBLISHED) -> Path:
+    """A model folder with random weights."""
+    torch.manual_seed(0)
+    save_networks(build(config), folder, training={})
+    return folder
