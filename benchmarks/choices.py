@@ -1,7 +1,7 @@
 """Two choices of the training, measured side by side: the quantiser, and CLIP-GEN's second loss.
 
     PYTHONPATH=. .venv/bin/python benchmarks/choices.py quantizer --out /tmp/quantizer [--steps 1500]
-    PYTHONPATH=. .venv/bin/python benchmarks/choices.py second_loss --out /tmp/second --model checkpoints/shapes [--steps 600]
+    (the same with) second_loss --out /tmp/second --model checkpoints/shapes [--steps 600]
 
 Both learn from the same 2,000 plain shapes, in the same order, for the same number of steps.
 quantizer: stage 1 of size laptop with taming's codebook and with the l2-normalised one; PSNR, the share of codes used

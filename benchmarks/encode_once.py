@@ -1,6 +1,6 @@
 """Stage 2 as it trains here, beside a loop that encodes every picture at every step.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/encode_once.py [--size laptop small medium] [--pictures 64] [--json encode_once.json]
+    PYTHONPATH=. .venv/bin/python benchmarks/encode_once.py [--size laptop small medium] [--pictures 64] [--json FILE]
 
 The same transformer and batch for all, random weights, the bundled CLIP; picture files are read from disk where a loop
 would read them. "every step" draws each batch's pictures, embeds and tokenises them and takes the step in plain
