@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, tiny_networks
 from safetensors.torch import load_file, save_file
 
-from clip_gen.checkpoint import PARTS, ModelFolderError, load_networks, save_networks
+from clip_gen.checkpoint import PARTS, ModelFolderError, all_finite, load_networks, save_networks
 
 
 @pytest.fixture
@@ -118,6 +118,16 @@ def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_taken(folder:
     path.write_text(path.read_text().replace("vocab_size: 49408", "vocab_size: 200000").replace("ch: 32", "ch: 65536"))
     with pytest.raises(ModelFolderError, match="wanted is"):
         load_networks(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    for place in (0, 500, 999):
+        tensor = torch.randn(1000).to(dtype)
+        assert all_finite(tensor)
+        tensor[place] = bad
+        assert not all_finite(tensor)
 
 
 def test_numbers_that_are_not_finite_are_refused_when_loading_and_when_saving(folder: Path) -> None:
