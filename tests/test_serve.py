@@ -312,6 +312,7 @@ def test_a_client_that_hangs_up_frees_its_slot(bare_server: Server, files: Path)
         head = f"POST /predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         client.sendall(f"{head}\r\n\r\n".encode() + body)
         wait_for(lambda: bare_server.health()["status"] == "BUSY")
+        time.sleep(0.7)  # Cog does not hear of one given up in its first instant, before run() has begun
     wait_for(lambda: bare_server.health()["status"] == "READY")
 
 
