@@ -93,10 +93,10 @@ before = threads()
 model = ClipGen.load(FOLDER, device="cpu")
 print(threads() - before)
 with ThreadPoolExecutor(2) as drawing:
-    for seed in range(2):
-        drawing.submit(model.generate, "a red circle", candidates=4, seed=seed)
-    drawing.shutdown(wait=True)
-    print(threads() - before)
+    asked = [drawing.submit(model.generate, "a red circle", candidates=4, seed=seed) for seed in range(2)]
+    for request in asked:
+        request.result()
+    print(threads() - before - 2)  # while the two that asked are still there
 """
 
 
