@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,20 @@ def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: 
     again.part("vqgan")
     for name, tensor in trained.networks.vqgan.state_dict().items():
         assert torch.equal(tensor, again.networks.vqgan.state_dict()[name])
+
+
+def test_what_one_process_trains_alone_the_others_wait_for(
+    trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
+    record, waited = again.work / "ranker" / "record.json", []
+    kept = record.read_bytes()
+    record.unlink()
+    monkeypatch.setattr("clip_gen.training.shapes.rank_zero_only.rank", 1)
+    monkeypatch.setattr("clip_gen.training.shapes.fit", None)
+    monkeypatch.setattr("clip_gen.training.shapes.wait_for", lambda path: waited.append(path.write_bytes(kept)))
+    again.part("ranker")
+    assert waited
 
 
 def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -190,15 +191,23 @@ def _encoded_once(
         wait_for(path)
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     count, began = len(pictures), time.perf_counter()
+    with whole_array(path, (count, width), dtype) as rows:
+        loader = DataLoader(pictures, batch_size, num_workers=1)
+        for start, batch in zip(range(0, count, batch_size), loader, strict=True):
+            rows[start : start + len(batch)] = encode(from_bytes(batch)).cpu().numpy()
+            if start // batch_size % 100 == 99:
+                speed = start / (time.perf_counter() - began)
+                log.info("%s: %d of %d pictures, %.0f a second", path.name, start, count, speed)
+    return path
+
+
+@contextmanager
+def whole_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[np.ndarray]:
+    """An array on disk to fill in; the .npy is there when all of it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    rows = np.lib.format.open_memmap(part, "w+", dtype, (count, width))
-    for start, batch in zip(range(0, count, batch_size), DataLoader(pictures, batch_size, num_workers=1), strict=True):
-        rows[start : start + len(batch)] = encode(from_bytes(batch)).cpu().numpy()
-        if start // batch_size % 100 == 99:
-            speed = start / (time.perf_counter() - began)
-            log.info("%s: %d of %d pictures, %.0f a second", path.name, start, count, speed)
+    rows = np.lib.format.open_memmap(part, "w+", dtype, shape)
+    yield rows
     rows.flush()
     os.replace(part, path)
-    return path

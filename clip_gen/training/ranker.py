@@ -9,7 +9,6 @@ so is what prompts become; what true pictures become is held in place.
 from __future__ import annotations
 
 import logging
-import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, PairGroup
 from clip_gen.training.clip_trainer import Batch, contrastive_loss
+from clip_gen.training.dataset import whole_array
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN
 
@@ -56,25 +56,21 @@ def draw_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, path: Pa
     """One picture for the first scene of each group, from all that can be said of it, as a .npy (N, S, S, 3) uint8."""
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     config, device = networks.config, next(networks.gpt.parameters()).device
     gpt = deepcopy(networks.gpt)
     if multiplies_bfloat16(device):
         gpt.work_in(torch.bfloat16)
-    side, part = config.vqgan.resolution, path.with_suffix(".part")
-    rows = np.lib.format.open_memmap(part, "w+", np.uint8, (len(pairs), side, side, 3))
-    for turn, start in enumerate(range(0, len(pairs), TOGETHER)):
-        indices = range(start, min(start + TOGETHER, len(pairs)))
-        condition = networks.bridge(
-            networks.clip.encode_text([caption(describe(pairs.scene(index))) for index in indices])
-        )
-        uniforms = torch.cat([candidate_uniforms(seed, range(i, i + 1), config.gpt.block_size) for i in indices])
-        temperature = TEMPERATURES[turn % len(TEMPERATURES)]
-        tokens = sample_tokens(gpt, condition, uniforms, Sampling(temperature))
-        rows[start : indices.stop] = to_bytes(networks.vqgan.decode(tokens)).cpu().numpy()
-        log.info("%s: %d of %d pictures drawn", path.name, indices.stop, len(pairs))
-    rows.flush()
-    os.replace(part, path)
+    side = config.vqgan.resolution
+    with whole_array(path, (len(pairs), side, side, 3), np.uint8) as rows:
+        for turn, start in enumerate(range(0, len(pairs), TOGETHER)):
+            indices = range(start, min(start + TOGETHER, len(pairs)))
+            prompts = [caption(describe(pairs.scene(index))) for index in indices]
+            condition = networks.bridge(networks.clip.encode_text(prompts))
+            uniforms = candidate_uniforms(seed, indices, config.gpt.block_size)
+            temperature = TEMPERATURES[turn % len(TEMPERATURES)]
+            tokens = sample_tokens(gpt, condition, uniforms, Sampling(temperature))
+            rows[start : indices.stop] = to_bytes(networks.vqgan.decode(tokens)).cpu().numpy()
+            log.info("%s: %d of %d pictures drawn", path.name, indices.stop, len(pairs))
     return path
 
 

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
 
 ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker")
+SHARED = ("vqgan", "gpt")  # the work that processes share; the rest is the first one's, and the others wait
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Recipe:
         folder = self.work / name
         network, told = getattr(self.networks, "clip" if name == "ranker" else name), self.told(name)
         record = folder / "record.json"
-        if not record.is_file():
+        if not record.is_file() and (name in SHARED or not rank_zero_only.rank):
             folder.mkdir(parents=True, exist_ok=True)
             pl.seed_everything(self.config.seed)
             values = getattr(self, f"train_{name}")(folder)
