@@ -1,7 +1,7 @@
 """Several requests, one device: their candidates share batches, and one thread does all the work.
 
 A request's candidates join the next batch that starts, within LONGEST, beside whatever others have under way; every
-batch is worked on in turn, a token each. Batches have the shape they would have for one request alone (sampling.ROWS),
+batch is worked on in turn, a token each. Batches have the shape they would have for one request alone (sampling.most_rows),
 so on a CPU a candidate's bits are the same whoever else asks.
 """
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from clip_gen.gpt import GPT
-from clip_gen.sampling import ROWS, Batch, Sampling, Stopped, candidate_uniforms, check_guidance
+from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, check_guidance, most_rows
 
 Result = TypeVar("Result")
 
@@ -216,7 +216,7 @@ class Batcher:
         if not ready:
             return None
         together = [request for request in ready if request.shares_with(ready[0])]
-        if sum(request.waiting_rows for request in together) >= ROWS:
+        if sum(request.waiting_rows for request in together) >= most_rows(ready[0].embedding.device):
             return 0
         return max(0, min(together[-1].asked + LINGER, together[0].asked + LONGEST) - time.monotonic())
 
@@ -249,7 +249,7 @@ class Batcher:
             rows: list[tuple[_Request, int]] = []
             for request in ready:
                 if request.shares_with(first):
-                    taken = min(ROWS - len(rows), request.waiting_rows)
+                    taken = min(most_rows(first.embedding.device) - len(rows), request.waiting_rows)
                     rows += [(request, request.begun_rows + i) for i in range(taken)]
                     request.begun_rows += taken
             self._start(rows)
@@ -297,7 +297,7 @@ def batch_bytes(gpt: GPT, sampling: Sampling) -> int:
     config, element = gpt.config, gpt.blocks[0].attn.qkv.weight.element_size()
     cache = 2 * config.n_layer * config.block_size * config.n_embd * element
     logits = 8 * config.codebook_size * 4
-    return ROWS * (cache + logits) * (1 if sampling.guidance == 1 else 2)
+    return most_rows(gpt.head.weight.device) * (cache + logits) * (1 if sampling.guidance == 1 else 2)
 
 
 _making = threading.Lock()

@@ -28,9 +28,18 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows, self.length = rows, 0
+        self.mask: Tensor | None = None  # which of what `extend` returns may be looked at, where not all of it
+
+    @property
+    def place(self) -> slice | Tensor:
+        """Where the next token goes."""
+        return slice(self.length, self.length + 1)
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (rows, H, n, D) behind what is there; returns all so far. `length` moves when the step is over."""
+        """Writes (rows, H, n, D) behind what is there; returns all so far. `advance` when the step is over."""
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
@@ -75,7 +84,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v = (part[: cache.rows] for part in (q, k, v))
             k, v = cache.extend(layer, k, v)
         # No dropout here, only on what comes out: on a CPU torch has no quick kernel for it.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
+        y = F.scaled_dot_product_attention(q, k, v, None if cache is None else cache.mask, is_causal=length > 1)
         y = y.transpose(1, 2).reshape(-1, length, width)
         return self.proj(y if len(y) == batch else F.pad(y, (0, 0, 0, 0, 0, batch - len(y))))
 
@@ -154,15 +163,19 @@ class GPT(nn.Module):
     def forward(self, embedding: Tensor, tokens: Tensor, unconditional: Tensor | None = None) -> Tensor:
         """Logits (B, n + 1, V) for positions 0 to n, given the n first tokens (B, n); n < block_size."""
         x = torch.cat([self.prefix(embedding, unconditional)[:, None], self.token_embedding(tokens)], dim=1)
-        return self._logits(x, start=0)
+        return self._logits(x, slice(0, x.shape[1]))
 
     def start(self, prefix: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the first token, from prefix (B, n_embd)."""
-        return self._logits(prefix[:, None], 0, cache)[:, 0]
+        return self.next(prefix, cache)
 
     def step(self, token: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after `token` (B,), which follows what the cache holds."""
-        return self._logits(self.token_embedding(token)[:, None], cache.length, cache)[:, 0]
+        return self.next(self.token_embedding(token), cache)
+
+    def next(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) of the token after x (B, n_embd): the prefix at first, then the last token's embedding."""
+        return self._logits(x[:, None], cache.place, cache)[:, 0]
 
     def new_cache(self, rows: int) -> KVCache:
         weight = self.blocks[0].attn.qkv.weight
@@ -175,17 +188,18 @@ class GPT(nn.Module):
                 linear.to(dtype)
         return self
 
-    def _logits(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
+    def _logits(self, x: Tensor, places: slice | Tensor, cache: KVCache | None = None) -> Tensor:
         length = x.shape[1]
-        assert start + length <= self.config.block_size, (start, length, self.config.block_size)
-        x = self.dropout(x + self.position_embedding.weight[start : start + length])
+        positions = self.position_embedding.weight[places]
+        assert len(positions) == length, (places, self.config.block_size)
+        x = self.dropout(x + positions)
         rotation = self.rotation
         if rotation is not None:
-            rotation = rotation[:, start : start + length].to(self.blocks[0].attn.qkv.weight.dtype)
+            rotation = rotation[:, places].to(self.blocks[0].attn.qkv.weight.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, cache, layer)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         return self.head(self.ln_f(x))
 
 

@@ -24,6 +24,7 @@ __all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
 log = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 1024
+AT_A_TIME = 32  # pictures decoded and ranked together on a GPU
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class ClipGen:
         self.gpt = networks.gpt
         self.bridge = networks.bridge
         self.device = device
+        # On a CPU one alone, so that a picture's bytes and its score do not depend on the ones beside it.
+        self.at_a_time = AT_A_TIME if device.type == "cuda" else 1
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", dtype: str | None = None) -> ClipGen:
@@ -95,12 +98,12 @@ class ClipGen:
         text, embedding = device.run(lambda: self.read(prompt))
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop)
         images, scores = [], []
-        for row in sampled.tokens:
+        for tokens in sampled.tokens.split(self.at_a_time):
             if should_stop is not None and should_stop():
                 raise Stopped
-            image, score = device.run(lambda row=row: self.look(row[None], text))
-            images.append(image)
-            scores.append(score)
+            looked_at = device.run(lambda tokens=tokens: self.look(tokens, text))
+            images += looked_at[0].split(1)
+            scores += looked_at[1]
         ranked = torch.tensor(scores).argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
         best = ranked[:num_outputs].tolist()
         return Generation(
@@ -118,13 +121,10 @@ class ClipGen:
         return text, self.bridge(text)
 
     @torch.inference_mode()
-    def look(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, float]:
-        """The image (1, 3, S, S) of tokens (1, T), and its CLIP cosine with the text embedding (1, E).
-
-        One at a time, so that a picture's bytes and its score do not depend on the ones beside it.
-        """
-        image = self.vqgan.decode(tokens)
-        return image, float(self.clip_encoder.encode_image(image)[0] @ text[0])
+    def look(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, list[float]]:
+        """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with the text embedding (1, E)."""
+        images = self.vqgan.decode(tokens)
+        return images, (self.clip_encoder.encode_image(images) @ text[0]).tolist()
 
 
 def choose_device(device: str) -> torch.device:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_gen.cuda_graphs import RecordedSteps
 from clip_gen.gpt import GPT
 
 MAX_SEED = 2**31 - 1
@@ -17,6 +18,8 @@ MAX_SEED = 2**31 - 1
 # code paths and round differently (by 1e-6 on a CPU with AVX2), which now and then flips a token; a batch of one
 # shape keeps a candidate's bits whatever stands beside it.
 ROWS = 16
+# A GPU reads all weights for each step, however many rows there are; a batch of up to ROWS is still one of ROWS.
+GPU_ROWS = 64
 
 GREEDY = 1e-4  # temperatures below this take the likeliest token: dividing by less overflows
 
@@ -89,29 +92,57 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(token, last)
 
 
+def most_rows(device: torch.device) -> int:
+    """How many candidates share a batch."""
+    return GPU_ROWS if device.type == "cuda" else ROWS
+
+
+class GrowingSteps:
+    """The steps of one batch: called with nothing at first, then with the last token (B,), gives logits (B, V).
+
+    Matrix products have `rows` rows, the last one repeated; all else is done for the B alone.
+    """
+
+    def __init__(self, gpt: GPT, prefix: Tensor, rows: int):
+        self.gpt, self.prefix, self.rows = gpt, prefix, rows
+        self.cache = gpt.new_cache(len(prefix))
+
+    def __call__(self, last: Tensor | None) -> Tensor:
+        if last is None:
+            logits = self.gpt.start(_padded(self.prefix, self.rows), self.cache)
+        else:
+            logits = self.gpt.step(_padded(last, self.rows), self.cache)
+        return logits[: len(self.prefix)]
+
+
 class Batch:
     """Candidates drawn together, a token of each at a time: `step` until `done`, then `tokens` (B, T) are there.
 
     embedding: (B, E), one candidate a row. uniforms: (B, T) in [0, 1), what decides each draw. ValueError for guidance
-    where the model has no null condition. Matrix products have ROWS rows at least; all else is done for B alone.
+    where the model has no null condition. recorded: by CUDA graphs and what they ask for; if not given, on a GPU.
     """
 
     @torch.inference_mode()
-    def __init__(self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling):
+    def __init__(
+        self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling, recorded: bool | None = None
+    ):
         check_guidance(gpt, sampling)
-        self.gpt, self.sampling, self.uniforms = gpt, sampling, uniforms.to(embedding.device)
-        rows = max(len(uniforms), ROWS)
-        self.prefix = gpt.prefix(_padded(embedding, rows))[: len(uniforms)]
+        device, count = embedding.device, len(uniforms)
+        self.gpt, self.sampling, self.uniforms, self.drawn = gpt, sampling, uniforms.to(device), 0
+        self._tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
+        recorded = device.type == "cuda" if recorded is None else recorded
+        rows = ROWS if count <= ROWS else max(count, most_rows(device))
+        embedding = _padded(embedding, rows)
+        prefixes = [gpt.prefix(embedding)]
         if sampling.guidance != 1:
-            null = torch.ones(len(uniforms), dtype=torch.bool, device=embedding.device)
-            self.prefix = torch.cat([self.prefix, gpt.prefix(embedding, null)])
-            rows *= 2
-        self.rows, self.cache = rows, gpt.new_cache(len(self.prefix))
-        self._tokens = torch.empty(self.uniforms.shape, dtype=torch.long, device=embedding.device)
+            prefixes.append(gpt.prefix(embedding, torch.ones(rows, dtype=torch.bool, device=device)))
+        self.passes, self.width = len(prefixes), rows if recorded else count
+        prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
+        self.steps = RecordedSteps(gpt, prefix) if recorded else GrowingSteps(gpt, prefix, rows * self.passes)
 
     @property
     def done(self) -> bool:
-        return self.cache.length == self._tokens.shape[1]
+        return self.drawn == self._tokens.shape[1]
 
     @property
     def tokens(self) -> Tensor:
@@ -121,15 +152,12 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> None:
         """Draws the next token of every row."""
-        t = self.cache.length
-        if t == 0:
-            logits = self.gpt.start(_padded(self.prefix, self.rows), self.cache)
-        else:
-            last = self._tokens[:, t - 1].repeat(len(self.prefix) // len(self._tokens))
-            logits = self.gpt.step(_padded(last, self.rows), self.cache)
-        logits, guidance = logits[: len(self.prefix)].float(), self.sampling.guidance
-        chosen = logits if guidance == 1 else guided(*logits.chunk(2), guidance)
+        t = self.drawn
+        last = _padded(self._tokens[:, t - 1], self.width).repeat(self.passes) if t else None
+        logits = [rows[: len(self._tokens)].float() for rows in self.steps(last).chunk(self.passes)]
+        chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
         self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
+        self.drawn += 1
 
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:

@@ -151,7 +151,7 @@ def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
     asked_at = []
 
     def stop() -> bool:
-        asked_at.append(batcher._under_way[0].batch.cache.length if batcher._under_way else 0)
+        asked_at.append(batcher._under_way[0].batch.drawn if batcher._under_way else 0)
         return len(asked_at) > 5
 
     with Held(batcher, threads):

@@ -56,7 +56,7 @@ def test_plain_pictures_and_scores_are_ours(subject: Subject) -> None:
     tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(0))
     text, _ = subject.ours.read(PROMPT)
     for row, image, score in zip(tokens, *plain.look(subject.plain, tokens, text), strict=True):
-        found, cosine = subject.ours.look(row[None], text)
+        found, [cosine] = subject.ours.look(row[None], text)
         assert torch.allclose(found[0], image, atol=1e-4)
         assert cosine == pytest.approx(float(score), abs=1e-4)
 

@@ -1,0 +1,95 @@
+"""cuda_graphs.py: a cache of fixed size gives what a growing one gives."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_gen import cuda_graphs
+from clip_gen.gpt import GPT
+from clip_gen.sampling import Batch, Sampling, candidate_uniforms
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+
+
+@pytest.fixture(params=DEVICES)
+def gpt(request: pytest.FixtureRequest) -> GPT:
+    torch.manual_seed(0)
+    return GPT(replace(TINY.gpt, rotary=True)).eval().to(request.param)
+
+
+def begun(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling: Sampling | None = None) -> Batch:
+    device = gpt.head.weight.device
+    embedding = F.normalize(torch.randn(rows, gpt.config.embed_dim, generator=torch.manual_seed(seed)), dim=-1)
+    uniforms = candidate_uniforms(seed, range(rows), gpt.config.block_size)
+    return Batch(gpt, embedding.to(device), uniforms, sampling or Sampling(), recorded)
+
+
+def finished(batch: Batch) -> Tensor:
+    while not batch.done:
+        batch.step()
+    return batch.tokens
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=3.0, top_k=5)])
+@pytest.mark.parametrize("rows", [1, 16, 20])
+def test_the_tokens_are_those_of_a_growing_cache(gpt: GPT, rows: int, sampling: Sampling) -> None:
+    growing = finished(begun(gpt, rows, 3, recorded=False, sampling=sampling))
+    assert growing.unique().numel() > 4
+    assert torch.equal(finished(begun(gpt, rows, 3, sampling=sampling)), growing)
+
+
+def test_the_logits_are_those_of_a_growing_cache_at_every_place(gpt: GPT) -> None:
+    fixed, growing = (begun(gpt, 16, 5, recorded=recorded) for recorded in (True, False))
+    last = None
+    for _ in range(gpt.config.block_size):
+        with torch.inference_mode():
+            found, wanted = fixed.steps(last), growing.steps(last)
+        assert torch.allclose(found, wanted, atol=1e-5)
+        last = wanted.argmax(dim=1)
+
+
+def test_a_recording_is_used_again_and_nothing_of_its_last_batch_remains(gpt: GPT) -> None:
+    first = begun(gpt, 4, 1)
+    used, alone = first.steps.recording, finished(first)
+    finished(second := begun(gpt, 4, 2))
+    other = second.steps.recording
+    assert other is not used  # the first still has it
+    del first, second
+    third = begun(gpt, 4, 1)
+    assert third.steps.recording in (used, other)
+    assert torch.equal(finished(third), alone)
+
+
+def test_batches_side_by_side_do_not_share_memory(gpt: GPT) -> None:
+    alone = [finished(begun(gpt, 4, seed)) for seed in (1, 2)]
+    batches = [begun(gpt, 4, seed) for seed in (1, 2)]
+    for _ in range(gpt.config.block_size):
+        for batch in batches:
+            batch.step()
+    assert all(torch.equal(batch.tokens, tokens) for batch, tokens in zip(batches, alone, strict=True))
+
+
+def test_a_batch_given_up_half_way_leaves_its_recording_to_the_next(gpt: GPT) -> None:
+    alone = finished(begun(gpt, 4, 1))
+    half = begun(gpt, 4, 2)
+    half.step()
+    del half
+    assert torch.equal(finished(begun(gpt, 4, 1)), alone)
+    assert len(cuda_graphs._idle[gpt][16]) == 1
+
+
+def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
+    own = GPT(TINY.gpt).eval().to(gpt.head.weight.device)
+    finished(begun(own, 2, 0))
+    recording = weakref.ref(cuda_graphs._idle[own][16][0])
+    del own
+    gc.collect()
+    assert recording() is None
