@@ -1,7 +1,7 @@
 """Several requests, one device: their candidates share batches, and one thread does all the work.
 
 A request's candidates join the next batch that starts, within LONGEST, beside whatever others have under way; every
-batch is worked on in turn, a token each. Batches have the shape they would have for one request alone (sampling.most_rows),
+batch is worked on in turn, a token each. Batches have the shape they would have for one request alone (sampling.ROWS),
 so on a CPU a candidate's bits are the same whoever else asks.
 """
 

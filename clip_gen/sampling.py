@@ -123,9 +123,7 @@ class Batch:
     """
 
     @torch.inference_mode()
-    def __init__(
-        self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling, recorded: bool | None = None
-    ):
+    def __init__(self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling, recorded: bool | None = None):
         check_guidance(gpt, sampling)
         device, count = embedding.device, len(uniforms)
         self.gpt, self.sampling, self.uniforms, self.drawn = gpt, sampling, uniforms.to(device), 0

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from clip_gen.shapes.captions import describe
+from clip_gen.shapes.captions import Description, ItemDescription, describe
 from clip_gen.shapes.judge import read, satisfies
-from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures, _numbers, fits, near_miss
+from clip_gen.shapes.pairs import CHOICES, UNSAID, CaptionedPairs, RenderedPictures, _numbers, answers, fits, near_miss
 from clip_gen.shapes.rendering import render
 from clip_gen.shapes.scenes import HELD_OUT, Item, Scene, sample_scene
 from clip_gen.shapes.spoiling import spoil
@@ -51,6 +51,31 @@ def test_a_caption_fits_a_scene_told_from_either_item() -> None:
     turned = Scene("white", (blue, red), "right of")
     swapped = Scene("white", (blue, red), "left of")
     assert fits(rows(scene), rows(scene, turned, swapped)).tolist() == [[True, True, False]]
+
+
+def test_a_scene_gives_the_same_answers_from_whichever_item_it_is_told() -> None:
+    red, blue = Item("circle", "red", "large"), Item("star", "blue", "small")
+    below, above = Scene("black", (red, blue), "below"), Scene("black", (blue, red), "above")
+    assert answers(rows(below, above)).tolist() == 2 * [[1, 2, 3, 2, 0, 0, 0, 1]]
+    swapped, beside = Scene("black", (red, blue), "above"), Scene("black", (red, blue), "left of")
+    assert answers(rows(swapped, beside)).tolist() == [[1, 2, 0, 0, 1, 3, 2, 0], [1, 1, 0, 0, 1, 3, 2, 0]]
+
+
+def test_there_is_no_answer_where_nothing_is_said() -> None:
+    star, thing = ItemDescription("star", "blue"), ItemDescription()
+    said = [Description((star,)), Description((star, thing), "white"), Description((star, thing), None, "right of")]
+    found = answers(torch.from_numpy(np.stack([_numbers(each) for each in said])))
+    nothing = UNSAID
+    assert found.tolist() == [
+        [nothing, 0, 3, 2, nothing, nothing, nothing, nothing],
+        [0, *7 * [nothing]],  # which of the two is on the left or above?
+        [nothing, 1, nothing, nothing, nothing, 3, 2, nothing],
+    ]
+
+
+def test_every_question_has_as_many_choices_as_its_answers_need() -> None:
+    found = answers(torch.cat([torch.from_numpy(CaptionedPairs(300, 0, 64)[i].shown) for i in range(300)]))
+    assert (found.max(dim=0).values + 1).tolist() == list(CHOICES)
 
 
 def test_a_near_miss_is_another_scene_of_this_world() -> None:

@@ -19,8 +19,8 @@ from clip_gen.checkpoint import load_networks, save_networks
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
-from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
-from clip_gen.training.clip_trainer import ClipTrainer, Collate, contrastive_loss
+from clip_gen.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs, RenderedPictures
+from clip_gen.training.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
 from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
 from clip_gen.training.gpt_trainer import embedding_loss
 from clip_gen.training.run import fit
@@ -342,7 +342,9 @@ def test_no_caption_is_pulled_towards_a_spoilt_picture() -> None:
     assert (logits.grad[:, 2] > 0).all()
 
 
-def test_the_small_clip_learns_to_find_pictures() -> None:
+@pytest.mark.parametrize("naming_alone", [0.0, 1.0])
+def test_the_small_clip_learns(naming_alone: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.training.clip_trainer.NAMING_ALONE", naming_alone)
     torch.manual_seed(0)
     encoder = ClipEncoder(TINY.clip)
     trainer = ClipTrainer(encoder, FitConfig(steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0))
@@ -359,6 +361,20 @@ def test_the_small_clip_learns_to_find_pictures() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_naming_asks_only_what_was_said() -> None:
+    torch.manual_seed(0)
+    naming = Naming(8)
+    circle = torch.tensor([[0, UNSAID, 1, 0, UNSAID, 1, ABSENT, ABSENT, ABSENT]])
+    naming(torch.randn(1, 8), circle).backward()
+    asked = [gradient.any().item() for gradient in naming.read[-1].bias.grad.split(CHOICES)]
+    assert asked == [True, True, True, False, True, False, False, False]
+    nothing = torch.full((1, 9), UNSAID)
+    nothing[:, 2] = 2
+    both = torch.cat([circle, nothing])
+    embeddings = torch.randn(2, 8)
+    assert torch.equal(naming(embeddings, both), naming(embeddings[:1], circle))
 
 
 def test_only_matrices_are_decayed() -> None:

@@ -35,6 +35,9 @@ TRAINING = 1203  # sets the training streams' randomness apart from everybody el
 UNSAID = -1
 ABSENT = -2
 
+# How many answers there are to each question that `answers` gives one to.
+CHOICES = (len(BACKGROUNDS), 3, *2 * (len(SHAPES), len(COLOURS), len(SIZES)))
+
 
 def training_rng(seed: int, index: int) -> np.random.Generator:
     """What draws number `index` of a training stream: never what a folder of pictures of the same seed holds."""
@@ -97,14 +100,16 @@ class CaptionedPairs(Dataset):
 
 
 def _first_scene(rng: np.random.Generator) -> Scene:
-    return sample_scene(rng, held_out="may")
+    """Two scenes of three have two items: what belongs to which is the hardest to learn."""
+    return sample_scene(rng, count=int(rng.choice([1, 2, 2])), held_out="may")
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
     """A scene that differs from this one in one thing that a caption may say, drawn afresh elsewhere."""
     changes = [_change_item, _change_item, _change_item, _change_background]
     if len(scene.items) == 2:
-        changes += [_change_relation, _change_relation, _swap_attribute, _swap_attribute, _drop_item]
+        changes = [_change_item, _change_item, _change_background, _change_relation, _drop_item]
+        changes += 2 * [_change_places] + 4 * [_swap_attribute]
     while True:
         background, items, relation = changes[rng.integers(len(changes))](scene, rng)
         names = (background, [item.look for item in items], relation)
@@ -132,6 +137,10 @@ def _change_background(scene: Scene, rng: np.random.Generator) -> Parts:
 
 def _change_relation(scene: Scene, rng: np.random.Generator) -> Parts:
     return scene.background, scene.items, another(rng, RELATIONS, scene.relation)
+
+
+def _change_places(scene: Scene, rng: np.random.Generator) -> Parts:
+    return scene.background, scene.items[::-1], scene.relation
 
 
 def _swap_attribute(scene: Scene, rng: np.random.Generator) -> Parts:
@@ -177,3 +186,18 @@ def fits(stated: Tensor, shown: Tensor) -> Tensor:
 
 def _all_fit(stated: Tensor, shown: Tensor) -> Tensor:
     return ((stated[:, None] == UNSAID) | (stated[:, None] == shown[None])).all(dim=2)
+
+
+def answers(numbers: Tensor) -> Tensor:
+    """(n, 8) what rows (n, 9) as in PairGroup say, each scene told in one order; UNSAID where they do not.
+
+    Background, arrangement (alone, side by side, one above the other), then shape, colour and size of the item on the
+    left or above and of the other. How two stand must be said to tell which is which.
+    """
+    relation, items = numbers[:, 1], numbers[:, 3:]
+    two = numbers[:, 2] == 2
+    turned = two & (relation >= 0) & (relation % 2 == 1)
+    items = torch.where(turned[:, None], items.roll(3, dims=1), items)
+    items = items.masked_fill((two & (relation < 0))[:, None], UNSAID)
+    arrangement = torch.where(two, torch.where(relation < 0, UNSAID, 1 + relation // 2), 0)
+    return torch.cat([numbers[:, :1], arrangement[:, None], items], dim=1).clamp(min=UNSAID)

@@ -1,24 +1,30 @@
 """The demo world's small CLIP, trained on (picture, caption) pairs: it plays the part of OpenAI's.
 
-Contrastive as in "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, with three
+Contrastive as in "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, with four
 additions: a caption that is true of another picture in the batch is not held against it; spoilt pictures, which no
-caption fits, stand among the wrong answers; and pairs are also pulled together directly, because the contrast alone
-leaves text and pictures in two separate cones (arXiv 2203.02053), a gap that the transformer would have to bridge.
+caption fits, stand among the wrong answers; pairs are also pulled together directly, because the contrast alone leaves
+text and pictures in two separate cones (arXiv 2203.02053), a gap that the transformer would have to bridge; and what
+captions say must be readable from either embedding, as where a captioner is trained along (CoCa, arXiv 2205.01917).
+Without the last, both towers stay with a bag of words: which colour belongs to which shape is never learnt, as with
+CLIPs of any size (arXiv 2210.01936).
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.clip_encoder import ClipEncoder, Tokenizer
 from clip_gen.images import for_clip, from_bytes
-from clip_gen.shapes.pairs import PairGroup, fits
+from clip_gen.shapes.pairs import CHOICES, UNSAID, PairGroup, answers, fits
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+NAMING_ALONE = 0.15  # of the steps at first: next to the contrast, naming takes many times as long to learn
+TOGETHER = 3.0  # weight of the pull; the contrast's is multiplied by a scale of up to 100
 
 
 class Collate:
@@ -35,9 +41,26 @@ class Collate:
         return joined("pictures"), tokens, joined("stated"), joined("shown"), joined("spoilt")
 
 
+class Naming(nn.Module):
+    """Reads off an embedding what the picture shows, or the caption says."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.scale = embed_dim**0.5  # elements of a unit-length embedding then have a size of about 1
+        self.read = nn.Sequential(nn.Linear(embed_dim, 256), nn.GELU(), nn.Linear(256, sum(CHOICES)))
+
+    def forward(self, embedding: Tensor, numbers: Tensor) -> Tensor:
+        """The cross-entropy summed over the questions, each averaged over where rows (n, 9) answer it."""
+        logits = self.read(self.scale * embedding).float().split(CHOICES, dim=1)
+        wanted = answers(numbers).unbind(dim=1)
+        asked = [(told, right) for told, right in zip(logits, wanted, strict=True) if (right != UNSAID).any()]
+        return sum(F.cross_entropy(told, right, ignore_index=UNSAID) for told, right in asked)
+
+
 class ClipTrainer(Stage):
     def __init__(self, encoder: ClipEncoder, config: FitConfig):
         super().__init__(config)
+        self.naming = Naming(encoder.config.embed_dim)
         # Not as a submodule: ClipEncoder refuses to leave eval mode, in which batch norms would never learn.
         self.clip = encoder.clip.requires_grad_(True).train()
         if config.compile:
@@ -56,9 +79,12 @@ class ClipTrainer(Stage):
         scale = self.clip.logit_scale.exp().clamp(max=100)
         contrast = contrastive_loss(scale * text @ image.T, stated, shown)
         together = (1 - (text * image[: len(text)]).sum(dim=1)).mean()
-        values = {"contrast": contrast.detach(), "together": together.detach(), "scale": scale.detach()}
-        self.log_dict(values, batch_size=len(text))
-        return contrast + together
+        naming = self.naming(image[: len(text)], shown) + self.naming(text, stated)
+        values = {"contrast": contrast, "together": together, "naming": naming, "scale": scale}
+        self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=len(text))
+        if self.global_step < NAMING_ALONE * self.config.steps:
+            return naming
+        return naming + contrast + TOGETHER * together
 
     def validation_step(self, batch: Batch) -> None:
         pictures, words, stated, shown, spoilt = batch
@@ -74,7 +100,8 @@ class ClipTrainer(Stage):
         )
 
     def configure_optimizers(self) -> dict[str, object]:
-        return self.learning(adamw(self.clip, self.config, betas=(0.9, 0.98)))
+        learnt = nn.ModuleList([self.clip, self.naming])
+        return self.learning(adamw(learnt, self.config, betas=(0.9, 0.98)))
 
     @torch.no_grad()
     def forget_unseen_words(self) -> None:
