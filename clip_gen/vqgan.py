@@ -17,6 +17,7 @@ from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import logger as quantizer_log
 from vector_quantize_pytorch.vector_quantize_pytorch import sample_vectors_distributed
 
 from clip_gen.config import VQGANConfig
@@ -51,6 +52,8 @@ class CosineQuantizer(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
+        # It warns when the first batch has fewer vectors than there are codes. The rest start again, as unused ones do.
+        quantizer_log.disable("vector_quantize_pytorch")
         self.quantize = VectorQuantize(
             dim=config.codebook_dim,
             codebook_size=config.codebook_size,

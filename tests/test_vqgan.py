@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_gen.config import VQGANConfig
-from clip_gen.vqgan import VQGAN
+from clip_gen.vqgan import VQGAN, quantizer_log
 
 SIZES = {
     "cosine": TINY.vqgan,
@@ -118,6 +118,16 @@ def test_unit_length_codes_in_the_cosine_codebook() -> None:
     vqgan = started(TINY.vqgan)
     codes = vqgan.quantizer.lookup(torch.arange(32)[None])
     assert torch.allclose(codes.norm(dim=-1), torch.ones(1, 32), atol=1e-5)
+
+
+def test_a_first_batch_with_fewer_squares_than_codes_says_nothing() -> None:
+    said: list[str] = []
+    listening = quantizer_log.add(said.append)
+    try:
+        assert VQGAN(TINY.vqgan)(pictures(1)).tokens.numel() < TINY.vqgan.codebook_size
+    finally:
+        quantizer_log.remove(listening)
+    assert not said
 
 
 def test_the_decoder_is_tamings_own() -> None:
