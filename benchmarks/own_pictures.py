@@ -74,7 +74,7 @@ def memory(session: int) -> int:
 def scratch(arguments: argparse.Namespace) -> dict[str, object]:
     archive = arguments.out / "pictures.zip"
     if not archive.exists():
-        write_pictures(arguments.pictures, 4, archive, 64, captions=False, zipped=True, held_out="never")
+        write_pictures(arguments.pictures, 4, archive, 256, captions=False, zipped=True, held_out="never")
     words = ["--size", "laptop", f"--max-minutes={arguments.minutes}", *arguments.words]
     took, _ = train(archive, arguments.out / "trained", words)
     model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
