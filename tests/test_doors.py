@@ -27,7 +27,7 @@ LAYERS = [
     ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled"],
     ["zips", "entries", "findings", "archives"],
     ["gpt", "clip_encoder", "vqgan", "bridge"],
-    ["sampling", "checkpoint", "weights", "batching"],
+    ["cuda_graphs", "sampling", "checkpoint", "weights", "batching"],
     ["pipeline"],
     ["serving", "importers"],
     ["pull", "own_model"],
