@@ -62,7 +62,7 @@ def measure(size: str, pictures: int, batch_size: int, steps: int, folder: Path)
     once, every = Endless(EncodedPictures(embeddings, tokens, noise=0.5, dropout=0.1), 0), Endless(files, 0)
 
     def encoded_once(number: int) -> None:
-        conditions, tokens, _, _ = default_collate([once[number * batch_size + i] for i in range(batch_size)])
+        conditions, tokens, *_ = default_collate([once[number * batch_size + i] for i in range(batch_size)])
         step(conditions, tokens)
 
     def encoded_every_time(number: int) -> None:

@@ -8,7 +8,17 @@ import torch
 
 from clip_gen.shapes.captions import Description, ItemDescription, describe
 from clip_gen.shapes.judge import read, satisfies
-from clip_gen.shapes.pairs import CHOICES, UNSAID, CaptionedPairs, RenderedPictures, _numbers, answers, fits, near_miss
+from clip_gen.shapes.pairs import (
+    CHOICES,
+    UNSAID,
+    CaptionedPairs,
+    NearMisses,
+    RenderedPictures,
+    _numbers,
+    answers,
+    fits,
+    near_miss,
+)
 from clip_gen.shapes.rendering import render
 from clip_gen.shapes.scenes import HELD_OUT, Item, Scene, sample_scene
 from clip_gen.shapes.spoiling import spoil
@@ -35,6 +45,27 @@ def test_the_generators_pictures_hold_no_held_out_pair() -> None:
     for i in range(300):
         shown = read(RenderedPictures(300, 7, 64)[i])
         assert not {(item.colour, item.shape) for item in shown.items} & HELD_OUT
+
+
+def test_in_a_near_miss_shapes_or_colours_have_changed_hands_and_nothing_has_moved() -> None:
+    swapped = 0
+    for i in range(300):
+        picture, missed = RenderedPictures(300, 7, 64)[i], NearMisses(300, 7, 64)[i]
+        shown, other = read(picture).items, read(missed).items
+        assert not {(item.colour, item.shape) for item in other} & HELD_OUT
+        for attribute in ("shape", "colour", "size"):
+            assert sorted(getattr(item, attribute) for item in shown) == sorted(
+                getattr(item, attribute) for item in other
+            )
+        if not np.array_equal(picture, missed):
+            assert len(shown) == 2
+            swapped += 1
+            changed = (picture != missed).any(axis=2).nonzero()
+            there = (picture != picture[0, 0]).any(axis=2).nonzero()
+            for now, before in zip(changed, there, strict=True):
+                # Not every shape reaches all four sides of its box.
+                assert before.min() - 5 <= now.min() <= now.max() <= before.max() + 5
+    assert 110 < swapped < 160
 
 
 def test_every_caption_is_true_of_its_own_picture_and_seldom_of_its_near_misses() -> None:

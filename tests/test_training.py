@@ -22,7 +22,7 @@ from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs, RenderedPictures
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
 from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
-from clip_gen.training.gpt_trainer import embedding_loss
+from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, token_nats
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw
@@ -31,7 +31,14 @@ from clip_gen.vqgan import VQGAN
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 RECIPE = ShapesConfig(
-    model=TINY, clip_fit=FIT, vqgan_fit=FIT, gpt_fit=FIT, ranker_fit=FIT, encoded_pictures=64, drawn_pictures=48
+    model=TINY,
+    clip_fit=FIT,
+    vqgan_fit=FIT,
+    gpt_fit=FIT,
+    ranker_fit=FIT,
+    encoded_pictures=64,
+    contrast=4.0,
+    drawn_pictures=48,
 )
 
 
@@ -161,8 +168,9 @@ def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> Non
     assert len(encoded) == 70
     for i in (0, 13, 69):
         image = from_bytes(torch.from_numpy(pictures[i][None]))
-        condition, tokens, unconditional, embedding = encoded[i]
+        condition, tokens, unconditional, embedding, near_miss = encoded[i]
         assert torch.equal(condition, embedding)
+        assert torch.equal(near_miss, embedding)
         assert not unconditional
         assert torch.equal(tokens, networks.vqgan.encode(image)[0])
         assert torch.allclose(embedding, networks.clip.encode_image(image)[0], atol=1e-3)
@@ -244,6 +252,50 @@ def test_the_discriminator_comes_in_by_steps_or_by_time_and_then_moves_the_decod
     assert not torch.equal(plain["decoder.conv_out.weight"], touched["decoder.conv_out.weight"])
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log()`")
+def test_contrast_teaches_what_hardly_shows_in_the_loss() -> None:
+    """One token of sixteen tells two kinds of picture apart, of which the condition says little."""
+    generator = torch.Generator().manual_seed(0)
+    shared, hint = torch.randn(2, 1, 16, generator=generator)
+    kind = torch.arange(32) % 2
+    conditions = torch.nn.functional.normalize(shared + 0.15 * (2 * kind[:, None] - 1) * hint, dim=1)
+    tokens = torch.randint(0, 32, (32, 16), generator=generator)
+    tokens[:, 9] = kind
+    batch = conditions, tokens, torch.zeros(32, dtype=torch.bool), conditions, conditions[1 - kind]
+
+    def surer(contrast: float) -> float:
+        torch.manual_seed(0)
+        trainer = GPTTrainer(GPT(TINY.gpt), FIT, contrast=contrast)
+        optimizer = torch.optim.AdamW(trainer.parameters(), lr=3e-3)
+        for _ in range(40):
+            optimizer.zero_grad()
+            trainer.training_step(batch).backward()
+            optimizer.step()
+        with torch.no_grad():
+            own, other = (token_nats(trainer.gpt(c, tokens[:, :-1]), tokens).sum(dim=1) for c in (conditions, batch[4]))
+        return float((other - own).mean())
+
+    assert surer(0.0) < 0.5
+    assert surer(4.0) > 1.5
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log()`")
+@torch.no_grad()
+def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
+    gpt = GPT(TINY.gpt).eval()
+    conditions = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    never, always = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    plain = GPTTrainer(gpt, FIT).training_step((conditions, tokens, never, conditions, conditions))
+    trainer = GPTTrainer(gpt, FIT, contrast=4.0)
+    same = trainer.training_step((conditions, tokens, never, conditions, conditions))
+    assert float(same) == pytest.approx(float(plain), abs=1e-6)
+    # Drawn without a condition, there is none to mistake.
+    dropped = trainer.training_step((conditions, tokens, always, conditions, -conditions))
+    without = GPTTrainer(gpt, FIT).training_step((conditions, tokens, always, conditions, -conditions))
+    assert float(dropped) == pytest.approx(float(without), abs=1e-6)
+
+
 def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_along_its_gradient() -> None:
     # The bundled CLIP and VQGAN: to an untrained CLIP all pictures are one.
     networks = load_networks(Path(__file__).parents[1] / "checkpoints" / "shapes")
@@ -290,11 +342,25 @@ def encoded(tmp_path: Path) -> EncodedPictures:
 
 def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy(encoded: EncodedPictures) -> None:
     samples = Endless(encoded, seed=0)
-    conditions, _, dropped, embeddings = zip(*(samples[n] for n in range(4000)), strict=True)
+    conditions, _, dropped, embeddings, near_misses = zip(*(samples[n] for n in range(4000)), strict=True)
     assert abs(np.mean(dropped) - 0.1) < 0.02
     cosine = (torch.stack(conditions) * torch.stack(embeddings)).sum(dim=1)
     assert cosine.min() > 1 / 1.25**0.5 - 0.2
     assert 0.9 < cosine.mean() < 0.99
+    assert torch.equal(torch.stack(near_misses), torch.stack(conditions))  # there are none
+
+
+def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp_path: Path) -> None:
+    embeddings, tokens, missed = (tmp_path / f"{name}.npy" for name in ("embeddings", "tokens", "missed"))
+    rows = np.array(encoded.embeddings)
+    np.save(missed, np.where(np.arange(400)[:, None] % 4 < 2, rows, -rows))  # of every other picture the very same
+    samples = Endless(EncodedPictures(embeddings, tokens, views=2, noise=0.5, near_misses=missed), seed=0)
+    for n in range(100):
+        condition, tokens, _, embedding, near_miss = samples[n]
+        if int(tokens[0]) % 4 < 2:
+            assert torch.equal(near_miss, condition)
+        else:
+            assert near_miss @ embedding < -0.8
 
 
 def test_a_sample_is_the_same_whatever_came_before_and_every_picture_comes_once_a_round(

@@ -59,6 +59,21 @@ class RenderedPictures(Dataset):
         return render(sample_scene(training_rng(self.seed, index)), self.resolution)
 
 
+class NearMisses(RenderedPictures):
+    """Item i is RenderedPictures' picture i with the shapes or the colours of its two items in each other's place, and
+    nothing moved; where there are not two, or no swap is to be had, that picture itself. Held-out pairs never occur.
+    """
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        rng = training_rng(self.seed, index)
+        scene = sample_scene(rng)
+        swaps = [replace(scene, items=_swapped(scene, name)) for name in ("shape", "colour") if len(scene.items) == 2]
+        swaps = [swap for swap in swaps if swap != scene and not any(item.held_out for item in swap.items)]
+        return render(swaps[rng.integers(len(swaps))] if swaps else scene, self.resolution)
+
+
 class PairGroup(NamedTuple):
     """Near misses of one scene with their captions, and spoilt versions of one of them."""
 
@@ -93,10 +108,6 @@ class CaptionedPairs(Dataset):
             shown=np.stack([_numbers(describe(scene)) for scene in scenes]),
             spoilt=spoil(scenes[0], rng, self.resolution)[None],
         )
-
-    def scene(self, index: int) -> Scene:
-        """What the first picture of group i shows."""
-        return _first_scene(training_rng(self.seed, index))
 
 
 def _first_scene(rng: np.random.Generator) -> Scene:
@@ -145,10 +156,13 @@ def _change_places(scene: Scene, rng: np.random.Generator) -> Parts:
 
 def _swap_attribute(scene: Scene, rng: np.random.Generator) -> Parts:
     """What binds an attribute to its item: red circle, blue star -> blue circle, red star."""
+    return scene.background, _swapped(scene, str(rng.choice(["shape", "colour", "size"]))), scene.relation
+
+
+def _swapped(scene: Scene, name: str) -> tuple[Item, Item]:
     first, second = scene.items
-    name = str(rng.choice(["shape", "colour", "size"]))
     mine, other = getattr(first, name), getattr(second, name)
-    return scene.background, (replace(first, **{name: other}), replace(second, **{name: mine})), scene.relation
+    return replace(first, **{name: other}), replace(second, **{name: mine})
 
 
 def _drop_item(scene: Scene, rng: np.random.Generator) -> Parts:

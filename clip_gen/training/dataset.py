@@ -126,38 +126,53 @@ class Views(Dataset):
         return self.pictures.draw(row // self.count, np.random.default_rng([self.seed, CHANCE, row]))
 
 
-Encoded = tuple[Tensor, Tensor, bool, Tensor]
+Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor]
 
 
 class EncodedPictures(Dataset):
-    """(condition (E,) float32, tokens (T,) int64, whether to draw it without one, embedding (E,)) of each picture.
+    """Of each picture: condition (E,) float32, tokens (T,) int64, whether to draw it without one, embedding (E,), near
+    miss (E,).
 
     Item i is picture i as it is, its embedding the condition. `draw` takes one of its views, pushes the condition by
-    up to `noise` in a random direction, and drops it at the chance `dropout`.
+    up to `noise` in a random direction, and drops it at the chance `dropout`. A near miss is the embedding of another
+    picture that is much like it, pushed as the condition is; where there are none it is the condition itself.
     """
 
-    def __init__(self, embeddings: Path, tokens: Path, views: int = 1, noise: float = 0.0, dropout: float = 0.0):
+    def __init__(
+        self,
+        embeddings: Path,
+        tokens: Path,
+        views: int = 1,
+        noise: float = 0.0,
+        dropout: float = 0.0,
+        near_misses: Path | None = None,
+    ):
         self.embeddings, self.tokens = np.load(embeddings, mmap_mode="r"), np.load(tokens, mmap_mode="r")
+        self.near_misses = self.embeddings if near_misses is None else np.load(near_misses, mmap_mode="r")
         self.views, self.noise, self.dropout = views, noise, dropout
 
     def __len__(self) -> int:
         return len(self.tokens) // self.views
 
     def __getitem__(self, index: int) -> Encoded:
-        embedding, tokens = self._row(index * self.views)
-        return embedding, tokens, False, embedding
+        embedding, tokens, _ = self._row(index * self.views)
+        return embedding, tokens, False, embedding, embedding
 
     def draw(self, index: int, rng: np.random.Generator) -> Encoded:
-        embedding, tokens = self._row(index * self.views + int(rng.integers(self.views)))
+        embedding, tokens, near_miss = self._row(index * self.views + int(rng.integers(self.views)))
         # Each picture at a strength of its own, so that clean and far-off embeddings are both at home.
         strength = self.noise * rng.random()
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        condition = add_noise(embedding[None], strength, generator)[0]
-        return condition, tokens, bool(rng.random() < self.dropout), embedding
+        seed = int(rng.integers(2**62))
 
-    def _row(self, row: int) -> tuple[Tensor, Tensor]:
-        embedding = torch.from_numpy(self.embeddings[row].astype(np.float32))
-        return embedding, torch.from_numpy(self.tokens[row].astype(np.int64))
+        def pushed(clean: Tensor) -> Tensor:
+            return add_noise(clean[None], strength, torch.Generator().manual_seed(seed))[0]
+
+        return pushed(embedding), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
+
+    def _row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        embedding, near_miss = self.embeddings[row].astype(np.float32), self.near_misses[row].astype(np.float32)
+        tokens = self.tokens[row].astype(np.int64)
+        return torch.from_numpy(embedding), torch.from_numpy(tokens), torch.from_numpy(near_miss)
 
 
 def wait_for(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,14 +11,18 @@ from clip_gen.gpt import GPT
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class GPTTrainer(Stage):
-    """Batches are (conditions (B, E), tokens (B, T), which to draw without one (B,) bool, embeddings (B, E)).
+    """Batches are conditions (B, E), tokens (B, T), which to draw without one (B,) bool, embeddings (B, E) and those of
+    near misses (B, E); see dataset.EncodedPictures.
 
-    A condition is the embedding after a push; see dataset.EncodedPictures. `embedding_loss` weighs CLIP-GEN's second
-    loss: how far the embedding of the picture decoded from the predicted tokens is from the true one.
+    `embedding_loss` weighs CLIP-GEN's second loss: how far the embedding of the picture decoded from the predicted
+    tokens is from the true one. `contrast` weighs how surely a picture is told to be its own condition's rather than
+    its near miss's, in nats beside the nats of the whole picture: the few tokens on which the two differ are next to
+    nothing among all, and what belongs to which is learnt late or never. After condition contrastive alignment, arXiv
+    2410.09347.
     """
 
     def __init__(
@@ -25,12 +30,13 @@ class GPTTrainer(Stage):
         gpt: GPT,
         config: FitConfig,
         *,
+        contrast: float = 0.0,
         embedding_loss: float = 0.0,
         vqgan: VQGAN | None = None,
         clip: ClipEncoder | None = None,
     ):
         super().__init__(config)
-        self.gpt, self.embedding_loss = gpt, embedding_loss
+        self.gpt, self.contrast, self.embedding_loss = gpt, contrast, embedding_loss
         if config.compile:
             compiled(gpt)
         self.frozen = lambda: (vqgan, clip)  # behind a function, so as not to be trained, averaged or saved
@@ -41,18 +47,31 @@ class GPTTrainer(Stage):
                 network.to(self.device)
 
     def training_step(self, batch: Batch) -> Tensor:
-        conditions, tokens, unconditional, embeddings = batch
-        logits = self.gpt(conditions, tokens[:, :-1], unconditional)
-        loss = token_loss(logits, tokens)
+        conditions, tokens, unconditional, embeddings, near_misses = batch
+        count, length = tokens.shape
+        rows = torch.arange(count, device=tokens.device)  # whose tokens each row of the network's batch has
+        if self.contrast:
+            differs = (near_misses != conditions).any(dim=1) & ~unconditional
+            # Always half as many, whoever differs, so that the network is compiled for one shape.
+            missed = differs.float().topk(count // 2).indices
+            rows, conditions = torch.cat([rows, missed]), torch.cat([conditions, near_misses[missed]])
+        logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows])
+        nats = token_nats(logits, tokens[rows])
+        loss = nats[:count].mean()
         values = {"loss": loss.detach()}
+        if self.contrast:
+            surer = (nats[count:] - nats[missed]).sum(dim=1)
+            values["contrast"] = (differs[missed] * F.softplus(-surer)).sum() / count
+            loss = loss + self.contrast * values["contrast"] / length
         if self.embedding_loss:
-            values["embedding"] = embedding_loss(logits, embeddings, *self.frozen())
+            values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen())
             loss = loss + self.embedding_loss * values["embedding"]
-        self.log_dict(values, batch_size=len(tokens), sync_dist=True)
+        values = {name: value.detach() for name, value in values.items()}
+        self.log_dict(values, batch_size=count, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch) -> None:
-        _, tokens, _, embeddings = batch
+        _, tokens, _, embeddings, _ = batch
         loss = token_loss(self.gpt(embeddings, tokens[:, :-1]), tokens)
         self.log("val_loss", loss, batch_size=len(tokens), sync_dist=True)
 
@@ -62,9 +81,14 @@ class GPTTrainer(Stage):
         return self.learning(adamw(self.gpt, self.config, betas=(0.9, 0.95)))
 
 
+def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """How unlikely each token was held, (B, T), for logits (B, T, V) and tokens (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
+
+
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Nats a token, for logits (B, T, V) and tokens (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+    """Nats a token, the mean."""
+    return token_nats(logits, tokens).mean()
 
 
 def embedding_loss(logits: Tensor, embeddings: Tensor, vqgan: VQGAN, clip: ClipEncoder) -> Tensor:

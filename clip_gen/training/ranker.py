@@ -23,7 +23,6 @@ from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import for_clip, from_bytes, to_bytes
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
-from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, PairGroup
 from clip_gen.training.clip_trainer import Batch, contrastive_loss
 from clip_gen.training.dataset import whole_array
@@ -53,7 +52,7 @@ class DrawnPairs(Dataset):
 
 @torch.inference_mode()
 def draw_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, path: Path) -> Path:
-    """One picture for the first scene of each group, from all that can be said of it, as a .npy (N, S, S, 3) uint8."""
+    """One picture for the first caption of each group, which may leave things out, as a .npy (N, S, S, 3) uint8."""
     if path.is_file():
         return path
     config, device = networks.config, next(networks.gpt.parameters()).device
@@ -64,7 +63,7 @@ def draw_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, path: Pa
     with whole_array(path, (len(pairs), side, side, 3), np.uint8) as rows:
         for turn, start in enumerate(range(0, len(pairs), TOGETHER)):
             indices = range(start, min(start + TOGETHER, len(pairs)))
-            prompts = [caption(describe(pairs.scene(index))) for index in indices]
+            prompts = [pairs[index].captions[0] for index in indices]
             condition = networks.bridge(networks.clip.encode_text(prompts))
             uniforms = candidate_uniforms(seed, indices, config.gpt.block_size)
             temperature = TEMPERATURES[turn % len(TEMPERATURES)]

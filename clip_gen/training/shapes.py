@@ -27,7 +27,7 @@ from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes
 from clip_gen.shapes.captions import caption, describe
-from clip_gen.shapes.pairs import CaptionedPairs, RenderedPictures
+from clip_gen.shapes.pairs import CaptionedPairs, NearMisses, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
@@ -56,6 +56,7 @@ class ShapesConfig:
     encoded_pictures: int = 100_000
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
+    contrast: float = 0.0
     ranker_fit: FitConfig = field(default_factory=FitConfig)
     drawn_pictures: int = 8000
 
@@ -99,7 +100,7 @@ class Recipe:
         if name != "bridge":
             settings["fit"] = stated(getattr(self.config, f"{name}_fit"))
         if name == "gpt":
-            names = ("encoded_pictures", "embedding_noise", "condition_dropout")
+            names = ("encoded_pictures", "embedding_noise", "condition_dropout", "contrast")
             settings |= {name: getattr(self.config, name) for name in names}
         if name == "ranker":
             settings["drawn_pictures"] = self.config.drawn_pictures
@@ -131,7 +132,7 @@ class Recipe:
     def train_gpt(self, folder: Path) -> dict[str, object]:
         gpt, config = self.networks.gpt, self.config
         seen, unseen = self.encoded("train"), self.encoded("unseen")
-        trainer = GPTTrainer(gpt.train().requires_grad_(True), config.gpt_fit)
+        trainer = GPTTrainer(gpt.train().requires_grad_(True), config.gpt_fit, contrast=config.contrast)
         samples = Endless(seen, config.seed)
         return fit("gpt", trainer, samples, unseen, folder, seed=config.seed, machine=self.machine)
 
@@ -139,15 +140,19 @@ class Recipe:
         """The pictures the transformer trains on, or those its loss is watched on, through CLIP and VQGAN."""
         folder = self.work / "encoded"
         stream, count = {"train": (ENCODED, self.config.encoded_pictures), "unseen": (UNSEEN, 1024)}[name]
-        pictures, networks = self.pictures(count, stream), self.networks
+        pictures, networks, missed = self.pictures(count, stream), self.networks, None
         if self.config.gpt_fit.compile:
             compiled(networks.clip.clip.visual)
             compiled(networks.vqgan.encoder, dynamic=networks.vqgan.config.local)
+        if self.config.contrast and name == "train":
+            near_misses = NearMisses(count, self.stream(stream), self.config.model.vqgan.resolution)
+            missed = encode_embeddings(near_misses, networks.clip, folder / self.array_name("clip", "missed", count))
         return EncodedPictures(
             encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count)),
             encode_tokens(pictures, networks.vqgan, folder / self.array_name("vqgan", name, count)),
             noise=self.config.embedding_noise,
             dropout=self.config.condition_dropout,
+            near_misses=missed,
         )
 
     def array_name(self, part: str, name: str, count: int) -> str:
