@@ -387,7 +387,7 @@ class Checkpoints(Callback):
         self._save_when_due(trainer)
 
     def _save_when_due(self, trainer: pl.Trainer) -> None:
-        due = time.monotonic() - self.saved >= self.seconds or trainer.should_stop
+        due = time.monotonic() - self.saved >= self.seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save(trainer)
 
