@@ -74,7 +74,7 @@ class SampleGrids(Grids):
 
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
         count = min(SHOWN, len(self.pictures))
-        _, tokens, _, embeddings = zip(*(self.pictures[i] for i in range(count)), strict=True)
+        _, tokens, _, embeddings, _ = zip(*(self.pictures[i] for i in range(count)), strict=True)
         vqgan = self.networks.vqgan
         rows = [to_pil(vqgan.decode(torch.stack(tokens).to(module.device)))]
         rows.append(self._drawn(module, torch.stack(embeddings)))
