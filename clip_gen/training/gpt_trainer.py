@@ -58,7 +58,7 @@ class GPTTrainer(Stage):
         logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows])
         nats = token_nats(logits, tokens[rows])
         loss = nats[:count].mean()
-        values = {"loss": loss.detach()}
+        values = {"loss": loss}
         if self.contrast:
             surer = (nats[count:] - nats[missed]).sum(dim=1)
             values["contrast"] = (differs[missed] * F.softplus(-surer)).sum() / count
@@ -66,8 +66,7 @@ class GPTTrainer(Stage):
         if self.embedding_loss:
             values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen())
             loss = loss + self.embedding_loss * values["embedding"]
-        values = {name: value.detach() for name, value in values.items()}
-        self.log_dict(values, batch_size=count, sync_dist=True)
+        self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=count, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Batch) -> None:
