@@ -14,6 +14,7 @@ import bench
 import figures
 import numpy as np
 import plain
+import precision
 import profiling
 import pytest
 import sampling
@@ -258,3 +259,17 @@ def test_the_readme_tells_of_every_file() -> None:
     names = [path.name for path in (ROOT / "benchmarks").glob("*.py")]
     assert not [name for name in names if f"`{name}`" not in text]
     assert os.access(ROOT / "script" / "bench", os.X_OK)
+
+
+# What is said of quality
+
+
+def test_precision_is_compared_candidate_by_candidate(tiny_model_folder: Path) -> None:
+    models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in precision.DTYPES}
+    shares = precision.both_ways(models, "one", 3)
+    assert shares["same pictures"] == 1.0
+    assert shares["one candidate"]["points"] == shares["one candidate"]["within"] == 0.0
+
+    better = precision.compared(np.array([[0.5, 0.75], [0.25, 0.25], [0.5, 0.5], [0.0, 0.25]]))
+    assert better["points"] == 12.5
+    assert better["within"] == pytest.approx(1.96 * np.std([25, 0, 0, 25], ddof=1) / 2, abs=1e-4)

@@ -11,12 +11,10 @@ import torch
 from conftest import tiny_networks
 
 from clip_gen.checkpoint import load_networks
-from clip_gen.images import to_tensor
-from clip_gen.shapes.captions import caption, describe
+from clip_gen.images import from_bytes, to_bytes, to_tensor
 from clip_gen.shapes.pairs import CaptionedPairs, _first_scene, training_rng
 from clip_gen.shapes.rendering import render
-from clip_gen.training.clip_trainer import Collate
-from clip_gen.training.ranker import DrawnPairs, RankerTrainer, draw_pictures
+from clip_gen.training.ranker import RankedPictures, RankerTrainer, ranked_pictures, written_anew
 from clip_gen.training.run import fit
 from clip_gen.training.stage import FitConfig
 
@@ -24,29 +22,47 @@ PAIRS = CaptionedPairs(40, 3, 16)
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_pictures(tiny_networks(), PAIRS, 3, tmp_path_factory.mktemp("drawn") / "drawn.npy")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> RankedPictures:
+    return ranked_pictures(tiny_networks(), PAIRS, 3, tmp_path_factory.mktemp("ranked"), "drawn")
 
 
-def test_each_group_has_what_was_drawn_for_its_first_caption_last_among_the_spoilt(drawn: Path) -> None:
-    groups, networks = DrawnPairs(PAIRS, drawn), tiny_networks()
-    assert np.array_equal(groups[42].spoilt[0], PAIRS[2].spoilt[0])
-    assert np.array_equal(groups[42].spoilt[1], np.load(drawn)[2])
-    asked, encode_text = [], networks.clip.encode_text
-    networks.clip.encode_text = lambda prompts: asked.extend(prompts) or encode_text(prompts)
-    other = draw_pictures(networks, PAIRS, 4, drawn.with_name("other.npy"))
-    assert not np.array_equal(np.load(other), np.load(drawn))
-    assert asked == [PAIRS[i].captions[0] for i in range(40)]
+def test_each_caption_has_its_picture_also_through_the_vqgan_and_touched_and_one_that_was_drawn(
+    ranked: RankedPictures, tmp_path: Path
+) -> None:
+    networks = tiny_networks()
+    text, pictures = ranked[82]  # the third time through
+    assert np.array_equal(ranked[42][1], pictures[:, :, ::-1])
+    assert np.array_equal(ranked[42][0], text)
+    true, caption = PAIRS.first(2)
+    assert np.array_equal(true, render(_first_scene(training_rng(3, 2)), 16))
+    assert caption == PAIRS[2].captions[0]
+    assert np.array_equal(pictures[0], true)
+    assert np.array_equal(text, networks.clip.encode_text([caption])[0].numpy())
+    through = networks.vqgan.decode(networks.vqgan.encode(to_tensor([true])))
+    assert np.array_equal(pictures[1], to_bytes(through)[0].numpy())
+
+    other = ranked_pictures(networks, PAIRS, 4, tmp_path, "drawn")
+    same = [np.array_equal(ranked.pictures[:, place], other.pictures[:, place]) for place in range(4)]
+    assert same == [True, True, False, False]
 
 
-def test_the_text_tower_and_what_prompts_become_stay_as_they_are(drawn: Path, tmp_path: Path) -> None:
+def test_a_touched_picture_keeps_the_tokens_that_are_not_written_anew() -> None:
+    gpt = tiny_networks().gpt
+    condition, tokens = torch.randn(64, gpt.config.embed_dim), torch.randint(gpt.config.codebook_size, (64, 16))
+    touched = written_anew(gpt, condition, tokens, np.random.default_rng(0))
+    kept = (touched == tokens).float().mean(dim=1)
+    # Of a tenth to all of the tokens, nearly all of which come out otherwise where nothing has been learnt.
+    assert kept.min() < 0.3
+    assert kept.max() > 0.8
+    assert torch.equal(touched, written_anew(gpt, condition, tokens, np.random.default_rng(0)))
+
+
+def test_the_text_tower_and_what_prompts_become_stay_as_they_are(ranked: RankedPictures, tmp_path: Path) -> None:
     networks = tiny_networks()
     prompts = PAIRS[0].captions
     before, text = deepcopy(networks.clip.state_dict()), networks.clip.encode_text(prompts)
     config = FitConfig(steps=4, batch_size=8, warmup=1, ema_decay=0.5, workers=0)
-    trainer = RankerTrainer(networks.clip, networks.vqgan, config)
-    groups = DrawnPairs(PAIRS, drawn)
-    fit("toy", trainer, groups, groups, tmp_path, seed=0, collate=Collate(16))
+    fit("toy", RankerTrainer(networks.clip, config), ranked, ranked, tmp_path, seed=0)
     networks.clip.eval()
     assert torch.equal(networks.clip.encode_text(prompts), text)
     for name, value in networks.clip.state_dict().items():
@@ -54,30 +70,50 @@ def test_the_text_tower_and_what_prompts_become_stay_as_they_are(drawn: Path, tm
         assert moved == name.startswith("clip.visual."), name
 
 
-def test_a_fault_of_the_drawings_comes_to_cost_them_their_place(tmp_path: Path) -> None:
-    """The bundled CLIP, and a generator that leaves a pinhole in whatever it draws."""
+@pytest.mark.parametrize("place", [2, 3], ids=["touched", "drawn"])
+def test_a_fault_of_the_drawings_comes_to_cost_them_their_place(tmp_path: Path, place: int) -> None:
+    """The bundled CLIP, and a generator that leaves a pinhole in whatever it draws, or writes anew."""
     networks = load_networks(Path(__file__).parents[1] / "checkpoints" / "shapes")
     pairs = CaptionedPairs(32, 3, 64)
-    # The very scenes that the groups begin with, and so what their captions say.
     scenes = [_first_scene(training_rng(3, i)) for i in range(32)]
-    whole = np.stack([render(scene, 64) for scene in scenes])
-    assert np.abs(whole - np.stack([pairs[i].pictures[0] for i in range(32)]).astype(int)).mean() < 10
-    faulty = whole.copy()
+    captions = [pairs.first(i)[1] for i in range(32)]
+    whole = np.stack([pairs.first(i)[0] for i in range(32)])
+    through = to_bytes(networks.vqgan.decode(networks.vqgan.encode(to_tensor(list(whole))))).numpy()
+    faulty = through.copy()
     for picture, scene in zip(faulty, scenes, strict=True):
-        x, y = (round(64 * place) for place in (scene.items[0].x, scene.items[0].y))
+        x, y = (round(64 * at) for at in (scene.items[0].x, scene.items[0].y))
         picture[y - 1 : y + 1, x - 1 : x + 1] = picture[0, 0]
-    np.save(tmp_path / "drawn.npy", faulty)
-    text = networks.clip.encode_text([caption(describe(scene)) for scene in scenes])
-    right = networks.vqgan.decode(networks.vqgan.encode(to_tensor(list(whole))))
+    pictures = np.stack([whole, through, through, through], axis=1)
+    pictures[:, place] = faulty
+    text = networks.clip.encode_text(captions)
+    np.save(tmp_path / "texts.npy", text.numpy())
+    np.save(tmp_path / "pictures.npy", pictures)
 
     def lead() -> float:
-        true, drawn = (networks.clip.encode_image(images) for images in (right, to_tensor(list(faulty))))
-        return float(((text * true).sum(dim=1) - (text * drawn).sum(dim=1)).mean())
+        right, wrong = (networks.clip.encode_image(from_bytes(torch.from_numpy(shown))) for shown in (through, faulty))
+        return float(((text * right).sum(dim=1) - (text * wrong).sum(dim=1)).mean())
 
     before = lead()
     config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5, workers=0)
-    trainer = RankerTrainer(networks.clip, networks.vqgan, config)
-    groups = DrawnPairs(pairs, tmp_path / "drawn.npy")
-    fit("toy", trainer, groups, groups, tmp_path / "work", seed=0, collate=Collate(32))
+    trainer = RankerTrainer(networks.clip, config)
+    ranked = RankedPictures(tmp_path / "texts.npy", tmp_path / "pictures.npy")
+    fit("toy", trainer, ranked, ranked, tmp_path / "work", seed=0)
     trainer.visual.eval()
     assert lead() > before + 0.02, before
+
+
+def test_true_pictures_stay_where_they_were(tmp_path: Path) -> None:
+    """Where the drawn are as good as the true, there is nothing to learn, and nothing moves far."""
+    networks = load_networks(Path(__file__).parents[1] / "checkpoints" / "shapes")
+    pairs = CaptionedPairs(32, 3, 64)
+    whole = np.stack([pairs.first(i)[0] for i in range(32)])
+    np.save(tmp_path / "texts.npy", networks.clip.encode_text([pairs.first(i)[1] for i in range(32)]).numpy())
+    np.save(tmp_path / "pictures.npy", np.repeat(whole[:, None], 4, axis=1))
+    before = networks.clip.encode_image(to_tensor(list(whole)))
+    config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5, workers=0)
+    trainer = RankerTrainer(networks.clip, config)
+    ranked = RankedPictures(tmp_path / "texts.npy", tmp_path / "pictures.npy")
+    fit("toy", trainer, ranked, ranked, tmp_path / "work", seed=0)
+    trainer.visual.eval()
+    after = networks.clip.encode_image(to_tensor(list(whole)))
+    assert float((before * after).sum(dim=1).mean()) > 0.98

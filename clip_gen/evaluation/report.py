@@ -77,7 +77,7 @@ class Evaluation:
         graded = [
             row
             for start in range(0, len(chosen), TOGETHER)
-            for row in self._graded(chosen[start : start + TOGETHER], start, source)
+            for row in self.candidates(chosen[start : start + TOGETHER], start, source)
         ]
         name = TITLES[kind] if source == "text" else f"{TITLES[kind]}, from image embeddings"
         for n in (1, 4, CANDIDATES):
@@ -97,7 +97,8 @@ class Evaluation:
         self.rows[name] = Share(sum(right), len(right))
 
     @torch.inference_mode()
-    def _graded(self, chosen: list[Case], start: int, source: str) -> list[Graded]:
+    def candidates(self, chosen: list[Case], start: int, source: str) -> list[Graded]:
+        """Those of cases number `start` on; source: "text", or "image" for the embeddings of matching renders."""
         model = self.model
         text = model.clip_encoder.encode_text([case.prompt for case in chosen])
         if source == "text":

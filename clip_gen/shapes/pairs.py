@@ -109,6 +109,10 @@ class CaptionedPairs(Dataset):
             spoilt=spoil(scenes[0], rng, self.resolution)[None],
         )
 
+    def first(self, index: int) -> tuple[np.ndarray, str]:
+        """The picture (S, S, 3) uint8 that group `index` begins with, as it was before it wore, and its caption."""
+        return render(_first_scene(training_rng(self.seed, index)), self.resolution), self[index].captions[0]
+
 
 def _first_scene(rng: np.random.Generator) -> Scene:
     """Two scenes of three have two items: what belongs to which is the hardest to learn."""

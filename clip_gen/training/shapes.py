@@ -32,7 +32,7 @@ from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
 from clip_gen.training.gpt_trainer import GPTTrainer
-from clip_gen.training.ranker import DrawnPairs, RankerTrainer, draw_pictures
+from clip_gen.training.ranker import RankedPictures, RankerTrainer, ranked_pictures
 from clip_gen.training.run import Machine, fit
 from clip_gen.training.stage import FitConfig, compiled
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -173,18 +173,14 @@ class Recipe:
 
     def train_ranker(self, folder: Path) -> dict[str, object]:
         networks, config = self.networks, self.config.ranker_fit
-        vqgan = networks.vqgan.requires_grad_(False)
-        if config.compile:
-            compiled(vqgan.decoder)
 
-        def pairs(name: str, count: int, stream: int) -> DrawnPairs:
-            groups = CaptionedPairs(count, self.stream(stream), networks.config.vqgan.resolution)
-            return DrawnPairs(groups, draw_pictures(networks, groups, self.stream(stream), folder / f"{name}.npy"))
+        def ranked(name: str, count: int, stream: int) -> RankedPictures:
+            pairs = CaptionedPairs(count, self.stream(stream), networks.config.vqgan.resolution)
+            return ranked_pictures(networks, pairs, self.stream(stream), folder, name)
 
-        seen, unseen = pairs("drawn", self.config.drawn_pictures, RANKED), pairs("unseen", 512, UNSEEN)
-        trainer = RankerTrainer(networks.clip, vqgan, config)
-        collate, alone = Collate(networks.config.clip.context_length), replace(self.machine, devices="1", nodes=1)
-        return fit("ranker", trainer, seen, unseen, folder, seed=self.config.seed, machine=alone, collate=collate)
+        seen, unseen = ranked("drawn", self.config.drawn_pictures, RANKED), ranked("unseen", 512, UNSEEN)
+        trainer, alone = RankerTrainer(networks.clip, config), replace(self.machine, devices="1", nodes=1)
+        return fit("ranker", trainer, seen, unseen, folder, seed=self.config.seed, machine=alone)
 
     def pictures(self, count: int, stream: int) -> RenderedPictures:
         return RenderedPictures(count, self.stream(stream), self.config.model.vqgan.resolution)
