@@ -306,7 +306,7 @@ def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_alon
     embeddings, tokens = clip.encode_image(images), vqgan.encode(images)
     optimizer = torch.optim.Adam(gpt.parameters(), lr=3e-3)
     losses = []
-    for _ in range(20):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = embedding_loss(gpt(embeddings, tokens[:, :-1]), embeddings, vqgan, clip)
         loss.backward()
