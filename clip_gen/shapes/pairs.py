@@ -75,7 +75,7 @@ class NearMisses(RenderedPictures):
 
 
 class PairGroup(NamedTuple):
-    """Near misses of one scene with their captions, and spoilt versions of one of them."""
+    """Near misses of one scene with their captions, and a spoilt version of the first."""
 
     pictures: np.ndarray  # (G, S, S, 3) uint8
     captions: list[str]  # G

@@ -71,8 +71,8 @@ def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder
     count, side, length = len(pairs), config.vqgan.resolution, config.gpt.block_size
     shape = (count, 4, side, side, 3)
     with (
+        whole_array(pictures, shape, np.uint8) as shown,  # there last, and so only when both are whole
         whole_array(texts, (count, config.clip.embed_dim), np.float32) as rows,
-        whole_array(pictures, shape, np.uint8) as shown,
     ):
         for turn, start in enumerate(range(0, count, TOGETHER)):
             indices = range(start, min(start + TOGETHER, count))
@@ -131,7 +131,9 @@ class RankerTrainer(Stage):
         return nearer.sum() + HELD * moved
 
     def validation_step(self, batch: Batch) -> None:
-        """The share of captions nearer to their picture, sent through the VQGAN, than to what was drawn for them."""
+        """The shares of captions nearer to their picture, sent through the VQGAN, than to it touched, and to what was
+        drawn for them.
+        """
         text, pictures = batch
         _, through, touched, drawn = self._embed(pictures)
         nearer = ((through - torch.stack([touched, drawn])) * text).sum(dim=2) > 0
