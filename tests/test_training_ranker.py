@@ -14,6 +14,7 @@ from clip_gen.checkpoint import load_networks
 from clip_gen.images import from_bytes, to_bytes, to_tensor
 from clip_gen.shapes.pairs import CaptionedPairs, _first_scene, training_rng
 from clip_gen.shapes.rendering import render
+from clip_gen.training import ranker
 from clip_gen.training.ranker import RankedPictures, RankerTrainer, ranked_pictures, written_anew
 from clip_gen.training.run import fit
 from clip_gen.training.stage import FitConfig
@@ -42,8 +43,35 @@ def test_each_caption_has_its_picture_also_through_the_vqgan_and_touched_and_one
     assert np.array_equal(pictures[1], to_bytes(through)[0].numpy())
 
     other = ranked_pictures(networks, PAIRS, 4, tmp_path, "drawn")
-    same = [np.array_equal(ranked.pictures[:, place], other.pictures[:, place]) for place in range(4)]
+    same = [np.array_equal(ranked.pictures[0][:, place], other.pictures[0][:, place]) for place in range(4)]
     assert same == [True, True, False, False]
+
+
+def test_drawing_that_was_cut_off_goes_on_from_the_last_file_and_comes_out_the_same(
+    ranked: RankedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranker, "KEPT", 16)
+    monkeypatch.setattr(ranker, "TOGETHER", 8)
+    networks = tiny_networks()
+    whole = ranked_pictures(networks, PAIRS, 3, tmp_path / "whole", "drawn")
+    assert [len(part) for part in whole.pictures] == [16, 16, 8]
+
+    sample, calls = ranker.sample_tokens, []
+
+    def cut_off(*given: object) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return sample(*given)
+
+    monkeypatch.setattr(ranker, "sample_tokens", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        ranked_pictures(networks, PAIRS, 3, tmp_path / "cut", "drawn")
+    again = ranked_pictures(networks, PAIRS, 3, tmp_path / "cut", "drawn")
+    assert len(calls) == 4 + 3  # the first file of two batches stood, the second was made again
+    for number in (0, 15, 16, 39, 40):
+        for one, other in zip(whole[number], again[number], strict=True):
+            assert np.array_equal(one, other)
 
 
 def test_a_touched_picture_keeps_the_tokens_that_are_not_written_anew() -> None:
@@ -96,7 +124,7 @@ def test_a_fault_of_the_drawings_comes_to_cost_them_their_place(tmp_path: Path, 
     before = lead()
     config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5, workers=0)
     trainer = RankerTrainer(networks.clip, config)
-    ranked = RankedPictures(tmp_path / "texts.npy", tmp_path / "pictures.npy")
+    ranked = RankedPictures([(tmp_path / "texts.npy", tmp_path / "pictures.npy")])
     fit("toy", trainer, ranked, ranked, tmp_path / "work", seed=0)
     trainer.visual.eval()
     assert lead() > before + 0.02, before
@@ -112,7 +140,7 @@ def test_true_pictures_stay_where_they_were(tmp_path: Path) -> None:
     before = networks.clip.encode_image(to_tensor(list(whole)))
     config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5, workers=0)
     trainer = RankerTrainer(networks.clip, config)
-    ranked = RankedPictures(tmp_path / "texts.npy", tmp_path / "pictures.npy")
+    ranked = RankedPictures([(tmp_path / "texts.npy", tmp_path / "pictures.npy")])
     fit("toy", trainer, ranked, ranked, tmp_path / "work", seed=0)
     trainer.visual.eval()
     after = networks.clip.encode_image(to_tensor(list(whole)))

@@ -33,6 +33,7 @@ from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 log = logging.getLogger(__name__)
 
 TOGETHER = 128  # pictures made in one batch
+KEPT = 32 * TOGETHER  # captions whose pictures are kept in one file, so that drawing cut off goes on from the last
 TEMPERATURES = (1.0, 1.1, 1.2, 1.3)  # of the batches in turn: wilder pictures show more of what can go wrong
 TOUCHED = (0.1, 0.3, 0.6, 1.0)  # shares of a picture's tokens that are written anew
 HELD = 6.0  # weight of holding true pictures in place
@@ -46,36 +47,45 @@ class RankedPictures(Dataset):
     are mirrored, all four of them, so that left and right are as wrong in one as in the next.
     """
 
-    def __init__(self, texts: Path, pictures: Path):
-        self.texts, self.pictures = np.load(texts, mmap_mode="r"), np.load(pictures, mmap_mode="r")
+    def __init__(self, parts: list[tuple[Path, Path]]):
+        """parts: .npy files of embeddings (KEPT, E) and pictures (KEPT, 4, S, S, 3); the last may have fewer."""
+        self.texts = np.concatenate([np.load(texts) for texts, _ in parts])
+        self.pictures = [np.load(pictures, mmap_mode="r") for _, pictures in parts]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.texts)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        time, row = divmod(number, len(self.pictures))
-        pictures = self.pictures[row]
-        return self.texts[row].copy(), (pictures[:, :, ::-1] if time % 2 else pictures).copy()
+        time, row = divmod(number, len(self))
+        pictures = self.pictures[row // KEPT][row % KEPT]
+        return self.texts[row], (pictures[:, :, ::-1] if time % 2 else pictures).copy()
+
+
+def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder: Path, name: str) -> RankedPictures:
+    """Made for the first caption of each group, which may leave things out; what the folder has already is kept."""
+    parts = []
+    for start in range(0, len(pairs), KEPT):
+        texts, pictures = (folder / f"{name}-{what}-{start // KEPT:03d}.npy" for what in ("texts", "pictures"))
+        if not pictures.is_file():
+            _make(networks, pairs, range(start, min(start + KEPT, len(pairs))), seed, texts, pictures)
+        parts.append((texts, pictures))
+    return RankedPictures(parts)
 
 
 @torch.inference_mode()
-def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder: Path, name: str) -> RankedPictures:
-    """Made for the first caption of each group, which may leave things out; kept in the folder as two .npy."""
-    texts, pictures = folder / f"{name}-texts.npy", folder / f"{name}.npy"
-    if pictures.is_file():
-        return RankedPictures(texts, pictures)
+def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, texts: Path, pictures: Path) -> None:
     config, device = networks.config, next(networks.gpt.parameters()).device
     gpt = deepcopy(networks.gpt)
     if multiplies_bfloat16(device):
         gpt.work_in(torch.bfloat16)
-    count, side, length = len(pairs), config.vqgan.resolution, config.gpt.block_size
-    shape = (count, 4, side, side, 3)
+    side, length = config.vqgan.resolution, config.gpt.block_size
     with (
-        whole_array(pictures, shape, np.uint8) as shown,  # there last, and so only when both are whole
-        whole_array(texts, (count, config.clip.embed_dim), np.float32) as rows,
+        whole_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
+        whole_array(texts, (len(numbers), config.clip.embed_dim), np.float32) as rows,
     ):
-        for turn, start in enumerate(range(0, count, TOGETHER)):
-            indices = range(start, min(start + TOGETHER, count))
+        for start in range(0, len(numbers), TOGETHER):
+            indices = numbers[start : start + TOGETHER]
+            turn, here = indices[0] // TOGETHER, slice(start, start + len(indices))
             firsts = [pairs.first(index) for index in indices]
             true = torch.from_numpy(np.stack([picture for picture, _ in firsts]))
             text = networks.clip.encode_text([caption for _, caption in firsts])
@@ -83,12 +93,11 @@ def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder
             sampling = Sampling(TEMPERATURES[turn % len(TEMPERATURES)])
             drawn = sample_tokens(gpt, condition, candidate_uniforms(seed, indices, length), sampling)
             touched = written_anew(gpt, condition, tokens, np.random.default_rng([seed, turn]))
-            rows[start : indices.stop] = text.cpu().numpy()
-            shown[start : indices.stop, 0] = true.numpy()
+            rows[here] = text.cpu().numpy()
+            shown[here, 0] = true.numpy()
             for place, made in enumerate((tokens, touched, drawn), start=1):
-                shown[start : indices.stop, place] = to_bytes(networks.vqgan.decode(made)).cpu().numpy()
-            log.info("%s: %d of %d captions drawn for", pictures.name, indices.stop, count)
-    return RankedPictures(texts, pictures)
+                shown[here, place] = to_bytes(networks.vqgan.decode(made)).cpu().numpy()
+            log.info("%s: drawn for %d captions", pictures.name, here.stop)
 
 
 def written_anew(gpt: GPT, condition: Tensor, tokens: Tensor, rng: np.random.Generator) -> Tensor:
