@@ -294,8 +294,8 @@ class Batcher:
 
 def batch_bytes(gpt: GPT, sampling: Sampling) -> int:
     """What a batch holds, at most: keys and values of every layer, and logits with what they are turned into."""
-    config, element = gpt.config, gpt.blocks[0].attn.qkv.weight.element_size()
-    cache = 2 * config.n_layer * config.block_size * config.n_embd * element
+    config = gpt.config
+    cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.dtype.itemsize
     logits = 8 * config.codebook_size * 4
     return most_rows(gpt.head.weight.device) * (cache + logits) * (1 if sampling.guidance == 1 else 2)
 

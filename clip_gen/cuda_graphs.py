@@ -52,9 +52,8 @@ class Recording:
     """The memory that one batch of `rows` works in, and the graphs of its steps. Holds no reference to the GPT."""
 
     def __init__(self, gpt: GPT, rows: int):
-        config, weight = gpt.config, gpt.blocks[0].attn.qkv.weight
-        device = weight.device
-        self.cache = StaticCache(config, rows, device=device, dtype=weight.dtype)
+        config, device = gpt.config, gpt.head.weight.device
+        self.cache = StaticCache(config, rows, device=device, dtype=gpt.dtype)
         self.prefix = torch.zeros(rows, config.n_embd, device=device)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
         self.logits = torch.zeros(rows, config.codebook_size, device=device)

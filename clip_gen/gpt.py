@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
+from clip_gen.int8 import Int8Linear
 
 
 class KVCache:
@@ -74,7 +75,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         batch, length, width = x.shape
-        heads = self.qkv(x.to(self.qkv.weight.dtype)).view(batch, length, 3, self.n_head, width // self.n_head)
+        heads = self.qkv(x.to(self.qkv.bias.dtype)).view(batch, length, 3, self.n_head, width // self.n_head)
         heads = heads.permute(2, 0, 3, 1, 4)
         q, k, v = heads  # (B, H, n, D) each
         if rotation is not None:
@@ -96,7 +97,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x.to(self.fc.weight.dtype))))
+        return self.proj(F.gelu(self.fc(x.to(self.fc.bias.dtype))))
 
 
 class Block(nn.Module):
@@ -178,14 +179,30 @@ class GPT(nn.Module):
         return self._logits(x[:, None], cache.place, cache)[:, 0]
 
     def new_cache(self, rows: int) -> KVCache:
-        weight = self.blocks[0].attn.qkv.weight
-        return KVCache(self.config, rows, device=weight.device, dtype=weight.dtype)
+        return KVCache(self.config, rows, device=self.head.weight.device, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks multiply in, and the cache holds."""
+        return self.blocks[0].attn.qkv.bias.dtype
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a row has the same bits in a batch of any size, so that no batch need be filled up."""
+        return isinstance(self.head, Int8Linear)
 
     def work_in(self, dtype: torch.dtype) -> GPT:
-        """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is."""
+        """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is.
+
+        int8: the head's too, and the cache in bfloat16. There is no way back from it, and no training.
+        """
         for block in self.blocks:
-            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj):
-                linear.to(dtype)
+            for part, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("fc", "proj"))):
+                for name in names:
+                    linear = getattr(part, name)
+                    setattr(part, name, Int8Linear(linear) if dtype == torch.int8 else linear.to(dtype))
+        if dtype == torch.int8:
+            self.head = Int8Linear(self.head)
         return self
 
     def _logits(self, x: Tensor, places: slice | Tensor, cache: KVCache | None = None) -> Tensor:
@@ -195,7 +212,7 @@ class GPT(nn.Module):
         x = self.dropout(x + positions)
         rotation = self.rotation
         if rotation is not None:
-            rotation = rotation[:, places].to(self.blocks[0].attn.qkv.weight.dtype)
+            rotation = rotation[:, places].to(self.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, cache, layer)
         if cache is not None:

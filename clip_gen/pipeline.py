@@ -56,8 +56,8 @@ class ClipGen:
     def load(cls, folder: str | Path, device: str = "auto", dtype: str | None = None) -> ClipGen:
         """Reads a model folder. device: cpu, cuda, or auto for cuda where there is one.
 
-        dtype: of the transformer's matrices; float32, bfloat16, or auto for bfloat16 where the hardware multiplies it.
-        If not given, CLIP_GEN_DTYPE says, else auto.
+        dtype: of the transformer's matrices; float32, bfloat16, or auto for bfloat16 where the hardware multiplies it;
+        on a CPU also int8, for one or two candidates at a time. If not given, CLIP_GEN_DTYPE says, else auto.
         """
         chosen = choose_device(device)
         with one_thread():
@@ -138,8 +138,10 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32" or "bfloat16"')
+    if dtype not in ("auto", "float32", "bfloat16", "int8"):
+        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16" or "int8"')
+    if dtype == "int8" and device.type != "cpu":
+        raise ValueError('dtype is "int8", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return getattr(torch, dtype)

@@ -136,7 +136,10 @@ class Batch:
             prefixes.append(gpt.prefix(embedding, torch.ones(rows, dtype=torch.bool, device=device)))
         self.passes, self.width = len(prefixes), rows if recorded else count
         prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
-        self.steps = RecordedSteps(gpt, prefix) if recorded else GrowingSteps(gpt, prefix, rows * self.passes)
+        if recorded:
+            self.steps = RecordedSteps(gpt, prefix)
+        else:
+            self.steps = GrowingSteps(gpt, prefix, len(prefix) if gpt.rows_apart else rows * self.passes)
 
     @property
     def done(self) -> bool:

@@ -24,7 +24,7 @@ DOORS = {
 
 # Lower first; a module imports from its own row or rows above.
 LAYERS = [
-    ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled"],
+    ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled", "int8"],
     ["zips", "entries", "findings", "archives"],
     ["gpt", "clip_encoder", "vqgan", "bridge"],
     ["cuda_graphs", "sampling", "checkpoint", "weights", "batching"],

@@ -151,8 +151,8 @@ def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
     assert types() == {torch.float32}
     monkeypatch.setenv("CLIP_GEN_DTYPE", "bfloat16")
     assert types() == {torch.bfloat16}
-    with pytest.raises(ValueError, match='dtype is "int8"; give "auto", "float32" or "bfloat16"'):
-        types("int8")
+    with pytest.raises(ValueError, match='dtype is "int4"; give "auto", "float32", "bfloat16" or "int8"'):
+        types("int4")
 
 
 def test_in_bfloat16_the_logits_stay_near(tiny_model_folder: Path) -> None:
