@@ -100,7 +100,7 @@ def main() -> None:
         recipe.part(part)
     for noise in arguments.noise:
         gpt = taken_further(recipe, noise, arguments.steps, arguments.out / f"noise-{noise}")
-        model.gpt = gpt.work_in(model.gpt.blocks[0].attn.qkv.weight.dtype)
+        model.gpt = gpt.work_in(model.gpt.dtype)
         measure(f"noise {noise}", "text", Sampling())
         measure(f"noise {noise}, image embeddings", "image", Sampling())
 

@@ -4,10 +4,13 @@
 
 The plain loop is float32, without a cache, in batches of several sizes; a published picture takes it minutes, so it is
 timed at a few lengths and the rest is read off the line between them. Seconds for one candidate alone, beside the plain
-loop with a batch of one, and for each of sixteen, beside each batch size of the plain loop; its best is what counts.
+loop with a batch of one, and for each of sixteen, beside each batch size of the plain loop; its best is what counts. On
+a CPU also with matrices in int8, which is made for one candidate alone.
 """
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import plain
@@ -35,8 +38,16 @@ def beside(theirs: GPT, ours: GPT, subject: Subject) -> list[Figure]:
     one, sixteen = (our_seconds(ours, device, count, times) for count in (1, 16))
     alone, together = BARS.get((subject.size, device.type), ((), ()))
     best = min(reference, key=reference.get)
+    int8 = []
+    if device.type == "cpu":
+        gpt = copy.deepcopy(ours).work_in(torch.int8)
+        int8 = [
+            Figure("one candidate alone, int8", our_seconds(gpt, device, 1, times), reference[1], *alone),
+            Figure("each of 16, int8", our_seconds(gpt, device, 16, times), reference[best]),
+        ]
     return [
-        Figure("one candidate alone", one, reference[1], *alone),
+        Figure("one candidate alone", one, reference[1], *(() if int8 else alone)),
+        *int8,
         *(
             Figure(f"each of 16, plain in batches of {batch}", sixteen, taken, *(together if batch == best else ()))
             for batch, taken in reference.items()

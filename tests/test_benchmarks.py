@@ -124,9 +124,10 @@ def test_sampling_at_the_published_size_has_bars_one_beside_the_best_batch(
     monkeypatch.setattr(sampling, "plain_seconds", lambda gpt, device, batch, times: {1: 3.0, 4: 2.0, 16: 2.5}[batch])
     monkeypatch.setattr(sampling, "our_seconds", lambda gpt, device, count, times: 0.1 if count == 1 else 0.04)
     found = sampling.measure(replace(subject, size=size))
-    assert [round(figure.ratio) for figure in found] == [30, 75, 50, 62]
+    assert [figure.name for figure in found][1:3] == ["one candidate alone, int8", "each of 16, int8"]
+    assert [round(figure.ratio) for figure in found] == [30, 30, 50, 75, 50, 62]
     assert [(figure.least_ratio, figure.hoped_ratio) for figure in found if figure.least_ratio] == bars
-    assert (found[2].least_ratio is None) == (size == "bundled")
+    assert (found[4].least_ratio is None) == (size == "bundled")
 
 
 def test_the_profile_shares_out_a_prediction(subject: Subject) -> None:
@@ -266,10 +267,12 @@ def test_the_readme_tells_of_every_file() -> None:
 
 def test_precision_is_compared_candidate_by_candidate(tiny_model_folder: Path) -> None:
     models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in precision.DTYPES}
-    shares = precision.both_ways(models, "one", 3)
-    assert shares["same pictures"] == 1.0
-    assert shares["one candidate"]["points"] == shares["one candidate"]["within"] == 0.0
+    shares = precision.each_way(models, "one", 3)
+    assert shares["same pictures"] == {"float32": 1.0, "bfloat16": 1.0, "int8": 1.0}
+    assert shares["one candidate"]["int8"]["points"] == shares["one candidate"]["int8"]["within"] == 0.0
 
-    better = precision.compared(np.array([[0.5, 0.75], [0.25, 0.25], [0.5, 0.5], [0.0, 0.25]]))
-    assert better["points"] == 12.5
-    assert better["within"] == pytest.approx(1.96 * np.std([25, 0, 0, 25], ddof=1) / 2, abs=1e-4)
+    better = precision.compared(np.array([[0.5, 0.75, 0.5], [0.25, 0.25, 0.25], [0.5, 0.5, 0.5], [0.0, 0.25, 0.0]]))
+    assert better["bfloat16"]["share"] == 0.4375
+    assert better["bfloat16"]["points"] == 12.5
+    assert better["bfloat16"]["within"] == pytest.approx(1.96 * np.std([25, 0, 0, 25], ddof=1) / 2, abs=1e-4)
+    assert better["int8"]["points"] == 0
