@@ -12,6 +12,7 @@ from clip_gen.shapes.pairs import (
     CHOICES,
     UNSAID,
     CaptionedPairs,
+    HardPictures,
     NearMisses,
     RenderedPictures,
     _numbers,
@@ -45,6 +46,18 @@ def test_the_generators_pictures_hold_no_held_out_pair() -> None:
     for i in range(300):
         shown = read(RenderedPictures(300, 7, 64)[i])
         assert not {(item.colour, item.shape) for item in shown.items} & HELD_OUT
+
+
+def test_every_second_hard_picture_shows_a_small_star() -> None:
+    hard, usual = HardPictures(80, 7, 64), RenderedPictures(80, 7, 64)
+    for i in range(0, 80, 2):
+        assert np.array_equal(hard[i], usual[i])
+        items = read(hard[i + 1]).items
+        assert any((item.shape, item.size) == ("star", "small") for item in items)
+        assert not {(item.colour, item.shape) for item in items} & HELD_OUT
+    assert len({hard[i].tobytes() for i in range(80)}) == 80
+    with pytest.raises(IndexError):
+        hard[80]
 
 
 def test_in_a_near_miss_shapes_or_colours_have_changed_hands_and_nothing_has_moved() -> None:

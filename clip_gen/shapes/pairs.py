@@ -59,6 +59,19 @@ class RenderedPictures(Dataset):
         return render(sample_scene(training_rng(self.seed, index)), self.resolution)
 
 
+class HardPictures(RenderedPictures):
+    """Every second one shows a small star, which a VQGAN draws worst of all by far: its points are a pixel wide."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        rng = training_rng(self.seed, index)
+        scene = sample_scene(rng)
+        while index % 2 and not any((item.shape, item.size) == ("star", "small") for item in scene.items):
+            scene = sample_scene(rng)
+        return render(scene, self.resolution)
+
+
 class NearMisses(RenderedPictures):
     """Item i is RenderedPictures' picture i with the shapes or the colours of its two items in each other's place, and
     nothing moved; where there are not two, or no swap is to be had, that picture itself. Held-out pairs never occur.

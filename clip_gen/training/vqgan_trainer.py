@@ -24,7 +24,10 @@ class VQGANLoss:
 
 
 class VQGANTrainer(Stage):
-    """Batches are pictures, (B, S, S, 3) uint8. What looks alike is LPIPS's to say where it is given, else CLIP's."""
+    """Batches are pictures, (B, S, S, 3) uint8. What looks alike is LPIPS's to say where it is given, else CLIP's.
+
+    decoder_alone: the encoder and the codes stay as they are, and with them every picture's tokens.
+    """
 
     def __init__(
         self,
@@ -33,8 +36,15 @@ class VQGANTrainer(Stage):
         loss: VQGANLoss = VQGANLoss(),
         clip: ClipEncoder | None = None,
         lpips: nn.Module | None = None,
+        *,
+        decoder_alone: bool = False,
     ):
         super().__init__(config)
+        self.decoder_alone = decoder_alone
+        if decoder_alone:
+            vqgan.requires_grad_(False)
+            for part in (vqgan.decoder, vqgan.post_quant_conv):
+                part.requires_grad_(True)
         # Channels last is how convolutions are fastest.
         self.vqgan, self.weights = vqgan.to(memory_format=torch.channels_last), loss
         if config.compile:
@@ -53,6 +63,10 @@ class VQGANTrainer(Stage):
             self.lpips().to(self.device, memory_format=torch.channels_last)
         if self.trainer.world_size > 1:
             self.vqgan.quantizer.share_between_processes()
+
+    def on_train_start(self) -> None:
+        if self.decoder_alone:
+            self.vqgan.quantizer.eval()  # in training its codes follow what they stand for
 
     def training_step(self, batch: Tensor) -> Tensor:
         images = from_bytes(batch)
