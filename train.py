@@ -65,6 +65,18 @@ async def train(
     condition_dropout: float = Input(
         description="Share of pictures learnt without their embedding, which guidance needs.", default=0.1, ge=0, le=0.9
     ),
+    condition_blur: float = Input(
+        description="Share of pictures learnt from embeddings that others like them fit too, as vague prompts' do.",
+        default=0.25,
+        ge=0,
+        le=0.9,
+    ),
+    contrast_weight: float = Input(
+        description="How surely to tell each picture from another much like it; half as much time again. 0: without.",
+        default=0.0,
+        ge=0,
+        le=100,
+    ),
     embedding_loss_weight: float = Input(
         description="Weight of CLIP-GEN's second loss; slow. 0: without.", default=0.0, ge=0, le=100
     ),

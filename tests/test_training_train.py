@@ -94,6 +94,17 @@ def test_new_networks_of_a_size_for_the_clip_of_the_base(
     assert model.config.gpt.codebook_size == model.config.vqgan.codebook_size == 32
 
 
+def test_pictures_are_told_from_those_like_them_unless_that_is_switched_off(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    for weight in (4.0, 0.0):
+        out = tmp_path / str(weight)
+        Training(photos, out, replace(toy, stage="transformer", contrast_weight=weight, condition_blur=0.0)).run()
+        history = (out / "work" / "gpt" / "history.jsonl").read_text()
+        found = out / "work" / "encoded" / "neighbours-learnt.npy"
+        assert ('"contrast"' in history) == found.exists() == (weight > 0)
+
+
 def test_one_stage_alone_leaves_the_other_network_as_it_is(
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +207,8 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
         ({"size": "laptop", "stage": "transformer"}, "needs the base model's VQGAN"),
         ({"size": "laptop", "resolution": 30}, "resolution is 30; size laptop takes multiples of 4"),
         ({"condition_dropout": 1.0}, "condition_dropout is 1.0"),
+        ({"condition_blur": -0.1}, "condition_blur is -0.1; give 0 up to, but not, 1"),
+        ({"contrast_weight": -1.0}, "contrast_weight is -1.0; give 0 or more"),
         ({"precision": "8"}, 'precision is "8"; it takes one of auto, 32-true, bf16-mixed'),
         ({"max_minutes": -1.0}, "max_minutes is -1.0; give 0 or more"),
     ],
@@ -221,6 +234,16 @@ def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> Non
     assert steps == sorted(steps)
     for one in plans:
         one.model.check()
+
+
+def test_few_pictures_are_shown_in_more_ways_each(tiny_model: ClipGen) -> None:
+    def views(pictures: int, **settings: bool) -> int:
+        return plan(TrainSettings(**settings), tiny_model.config, pictures).views
+
+    assert [views(count) for count in (50, 2000, 20_000, 100_000, 1_000_000)] == [32, 20, 8, 4, 1]
+    assert views(50, crop=False) == 2  # itself and its mirror image are all there is
+    assert views(50, crop=False, flip=False) == 1
+    assert views(50, flip=False) == 32
 
 
 def test_a_training_is_compiled_when_it_is_long_enough_to_pay(

@@ -19,6 +19,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.bridge import add_noise
@@ -30,6 +31,8 @@ from clip_gen.vqgan import VQGAN
 log = logging.getLogger(__name__)
 
 ORDER, CHANCE = range(2)  # what a sample's number is turned into by chance: which picture, and how it is shown
+POOL, NEAREST = 2048, 64  # among so many embeddings, so many of the nearest are looked for
+LIKEST = 16  # of them, one of which is a near miss
 
 
 class Batches(Sampler[list[int]]):
@@ -135,7 +138,9 @@ class EncodedPictures(Dataset):
 
     Item i is picture i as it is, its embedding the condition. `draw` takes one of its views, pushes the condition by
     up to `noise` in a random direction, and drops it at the chance `dropout`. A near miss is the embedding of another
-    picture that is much like it, pushed as the condition is; where there are none it is the condition itself.
+    picture that is much like it, pushed as the condition is: that of `near_misses`, or one of its neighbours; where
+    there are none it is the condition itself. At the chance `blur` the condition is the mean of the embedding and some
+    of its neighbours', which is where the embedding of a text lies that fits them all.
     """
 
     def __init__(
@@ -143,23 +148,28 @@ class EncodedPictures(Dataset):
         embeddings: Path,
         tokens: Path,
         views: int = 1,
+        *,
         noise: float = 0.0,
         dropout: float = 0.0,
         near_misses: Path | None = None,
+        neighbours: Path | None = None,
+        blur: float = 0.0,
     ):
-        self.embeddings, self.tokens = np.load(embeddings, mmap_mode="r"), np.load(tokens, mmap_mode="r")
-        self.near_misses = self.embeddings if near_misses is None else np.load(near_misses, mmap_mode="r")
-        self.views, self.noise, self.dropout = views, noise, dropout
+        self.embeddings, self.tokens, self.near_misses, self.neighbours = (
+            path and np.load(path, mmap_mode="r") for path in (embeddings, tokens, near_misses, neighbours)
+        )
+        self.views, self.noise, self.dropout, self.blur = views, noise, dropout, blur
 
     def __len__(self) -> int:
         return len(self.tokens) // self.views
 
     def __getitem__(self, index: int) -> Encoded:
-        embedding, tokens, _ = self._row(index * self.views)
+        embedding, tokens = self._row(index * self.views)
         return embedding, tokens, False, embedding, embedding
 
     def draw(self, index: int, rng: np.random.Generator) -> Encoded:
-        embedding, tokens, near_miss = self._row(index * self.views + int(rng.integers(self.views)))
+        row = index * self.views + int(rng.integers(self.views))
+        embedding, tokens = self._row(row)
         # Each picture at a strength of its own, so that clean and far-off embeddings are both at home.
         strength = self.noise * rng.random()
         seed = int(rng.integers(2**62))
@@ -167,12 +177,47 @@ class EncodedPictures(Dataset):
         def pushed(clean: Tensor) -> Tensor:
             return add_noise(clean[None], strength, torch.Generator().manual_seed(seed))[0]
 
-        return pushed(embedding), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
+        condition = near_miss = embedding
+        if self.near_misses is not None:
+            near_miss = self._embedding(self.near_misses[row])
+        elif self.neighbours is not None:
+            near_miss = self._embedding(self.embeddings[rng.choice(self.neighbours[row, :LIKEST])])
+        if rng.random() < self.blur:
+            # As often few as many: the more of them, the less they have in common.
+            some = self.neighbours[row, : int(self.neighbours.shape[1] ** rng.random())]
+            others = self._embedding(self.embeddings[some])
+            condition = near_miss = F.normalize(embedding + others.sum(dim=0), dim=0)
+        return pushed(condition), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
 
-    def _row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        embedding, near_miss = self.embeddings[row].astype(np.float32), self.near_misses[row].astype(np.float32)
-        tokens = self.tokens[row].astype(np.int64)
-        return torch.from_numpy(embedding), torch.from_numpy(tokens), torch.from_numpy(near_miss)
+    def _row(self, row: int) -> tuple[Tensor, Tensor]:
+        return self._embedding(self.embeddings[row]), torch.from_numpy(self.tokens[row].astype(np.int64))
+
+    def _embedding(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows.astype(np.float32))
+
+
+def find_neighbours(embeddings: Path, views: int, path: Path, seed: int) -> Path:
+    """Which rows are most like each, the likest first, as a .npy of (N, NEAREST) int32, unless it is there already.
+
+    Like is by cosine, and looked for in a random pool that both are in: the time would grow as the square of the
+    pictures. Views of one picture are no neighbours; where there are too few others, a row stands in for them itself.
+    """
+    if rank_zero_only.rank:
+        wait_for(path)
+    if path.is_file():
+        return path
+    rows = np.load(embeddings, mmap_mode="r")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    pools = np.array_split(order, -(-len(rows) // POOL))
+    count = min(NEAREST, min(map(len, pools)))
+    with whole_array(path, (len(rows), count), np.int32) as found:
+        for pool in pools:
+            directions = F.normalize(torch.from_numpy(rows[pool].astype(np.float32)), dim=1)
+            pictures = torch.from_numpy(pool // views)
+            likeness = (directions @ directions.T).masked_fill(pictures[:, None] == pictures, -2.0)
+            values, nearest = likeness.topk(count, dim=1)
+            found[pool] = np.where(values > -2.0, pool[nearest.numpy()], pool[:, None])
+    return path
 
 
 def wait_for(path: Path) -> None:

@@ -64,6 +64,8 @@ class TrainSettings:
     adversarial_weight: float = 0.1
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
+    condition_blur: float = 0.25
+    contrast_weight: float = 0.0
     embedding_loss_weight: float = 0.0
     crop: bool = True
     flip: bool = True
@@ -87,12 +89,13 @@ class TrainSettings:
                     )
         elif self.stage == "transformer":
             raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
-        weights = ("perceptual_weight", "adversarial_weight", "embedding_loss_weight")
+        weights = ("perceptual_weight", "adversarial_weight", "contrast_weight", "embedding_loss_weight")
         for name in ("embedding_noise", "max_minutes", *weights):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout is {self.condition_dropout}; give 0 up to, but not, 1")
+        for name in ("condition_dropout", "condition_blur"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 up to, but not, 1")
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,15 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
         precision=settings.precision,
     )
     loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight)
-    views = (4 if settings.crop else 1) * (2 if settings.flip else 1)
     minutes = settings.max_minutes
-    views = max(1, min(views, 400_000 // pictures))
-    return Plan(model, _in_step(vqgan, minutes), loss, _in_step(transformer, minutes), views)
+    return Plan(model, _in_step(vqgan, minutes), loss, _in_step(transformer, minutes), _views(settings, pictures))
+
+
+def _views(settings: TrainSettings, pictures: int) -> int:
+    """Some 40,000 views are learnt from without learning them by heart, and 400,000 fit any disk."""
+    if not settings.crop:
+        return 2 if settings.flip else 1
+    return max(1, min(32, max(8, 40_000 // pictures), 400_000 // pictures))
 
 
 def _in_step(config: FitConfig, minutes: float) -> FitConfig:

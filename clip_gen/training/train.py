@@ -35,6 +35,7 @@ from clip_gen.training.dataset import (
     Views,
     encode_embeddings,
     encode_tokens,
+    find_neighbours,
     wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer
@@ -84,9 +85,9 @@ class Training:
         if path.is_file():
             before = json.loads(path.read_text())
             for name, value in told.items():
-                if before[name] != value:
+                if before.get(name) != value:
                     raise ValueError(
-                        f"{self.out} holds a training with {name} {before[name]!r}, not {value!r}; "
+                        f"{self.out} holds a training with {name} {before.get(name)!r}, not {value!r}; "
                         "say the same to go on with it, or name another folder"
                     )
         with whole_or_not(path) as temporary:
@@ -154,6 +155,7 @@ class Training:
         trainer = GPTTrainer(
             networks.gpt.train().requires_grad_(True),
             self.plan.transformer,
+            contrast=settings.contrast_weight,
             embedding_loss=settings.embedding_loss_weight,
             vqgan=networks.vqgan,
             clip=networks.clip,
@@ -188,7 +190,20 @@ class Training:
         with torch.compiler.set_stance("force_eager"):
             embeddings = encode_embeddings(pictures, self.networks.clip, folder / f"embeddings-{name}.npy")
             tokens = encode_tokens(pictures, self.networks.vqgan, folder / f"tokens-{name}.npy")
-        return EncodedPictures(embeddings, tokens, views, settings.embedding_noise, settings.condition_dropout)
+        if name == "held_back":
+            return EncodedPictures(embeddings, tokens)
+        neighbours = None
+        if settings.contrast_weight or settings.condition_blur:
+            neighbours = find_neighbours(embeddings, views, folder / "neighbours-learnt.npy", settings.seed)
+        return EncodedPictures(
+            embeddings,
+            tokens,
+            views,
+            noise=settings.embedding_noise,
+            dropout=settings.condition_dropout,
+            neighbours=neighbours,
+            blur=settings.condition_blur,
+        )
 
     @torch.no_grad()
     def measure_pictures(self) -> None:
