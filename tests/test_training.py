@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_networks
+from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from clip_gen import ClipGen
 from clip_gen.checkpoint import load_networks, save_networks
@@ -20,8 +22,18 @@ from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs, RenderedPictures
+from clip_gen.training import dataset
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
-from clip_gen.training.dataset import Batches, EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
+from clip_gen.training.dataset import (
+    LIKEST,
+    Batches,
+    EncodedPictures,
+    Endless,
+    encode_embeddings,
+    encode_tokens,
+    find_neighbours,
+    wait_for,
+)
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, token_nats
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
@@ -39,6 +51,9 @@ RECIPE = ShapesConfig(
     encoded_pictures=64,
     contrast=4.0,
     drawn_pictures=48,
+    decoder_fit=FIT,
+    vague_fit=FIT,
+    condition_blur=0.5,
 )
 
 
@@ -55,7 +70,7 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
     result = ClipGen.load(tmp_path / "model", "cpu").generate("a red circle", candidates=2, num_outputs=2, seed=0)
     assert len(result.images) == 2
     record = json.loads((tmp_path / "model" / "training.json").read_text())
-    for part in ("clip", "vqgan", "gpt", "ranker"):
+    for part in ("clip", "vqgan", "gpt", "ranker", "decoder", "vague"):
         assert record["stages"][part]["steps"] == 6
         assert [(leg["from_step"], leg["to_step"]) for leg in record["stages"][part]["legs"]] == [(0, 6)]
         assert record["stages"][part]["told"]["fit"]["steps"] == 6
@@ -66,8 +81,8 @@ def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: 
     again = Recipe(RECIPE, trained.work)
     monkeypatch.setattr("clip_gen.training.shapes.fit", None)
     again.part("vqgan")
-    for name, tensor in trained.networks.vqgan.state_dict().items():
-        assert torch.equal(tensor, again.networks.vqgan.state_dict()[name])
+    for name, tensor in load_file(trained.work / "vqgan" / "vqgan.safetensors").items():
+        assert torch.equal(tensor.float(), again.networks.vqgan.state_dict()[name].float()), name
 
 
 def test_what_one_process_trains_alone_the_others_wait_for(
@@ -138,6 +153,18 @@ def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Re
             for name, parameter in getattr(trained.networks, part).named_parameters()
         ]
         assert sum(moved) > len(moved) / 2, part
+
+
+def test_the_last_parts_move_the_decoder_and_the_transformer_and_leave_tokens_and_ranker_alone(trained: Recipe) -> None:
+    work = trained.work
+    before, after = load_file(work / "vqgan" / "vqgan.safetensors"), load_file(work / "decoder" / "decoder.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) != name.startswith(("decoder.", "post_quant_conv.")), name
+    before, after = load_file(work / "gpt" / "gpt.safetensors"), load_file(work / "vague" / "vague.safetensors")
+    assert sum(not torch.equal(tensor, after[name]) for name, tensor in before.items()) > len(before) / 2
+    ranker = load_file(work / "ranker" / "ranker.safetensors")
+    for name, tensor in trained.networks.clip.state_dict().items():
+        assert torch.equal(tensor, ranker[name].to(tensor.dtype)), name
 
 
 def test_the_batch_norms_of_clip_learn_what_pictures_look_like(trained: Recipe) -> None:
@@ -361,6 +388,62 @@ def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp
             assert torch.equal(near_miss, condition)
         else:
             assert near_miss @ embedding < -0.8
+
+
+@pytest.mark.parametrize("pool", [2048, 150])
+def test_neighbours_are_other_pictures_much_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: int) -> None:
+    monkeypatch.setattr(dataset, "POOL", pool)
+    monkeypatch.setattr(dataset, "NEAREST", 10)
+    rng = np.random.default_rng(0)
+    # Ten kinds of twenty pictures each, in two views that are nearer each other than anything else.
+    kinds, pictures = np.arange(400) // 40, np.arange(400) // 2
+    rows = rng.normal(size=(10, 16))[kinds] + 0.1 * rng.normal(size=(200, 16))[pictures]
+    np.save(tmp_path / "embeddings.npy", (rows + 0.01 * rng.normal(size=rows.shape)).astype(np.float16))
+    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 2, tmp_path / "found.npy", 0))
+    assert found.shape == (400, 10)
+    assert (pictures[found] != pictures[:, None]).all()
+    assert (kinds[found] == kinds[:, None]).mean() > (0.99 if pool > 400 else 0.85)
+    rows = np.load(tmp_path / "embeddings.npy").astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    likeness = (rows[found] * rows[:, None]).sum(axis=2)
+    assert (np.diff(likeness, axis=1) <= 1e-6).all()  # the likest first
+
+    again = np.load(find_neighbours(tmp_path / "embeddings.npy", 2, tmp_path / "again.npy", 0))
+    assert np.array_equal(again, found)
+
+
+def test_where_there_is_no_other_picture_a_row_is_its_own_neighbour(tmp_path: Path) -> None:
+    np.save(tmp_path / "embeddings.npy", np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32))
+    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 3, tmp_path / "found.npy", 0))
+    assert np.array_equal(found, np.arange(3)[:, None] + np.zeros((1, 3), int))
+
+
+def test_some_conditions_are_blurred_with_their_neighbours(encoded: EncodedPictures, tmp_path: Path) -> None:
+    embeddings, tokens = tmp_path / "embeddings.npy", tmp_path / "tokens.npy"
+    neighbours = find_neighbours(embeddings, 2, tmp_path / "neighbours.npy", 0)
+    rows, found = torch.from_numpy(np.load(embeddings)), np.load(neighbours)
+
+    def drawn(blur: float) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        samples = Endless(EncodedPictures(embeddings, tokens, views=2, neighbours=neighbours, blur=blur), seed=0)
+        drawn = (samples[n] for n in range(400))
+        return [(int(tokens[0]), condition, missed) for condition, tokens, _, _, missed in drawn]
+
+    for row, condition, missed in drawn(0.0):
+        assert torch.allclose(condition, rows[row])
+        assert any(torch.allclose(missed, rows[other]) for other in found[row, :LIKEST])
+
+    counts = []
+    for row, condition, missed in drawn(0.5):
+        means = [F.normalize(rows[row] + rows[found[row, :count]].sum(dim=0), dim=0) for count in range(64)]
+        off = [float((condition - mean).abs().max()) for mean in means]
+        assert min(off) < 1e-5
+        counts.append(int(np.argmin(off)))
+        assert torch.equal(condition, missed) == (counts[-1] > 0)  # of many pictures there is no near miss
+    blurred = np.array([count for count in counts if count])
+    assert abs(len(blurred) / 400 - 0.5) < 0.1
+    assert blurred.min() == 1
+    assert blurred.max() > 50
+    assert 5 < np.median(blurred) < 12
 
 
 def test_a_sample_is_the_same_whatever_came_before_and_every_picture_comes_once_a_round(

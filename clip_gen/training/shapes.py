@@ -1,4 +1,5 @@
-"""The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, then CLIP as a ranker.
+"""The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, then CLIP as a ranker, and last
+the decoder on what it draws worst and the transformer on what prompts leave unsaid.
 
     python -m clip_gen train-shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
@@ -27,10 +28,17 @@ from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes
 from clip_gen.shapes.captions import caption, describe
-from clip_gen.shapes.pairs import CaptionedPairs, NearMisses, RenderedPictures
+from clip_gen.shapes.pairs import CaptionedPairs, HardPictures, NearMisses, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
 from clip_gen.training.clip_trainer import ClipTrainer, Collate
-from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, wait_for
+from clip_gen.training.dataset import (
+    EncodedPictures,
+    Endless,
+    encode_embeddings,
+    encode_tokens,
+    find_neighbours,
+    wait_for,
+)
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.ranker import RankedPictures, RankerTrainer, ranked_pictures
 from clip_gen.training.run import Machine, fit
@@ -42,8 +50,10 @@ log = logging.getLogger(__name__)
 # Streams of pictures that never meet: each is a seed of its own.
 PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
 
-ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker")
-SHARED = ("vqgan", "gpt")  # the work that processes share; the rest is the first one's, and the others wait
+ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker", "decoder", "vague")
+NETWORK = {"ranker": "clip", "decoder": "vqgan", "vague": "gpt"}  # that a part goes on with
+# The work that processes share; the rest is the first one's, and the others wait.
+SHARED = ("vqgan", "gpt", "decoder", "vague")
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,9 @@ class ShapesConfig:
     contrast: float = 0.0
     ranker_fit: FitConfig = field(default_factory=FitConfig)
     drawn_pictures: int = 8000
+    decoder_fit: FitConfig = field(default_factory=FitConfig)
+    vague_fit: FitConfig = field(default_factory=FitConfig)
+    condition_blur: float = 0.25
 
 
 class Recipe:
@@ -75,7 +88,7 @@ class Recipe:
     def part(self, name: str) -> None:
         """Loads the part from the work folder, or trains it and leaves it there."""
         folder = self.work / name
-        network, told = getattr(self.networks, "clip" if name == "ranker" else name), self.told(name)
+        network, told = getattr(self.networks, NETWORK.get(name, name)), self.told(name)
         record = folder / "record.json"
         if not record.is_file() and (name in SHARED or not rank_zero_only.rank):
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,12 +112,20 @@ class Recipe:
             settings["sizes"] = stated(getattr(self.config.model, name))
         if name != "bridge":
             settings["fit"] = stated(getattr(self.config, f"{name}_fit"))
-        if name == "gpt":
+        if name in ("gpt", "vague"):
             names = ("encoded_pictures", "embedding_noise", "condition_dropout", "contrast")
             settings |= {name: getattr(self.config, name) for name in names}
+        if name == "vague":
+            settings["condition_blur"] = self.config.condition_blur
         if name == "ranker":
             settings["drawn_pictures"] = self.config.drawn_pictures
-        rests_on = {"gpt": ("clip", "vqgan"), "bridge": ("clip",), "ranker": ("clip", "vqgan", "gpt")}
+        rests_on = {
+            "gpt": ("clip", "vqgan"),
+            "bridge": ("clip",),
+            "ranker": ("clip", "vqgan", "gpt"),
+            "decoder": ("vqgan",),
+            "vague": ("clip", "vqgan", "gpt"),
+        }
         settings |= {part: fingerprint(self.work / part / f"{part}.safetensors") for part in rests_on.get(name, ())}
         return json.loads(json.dumps(settings))
 
@@ -130,29 +151,55 @@ class Recipe:
         return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
-        gpt, config = self.networks.gpt, self.config
-        seen, unseen = self.encoded("train"), self.encoded("unseen")
-        trainer = GPTTrainer(gpt.train().requires_grad_(True), config.gpt_fit, contrast=config.contrast)
-        samples = Endless(seen, config.seed)
-        return fit("gpt", trainer, samples, unseen, folder, seed=config.seed, machine=self.machine)
+        return self.fit_gpt("gpt", folder, self.config.gpt_fit, self.encoded("train"), self.config.seed)
 
-    def encoded(self, name: str) -> EncodedPictures:
+    def train_vague(self, folder: Path) -> dict[str, object]:
+        """The transformer goes on, some of its conditions being what many pictures have in common."""
+        clip = self.networks.clip
+        load_part(clip, self.work / "clip" / "clip.safetensors")  # the ranker's embeddings are not quite the same
+        seen = self.encoded("train", blur=self.config.condition_blur)
+        values = self.fit_gpt("vague", folder, self.config.vague_fit, seen, self.config.seed + 1)
+        load_part(clip, self.work / "ranker" / "ranker.safetensors")
+        return values
+
+    def fit_gpt(
+        self, name: str, folder: Path, config: FitConfig, seen: EncodedPictures, seed: int
+    ) -> dict[str, object]:
+        gpt = self.networks.gpt.train().requires_grad_(True)
+        trainer, unseen = GPTTrainer(gpt, config, contrast=self.config.contrast), self.encoded("unseen")
+        return fit(name, trainer, Endless(seen, seed), unseen, folder, seed=seed, machine=self.machine)
+
+    def train_decoder(self, folder: Path) -> dict[str, object]:
+        """The VQGAN's decoder goes on alone: every picture keeps its tokens."""
+        config, resolution = self.config.decoder_fit, self.config.model.vqgan.resolution
+        trainer = VQGANTrainer(self.networks.vqgan.train(), config, decoder_alone=True)
+        seen = HardPictures(config.steps * config.batch_size, self.stream(PICTURES), resolution)
+        unseen = self.pictures(512, UNSEEN)
+        return fit("decoder", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
+
+    def encoded(self, name: str, blur: float = 0.0) -> EncodedPictures:
         """The pictures the transformer trains on, or those its loss is watched on, through CLIP and VQGAN."""
         folder = self.work / "encoded"
         stream, count = {"train": (ENCODED, self.config.encoded_pictures), "unseen": (UNSEEN, 1024)}[name]
-        pictures, networks, missed = self.pictures(count, stream), self.networks, None
+        pictures, networks, missed, neighbours = self.pictures(count, stream), self.networks, None, None
         if self.config.gpt_fit.compile:
             compiled(networks.clip.clip.visual)
             compiled(networks.vqgan.encoder, dynamic=networks.vqgan.config.local)
         if self.config.contrast and name == "train":
             near_misses = NearMisses(count, self.stream(stream), self.config.model.vqgan.resolution)
             missed = encode_embeddings(near_misses, networks.clip, folder / self.array_name("clip", "missed", count))
+        embeddings = encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count))
+        if blur:
+            path = folder / self.array_name("clip", "neighbours", count)
+            neighbours = find_neighbours(embeddings, 1, path, self.config.seed)
         return EncodedPictures(
-            encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count)),
+            embeddings,
             encode_tokens(pictures, networks.vqgan, folder / self.array_name("vqgan", name, count)),
             noise=self.config.embedding_noise,
             dropout=self.config.condition_dropout,
             near_misses=missed,
+            neighbours=neighbours,
+            blur=blur,
         )
 
     def array_name(self, part: str, name: str, count: int) -> str:
