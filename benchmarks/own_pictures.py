@@ -4,7 +4,8 @@
     PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py style --out /tmp/style [--minutes 10] [--pictures 300]
     PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py memory --out /tmp/memory [--pictures 20000]
 
-scratch: new networks of size laptop for the bundled CLIP, on plain shapes. Prints the reconstructions' PSNR and the
+scratch: new networks of size laptop for the bundled CLIP, on plain shapes, without crops, which would make sizes that
+the judge does not know. Prints the reconstructions' PSNR and the
 codebook's use on pictures never seen, and how many one-object prompts come out all right by the judge, best of 16.
 style: from the bundled model, on shapes with an outline of another colour. Prints the share of pictures that are
 outlined before and after, and leaves sheet.png with one above the other.
@@ -75,7 +76,7 @@ def scratch(arguments: argparse.Namespace) -> dict[str, object]:
     archive = arguments.out / "pictures.zip"
     if not archive.exists():
         write_pictures(arguments.pictures, 4, archive, 256, captions=False, zipped=True, held_out="never")
-    words = ["--size", "laptop", f"--max-minutes={arguments.minutes}", *arguments.words]
+    words = ["--size", "laptop", "--no-crop", f"--max-minutes={arguments.minutes}", *arguments.words]
     took, _ = train(archive, arguments.out / "trained", words)
     model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
     psnr, used = reconstructed(model, 1000)
