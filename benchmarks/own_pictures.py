@@ -5,8 +5,8 @@
     PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py memory --out /tmp/memory [--pictures 20000]
 
 scratch: new networks of size laptop for the bundled CLIP, on plain shapes, without crops, which would make sizes that
-the judge does not know. Prints the reconstructions' PSNR and the
-codebook's use on pictures never seen, and how many one-object prompts come out all right by the judge, best of 16.
+the judge does not know. Prints the reconstructions' PSNR and the codebook's use on pictures never seen, and how many
+one-object prompts come out all right by the judge, best of 16.
 style: from the bundled model, on shapes with an outline of another colour. Prints the share of pictures that are
 outlined before and after, and leaves sheet.png with one above the other.
 memory: a few steps of both stages on 200 pictures and on many; prints the peak of all processes' memory together.
