@@ -51,7 +51,7 @@ def train(pictures: Path, out: Path, words: list[str]) -> tuple[float, float]:
     """Trains as a user would; the minutes it took from Enter to the weights, and the most GB it held at a time."""
     began, most = time.monotonic(), 0
     command = [sys.executable, "-m", "clip_gen", "train", str(pictures), "--out", str(out), *words]
-    environment = KEEP_MEMORY | os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "100000"}
+    environment = KEEP_MEMORY | os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "100000", "MKL_CBWR": "AUTO"}
     training = subprocess.Popen(command, env=environment, start_new_session=True)
     while training.poll() is None:
         most = max(most, memory(training.pid))

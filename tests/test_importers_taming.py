@@ -122,7 +122,7 @@ def test_tokens_and_pictures_are_those_of_tamings_own_modules(kind: str, tmp_pat
     assert torch.equal(vqgan.encode(images), tokens)
     some = torch.randint(0, CODES, tokens.shape, generator=torch.Generator().manual_seed(2))
     # taming finds a Gumbel code by a product that leaves another memory order, in which convolutions round otherwise.
-    tolerance = 1e-5 if "gumbel" in kind else 0
+    tolerance = 1e-4 if "gumbel" in kind else 0
     for drawn in (some, tokens):
         assert torch.allclose(vqgan.decode(drawn), reference.pictures(drawn), rtol=0, atol=tolerance)
 
