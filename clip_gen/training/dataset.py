@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.bridge import add_noise
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
+from clip_gen.machine import at_work, spare_cores
 from clip_gen.pictures import load_picture
 from clip_gen.vqgan import VQGAN
 
@@ -234,17 +235,24 @@ def wait_for(path: Path) -> None:
 
 def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path) -> Path:
     """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) uint16, unless it is there already."""
-    return _encoded_once(pictures, vqgan.encode, path, np.uint16, vqgan.config.grid**2)
+    return _encoded_once(pictures, vqgan, vqgan.encode, path, np.uint16, vqgan.config.grid**2)
 
 
 def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path) -> Path:
     """Their CLIP embeddings as a .npy of (N, E) float16, unless it is there already."""
-    return _encoded_once(pictures, clip_encoder.encode_image, path, np.float16, clip_encoder.config.embed_dim)
+    width = clip_encoder.config.embed_dim
+    return _encoded_once(pictures, clip_encoder, clip_encoder.encode_image, path, np.float16, width)
 
 
 @torch.no_grad()
 def _encoded_once(
-    pictures: Dataset, encode: Callable[[Tensor], Tensor], path: Path, dtype: type, width: int, batch_size: int = 64
+    pictures: Dataset,
+    network: nn.Module,
+    encode: Callable[[Tensor], Tensor],
+    path: Path,
+    dtype: type,
+    width: int,
+    batch_size: int = 64,
 ) -> Path:
     """A row for each picture, in their order; the file is whole or not there. Of several processes one writes it."""
     if rank_zero_only.rank:
@@ -252,10 +260,10 @@ def _encoded_once(
     if path.is_file():
         return path
     count, began = len(pictures), time.perf_counter()
-    with whole_array(path, (count, width), dtype) as rows:
-        loader = DataLoader(pictures, batch_size, num_workers=1)
+    with whole_array(path, (count, width), dtype) as rows, at_work(network) as device:
+        loader = DataLoader(pictures, batch_size, num_workers=spare_cores())
         for start, batch in zip(range(0, count, batch_size), loader, strict=True):
-            rows[start : start + len(batch)] = encode(from_bytes(batch)).cpu().numpy()
+            rows[start : start + len(batch)] = encode(from_bytes(batch.to(device))).cpu().numpy()
             if start // batch_size % 100 == 99:
                 speed = start / (time.perf_counter() - began)
                 log.info("%s: %d of %d pictures, %.0f a second", path.name, start, count, speed)

@@ -79,7 +79,7 @@ class SampleGrids(Grids):
         rows = [to_pil(vqgan.decode(torch.stack(tokens).to(module.device)))]
         rows.append(self._drawn(module, torch.stack(embeddings)))
         if self.prompts:
-            bridge: Bridge = self.networks.bridge
+            bridge: Bridge = self.networks.bridge.to(module.device)
             texts = bridge(self.networks.clip.encode_text(list(self.prompts)))
             rows += [self._drawn(module, text.expand(SHOWN, -1)) for text in texts]
         return rows

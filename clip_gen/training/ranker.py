@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from clip_gen.checkpoint import Networks
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import GPT, multiplies_bfloat16
 from clip_gen.images import for_clip, from_bytes, to_bytes
+from clip_gen.machine import at_work, spare_cores
 from clip_gen.sampling import Sampling, candidate_uniforms, draw, sample_tokens
 from clip_gen.shapes.pairs import CaptionedPairs
 from clip_gen.training.dataset import whole_array
@@ -72,21 +73,34 @@ def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder
     return RankedPictures(parts)
 
 
+class Firsts(Dataset):
+    """The pictures that groups begin with, and their captions."""
+
+    def __init__(self, pairs: CaptionedPairs, numbers: range):
+        self.pairs, self.numbers = pairs, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        return self.pairs.first(self.numbers[index])
+
+
 @torch.inference_mode()
 def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, texts: Path, pictures: Path) -> None:
-    config, device = networks.config, next(networks.gpt.parameters()).device
-    gpt = deepcopy(networks.gpt)
-    if multiplies_bfloat16(device):
-        gpt.work_in(torch.bfloat16)
+    config, gpt = networks.config, deepcopy(networks.gpt)
     side, length = config.vqgan.resolution, config.gpt.block_size
+    loader = DataLoader(Firsts(pairs, numbers), TOGETHER, num_workers=spare_cores(), collate_fn=list)
     with (
+        at_work(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
         whole_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
         whole_array(texts, (len(numbers), config.clip.embed_dim), np.float32) as rows,
     ):
-        for start in range(0, len(numbers), TOGETHER):
+        if multiplies_bfloat16(device):
+            gpt.work_in(torch.bfloat16)
+        for start, firsts in zip(range(0, len(numbers), TOGETHER), loader, strict=True):
             indices = numbers[start : start + TOGETHER]
             turn, here = indices[0] // TOGETHER, slice(start, start + len(indices))
-            firsts = [pairs.first(index) for index in indices]
             true = torch.from_numpy(np.stack([picture for picture, _ in firsts]))
             text = networks.clip.encode_text([caption for _, caption in firsts])
             condition, tokens = networks.bridge(text), networks.vqgan.encode(from_bytes(true.to(device)))

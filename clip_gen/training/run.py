@@ -27,6 +27,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.files import whole_or_not
 from clip_gen.gpt import multiplies_bfloat16
+from clip_gen.machine import spare_cores
 from clip_gen.training.dataset import Batches
 from clip_gen.training.stage import FitConfig, Stage
 
@@ -178,8 +179,9 @@ class Samples(pl.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
+        workers = config.workers or max(1, spare_cores() // trainer.num_devices)
         return DataLoader(
-            self.samples, batch_sampler=batches, num_workers=config.workers, collate_fn=self.collate,
+            self.samples, batch_sampler=batches, num_workers=workers, collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_
 from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes
+from clip_gen.machine import at_work, spare_cores
 from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, HardPictures, NearMisses, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
@@ -210,10 +211,11 @@ class Recipe:
     def train_bridge(self, folder: Path) -> dict[str, object]:
         """The mean of each side, over 4,000 pictures of the generator's and the captions of 4,000 other scenes."""
         bridge, clip = self.networks.bridge, self.networks.clip
-        loader = DataLoader(self.pictures(4000, PICTURES), 64)
-        image = torch.cat([clip.encode_image(from_bytes(batch)) for batch in loader]).mean(dim=0)
+        loader = DataLoader(self.pictures(4000, PICTURES), 64, num_workers=spare_cores())
         scenes = (sample_scene(np.random.default_rng([self.stream(UNSEEN), i])) for i in range(4000))
-        text = clip.encode_text([caption(describe(scene)) for scene in scenes]).mean(dim=0)
+        with at_work(clip) as device:
+            image = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader]).mean(dim=0).cpu()
+            text = clip.encode_text([caption(describe(scene)) for scene in scenes]).mean(dim=0).cpu()
         bridge.image_mean.copy_(image)
         bridge.text_mean.copy_(text)
         return {"gap": round(float((image - text).norm()), 4)}

@@ -31,7 +31,7 @@ class FitConfig:
     validate_every: int = 1000  # steps
     patience: int = 0  # so many validations without a better one end the stage, and the best is kept; 0: the last is
     precision: str = "auto"  # as Lightning's; auto: bfloat16 where the hardware has it, else float32
-    workers: int = 1  # processes that prepare samples
+    workers: int = 0  # processes that prepare samples; 0: as many as there are cores to spare
     compile: bool = False  # torch.compile the network: a minute at the start, then faster; needs a C compiler
 
 

@@ -27,6 +27,7 @@ from clip_gen.checkpoint import Networks, build, load_base, load_part, save_netw
 from clip_gen.files import whole_or_not
 from clip_gen.findings import unpacked
 from clip_gen.images import from_bytes
+from clip_gen.machine import at_work, spare_cores
 from clip_gen.own_model import own_weights
 from clip_gen.training.dataset import (
     EncodedPictures,
@@ -208,8 +209,9 @@ class Training:
     @torch.no_grad()
     def measure_pictures(self) -> None:
         """The bridge's image mean, over these pictures; the text mean stays the base's."""
-        loader = DataLoader(self.files(self.learnt[:4000]), 64)
-        embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch)) for batch in loader])
+        loader = DataLoader(self.files(self.learnt[:4000]), 64, num_workers=spare_cores())
+        with at_work(self.networks.clip) as device:
+            embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:

@@ -1,0 +1,28 @@
+"""What the machine has: cores to spare, and a GPU to work on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def spare_cores() -> int:
+    """How many processes may prepare samples while this one works: 1 on 2 cores, never more than 16."""
+    return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+@contextmanager
+def at_work(*networks: nn.Module) -> Iterator[torch.device]:
+    """Networks on a GPU for as long as they are used, where there is one; yields the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for network in networks:
+        network.to(device)
+    try:
+        yield device
+    finally:
+        for network in networks:
+            network.cpu()
