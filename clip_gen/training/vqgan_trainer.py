@@ -47,7 +47,8 @@ class VQGANTrainer(Stage):
                 part.requires_grad_(True)
         # Channels last is how convolutions are fastest.
         self.vqgan, self.weights = vqgan.to(memory_format=torch.channels_last), loss
-        if config.compile:
+        # On a GPU torch 2.11 compiles a backward pass that stops at the memory order of its own weight gradients.
+        if config.compile and not torch.cuda.is_available():
             compiled(vqgan.encoder, dynamic=vqgan.config.local)  # how many squares differ is another number each time
             compiled(vqgan.decoder)
         # Behind functions, so as not to be trained, averaged or saved.
