@@ -1,10 +1,10 @@
 """What each way over the gap between text and image embeddings is worth to the bundled model, by the judge.
 
     PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging [--prompts 100] [--kinds one two unsaid]
-    PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging --noise 0 0.25 0.5 1 [--steps 400]
+    PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging --noise 0 0.25 0.5 1
 
-In use: mean shifts and guidance, beside the model as it is and beside image embeddings. In training: the transformer
-taken further by so many steps at each strength of noise, on the arrays that script/train-shapes left in runs/shapes.
+In use: mean shifts and guidance, beside the model as it is and beside image embeddings. In training: the last part of
+the recipe again at each strength of noise, on what script/train-shapes left in runs/shapes.
 Prints the shares all right of one candidate, of the best of 16 by CLIP and of a perfect ranker; leaves result.json, to
 which a second run adds.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +23,6 @@ from clip_gen.evaluation.prompts import KINDS
 from clip_gen.evaluation.report import CANDIDATES, TITLES, Evaluation
 from clip_gen.gpt import GPT
 from clip_gen.sampling import Sampling
-from clip_gen.training.dataset import Endless
-from clip_gen.training.gpt_trainer import GPTTrainer
-from clip_gen.training.run import Machine, fit
 from clip_gen.training.shapes import Recipe, ShapesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,16 +43,11 @@ def ways_in_use(model: ClipGen) -> Iterator[tuple[str, str, Sampling]]:
     model.bridge.config = model.config.bridge
 
 
-def taken_further(recipe: Recipe, noise: float, steps: int, out: Path) -> GPT:
-    """The recipe's transformer after `steps` more at a tenth of its rates, its conditions pushed by up to `noise`."""
-    gpt = deepcopy(recipe.networks.gpt).train().requires_grad_(True)
-    fast = recipe.config.gpt_fit
-    config = replace(fast, steps=steps, learning_rate=fast.learning_rate / 10, muon_rate=fast.muon_rate / 10, warmup=20)
-    seen = recipe.encoded("train")
-    seen.noise = noise
-    machine = Machine("1")
-    fit("gpt", GPTTrainer(gpt, config), Endless(seen, 1), recipe.encoded("unseen"), out, seed=1, machine=machine)
-    return gpt.eval().requires_grad_(False)
+def taken_further(recipe: Recipe, noise: float, out: Path) -> GPT:
+    """The recipe's transformer as its last part leaves it, had conditions been pushed by up to `noise` in that."""
+    recipe.config = replace(recipe.config, embedding_noise=noise)
+    recipe.train_vague(out)
+    return recipe.networks.gpt.eval().requires_grad_(False)
 
 
 def graded(
@@ -71,18 +62,19 @@ def graded(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "shapes")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shapes.yaml")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "shapes", help="as script/train-shapes left it")
     parser.add_argument("--noise", type=float, nargs="+", help="train at these strengths instead")
-    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["one"])
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "result.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
-    model = ClipGen.load(arguments.model, "cpu")
+    model = ClipGen.load(arguments.model, arguments.device)
 
     def measure(way: str, source: str, sampling: Sampling) -> None:
         for kind in arguments.kinds:
@@ -95,12 +87,12 @@ def main() -> None:
         for way, source, sampling in ways_in_use(model):
             measure(way, source, sampling)
         return
-    recipe = Recipe(read_config(ROOT / "configs" / "shapes.yaml", ShapesConfig), arguments.work)
-    for part in ("clip", "vqgan", "gpt"):
-        recipe.part(part)
     for noise in arguments.noise:
-        gpt = taken_further(recipe, noise, arguments.steps, arguments.out / f"noise-{noise}")
-        model.gpt = gpt.work_in(model.gpt.dtype)
+        recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work)
+        for part in ("clip", "vqgan", "gpt"):
+            recipe.part(part)
+        gpt = taken_further(recipe, noise, arguments.out / f"noise-{noise}")
+        model.gpt = gpt.to(model.device).work_in(model.gpt.dtype)
         measure(f"noise {noise}", "text", Sampling())
         measure(f"noise {noise}, image embeddings", "image", Sampling())
 
