@@ -17,6 +17,7 @@ from clip_gen.batching import Busy, one_thread, shared_batcher
 from clip_gen.checkpoint import Networks, load_networks
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
+from clip_gen.machine import tensor_float32
 from clip_gen.sampling import MAX_SEED, Sampling, Stopped
 
 __all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
@@ -123,8 +124,9 @@ class ClipGen:
     @torch.inference_mode()
     def look(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, list[float]]:
         """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with the text embedding (1, E)."""
-        images = self.vqgan.decode(tokens)
-        return images, (self.clip_encoder.encode_image(images) @ text[0]).tolist()
+        with tensor_float32(self.device, self.gpt.dtype != torch.float32):
+            images = self.vqgan.decode(tokens)
+            return images, (self.clip_encoder.encode_image(images) @ text[0]).tolist()
 
 
 def choose_device(device: str) -> torch.device:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_gen.cuda_graphs import RecordedSteps
+from clip_gen.cuda_graphs import RecordedSteps, has_kernels
 from clip_gen.gpt import GPT
 
 MAX_SEED = 2**31 - 1
@@ -84,6 +84,10 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The token (B,) at which each row's running sum of (B, V) passes its uniform (B,) in [0, 1)."""
+    if has_kernels(probabilities.device):
+        from clip_gen import cuda_kernels  # Triton: only where there is a GPU
+
+        return cuda_kernels.draw(probabilities, uniform)
     total = probabilities.cumsum(dim=1)
     # Scaled by the last sum, which rounding leaves a little off one.
     token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from dataclasses import replace
 
@@ -93,3 +94,11 @@ def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
     del own
     gc.collect()
     assert recording() is None
+
+
+def test_where_triton_does_not_work_a_gpu_has_plain_steps(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "clip_gen.cuda_kernels", None)
+    assert not cuda_graphs.has_kernels(torch.device("cuda", 99))  # of which no other test asks: the answer is kept
+    assert "Triton does not work here" in caplog.text

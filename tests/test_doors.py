@@ -18,15 +18,16 @@ DOORS = {
     "vector_quantize_pytorch": ["clip_gen/vqgan.py"],
     "safetensors": ["clip_gen/checkpoint.py"],
     "pytorch_lightning": ["clip_gen/training/"],
+    "triton": ["clip_gen/cuda_kernels.py"],
     "tqdm": ["clip_gen/transfer.py", "clip_gen/training/run.py"],
     "cog": ["predict.py", "train.py"],
 }
 
 # Lower first; a module imports from its own row or rows above.
 LAYERS = [
-    ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled", "int8"],
+    ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled", "int8", "machine"],
     ["zips", "entries", "findings", "archives"],
-    ["gpt", "clip_encoder", "vqgan", "bridge"],
+    ["gpt", "clip_encoder", "vqgan", "bridge", "cuda_kernels"],
     ["cuda_graphs", "sampling", "checkpoint", "weights", "batching"],
     ["pipeline"],
     ["serving", "importers"],

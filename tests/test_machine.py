@@ -1,0 +1,46 @@
+"""machine.py: settings of the process are as they were, whatever happened meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from clip_gen.machine import at_work, spare_cores, tensor_float32
+
+CUDA = torch.device("cuda")
+
+
+def allowed() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_a_gpu_may_round_for_as_long_as_it_is_allowed_and_no_longer() -> None:
+    before = allowed()
+    with tensor_float32(CUDA, True):
+        assert allowed() == (True, True)
+        with tensor_float32(CUDA, False):
+            assert allowed() == (False, False)
+        assert allowed() == (True, True)
+    with pytest.raises(KeyError), tensor_float32(CUDA, True):
+        raise KeyError
+    assert allowed() == before
+
+
+def test_a_cpu_is_left_alone() -> None:
+    before = allowed()
+    with tensor_float32(torch.device("cpu"), not before[0]):
+        assert allowed() == before
+
+
+def test_networks_are_back_on_the_cpu_after_an_error_too() -> None:
+    network = nn.Linear(2, 2)
+    with at_work(network) as device:
+        assert network.weight.device.type == device.type
+    with pytest.raises(KeyError), at_work(network):
+        raise KeyError
+    assert network.weight.device.type == "cpu"
+
+
+def test_one_core_is_left_to_the_one_who_asks() -> None:
+    assert 1 <= spare_cores() <= 16
