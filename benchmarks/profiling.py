@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from clip_gen.gpt import GPT
 from clip_gen.images import to_pil
 from clip_gen.pipeline import ClipGen, Generation
-from clip_gen.sampling import ROWS, Sampling, draw, filtered_probabilities
+from clip_gen.sampling import ROWS, Sampling, candidate_uniforms, draw, filtered_probabilities, sample_tokens
 from clip_gen.serving import Outputs
 
 STEPS = 8  # of all that drawing a picture takes
@@ -31,6 +31,12 @@ GROUPS = {  # what the names of torch's operations have in them
     "attention": ("attention",),
     "matrix products": ("linear", "matmul", "addmm", "::mm", "bmm"),
     "normalisation and activation": ("layer_norm", "gelu"),
+}
+KERNELS = {  # and those of a GPU's kernels
+    DRAWING: ("_draw", "SoftMax"),
+    "attention": ("_attend",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitK"),
+    "normalisation and activation": ("_add_norm", "Gelu"),
 }
 PROFILED = (*GROUPS, OTHER, REST)
 
@@ -72,6 +78,8 @@ def stages(model: ClipGen, device: torch.device, times: int) -> dict[str, float]
 @torch.inference_mode()
 def sampling_stages(gpt: GPT, device: torch.device, times: int) -> dict[str, float]:
     """Seconds of drawing a batch of pictures, by kinds of operations."""
+    if device.type == "cuda":
+        return replayed_stages(gpt, device, times)
     total = gpt.config.block_size
     lengths = [(2 * step + 1) * total // (2 * STEPS) for step in range(STEPS)]
     cache, sampling = gpt.new_cache(ROWS), Sampling()
@@ -86,25 +94,42 @@ def sampling_stages(gpt: GPT, device: torch.device, times: int) -> dict[str, flo
                 draw(filtered_probabilities(logits, sampling), uniform)
 
     taken = seconds(steps, device, times) * total / STEPS
-    parts = profiled_seconds(lambda: [steps() for _ in range(PROFILED_RUNS)], device)
+    parts = profiled_seconds(lambda: [steps() for _ in range(PROFILED_RUNS)])
     # The profiler slows down what it watches, so it has the shares and the clock has the seconds.
     return {name: taken * parts[name] / sum(parts.values()) for name in PROFILED}
 
 
-def profiled_seconds(work: Callable[[], object], device: torch.device) -> dict[str, float]:
+@torch.inference_mode()
+def replayed_stages(gpt: GPT, device: torch.device, times: int) -> dict[str, float]:
+    """The same of a GPU, where a whole picture is quickly drawn, and the steps are recorded."""
+    embedding = torch.zeros(ROWS, gpt.config.embed_dim, device=device)
+    uniforms = candidate_uniforms(0, range(ROWS), gpt.config.block_size)
+
+    def picture() -> None:
+        sample_tokens(gpt, embedding, uniforms, Sampling())
+
+    taken = seconds(picture, device, times)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        picture()
+        torch.cuda.synchronize()
+    found = dict.fromkeys(PROFILED, 0.0)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = next((name for name, words in KERNELS.items() if any(word in event.name for word in words)), OTHER)
+            found[name] += event.time_range.elapsed_us() / 1e6
+    found[REST] = max(0.0, taken - sum(found.values()))
+    return found
+
+
+def profiled_seconds(work: Callable[[], object]) -> dict[str, float]:
     """Seconds that the work spends in each group of operations, under the profiler."""
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         began = time.perf_counter()
         work()
-        if cuda:
-            torch.cuda.synchronize()
         whole = time.perf_counter() - began
     found = dict.fromkeys(PROFILED, 0.0)
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:  # with the seconds of the kernels it started
-            found[group(event)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        found[group(event)] += event.self_cpu_time_total / 1e6
     found[REST] = max(0.0, whole - sum(found.values()))
     return found
 
