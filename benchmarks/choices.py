@@ -50,7 +50,7 @@ class Again(torch.utils.data.Dataset):
 
 def quantizer(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     results = {}
-    for kind in ("taming", "cosine"):
+    for kind in arguments.quantizers:
         config = replace(SIZES["laptop"][0], quantizer=kind, codebook_size=512, codebook_dim=8)
         torch.manual_seed(0)
         fitting = FitConfig(arguments.steps, 32, 1e-3, weight_decay=0.0, ema_decay=0.998, compile=arguments.compile)
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/shapes"))
+    parser.add_argument("--quantizers", nargs="+", default=["taming", "cosine"])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.5])
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
