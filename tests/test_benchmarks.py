@@ -266,12 +266,14 @@ def test_the_readme_tells_of_every_file() -> None:
 
 
 def test_precision_is_compared_candidate_by_candidate(tiny_model_folder: Path) -> None:
-    models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in precision.DTYPES}
+    models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in precision.DTYPES["cpu"]}
     shares = precision.each_way(models, "one", 3)
     assert shares["same pictures"] == {"float32": 1.0, "bfloat16": 1.0, "int8": 1.0}
     assert shares["one candidate"]["int8"]["points"] == shares["one candidate"]["int8"]["within"] == 0.0
 
-    better = precision.compared(np.array([[0.5, 0.75, 0.5], [0.25, 0.25, 0.25], [0.5, 0.5, 0.5], [0.0, 0.25, 0.0]]))
+    better = precision.compared(
+        precision.DTYPES["cpu"], np.array([[0.5, 0.75, 0.5], [0.25, 0.25, 0.25], [0.5, 0.5, 0.5], [0.0, 0.25, 0.0]])
+    )
     assert better["bfloat16"]["share"] == 0.4375
     assert better["bfloat16"]["points"] == 12.5
     assert better["bfloat16"]["within"] == pytest.approx(1.96 * np.std([25, 0, 0, 25], ddof=1) / 2, abs=1e-4)
