@@ -6,6 +6,7 @@ python -m clip_gen evaluate checkpoints/shapes
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import time
@@ -58,12 +59,21 @@ class Graded:
         return int(self.scores[:n].argmax())
 
 
+@functools.cache
+def readers() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(spare_cores())
+
+
+def readings_of(pictures: list[Image.Image]) -> list[Reading | None]:
+    """The judge's, of each: 10 ms a picture, so in as many processes as there are cores to spare."""
+    return list(readers().map(read, map(np.asarray, pictures), chunksize=8))
+
+
 class Evaluation:
     """One model under one way of sampling, on fixed prompts and seeds."""
 
     def __init__(self, model: ClipGen, prompts: int, seed: int, sampling: Sampling):
         self.model, self.prompts, self.seed, self.sampling = model, prompts, seed, sampling
-        self.readers = ProcessPoolExecutor(spare_cores())
         self.rows: dict[str, Share] = {}
         self.best: dict[str, list[tuple[Image.Image, bool]]] = {}
 
@@ -118,7 +128,7 @@ class Evaluation:
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
         similarity = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1) @ text[:, :, None]
         pictures = to_pil(images)
-        rows, every_reading = [], self._read(pictures)
+        rows, every_reading = [], readings_of(pictures)
         for i, case in enumerate(chosen):
             own = slice(i * CANDIDATES, (i + 1) * CANDIDATES)
             readings = every_reading[own]
@@ -126,10 +136,6 @@ class Evaluation:
             clean = [reading is not None for reading in readings]
             rows.append(Graded(similarity[i, :, 0].cpu(), grades, clean, pictures[own]))
         return rows
-
-    def _read(self, pictures: list[Image.Image]) -> list[Reading | None]:
-        """The judge's reading of each: 10 ms a picture, so by as many processes as there are cores to spare."""
-        return list(self.readers.map(read, map(np.asarray, pictures), chunksize=8))
 
     @torch.inference_mode()
     def _reconstructions(self) -> None:
@@ -143,7 +149,7 @@ class Evaluation:
                     for part in renders.split(64)
                 ]
             )
-            pairs = zip(self._read(to_pil(images)), chosen, strict=True)
+            pairs = zip(readings_of(to_pil(images)), chosen, strict=True)
             right = [satisfies(reading, case.description) for reading, case in pairs]
             self._row(f"{TITLES[kind]}, reconstructions", right)
 
