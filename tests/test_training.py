@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import shutil
+import threading
+import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +39,8 @@ from clip_gen.training.dataset import (
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, token_nats
 from clip_gen.training.run import fit
-from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig
+from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig, add_arguments, parts_in_order
+from clip_gen.training.shapes import main as train_shapes
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.vqgan import VQGAN
@@ -83,6 +87,30 @@ def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: 
     again.part("vqgan")
     for name, tensor in load_file(trained.work / "vqgan" / "vqgan.safetensors").items():
         assert torch.equal(tensor.float(), again.networks.vqgan.state_dict()[name].float()), name
+
+
+def test_parts_come_with_what_they_rest_on() -> None:
+    assert parts_in_order(["decoder", "vqgan"]) == ["vqgan", "decoder"]
+    assert parts_in_order(["ranker"]) == ["clip", "vqgan", "gpt", "ranker"]
+    assert parts_in_order(["vague"]) == list(ORDER)  # with it the model is whole
+
+
+def test_a_part_that_another_process_trains_is_waited_for(
+    trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, aside = Path(shutil.copytree(trained.work, tmp_path / "work")), tmp_path / "decoder"
+    (work / "decoder").rename(aside)
+    monkeypatch.setattr("clip_gen.training.shapes.read_config", lambda *_: RECIPE)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--work", str(work), "--out", str(tmp_path / "model"), "--devices", "1"]
+    arguments = parser.parse_args([*words, "--parts", "clip", "gpt", "bridge", "ranker", "vague"])
+    other = threading.Timer(2.0, lambda: aside.rename(work / "decoder"))
+    other.start()
+    began = time.monotonic()
+    train_shapes(arguments)
+    assert time.monotonic() - began > 1.5
+    assert ClipGen.load(tmp_path / "model", "cpu").config.name == TINY.name
 
 
 def test_what_one_process_trains_alone_the_others_wait_for(

@@ -3,7 +3,9 @@ the decoder on what it draws worst and the transformer on what prompts leave uns
 
     python -m clip_gen train-shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
-Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint.
+Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint. A GPU
+has room for two: one process with --parts vqgan decoder, another with --parts clip gpt bridge ranker vague, and each
+waits for what the other trains.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import hashlib
 import json
 import logging
 import platform
+import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +57,13 @@ PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
 
 ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker", "decoder", "vague")
 NETWORK = {"ranker": "clip", "decoder": "vqgan", "vague": "gpt"}  # that a part goes on with
+RESTS_ON = {
+    "gpt": ("clip", "vqgan"),
+    "bridge": ("clip",),
+    "ranker": ("clip", "vqgan", "gpt"),
+    "decoder": ("vqgan",),
+    "vague": ("clip", "vqgan", "gpt"),
+}
 # The work that processes share; the rest is the first one's, and the others wait.
 SHARED = ("vqgan", "gpt", "decoder", "vague")
 
@@ -120,14 +131,7 @@ class Recipe:
             settings["condition_blur"] = self.config.condition_blur
         if name == "ranker":
             settings["drawn_pictures"] = self.config.drawn_pictures
-        rests_on = {
-            "gpt": ("clip", "vqgan"),
-            "bridge": ("clip",),
-            "ranker": ("clip", "vqgan", "gpt"),
-            "decoder": ("vqgan",),
-            "vague": ("clip", "vqgan", "gpt"),
-        }
-        settings |= {part: fingerprint(self.work / part / f"{part}.safetensors") for part in rests_on.get(name, ())}
+        settings |= {part: fingerprint(self.work / part / f"{part}.safetensors") for part in RESTS_ON.get(name, ())}
         return json.loads(json.dumps(settings))
 
     def train_clip(self, folder: Path) -> dict[str, object]:
@@ -260,12 +264,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"), help="checkpoints and encoded pictures")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where the model folder goes")
     parser.add_argument("--devices", default="auto", help="GPUs or, on a CPU, processes that share the work")
-    parser.add_argument("--until", choices=ORDER, default=ORDER[-1], help="stop after this part; the last by default")
+    words = "those to train; others that they rest on another process trains in the same --work folder"
+    parser.add_argument("--parts", nargs="+", choices=ORDER, default=list(ORDER), help=f"{words}; all by default")
 
 
 def main(arguments: argparse.Namespace) -> None:
     recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work, Machine(arguments.devices))
-    for name in ORDER[: ORDER.index(arguments.until) + 1]:
+    for name in parts_in_order(arguments.parts):
+        while name not in arguments.parts and not (arguments.work / name / "record.json").is_file():
+            time.sleep(0.5)
         recipe.part(name)
-    if arguments.until == ORDER[-1] and not rank_zero_only.rank:
+    if ORDER[-1] in arguments.parts and not rank_zero_only.rank:
         save_networks(recipe.networks, arguments.out, recipe.training_record())
+
+
+def parts_in_order(wanted: Collection[str]) -> list[str]:
+    """These and what they rest on; with the last one, whose model is whole, all."""
+    if ORDER[-1] in wanted:
+        return list(ORDER)
+    needed = {*wanted, *(below for name in wanted for below in RESTS_ON.get(name, ()))}
+    return [name for name in ORDER if name in needed]
