@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from clip_gen import ClipGen
 from clip_gen.batching import batch_bytes
 from clip_gen.config import GPTConfig
-from clip_gen.gpt import GPT
+from clip_gen.gpt import GPT, multiplies_bfloat16
 from clip_gen.int8 import Int8Linear
 from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
@@ -33,6 +33,14 @@ def test_a_product_is_off_by_no_more_than_eight_bits_cost(bias: bool) -> None:
     size = exact.square().mean(dim=(0, 1)).sqrt()
     assert (off[size > 0] < 0.015 * size[size > 0]).all()
     assert off.max() > 0
+
+
+def test_it_gives_the_type_that_is_asked_for() -> None:
+    linear, x = nn.Linear(32, 16), torch.randn(2, 32)
+    exact, coarse = Int8Linear(linear, torch.float32)(x), Int8Linear(linear, torch.bfloat16)(x)
+    assert exact.dtype == torch.float32
+    assert coarse.dtype == torch.bfloat16
+    assert torch.allclose(exact, coarse.float(), atol=0.02)
 
 
 def test_a_width_that_torch_would_read_past_is_refused() -> None:
@@ -68,7 +76,7 @@ def test_a_model_draws_in_it(tiny_model_folder: Path, monkeypatch: pytest.Monkey
     gpt = model.gpt
     assert {block.attn.qkv.weight.dtype for block in gpt.blocks} == {gpt.head.weight.dtype} == {torch.int8}
     cache = gpt.new_cache(16)
-    assert cache.keys.dtype == torch.bfloat16
+    assert cache.keys.dtype == (torch.bfloat16 if multiplies_bfloat16(model.device) else torch.float32)
     logits = 16 * gpt.config.codebook_size * 32
     assert batch_bytes(gpt, Sampling()) == cache.keys.nbytes + cache.values.nbytes + logits
 
