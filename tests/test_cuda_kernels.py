@@ -29,7 +29,7 @@ from clip_gen import cuda_kernels  # noqa: E402, where there is Triton
 here = pytest.mark.skipif(not INTERPRETED and not GPU, reason="by the interpreter, in a process of its own")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is it")
+@pytest.mark.skipif(INTERPRETED, reason="by the interpreter already: it would start itself without end")
 def test_all_of_this_file_passes_by_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
