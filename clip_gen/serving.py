@@ -58,7 +58,7 @@ class Outputs:
     """A fresh folder of pictures for each prediction; only the newest are kept, or they would fill the disk.
 
     Cog reads a prediction's files as soon as run() has returned and frees its slot after that, and deletes nothing.
-    So only the folders of the slots in use can be unread, and `kept` is several times their number.
+    So only the folders of the slots in use can be unread, and `kept` is more than twice their number.
     """
 
     def __init__(self, kept: int = 32):

@@ -27,7 +27,7 @@ from clip_gen.tars import tar_files
 
 MOST_BYTES = 4 * 2**30  # in one weights tar; the published size is under one GiB
 LEAST_BYTES = 2**20  # that an entry counts for besides its own, so that there cannot be endless empty ones
-KEPT = 16  # unpacked weights in the cache: twice the slots of a server
+KEPT = 16  # unpacked weights in the cache: more than a server has slots
 RECENT_SECONDS = 10 * 60  # so long nothing that was asked for is removed: somebody may be about to load it
 LEFT_OVER_SECONDS = 60 * 60  # longer than a download may take
 UNPACKING = ".unpacking-"
