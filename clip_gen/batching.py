@@ -28,8 +28,10 @@ from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, chec
 Result = TypeVar("Result")
 
 CONTAINER = Path("/sys/fs/cgroup")
-LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it, from the last to come
-LONGEST = 0.1  # and from the first
+# Seconds that candidates which do not fill a batch wait for others to share it: from the last to come, or from the last
+# call, whose caller may be about to ask for some; and from the first to come.
+LINGER = 0.02
+LONGEST = 0.1
 
 
 class Busy(RuntimeError):
@@ -105,6 +107,7 @@ class Batcher:
         self._asked: deque[_Request] = deque()
         self._calls: deque[tuple[Callable[[], object], Future]] = deque()
         self._under_way: list[_Shared] = []
+        self._called = 0.0  # when the last call was over
         self._news = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -194,6 +197,7 @@ class Batcher:
             calls = [self._calls.popleft() for _ in range(len(self._calls))]
         for work, result in calls:
             _fulfil(result, work)
+            self._called = time.monotonic()
         self._drop_stopped()
         self._begin()
         for shared in self._under_way:
@@ -218,7 +222,8 @@ class Batcher:
         together = [request for request in ready if request.shares_with(ready[0])]
         if sum(request.waiting_rows for request in together) >= most_rows(ready[0].embedding.device):
             return 0
-        return max(0, min(together[-1].asked + LINGER, together[0].asked + LONGEST) - time.monotonic())
+        latest = max(together[-1].asked, self._called)
+        return max(0, min(latest + LINGER, together[0].asked + LONGEST) - time.monotonic())
 
     def _drop_stopped(self) -> None:
         for request in self._requests():
