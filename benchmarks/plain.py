@@ -81,8 +81,8 @@ def look(networks: Networks, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tens
 @torch.inference_mode()
 def predict(networks: Networks, prompt: str, seed: int, folder: Path, candidates: int = 16, best: int = 4) -> None:
     """From the prompt to picture files in the folder, best first."""
-    text = networks.clip.encode_text([prompt])
-    embedding = networks.bridge(text).expand(candidates, -1)
+    text = networks.bridge(networks.clip.encode_text([prompt]))
+    embedding = text.expand(candidates, -1)
     uniforms = candidate_uniforms(seed, range(candidates), networks.config.gpt.block_size).to(embedding.device)
     images, scores = look(networks, sample(networks.gpt, embedding, uniforms), text)
     for i, picture in enumerate(to_pil(images[scores.topk(best).indices])):

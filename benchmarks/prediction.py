@@ -31,7 +31,7 @@ def decoding(subject: Subject) -> list[Figure]:
     def work() -> list[Figure]:
         gpt = ours.config.gpt
         tokens = torch.randint(0, gpt.codebook_size, (CANDIDATES, gpt.block_size), device=device)
-        text, _ = ours.read(PROMPT)
+        text = ours.read(PROMPT)
         each = seconds(lambda: [ours.look(some, text) for some in tokens.split(ours.at_a_time)], device, subject.times)
         batch = seconds(lambda: plain.look(theirs, tokens, text), device, subject.times)
         return [Figure(f"decoding and ranking {CANDIDATES}", each, batch)]

@@ -96,13 +96,13 @@ class ClipGen:
             candidates = num_outputs  # the others would never be looked at
 
         device = shared_batcher(self.device)
-        text, embedding = device.run(lambda: self.read(prompt))
+        embedding = device.run(lambda: self.read(prompt))
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop)
         images, scores = [], []
         for tokens in sampled.tokens.split(self.at_a_time):
             if should_stop is not None and should_stop():
                 raise Stopped
-            looked_at = device.run(lambda tokens=tokens: self.look(tokens, text))
+            looked_at = device.run(lambda tokens=tokens: self.look(tokens, embedding))
             images += looked_at[0].split(1)
             scores += looked_at[1]
         ranked = torch.tensor(scores).argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
@@ -116,17 +116,18 @@ class ClipGen:
             sampled.metrics,
         )
 
-    def read(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """CLIP's embedding (1, E) of a prompt, and what the bridge makes of it for the transformer."""
-        text = self.clip_encoder.encode_text([prompt])
-        return text, self.bridge(text)
+    def read(self, prompt: str) -> Tensor:
+        """A prompt's embedding (1, E) where the bridge puts it: pictures are drawn from there, and ranked by how near
+        they come.
+        """
+        return self.bridge(self.clip_encoder.encode_text([prompt]))
 
     @torch.inference_mode()
-    def look(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, list[float]]:
-        """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with the text embedding (1, E)."""
+    def look(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, list[float]]:
+        """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with the prompt's embedding (1, E)."""
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
             images = self.vqgan.decode(tokens)
-            return images, (self.clip_encoder.encode_image(images) @ text[0]).tolist()
+            return images, (self.clip_encoder.encode_image(images) @ embedding[0]).tolist()
 
 
 def choose_device(device: str) -> torch.device:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from clip_gen import ClipGen
+from clip_gen.bridge import Bridge
+from clip_gen.config import BridgeConfig
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.pipeline import Stopped, choose_device
 
@@ -25,6 +27,19 @@ def test_images_come_best_first_with_the_cosines_clip_gives_them(tiny_model: Cli
     assert torch.allclose(cosines, torch.tensor(result.scores), atol=1e-6)
     assert [image.tobytes() for image in result.images] == [image.tobytes() for image in to_pil(decoded)]
     assert to_tensor(result.images).shape == (8, 3, 16, 16)
+
+
+def test_pictures_are_ranked_by_how_near_they_come_to_where_the_bridge_puts_the_prompt(
+    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = Bridge(16, BridgeConfig(mean_shift=1.0))
+    bridge.image_mean.copy_(torch.randn(16, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(tiny_model, "bridge", bridge)
+    result = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1)
+    wanted = bridge(tiny_model.clip_encoder.encode_text(["a red circle"]))
+    decoded = torch.cat([tiny_model.vqgan.decode(row[None]) for row in result.tokens])
+    cosines = tiny_model.clip_encoder.encode_image(decoded) @ wanted[0]
+    assert torch.allclose(cosines, torch.tensor(result.scores), atol=1e-6)
 
 
 def test_the_best_outputs_are_chosen_from_all_candidates(tiny_model: ClipGen) -> None:

@@ -113,10 +113,8 @@ class Evaluation:
     def candidates(self, chosen: list[Case], start: int, source: str) -> list[Graded]:
         """Those of cases number `start` on; source: "text", or "image" for the embeddings of matching renders."""
         model = self.model
-        text = model.clip_encoder.encode_text([case.prompt for case in chosen])
-        if source == "text":
-            condition = model.bridge(text)
-        else:
+        condition = text = model.bridge(model.clip_encoder.encode_text([case.prompt for case in chosen]))
+        if source == "image":
             renders = to_tensor([render(case.scene, model.config.vqgan.resolution) for case in chosen])
             condition = model.clip_encoder.encode_image(renders.to(model.device))
         length = model.config.gpt.block_size
