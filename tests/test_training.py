@@ -610,6 +610,12 @@ def test_the_rate_is_down_when_time_is_over_however_many_steps_are_left() -> Non
     assert rates(time_spent=0.5)[90] == pytest.approx(rates(time_spent=0.0)[90])
 
 
+def test_the_rate_is_up_after_a_twentieth_of_the_time_however_few_steps_that_were() -> None:
+    assert rates(time_spent=0.04)[0] == pytest.approx(0.8)
+    assert rates(time_spent=0.05)[0] == 1.0
+    assert rates(time_spent=0.01)[5] == pytest.approx(0.6)
+
+
 def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents = iter([5, 5, 5, 1])
     monkeypatch.setattr("clip_gen.training.dataset.os.getppid", lambda: next(parents))

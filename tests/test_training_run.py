@@ -101,6 +101,28 @@ def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train
     assert legs[-1] == (6, 9) or legs[-1] == (7, 9)
 
 
+class Watched(Callback):
+    def __init__(self):
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: object, stage: Stage, *_: object) -> None:
+        self.seen.append(next(iter(stage.parameters())).detach().clone())
+
+
+@pytest.mark.parametrize(("decay", "last"), [(0.999, 9 / 18), (0.3, 0.7)])
+def test_weights_are_averaged_over_the_last_of_the_steps_there_were(
+    train: Callable, tmp_path: Path, decay: float, last: float
+) -> None:
+    watched = Watched()
+    stage = train(tmp_path, replace(CONFIG, ema_decay=decay), callbacks=[watched])
+    mean = watched.seen[0]
+    for n, weights in enumerate(watched.seen[1:], 1):
+        mean = mean.lerp(weights, max(9 / (10 + n), 1 - decay))
+    assert len(watched.seen) == 9
+    assert max(9 / (10 + n), 1 - decay) == pytest.approx(last)
+    assert torch.allclose(next(iter(stage.parameters())), mean, atol=1e-7)
+
+
 def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: Path) -> None:
     train(tmp_path)
     history = read_history(tmp_path / "history.jsonl")

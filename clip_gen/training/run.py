@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -68,7 +69,7 @@ def fit(
     _quiet_lightning()
     config, last = stage.config, folder / "last.ckpt"
     done, validate_every = checkpointed_steps(last), min(config.validate_every, config.steps)
-    averaging = EMAWeightAveraging(decay=config.ema_decay, use_buffers=False)
+    averaging = Averaging(config.ema_decay)
     best = [Best(folder / "best.ckpt", averaging, config.patience)] if config.patience else []
     trainer = pl.Trainer(
         max_steps=config.steps,
@@ -339,10 +340,22 @@ def read_ledger(path: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.is_file() else []
 
 
+class Averaging(WeightAveraging):
+    """The weights' running mean, at first over the last ninth of all steps so far: with the whole decay from the start,
+    the mean of a training of a few dozen steps would still be where it began.
+    """
+
+    def __init__(self, decay: float):
+        def averaged(mean: Tensor, weights: Tensor, steps: Tensor) -> Tensor:
+            return mean.lerp(weights, (9 / (10 + steps)).clamp(min=1 - decay).to(mean.dtype))
+
+        super().__init__(use_buffers=False, avg_fn=averaged)
+
+
 class Best(Callback):
     """Keeps the averaged weights with the least validation loss, and ends the stage when it has not sunk for long."""
 
-    def __init__(self, path: Path, averaging: EMAWeightAveraging, patience: int):
+    def __init__(self, path: Path, averaging: Averaging, patience: int):
         self.path, self.averaging, self.patience = path, averaging, patience
         self.least, self.since = float("inf"), 0
 

@@ -55,12 +55,14 @@ class Stage(pl.LightningModule):
         torch._inductor.config.cpp.threads = torch.get_num_threads()
 
     def learning(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-        """What configure_optimizers returns: the rate goes up in `warmup` steps, then along a cosine to a hundredth."""
+        """What configure_optimizers returns: the rate goes up in `warmup` steps, or in a twentieth of the time there
+        is, then along a cosine to a hundredth.
+        """
         config = self.config
 
         def factor(step: int) -> float:
             if step < config.warmup:
-                return (step + 1) / config.warmup
+                return min(1.0, max((step + 1) / config.warmup, 20 * self.time_spent))
             done = max((step - config.warmup) / max(1, config.steps - config.warmup), self.time_spent)
             return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
