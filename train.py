@@ -21,6 +21,11 @@ async def train(
         default="both",
         choices=["both", "vqgan", "transformer"],
     ),
+    tokens: str = Input(
+        description="keep: what the base's tokens mean, so that its transformer goes on. auto: where they tell well.",
+        default="auto",
+        choices=["auto", "keep", "learn"],
+    ),
     base: str | None = Input(
         description="Model to start from: URL or path of a weights tar. Leave blank for the one served.", default=None
     ),
@@ -70,6 +75,12 @@ async def train(
         default=0.25,
         ge=0,
         le=0.9,
+    ),
+    mean_shift: float = Input(
+        description="How far prompts are moved towards these pictures. 1: by what lies between their means.",
+        default=1.0,
+        ge=0,
+        le=4,
     ),
     contrast_weight: float = Input(
         description="How surely to tell each picture from another much like it; half as much time again. 0: without.",

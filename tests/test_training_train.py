@@ -55,6 +55,7 @@ def test_a_zip_becomes_a_tar_that_predicts(
     for name, value in model.clip_encoder.state_dict().items():
         assert torch.equal(value, tiny_model.clip_encoder.state_dict()[name])
     bridge: Bridge = model.bridge
+    assert bridge.config.mean_shift == 1
     assert not torch.equal(bridge.image_mean, tiny_model.bridge.image_mean)
     assert torch.equal(bridge.text_mean, tiny_model.bridge.text_mean)
 
@@ -184,6 +185,8 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
     base = replace(TINY, vqgan=replace(TINY.vqgan, quantizer="taming"), gpt=replace(TINY.gpt, dropout=0.0))
     save_networks(tiny_networks(config=base), tmp_path / "base", training={})
     options = ["--stage", stage, "--adversarial-weight", "0", "--precision", "32-true"]
+    # At higher rates rounding grows from step to step.
+    options += ["--vqgan-learning-rate", "3e-4", "--transformer-learning-rate", "3e-4"]
     for devices in ("1", "2"):
         words = command(photos, tmp_path / devices, str(tmp_path / "base"), *options, "--devices", devices)
         subprocess.run(words, check=True, capture_output=True, timeout=300)
@@ -204,6 +207,9 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
         ({"stage": "all"}, 'stage is "all"; it takes one of both, vqgan, transformer'),
         ({"size": "huge"}, 'size is "huge"; it takes one of base, laptop'),
         ({"resolution": 128}, "resolution is 128, but the base model has its own"),
+        ({"tokens": "lose"}, 'tokens is "lose"; it takes one of auto, keep, learn'),
+        ({"size": "laptop", "tokens": "keep"}, "tokens is keep, but new networks have none yet: leave out size laptop"),
+        ({"mean_shift": -1.0}, "mean_shift is -1.0; give 0 or more"),
         ({"size": "laptop", "stage": "transformer"}, "needs the base model's VQGAN"),
         ({"size": "laptop", "resolution": 30}, "resolution is 30; size laptop takes multiples of 4"),
         ({"condition_dropout": 1.0}, "condition_dropout is 1.0"),
@@ -223,6 +229,44 @@ def test_settings_that_do_not_go_together_are_refused(
 
     with pytest.raises(ValueError, match=sentence):
         planned()
+
+
+@pytest.mark.parametrize(("told", "good", "kept"), [("keep", 99, True), ("auto", -99, True), ("auto", 99, False)])
+def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
+    photos: Path,
+    toy: TrainSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: str,
+    good: float,
+    kept: bool,
+) -> None:
+    monkeypatch.setattr("clip_gen.training.train.GOOD_DB", good)
+    base = load_file(Path(toy.base) / "vqgan.safetensors")
+    Training(photos, tmp_path, replace(toy, stage="vqgan", tokens=told)).run()
+    after = load_file(tmp_path / "model" / "vqgan.safetensors")
+    changed = {name.split(".")[0] for name, value in base.items() if not torch.equal(value, after[name])}
+    assert changed == {"decoder", "post_quant_conv"} if kept else changed >= {"decoder", "encoder", "quantizer"}
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["stages"]["vqgan"]["tokens_kept"] is kept
+
+
+def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_model: ClipGen) -> None:
+    def rates(**settings: object) -> tuple[float, float, float]:
+        made = plan(TrainSettings(**settings), tiny_model.config, 2000)
+        return made.vqgan.learning_rate, made.transformer.learning_rate, made.transformer.muon_rate
+
+    laptop, small, published = (rates(size=size) for size in ("laptop", "small", "published"))
+    assert laptop == (2e-3, 1.5e-3, 6e-3)
+    assert small == (1e-3, 7.5e-4, 3e-3)
+    assert published == (3e-4, 3.75e-4, 1.5e-3)
+    assert rates() == pytest.approx((1.2e-3, 9e-4, 3.6e-3))
+    assert rates(transformer_learning_rate=1e-4, vqgan_learning_rate=2e-4) == (2e-4, 1e-4, 4e-4)
+
+
+def test_few_pictures_are_learnt_in_smaller_steps(tiny_model: ClipGen) -> None:
+    batches = [plan(TrainSettings(), tiny_model.config, count).vqgan.batch_size for count in (300, 2000)]
+    assert batches == [16, 32]
 
 
 def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> None:

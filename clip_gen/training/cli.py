@@ -12,6 +12,7 @@ from clip_gen.training.train import Training
 
 HELP = {
     "stage": "both, vqgan or transformer",
+    "tokens": "keep, learn, or auto: the base's stay where they tell these pictures well, else they are learnt anew",
     "precision": "auto, 32-true or bf16-mixed; auto is bfloat16 where the hardware multiplies it",
     "base": "model to start from: a folder, a weights tar or its URL; the bundled one by default",
 }

@@ -13,6 +13,11 @@ from torch.nn import functional as F
 from clip_gen.clip_encoder import ClipEncoder
 
 
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """How near each of `images` (B, 3, S, S) is to its target, in decibels against the full range of 2, (B,)."""
+    return 10 * torch.log10(4 / (images.float() - targets).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
+
+
 def perceptual_distance(clip: ClipEncoder, images: Tensor, targets: Tensor) -> Tensor:
     """How far apart two batches (B, 3, S, S) look to a frozen CLIP, scalar; gradients flow to `images`.
 

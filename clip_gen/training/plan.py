@@ -10,6 +10,7 @@ from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss
 
 STAGES = ("both", "vqgan", "transformer")
+TOKENS = ("auto", "keep", "learn")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 # From a laptop's to the published model's. `local` tokens are learnt soonest; they leave detail to the decoder.
@@ -38,8 +39,12 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
 MOST_CODES = 16384
 
-# AdamW's; deep networks take less.
-VQGAN_RATES = {"laptop": 2e-3, "small": 1e-3}
+# AdamW's for new networks. A VQGAN's by how often it halves the picture, for deep ones take less; a transformer's for
+# matrices 256 wide, and wider ones take less in the measure that they are: arXiv 2203.03466.
+VQGAN_RATES = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 1e-3, 5: 3e-4}
+GPT_RATE, GPT_WIDTH = 1.5e-3, 256
+MUON = 4  # times AdamW's rate
+KNOWN = {"scratch": 1.0, "base": 0.6}  # of the rates, for what networks know already is not to be swept away
 
 # Enough passes for few pictures, enough steps for many; (least, passes, most).
 VQGAN_STEPS = {"scratch": (4_000, 100, 60_000), "base": (1_500, 30, 20_000)}
@@ -51,6 +56,7 @@ class TrainSettings:
     """What a person may say of a training; 0 and "" leave it to the plan."""
 
     stage: str = "both"
+    tokens: str = "auto"
     base: str = ""
     size: str = "base"
     resolution: int = 0
@@ -65,6 +71,7 @@ class TrainSettings:
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
     condition_blur: float = 0.25
+    mean_shift: float = 1.0
     contrast_weight: float = 0.0
     embedding_loss_weight: float = 0.0
     crop: bool = True
@@ -76,7 +83,7 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
-        choices = {"stage": STAGES, "size": ("base", *SIZES), "precision": PRECISIONS}
+        choices = {"stage": STAGES, "tokens": TOKENS, "size": ("base", *SIZES), "precision": PRECISIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} is "{getattr(self, name)}"; it takes one of {", ".join(allowed)}')
@@ -87,10 +94,12 @@ class TrainSettings:
                         f"{name} is {getattr(self, name)}, but the base model has its own; "
                         f"leave it out, or train from scratch with size one of {', '.join(SIZES)}"
                     )
+        elif self.tokens == "keep":
+            raise ValueError(f"tokens is keep, but new networks have none yet: leave out size {self.size}")
         elif self.stage == "transformer":
             raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
         weights = ("perceptual_weight", "adversarial_weight", "contrast_weight", "embedding_loss_weight")
-        for name in ("embedding_noise", "max_minutes", *weights):
+        for name in ("embedding_noise", "mean_shift", "max_minutes", *weights):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         for name in ("condition_dropout", "condition_blur"):
@@ -113,8 +122,13 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
     """ValueError where the sizes asked for do not go together."""
     start = "base" if settings.size == "base" else "scratch"
     model = base if start == "base" else _model(settings, base, pictures)
+    model = replace(model, bridge=replace(model.bridge, mean_shift=settings.mean_shift))
     model.check()
-    batch = settings.batch_size or (32 if model.vqgan.resolution <= 128 else 16)
+    # Few pictures are better learnt in more and smaller steps.
+    batch = settings.batch_size or (32 if model.vqgan.resolution <= 128 and pictures >= 1000 else 16)
+    vqgan_rate = KNOWN[start] * VQGAN_RATES.get(len(model.vqgan.ch_mult), 3e-4)
+    gpt_rate = KNOWN[start] * GPT_RATE * min(1.0, GPT_WIDTH / model.gpt.n_embd)
+    gpt_rate = settings.transformer_learning_rate or gpt_rate
 
     def steps(asked: int, usual: tuple[int, int, int]) -> int:
         least, passes, most = usual
@@ -123,7 +137,7 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
     vqgan = FitConfig(
         steps=steps(settings.vqgan_steps, VQGAN_STEPS[start]),
         batch_size=batch,
-        learning_rate=settings.vqgan_learning_rate or VQGAN_RATES.get(settings.size, 3e-4),
+        learning_rate=settings.vqgan_learning_rate or vqgan_rate,
         weight_decay=0.0,
         ema_decay=0.995,
         precision=settings.precision,
@@ -131,8 +145,8 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
     transformer = FitConfig(
         steps=steps(settings.transformer_steps, GPT_STEPS[start]),
         batch_size=batch,
-        learning_rate=settings.transformer_learning_rate or (1.5e-3 if start == "scratch" else 3e-4),
-        muon_rate=4 * settings.transformer_learning_rate or (6e-3 if start == "scratch" else 1e-3),
+        learning_rate=gpt_rate,
+        muon_rate=MUON * gpt_rate,
         weight_decay=0.05,
         ema_decay=0.995,
         patience=4,
@@ -152,7 +166,7 @@ def _views(settings: TrainSettings, pictures: int) -> int:
 
 def _in_step(config: FitConfig, minutes: float) -> FitConfig:
     """Warmed up in a twentieth, looked at forty times, and compiled where that pays."""
-    long = config.steps >= 1000 and (minutes == 0 or minutes >= 10)
+    long = config.steps >= 1000 and (minutes == 0 or minutes >= 20)
     return replace(
         config,
         warmup=min(50, config.steps // 20 + 1),

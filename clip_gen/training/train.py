@@ -41,6 +41,7 @@ from clip_gen.training.dataset import (
 )
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
+from clip_gen.training.losses import psnr
 from clip_gen.training.perceptual import chosen_lpips
 from clip_gen.training.plan import Plan, TrainSettings, plan
 from clip_gen.training.report import write_report
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 MOST_HELD_BACK = 512
 VQGAN_TIME = 0.3  # of max_minutes; the transformer gets the rest
+DECODER_TIME = 0.2  # where the decoder alone learns
+GOOD_DB = 18.0  # of reconstructions; published VQGANs of 16 by 16 tokens reach 20 on photographs like those they know
 
 
 class Training:
@@ -71,6 +74,8 @@ class Training:
             self.networks = build(self.plan.model)
             for part in ("clip", "bridge"):
                 load_part(getattr(self.networks, part), base / f"{part}.safetensors")
+        self.networks = replace(self.networks, config=self.plan.model)
+        self.networks.bridge.config = self.plan.model.bridge
         self.networks.clip.requires_grad_(False)
         self.learnt, self.held_back = self._split()
 
@@ -108,17 +113,18 @@ class Training:
     def run(self) -> Path:
         """Trains what the settings say, and returns the weights tar."""
         stages = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)}[self.settings.stage]
+        if not rank_zero_only.rank:
+            self.measure_pictures()
         records = {name: self.part(name) for name in stages}
         tar = self.out / "weights.tar"
         if rank_zero_only.rank:
             return tar
-        self.measure_pictures()
         record = self.record(records)
         save_networks(self.networks, self.out / "model", record)
         pack(self.out / "model", tar)
         write_report(self.out / "report.html", self.work, record)
         log.info("weights: %s  report: %s", tar, self.out / "report.html")
-        if self.settings.stage == "vqgan":
+        if self.settings.stage == "vqgan" and not records["vqgan"]["tokens_kept"]:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
         return tar
 
@@ -140,15 +146,38 @@ class Training:
 
     def train_vqgan(self, folder: Path) -> dict[str, object]:
         seed, held_back = self.settings.seed, self.files(self.held_back)
+        keeps = self.keeps_tokens()
         vqgan = self.networks.vqgan.train().requires_grad_(True)
         compares = self.plan.vqgan_loss.perceptual > 0
         lpips = chosen_lpips(folder, vqgan.config.resolution) if compares else None
-        trainer = VQGANTrainer(vqgan, self.plan.vqgan, self.plan.vqgan_loss, self.networks.clip, lpips)
-        minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
+        plan = self.plan
+        trainer = VQGANTrainer(vqgan, plan.vqgan, plan.vqgan_loss, self.networks.clip, lpips, decoder_alone=keeps)
+        share = DECODER_TIME if keeps else VQGAN_TIME
+        minutes = self.settings.max_minutes * (share if self.settings.stage == "both" else 1)
         samples = Endless(self.files(self.learnt), seed)
         grids = ReconstructionGrids(held_back, folder)
         values = self.fit("vqgan", trainer, samples, held_back, folder, minutes, grids)
+        values |= {"tokens_kept": keeps}
         return values | ({"perceptual_loss": "CLIP" if lpips is None else "LPIPS"} if compares else {})
+
+    @torch.no_grad()
+    def keeps_tokens(self) -> bool:
+        """Whether the decoder alone learns, so that tokens go on to mean what the base's transformer knows of them."""
+        settings = self.settings
+        if settings.tokens != "auto" or settings.size != "base":
+            return settings.tokens == "keep"
+        loader = DataLoader(self.files(self.held_back), 16)
+        with at_work(self.networks.vqgan) as device:
+            vqgan, batches = self.networks.vqgan, (from_bytes(batch.to(device)) for batch in loader)
+            found = torch.cat([psnr(vqgan.decode(vqgan.encode(images)), images) for images in batches]).mean().item()
+        keeps = found >= GOOD_DB
+        log.info(
+            "the base's VQGAN reconstructs these pictures at %.1f dB, and %.0f would do: %s",
+            found,
+            GOOD_DB,
+            "its tokens are kept and its decoder learns" if keeps else "it learns other tokens",
+        )
+        return keeps
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         settings, networks = self.settings, self.networks

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
-from clip_gen.training.losses import adaptive_weight, hinge_loss, lpips_distance, perceptual_distance
+from clip_gen.training.losses import adaptive_weight, hinge_loss, lpips_distance, perceptual_distance, psnr
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN, build_discriminator
 
@@ -45,6 +45,7 @@ class VQGANTrainer(Stage):
             vqgan.requires_grad_(False)
             for part in (vqgan.decoder, vqgan.post_quant_conv):
                 part.requires_grad_(True)
+            vqgan.quantizer.eval()
         # Channels last is how convolutions are fastest.
         self.vqgan, self.weights = vqgan.to(memory_format=torch.channels_last), loss
         # On a GPU torch 2.11 compiles a backward pass that stops at the memory order of its own weight gradients.
@@ -65,9 +66,11 @@ class VQGANTrainer(Stage):
         if self.trainer.world_size > 1:
             self.vqgan.quantizer.share_between_processes()
 
-    def on_train_start(self) -> None:
+    def train(self, mode: bool = True) -> VQGANTrainer:
+        super().train(mode)
         if self.decoder_alone:
             self.vqgan.quantizer.eval()  # in training its codes follow what they stand for
+        return self
 
     def training_step(self, batch: Tensor) -> Tensor:
         images = from_bytes(batch)
@@ -112,10 +115,8 @@ class VQGANTrainer(Stage):
 
     def validation_step(self, batch: Tensor) -> None:
         images = from_bytes(batch)
-        difference = self.vqgan.decode(self.vqgan.encode(images)).float() - images
-        # Per picture, in decibels against the full range of 2.
-        psnr = 10 * torch.log10(4 / difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
-        self.log("val_psnr", psnr.mean(), batch_size=len(batch), sync_dist=True)
+        reconstructions = self.vqgan.decode(self.vqgan.encode(images))
+        self.log("val_psnr", psnr(reconstructions, images).mean(), batch_size=len(batch), sync_dist=True)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
