@@ -7,8 +7,9 @@
 scratch: new networks of size laptop for the bundled CLIP, on plain shapes, without crops, which would make sizes that
 the judge does not know. Prints the reconstructions' PSNR and the codebook's use on pictures never seen, and how many
 one-object prompts come out all right by the judge, best of 16.
-style: from the bundled model, on shapes with an outline of another colour. Prints the share of pictures that are
-outlined before and after, and leaves sheet.png with one above the other.
+style: from the bundled model, on shapes with an outline of another colour. Prints how much of what is drawn has the
+outline's colour, and the share of pictures that are outlined, before, after and in the pictures trained on; leaves
+sheet.png with after below before.
 memory: a few steps of both stages on 200 pictures and on many; prints the peak of all processes' memory together.
 Other options go to `python -m clip_gen train`. All leave result.json.
 """
@@ -112,15 +113,19 @@ def style(arguments: argparse.Namespace) -> dict[str, object]:
     words = [f"--max-minutes={arguments.minutes}", *arguments.words]
     took, _ = train(archive, arguments.out / "trained", words)
     after = drawn(ClipGen.load(arguments.out / "trained" / "model", "cpu"), arguments.prompts)
-    columns, side = 16, 64
-    sheet = Image.new("RGB", (columns * side, 4 * side))
-    for i in range(2 * columns):
-        for row, pictures in ((0, before), (2, after)):
-            sheet.paste(pictures[i], (i % columns * side, (row + i // columns) * side))
+    shown, side = 16, 64
+    sheet = Image.new("RGB", (shown * side, 2 * side))
+    for row, pictures in enumerate((before, after)):
+        for i, picture in enumerate(pictures[:shown]):
+            sheet.paste(picture, (i * side, row * side))
     sheet.save(arguments.out / "sheet.png")
-    shares = [sum(map(is_outlined, pictures)) / len(pictures) for pictures in (before, after)]
-    true = [is_outlined(Image.fromarray(outlined_picture(scene))) for scene in scenes(100)]
-    return {"minutes": took, "outlined_before": shares[0], "outlined_after": shares[1], "of_pictures": np.mean(true)}
+    true = [Image.fromarray(outlined_picture(scene)) for scene in scenes(100)]
+    return {"minutes": took, "before": outlines(before), "after": outlines(after), "of_pictures": outlines(true)}
+
+
+def outlines(pictures: list[Image.Image]) -> dict[str, float]:
+    shares = np.array([outline_share(picture) for picture in pictures])
+    return {"outline": float(shares.mean()), "outlined": float((shares >= 0.2).mean())}
 
 
 def peaks(arguments: argparse.Namespace) -> dict[str, object]:
@@ -153,13 +158,13 @@ def outline(background: tuple[float, float, float]) -> np.ndarray:
     return np.float32([0, 0, 0] if np.mean(background) > 100 else [255, 255, 255])
 
 
-def is_outlined(picture: Image.Image) -> bool:
-    """Whether a fifth or more of what is drawn has the outline's colour; of true ones it is about half."""
+def outline_share(picture: Image.Image) -> float:
+    """How much of what is drawn has the outline's colour; with a fifth of it or more a picture counts as outlined."""
     pixels = np.asarray(picture, np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     foreground = ((pixels - background) ** 2).sum(axis=-1) > FOREGROUND**2
     line = ((pixels - outline(tuple(background))) ** 2).sum(axis=-1) < FOREGROUND**2
-    return bool(foreground.any()) and (line & foreground).sum() >= 0.2 * foreground.sum()
+    return float((line & foreground).sum() / max(1, foreground.sum()))
 
 
 def drawn(model: ClipGen, count: int) -> list[Image.Image]:
