@@ -7,7 +7,8 @@ Both learn from the same 2,000 plain shapes, in the same order, for the same num
 quantizer: stage 1 of size laptop with taming's codebook and with the l2-normalised one; PSNR, the share of codes used
 and the judge's word on reconstructions of pictures never seen.
 second_loss: stage 2 anew on the model's VQGAN and CLIP, with the second loss at several weights; the token loss on
-pictures never seen, and how near CLIP finds what is drawn from their embeddings. Leaves result.json.
+pictures never seen, and how near CLIP finds what is drawn from their embeddings. --further: from the model's
+transformer instead. Leaves result.json.
 """
 
 from __future__ import annotations
@@ -90,8 +91,11 @@ def second_loss(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     )
     for weight in arguments.weights:
         torch.manual_seed(0)
-        fitting = FitConfig(arguments.steps, 32, 1.5e-3, muon_rate=6e-3, weight_decay=0.05, ema_decay=0.998)
+        rate = 5e-4 if arguments.further else 1.5e-3
+        fitting = FitConfig(arguments.steps, 32, rate, 4 * rate, warmup=20, weight_decay=0.05, ema_decay=0.998)
         gpt = GPT(networks.config.gpt).train()
+        if arguments.further:
+            gpt.load_state_dict(networks.gpt.state_dict())
         parts = {"embedding_loss": weight, "vqgan": networks.vqgan, "clip": networks.clip}
         began = time.monotonic()
         trainer = GPTTrainer(gpt, fitting, **parts)
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("checkpoints/shapes"))
     parser.add_argument("--quantizers", nargs="+", default=["taming", "cosine"])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.5])
+    parser.add_argument("--further", action="store_true", help="go on from the model's transformer, not from none")
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
