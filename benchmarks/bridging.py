@@ -3,10 +3,11 @@
     PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging [--prompts 100] [--kinds one two unsaid]
     PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging --noise 0 0.25 0.5 1
 
-In use: mean shifts and guidance, beside the model as it is and beside image embeddings. In training: the last part of
-the recipe again at each strength of noise, on what script/train-shapes left in runs/shapes.
-Prints the shares all right of one candidate, of the best of 16 by CLIP and of a perfect ranker; leaves result.json, to
-which a second run adds.
+In use: mean shifts and guidance, beside the model as it is and beside image embeddings. In training: the model's
+transformer goes on for --steps at each strength of noise, from the same weights, as in the last part of the recipe but
+for the contrast with near misses; beside it the model as it is.
+Prints the shares all right of a candidate taken blindly (and its 95 % interval either way), of the best of 16 by CLIP
+and of a perfect ranker; leaves result.json, to which a second run adds.
 """
 
 from __future__ import annotations
@@ -17,18 +18,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from clip_gen import ClipGen
+from clip_gen.checkpoint import load_networks
 from clip_gen.config import BridgeConfig, read_config
-from clip_gen.evaluation.prompts import KINDS
-from clip_gen.evaluation.report import CANDIDATES, TITLES, Evaluation
+from clip_gen.evaluation.prompts import KINDS, cases
+from clip_gen.evaluation.report import CANDIDATES, TOGETHER, Evaluation
 from clip_gen.gpt import GPT
 from clip_gen.sampling import Sampling
-from clip_gen.training.shapes import Recipe, ShapesConfig
+from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, find_neighbours
+from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.run import fit
+from clip_gen.training.shapes import ShapesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDANCE = (1.5, 2.0, 3.0, 5.0)
 MEAN_SHIFTS = (0.5, 1.0)
-COLUMNS = ("best of 1", f"best of {CANDIDATES}", f"perfect ranker of {CANDIDATES}")
+SEED = 1_000_033  # of pictures that nothing else here is trained on or measured with
 
 
 def ways_in_use(model: ClipGen) -> Iterator[tuple[str, str, Sampling]]:
@@ -43,28 +51,51 @@ def ways_in_use(model: ClipGen) -> Iterator[tuple[str, str, Sampling]]:
     model.bridge.config = model.config.bridge
 
 
-def taken_further(recipe: Recipe, noise: float, out: Path) -> GPT:
-    """The recipe's transformer as its last part leaves it, had conditions been pushed by up to `noise` in that."""
-    recipe.config = replace(recipe.config, embedding_noise=noise)
-    recipe.train_vague(out)
-    return recipe.networks.gpt.eval().requires_grad_(False)
+def taken_further(noise: float, arguments: argparse.Namespace) -> GPT:
+    """The model's transformer after so many steps more, its conditions pushed by up to `noise`."""
+    networks, config = load_networks(arguments.model), read_config(arguments.config, ShapesConfig)
+    side, out = networks.config.vqgan.resolution, arguments.out
+
+    def encoded(name: str, pictures: RenderedPictures, **options: float) -> EncodedPictures:
+        embeddings = encode_embeddings(pictures, networks.clip, out / f"embeddings-{name}.npy")
+        tokens = encode_tokens(pictures, networks.vqgan, out / f"tokens-{name}.npy")
+        return EncodedPictures(
+            embeddings, tokens, neighbours=find_neighbours(embeddings, 1, out / f"neighbours-{name}.npy", 0), **options
+        )
+
+    chances = {"noise": noise, "dropout": config.condition_dropout, "blur": config.condition_blur}
+    seen = encoded("seen", RenderedPictures(arguments.pictures, SEED, side), **chances)
+    unseen = encoded("unseen", RenderedPictures(256, SEED + 1, side))
+    fitting = replace(config.vague_fit, steps=arguments.steps, validate_every=arguments.steps, compile=False)
+    gpt = networks.gpt.train().requires_grad_(True)
+    fit("gpt", GPTTrainer(gpt, fitting), Endless(seen, 0), unseen, out / f"noise-{noise}", seed=0)
+    return gpt.eval().requires_grad_(False)
 
 
 def graded(
     model: ClipGen, kind: str, source: str, sampling: Sampling, arguments: argparse.Namespace
 ) -> dict[str, float]:
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
-    evaluation.grade(kind, source)
-    name = TITLES[kind] if source == "text" else f"{TITLES[kind]}, from image embeddings"
-    return {column: evaluation.rows[f"{name}, {column}"].value for column in COLUMNS}
+    chosen = cases(kind, arguments.prompts, arguments.seed)
+    rows = []
+    for start in range(0, len(chosen), TOGETHER):
+        rows += evaluation.candidates(chosen[start : start + TOGETHER], start, source)
+    blindly = np.array([np.mean(row.right) for row in rows])
+    return {
+        "blindly": float(blindly.mean()),
+        "within": float(1.96 * blindly.std(ddof=1) / len(blindly) ** 0.5),
+        f"best of {CANDIDATES}": float(np.mean([row.right[row.best(CANDIDATES)] for row in rows])),
+        "perfect ranker": float(np.mean([any(row.right) for row in rows])),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "shapes")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shapes.yaml")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "shapes", help="as script/train-shapes left it")
     parser.add_argument("--noise", type=float, nargs="+", help="train at these strengths instead")
+    parser.add_argument("--steps", type=int, default=400, help="of those")
+    parser.add_argument("--pictures", type=int, default=20_000, help="to learn from in them")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["one"])
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,11 +119,7 @@ def main() -> None:
             measure(way, source, sampling)
         return
     for noise in arguments.noise:
-        recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work)
-        for part in ("clip", "vqgan", "gpt"):
-            recipe.part(part)
-        gpt = taken_further(recipe, noise, arguments.out / f"noise-{noise}")
-        model.gpt = gpt.to(model.device).work_in(model.gpt.dtype)
+        model.gpt = taken_further(noise, arguments).to(model.device).work_in(model.gpt.dtype)
         measure(f"noise {noise}", "text", Sampling())
         measure(f"noise {noise}, image embeddings", "image", Sampling())
 
