@@ -55,7 +55,6 @@ def test_a_zip_becomes_a_tar_that_predicts(
     for name, value in model.clip_encoder.state_dict().items():
         assert torch.equal(value, tiny_model.clip_encoder.state_dict()[name])
     bridge: Bridge = model.bridge
-    assert bridge.config.mean_shift == 1
     assert not torch.equal(bridge.image_mean, tiny_model.bridge.image_mean)
     assert torch.equal(bridge.text_mean, tiny_model.bridge.text_mean)
 
@@ -65,6 +64,22 @@ def test_a_zip_becomes_a_tar_that_predicts(
     assert record["pictures"]["held_back"] == 2
     assert record["stages"]["vqgan"]["steps"] == record["stages"]["gpt"]["steps"] == 8
     assert record["settings"]["seed"] == 3
+
+
+def test_prompts_are_moved_towards_the_pictures_where_the_texts_mean_is_known(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    networks = tiny_networks()
+    networks.bridge.text_mean.fill_(0.1)
+    save_networks(networks, tmp_path / "known", training={})
+    toy = replace(toy, stage="vqgan", vqgan_steps=1)
+    for base, shift in ((toy.base, 0.0), (str(tmp_path / "known"), 1.0)):
+        out = tmp_path / str(shift)
+        Training(photos, out, replace(toy, base=base)).run()
+        bridge = ClipGen.load(out / "model", "cpu").bridge
+        assert bridge.config.mean_shift == shift
+        moved = bridge(torch.eye(16))
+        assert torch.allclose(moved, torch.eye(16), atol=1e-6) == (shift == 0)
 
 
 def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(

@@ -74,6 +74,10 @@ class Training:
             self.networks = build(self.plan.model)
             for part in ("clip", "bridge"):
                 load_part(getattr(self.networks, part), base / f"{part}.safetensors")
+        if not self.networks.bridge.text_mean.any():
+            # Nobody measured it, as of a model that was imported; without it a shift leads anywhere.
+            unmoved = replace(self.plan.model, bridge=replace(self.plan.model.bridge, mean_shift=0.0))
+            self.plan = replace(self.plan, model=unmoved)
         self.networks = replace(self.networks, config=self.plan.model)
         self.networks.bridge.config = self.plan.model.bridge
         self.networks.clip.requires_grad_(False)
