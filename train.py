@@ -49,7 +49,9 @@ async def train(
         ge=0,
         le=1000000,
     ),
-    batch_size: int = Input(description="Pictures a step. 0: by the resolution.", default=0, ge=0, le=4096),
+    batch_size: int = Input(
+        description="Pictures a step. 0: by how many and large they are.", default=0, ge=0, le=4096
+    ),
     vqgan_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
     transformer_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
     perceptual_weight: float = Input(

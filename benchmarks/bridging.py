@@ -5,7 +5,7 @@
 
 In use: mean shifts and guidance, beside the model as it is and beside image embeddings. In training: the model's
 transformer goes on for --steps at each strength of noise, from the same weights, as in the last part of the recipe but
-for the contrast with near misses; beside it the model as it is.
+for the contrast with near misses.
 Prints the shares all right of a candidate taken blindly (and its 95 % interval either way), of the best of 16 by CLIP
 and of a perfect ranker; leaves result.json, to which a second run adds.
 """
@@ -54,7 +54,8 @@ def ways_in_use(model: ClipGen) -> Iterator[tuple[str, str, Sampling]]:
 def taken_further(noise: float, arguments: argparse.Namespace) -> GPT:
     """The model's transformer after so many steps more, its conditions pushed by up to `noise`."""
     networks, config = load_networks(arguments.model), read_config(arguments.config, ShapesConfig)
-    side, out = networks.config.vqgan.resolution, arguments.out
+    side = networks.config.vqgan.resolution
+    out = arguments.out / f"{arguments.model.name}-{arguments.pictures}-{arguments.steps}"
 
     def encoded(name: str, pictures: RenderedPictures, **options: float) -> EncodedPictures:
         embeddings = encode_embeddings(pictures, networks.clip, out / f"embeddings-{name}.npy")

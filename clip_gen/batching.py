@@ -28,10 +28,8 @@ from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, chec
 Result = TypeVar("Result")
 
 CONTAINER = Path("/sys/fs/cgroup")
-# Seconds that candidates which do not fill a batch wait for others to share it: from the last to come, or from the last
-# call, whose caller may be about to ask for some; and from the first to come.
-LINGER = 0.02
-LONGEST = 0.1
+LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it, from the last to come
+LONGEST = 0.1  # and from the first
 
 
 class Busy(RuntimeError):
@@ -105,9 +103,9 @@ class Batcher:
     def __init__(self, most_bytes: float, most_waiting: int = 4096):
         self.most_bytes, self.most_waiting = most_bytes, most_waiting
         self._asked: deque[_Request] = deque()
-        self._calls: deque[tuple[Callable[[], object], Future]] = deque()
+        self._calls: deque[tuple[Callable[[], object], Future, bool]] = deque()
         self._under_way: list[_Shared] = []
-        self._called = 0.0  # when the last call was over
+        self._led_up = 0.0  # when the last call was over whose caller is about to ask for candidates
         self._news = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -151,12 +149,15 @@ class Batcher:
             request.given_up = True
             raise
 
-    def run(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns, done between two tokens by the thread that has the device."""
+    def run(self, work: Callable[[], Result], leads_up: bool = False) -> Result:
+        """What `work` returns, done between two tokens by the thread that has the device.
+
+        leads_up: the caller will ask for candidates next, and is worth waiting for.
+        """
         result: Future = Future()
         with self._news:
             self._check_open()
-            self._calls.append((work, result))
+            self._calls.append((work, result, leads_up))
             self._news.notify()
         return result.result()
 
@@ -180,7 +181,7 @@ class Batcher:
             error = unforeseen
         with self._news:
             self._closed = True
-            waiting = [result for _, result in self._calls]
+            waiting = [result for _, result, _ in self._calls]
             waiting += [request.result for request in self._requests()]
             self._under_way = []
         for result in waiting:
@@ -195,9 +196,10 @@ class Batcher:
             if self._closed:
                 return False
             calls = [self._calls.popleft() for _ in range(len(self._calls))]
-        for work, result in calls:
+        for work, result, leads_up in calls:
             _fulfil(result, work)
-            self._called = time.monotonic()
+            if leads_up:
+                self._led_up = time.monotonic()
         self._drop_stopped()
         self._begin()
         for shared in self._under_way:
@@ -222,8 +224,10 @@ class Batcher:
         together = [request for request in ready if request.shares_with(ready[0])]
         if sum(request.waiting_rows for request in together) >= most_rows(ready[0].embedding.device):
             return 0
-        latest = max(together[-1].asked, self._called)
-        return max(0, min(latest + LINGER, together[0].asked + LONGEST) - time.monotonic())
+        first, last = together[0].asked, together[-1].asked
+        # Others whose prompts were being read could not come sooner, however long that took.
+        until = max(min(last + LINGER, first + LONGEST), min(self._led_up + LINGER, first + 10 * LONGEST))
+        return max(0, until - time.monotonic())
 
     def _drop_stopped(self) -> None:
         for request in self._requests():

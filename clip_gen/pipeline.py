@@ -33,7 +33,7 @@ class Generation:
     """What one prompt gave, best first."""
 
     images: list[Image.Image]
-    scores: list[float]  # CLIP cosine of each image with the prompt
+    scores: list[float]  # CLIP cosine of each image with the prompt where the bridge puts it
     tokens: Tensor  # (num_outputs, T) int64, on the CPU
     seed: int
     candidates: int  # how many were drawn: without clip_rerank no more than are returned
@@ -96,7 +96,7 @@ class ClipGen:
             candidates = num_outputs  # the others would never be looked at
 
         device = shared_batcher(self.device)
-        embedding = device.run(lambda: self.read(prompt))
+        embedding = device.run(lambda: self.read(prompt), leads_up=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop)
         images, scores = [], []
         for tokens in sampled.tokens.split(self.at_a_time):

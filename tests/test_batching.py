@@ -125,19 +125,28 @@ def test_those_who_ask_within_a_moment_of_one_another_share_a_batch_but_nobody_w
     assert max(rows(7)) < 14
 
 
-def test_who_had_a_call_to_wait_for_first_still_shares_the_batch(
+def test_whose_prompt_was_being_read_still_shares_the_batch(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.batching.LINGER", 0.2)
+
+    def read_and_ask(number: int) -> Sampled:
+        batcher.run(lambda: time.sleep(0.25), leads_up=True)  # longer than LINGER, all together longer than LONGEST
+        return batcher.sample(gpt, embedding(number), 2, number, Sampling())
+
+    asked = [threads.submit(read_and_ask, number) for number in range(3)]
+    assert [future.result(30).rows_in_batch for future in asked] == [6] * 3
+
+
+def test_nobody_waits_for_calls_that_lead_up_to_nothing(
     gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clip_gen.batching.LINGER", 0.2)
     monkeypatch.setattr("clip_gen.batching.LONGEST", 10.0)
-
-    def read_and_ask(number: int) -> Sampled:
-        batcher.run(lambda: time.sleep(0.3))  # longer than LINGER, as reading a prompt can be
-        time.sleep(0.05)
-        return batcher.sample(gpt, embedding(number), 2, number, Sampling())
-
-    asked = [threads.submit(read_and_ask, number) for number in range(4)]
-    assert [future.result(30).rows_in_batch for future in asked] == [8] * 4
+    asked = ask(threads, batcher, gpt, 1)
+    while not asked.done():
+        batcher.run(lambda: time.sleep(0.02))  # as pictures of others are looked at
+    assert asked.result().queue_seconds < 1
 
 
 def test_a_request_joins_at_once_while_another_is_under_way(

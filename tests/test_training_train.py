@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_networks
@@ -23,8 +24,10 @@ from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
 from clip_gen.checkpoint import save_networks
+from clip_gen.cog_schema import ROOT
+from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training.plan import SIZES, TrainSettings, plan
-from clip_gen.training.train import Training
+from clip_gen.training.train import Training, knows_its_tokens
 from clip_gen.weights import resolve_weights
 
 TOY = TrainSettings(
@@ -141,6 +144,14 @@ def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSetting
     Training(photos, tmp_path, replace(toy, max_minutes=5))
     with pytest.raises(ValueError, match="holds a training with vqgan_steps 8, not 9; say the same to go on"):
         Training(photos, tmp_path, replace(toy, vqgan_steps=9))
+    told = tmp_path / "work" / "settings.json"
+    told.write_text(
+        json.dumps({name: value for name, value in json.loads(told.read_text()).items() if name != "tokens"})
+    )
+    with pytest.raises(
+        ValueError, match="by another version of this program, which knew no tokens; name another folder"
+    ):
+        Training(photos, tmp_path, toy)
 
 
 def test_the_command_line_says_one_sentence_when_the_pictures_will_not_do(
@@ -224,6 +235,10 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
         ({"resolution": 128}, "resolution is 128, but the base model has its own"),
         ({"tokens": "lose"}, 'tokens is "lose"; it takes one of auto, keep, learn'),
         ({"size": "laptop", "tokens": "keep"}, "tokens is keep, but new networks have none yet: leave out size laptop"),
+        (
+            {"stage": "transformer", "tokens": "learn"},
+            "tokens is learn, but stage transformer leaves the VQGAN as it is",
+        ),
         ({"mean_shift": -1.0}, "mean_shift is -1.0; give 0 or more"),
         ({"size": "laptop", "stage": "transformer"}, "needs the base model's VQGAN"),
         ({"size": "laptop", "resolution": 30}, "resolution is 30; size laptop takes multiples of 4"),
@@ -257,6 +272,7 @@ def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
     kept: bool,
 ) -> None:
     monkeypatch.setattr("clip_gen.training.train.GOOD_DB", good)
+    monkeypatch.setattr("clip_gen.training.train.BETTER_DB", -99)
     base = load_file(Path(toy.base) / "vqgan.safetensors")
     Training(photos, tmp_path, replace(toy, stage="vqgan", tokens=told)).run()
     after = load_file(tmp_path / "model" / "vqgan.safetensors")
@@ -264,6 +280,25 @@ def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
     assert changed == {"decoder", "post_quant_conv"} if kept else changed >= {"decoder", "encoder", "quantizer"}
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["stages"]["vqgan"]["tokens_kept"] is kept
+    assert knows_its_tokens(tmp_path / "model") is kept
+    (tmp_path / "model" / "gpt.safetensors").unlink()
+    assert not knows_its_tokens(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("pale", "kept"), [(False, True), (True, False)])
+def test_what_is_pale_is_not_taken_for_told_well(tmp_path: Path, pale: bool, kept: bool) -> None:
+    rng, shapes = np.random.default_rng(0), RenderedPictures(8, 5, 64)
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        noise = np.uint8(128 + 8 * rng.standard_normal((64, 64, 3)))
+        Image.fromarray(noise if pale else shapes[i]).save(tmp_path / "pictures" / f"{i}.png")
+    training = Training(
+        tmp_path / "pictures", tmp_path / "out", TrainSettings(base=str(ROOT / "checkpoints" / "shapes"))
+    )
+    decision = tmp_path / "tokens.json"
+    assert training.keeps_tokens(decision) is kept
+    decision.write_text(json.dumps(not kept))  # what was decided once holds
+    assert training.keeps_tokens(decision) is not kept
 
 
 def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_model: ClipGen) -> None:

@@ -39,7 +39,7 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
 MOST_CODES = 16384
 
-# AdamW's for new networks. A VQGAN's by how often it halves the picture, for deep ones take less; a transformer's for
+# AdamW's for new networks. A VQGAN's by its levels, for deep ones take less; a transformer's for
 # matrices 256 wide, and wider ones take less in the measure that they are: arXiv 2203.03466.
 VQGAN_RATES = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 1e-3, 5: 3e-4}
 GPT_RATE, GPT_WIDTH = 1.5e-3, 256
@@ -98,6 +98,8 @@ class TrainSettings:
             raise ValueError(f"tokens is keep, but new networks have none yet: leave out size {self.size}")
         elif self.stage == "transformer":
             raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
+        if self.stage == "transformer" and self.tokens != "auto":
+            raise ValueError(f"tokens is {self.tokens}, but stage transformer leaves the VQGAN as it is: leave it out")
         weights = ("perceptual_weight", "adversarial_weight", "contrast_weight", "embedding_loss_weight")
         for name in ("embedding_noise", "mean_shift", "max_minutes", *weights):
             if getattr(self, name) < 0:

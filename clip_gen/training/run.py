@@ -143,6 +143,8 @@ def _quiet_lightning() -> None:
     # Samples takes up where the checkpoint ended.
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    # The quantiser's, where the decoder alone learns.
+    warnings.filterwarnings("ignore", "Found .* module\\(s\\) in eval mode at the start of training")
     # What loads a training's data is a file already decoded, or small: more processes would idle.
     warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")
 
@@ -350,6 +352,10 @@ class Averaging(WeightAveraging):
             return mean.lerp(weights, (9 / (10 + steps)).clamp(min=1 - decay).to(mean.dtype))
 
         super().__init__(use_buffers=False, avg_fn=averaged)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # Lightning would leave it where the weights are not yet gone from
+        super().setup(trainer, pl_module, stage)
 
 
 class Best(Callback):

@@ -61,8 +61,10 @@ class Stage(pl.LightningModule):
         config = self.config
 
         def factor(step: int) -> float:
-            if step < config.warmup:
-                return min(1.0, max((step + 1) / config.warmup, 20 * self.time_spent))
+            # A first step that takes long, as the one that is compiled for, is not to end the warm-up by itself.
+            up = max((step + 1) / config.warmup, min(20 * self.time_spent, (step + 1) / 5))
+            if up < 1:
+                return up
             done = max((step - config.warmup) / max(1, config.steps - config.warmup), self.time_spent)
             return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
