@@ -612,7 +612,7 @@ def test_the_rate_is_down_when_time_is_over_however_many_steps_are_left() -> Non
 
 def test_the_rate_is_up_after_a_twentieth_of_the_time_but_not_at_once_and_then_falls_with_the_time() -> None:
     assert rates(time_spent=0.04)[3:5] == pytest.approx([0.8, 0.8])
-    assert rates(time_spent=0.05)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, rates(time_spent=0.05)[20]])
+    assert rates(time_spent=0.05)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, rates(time_spent=0.05)[10]])
     assert rates(time_spent=0.01)[5] == pytest.approx(0.6)
     assert rates(time_spent=0.5)[5] == pytest.approx(0.505)
 

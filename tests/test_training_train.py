@@ -75,14 +75,13 @@ def test_prompts_are_moved_towards_the_pictures_where_the_texts_mean_is_known(
     networks = tiny_networks()
     networks.bridge.text_mean.fill_(0.1)
     save_networks(networks, tmp_path / "known", training={})
-    toy = replace(toy, stage="vqgan", vqgan_steps=1)
     for base, shift in ((toy.base, 0.0), (str(tmp_path / "known"), 1.0)):
-        out = tmp_path / str(shift)
-        Training(photos, out, replace(toy, base=base)).run()
-        bridge = ClipGen.load(out / "model", "cpu").bridge
-        assert bridge.config.mean_shift == shift
-        moved = bridge(torch.eye(16))
+        training = Training(photos, tmp_path / str(shift), replace(toy, base=base))
+        training.measure_pictures()
+        moved = training.networks.bridge(torch.eye(16))
         assert torch.allclose(moved, torch.eye(16), atol=1e-6) == (shift == 0)
+        save_networks(training.networks, tmp_path / "out", training={})
+        assert ClipGen.load(tmp_path / "out", "cpu").bridge.config.mean_shift == shift
 
 
 def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
@@ -215,7 +214,10 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
     options += ["--vqgan-learning-rate", "3e-4", "--transformer-learning-rate", "3e-4"]
     for devices in ("1", "2"):
         words = command(photos, tmp_path / devices, str(tmp_path / "base"), *options, "--devices", devices)
-        subprocess.run(words, check=True, capture_output=True, timeout=300)
+        if devices == "1":
+            assert main(words[3:]) == 0
+        else:
+            subprocess.run(words, check=True, capture_output=True, timeout=300)
     part = "gpt" if stage == "transformer" else "vqgan"
     one, two = (
         [json.loads(line) for line in (tmp_path / devices / "work" / part / "history.jsonl").open()]
@@ -261,7 +263,7 @@ def test_settings_that_do_not_go_together_are_refused(
         planned()
 
 
-@pytest.mark.parametrize(("told", "good", "kept"), [("keep", 99, True), ("auto", -99, True), ("auto", 99, False)])
+@pytest.mark.parametrize(("told", "good", "kept"), [("keep", 99, True), ("auto", 99, False)])
 def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
     photos: Path,
     toy: TrainSettings,
