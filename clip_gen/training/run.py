@@ -223,7 +223,7 @@ class Deadline(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         if module.time_spent >= 1:
-            log.info("%s: %g minutes are over at step %d", self.name, self.minutes, trainer.global_step)
+            log.info("%s: %.1f minutes are over at step %d", self.name, self.minutes, trainer.global_step)
             trainer.should_stop = True
 
 
