@@ -33,6 +33,7 @@ from clip_gen.shapes.pairs import RenderedPictures, training_rng
 from clip_gen.shapes.scenes import sample_scene
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.losses import psnr
 from clip_gen.training.plan import SIZES
 from clip_gen.training.run import fit
 from clip_gen.training.stage import FitConfig
@@ -64,18 +65,18 @@ def quantizer(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 @torch.inference_mode()
 def reconstructions(vqgan: VQGAN) -> dict[str, float]:
-    errors, used, right = [], set(), []
+    found, used, right = [], set(), []
     for start in range(0, len(UNSEEN), 50):
         images = from_bytes(torch.stack([torch.from_numpy(UNSEEN[i]) for i in range(start, start + 50)]))
         tokens = vqgan.encode(images)
         decoded = vqgan.decode(tokens)
-        errors += (decoded - images).square().mean(dim=(1, 2, 3)).tolist()
+        found += psnr(decoded, images).tolist()
         used |= set(tokens.unique().tolist())
         for i, picture in enumerate(to_pil(decoded), start):
             scene = sample_scene(training_rng(UNSEEN.seed, i))
             right.append(satisfies(read(np.asarray(picture)), describe(scene)))
-    psnr = float((10 * np.log10(4 / np.maximum(errors, 1e-10))).mean())
-    return {"psnr": psnr, "codes_used": len(used) / vqgan.config.codebook_size, "judged_right": float(np.mean(right))}
+    codes_used = len(used) / vqgan.config.codebook_size
+    return {"psnr": float(np.mean(found)), "codes_used": codes_used, "judged_right": float(np.mean(right))}
 
 
 def second_loss(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -43,6 +43,7 @@ from clip_gen.shapes.judge import FOREGROUND
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.shapes.rendering import coverage, render
 from clip_gen.shapes.scenes import BACKGROUNDS, COLOURS, Scene, sample_scene
+from clip_gen.training.losses import psnr
 
 ROOT = Path(__file__).resolve().parent.parent
 UNSEEN = 1_000_003  # a seed of pictures that no training here takes
@@ -80,27 +81,26 @@ def scratch(arguments: argparse.Namespace) -> dict[str, object]:
     words = ["--size", "laptop", "--no-crop", f"--max-minutes={arguments.minutes}", *arguments.words]
     took, _ = train(archive, arguments.out / "trained", words)
     model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
-    psnr, used = reconstructed(model, 1000)
+    decibels, used = reconstructed(model, 1000)
     evaluation = Evaluation(model, arguments.prompts, 0, Sampling())
     evaluation.run(["one"])
     print(evaluation.table())
     evaluation.sheet().save(arguments.out / "sheet.png")
     shares = {name: share.value for name, share in evaluation.rows.items()}
-    return {"minutes": took, "psnr": psnr, "codes_used": used, **shares}
+    return {"minutes": took, "psnr": decibels, "codes_used": used, **shares}
 
 
 @torch.inference_mode()
 def reconstructed(model: ClipGen, count: int) -> tuple[float, float]:
     """Mean PSNR in dB of pictures never seen, and the share of all codes that they use."""
     pictures = RenderedPictures(count, UNSEEN, model.config.vqgan.resolution)
-    errors, used = [], set()
+    found, used = [], set()
     for start in range(0, count, 50):
         images = from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(start, start + 50)]))
         tokens = model.vqgan.encode(images)
-        errors += (model.vqgan.decode(tokens) - images).square().mean(dim=(1, 2, 3)).tolist()
+        found += psnr(model.vqgan.decode(tokens), images).tolist()
         used |= set(tokens.unique().tolist())
-    psnr = 10 * np.log10(4 / np.maximum(errors, 1e-10))
-    return float(psnr.mean()), len(used) / model.config.vqgan.codebook_size
+    return float(np.mean(found)), len(used) / model.config.vqgan.codebook_size
 
 
 def style(arguments: argparse.Namespace) -> dict[str, object]:

@@ -39,8 +39,8 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
 MOST_CODES = 16384
 
-# AdamW's for new networks. A VQGAN's by its levels, for deep ones take less; a transformer's for
-# matrices 256 wide, and wider ones take less in the measure that they are: arXiv 2203.03466.
+# AdamW's for new networks. A VQGAN's by its levels, for deep ones take less; a transformer's for matrices 256 wide, and
+# wider ones take less in the measure that they are: arXiv 2203.03466.
 VQGAN_RATES = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 1e-3, 5: 3e-4}
 GPT_RATE, GPT_WIDTH = 1.5e-3, 256
 MUON = 4  # times AdamW's rate

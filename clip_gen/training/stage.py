@@ -62,7 +62,7 @@ class Stage(pl.LightningModule):
 
         def factor(step: int) -> float:
             # A first step that takes long, as the one that is compiled for, is not to end the warm-up by itself.
-            up = max((step + 1) / config.warmup, min(20 * self.time_spent, (step + 1) / 5))
+            up = max((step + 1) / max(1, config.warmup), min(20 * self.time_spent, (step + 1) / 5))
             if up < 1:
                 return up
             done = max((step - config.warmup) / max(1, config.steps - config.warmup), self.time_spent)

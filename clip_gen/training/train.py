@@ -105,9 +105,9 @@ class Training:
                         f"{self.out} holds a training by another version of this program, which knew no {name}; "
                         "name another folder"
                     )
-                if before.get(name) != value:
+                if before[name] != value:
                     raise ValueError(
-                        f"{self.out} holds a training with {name} {before.get(name)!r}, not {value!r}; "
+                        f"{self.out} holds a training with {name} {before[name]!r}, not {value!r}; "
                         "say the same to go on with it, or name another folder"
                     )
         with whole_or_not(path) as temporary:
@@ -138,8 +138,8 @@ class Training:
         pack(self.out / "model", tar)
         write_report(self.out / "report.html", self.work, record)
         log.info("weights: %s  report: %s", tar, self.out / "report.html")
-        kept = self.settings.stage != "vqgan" or (records["vqgan"]["tokens_kept"] and knows_its_tokens(self.base))
-        if not kept:
+        known = self.settings.stage != "vqgan" or (records["vqgan"]["tokens_kept"] and knows_its_tokens(self.base))
+        if not known:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
         return tar
 
