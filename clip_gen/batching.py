@@ -1,8 +1,8 @@
 """Several requests, one device: their candidates share batches, and one thread does all the work.
 
 A request's candidates join the next batch that starts, within LONGEST, beside whatever others have under way; every
-batch is worked on in turn, a token each. Batches have the shape they would have for one request alone (sampling.ROWS),
-so on a CPU a candidate's bits are the same whoever else asks.
+batch is worked on in turn, a token each. Its matrix products have one of the numbers of rows that give a row the same
+bits (sampling.NUMBERS), so on a CPU a candidate is the same whoever else asks.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class Batcher:
         if not ready:
             return None
         together = [request for request in ready if request.shares_with(ready[0])]
-        if sum(request.waiting_rows for request in together) >= most_rows(ready[0].embedding.device):
+        if sum(request.waiting_rows for request in together) >= most_rows(ready[0].gpt):
             return 0
         first, last = together[0].asked, together[-1].asked
         # Others whose prompts were being read could not come sooner, however long that took.
@@ -258,7 +258,7 @@ class Batcher:
             rows: list[tuple[_Request, int]] = []
             for request in ready:
                 if request.shares_with(first):
-                    taken = min(most_rows(first.embedding.device) - len(rows), request.waiting_rows)
+                    taken = min(most_rows(first.gpt) - len(rows), request.waiting_rows)
                     rows += [(request, request.begun_rows + i) for i in range(taken)]
                     request.begun_rows += taken
             self._start(rows)
@@ -306,7 +306,7 @@ def batch_bytes(gpt: GPT, sampling: Sampling) -> int:
     config = gpt.config
     cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.dtype.itemsize
     logits = 8 * config.codebook_size * 4
-    return most_rows(gpt.head.weight.device) * (cache + logits) * (1 if sampling.guidance == 1 else 2)
+    return most_rows(gpt) * (cache + logits) * (1 if sampling.guidance == 1 else 2)
 
 
 _making = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from clip_gen.gpt import GPT
 
 MAX_SEED = 2**31 - 1
 
-# Candidates are drawn in batches of exactly this many rows. Matrix products over other numbers of rows take other
-# code paths and round differently (by 1e-6 on a CPU with AVX2), which now and then flips a token; a batch of one
-# shape keeps a candidate's bits whatever stands beside it.
+# Matrix products over other numbers of rows may take other code paths and round differently (by 1e-6 on a CPU with
+# AVX2), which now and then flips a token. So on a CPU a batch has a number of rows from which on there is no such
+# difference, as far as that goes, and the last row stands in for what is missing; a candidate's bits are then the same
+# whatever stands beside it. Where numbers from ROWS on differ, ROWS is the only one.
 ROWS = 16
+NUMBERS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+SHARED = 32  # candidates in a batch; guidance takes two rows for each
 # A GPU reads all weights for each step, however many rows there are; a batch of up to ROWS is still one of ROWS.
 GPU_ROWS = 64
 
@@ -96,9 +100,43 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(token, last)
 
 
-def most_rows(device: torch.device) -> int:
+def most_rows(gpt: GPT) -> int:
     """How many candidates share a batch."""
-    return GPU_ROWS if device.type == "cuda" else ROWS
+    if gpt.head.weight.device.type == "cuda":
+        return GPU_ROWS
+    return SHARED if max(numbers_of_rows(gpt)) > ROWS else ROWS
+
+
+def rows_of(gpt: GPT, count: int) -> int:
+    """How many rows the products of a batch of so many candidates have."""
+    if gpt.head.weight.device.type == "cuda":
+        return ROWS if count <= ROWS else max(count, GPU_ROWS)
+    return next((number for number in numbers_of_rows(gpt) if number >= count), count)
+
+
+@torch.inference_mode()
+def numbers_of_rows(gpt: GPT) -> tuple[int, ...]:
+    """Those of NUMBERS, the least first, with which a row of every product of this transformer has the same bits."""
+    known = _numbers.setdefault(gpt, {})
+    if gpt.dtype not in known:
+        block, most = gpt.blocks[0], max(NUMBERS)
+        agreeing = set(NUMBERS)
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, gpt.head):
+            x = torch.randn(most, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
+            x = x.to(linear.weight.dtype) if linear.weight.is_floating_point() else x
+            every = linear(x)
+            agreeing &= {
+                number
+                for number in NUMBERS
+                if torch.equal(linear(x[:number]), every[:number]) and torch.equal(linear(x[-number:]), every[-number:])
+            }
+        # With guidance there are twice as many, so all that come after must agree too.
+        differing = max(set(NUMBERS) - agreeing, default=0)
+        known[gpt.dtype] = tuple(number for number in NUMBERS if number > differing) if differing < ROWS else (ROWS,)
+    return known[gpt.dtype]
+
+
+_numbers: WeakKeyDictionary[GPT, dict[torch.dtype, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 class GrowingSteps:
@@ -133,7 +171,7 @@ class Batch:
         self.gpt, self.sampling, self.uniforms, self.drawn = gpt, sampling, uniforms.to(device), 0
         self._tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
         recorded = device.type == "cuda" if recorded is None else recorded
-        rows = ROWS if count <= ROWS else max(count, most_rows(device))
+        rows = rows_of(gpt, count)
         embedding = _padded(embedding, rows)
         prefixes = [gpt.prefix(embedding)]
         if sampling.guidance != 1:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from clip_gen.batching import Batcher, Busy, Sampled, available_memory, batch_bytes, shared_batcher
 from clip_gen.gpt import GPT
-from clip_gen.sampling import ROWS, Sampling, Stopped, candidate_uniforms, sample_tokens
+from clip_gen.sampling import ROWS, Sampling, Stopped, candidate_uniforms, most_rows, sample_tokens
 
 LENGTH = TINY.gpt.block_size
 
@@ -219,10 +219,11 @@ def test_no_more_batches_are_under_way_than_memory_has_room_for(
         return False
 
     with Held(batcher, threads):
-        asked = [ask(threads, batcher, gpt, number, ROWS, should_stop=watch) for number in range(3)]
+        full = most_rows(gpt)
+        asked = [ask(threads, batcher, gpt, number, full, should_stop=watch) for number in range(3)]
         wait_until_asked(batcher, 3)
     for number, future in enumerate(asked):
-        assert torch.equal(future.result(30).tokens, alone(gpt, number, ROWS, Sampling()))
+        assert torch.equal(future.result(30).tokens, alone(gpt, number, full, Sampling()))
     assert max(most) == batches
     batcher.close()
 
@@ -308,7 +309,8 @@ def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_predicted_from_the_rows(dtype: torch.dtype) -> None:
     gpt = GPT(TINY.gpt).work_in(dtype)
-    for rows, sampling in ((ROWS, Sampling()), (2 * ROWS, Sampling(guidance=2.0))):
+    for passes, sampling in ((1, Sampling()), (2, Sampling(guidance=2.0))):
+        rows = passes * most_rows(gpt)
         cache = gpt.new_cache(rows)
         logits = rows * TINY.gpt.codebook_size * 32
         assert batch_bytes(gpt, sampling) == cache.keys.nbytes + cache.values.nbytes + logits

@@ -5,10 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 from torch.nn import functional as F
 
 from clip_gen.gpt import GPT
-from clip_gen.sampling import Sampling, Stopped, candidate_uniforms, draw, filtered_probabilities, guided, sample_tokens
+from clip_gen.sampling import (
+    NUMBERS,
+    ROWS,
+    SHARED,
+    Sampling,
+    Stopped,
+    candidate_uniforms,
+    draw,
+    filtered_probabilities,
+    guided,
+    most_rows,
+    numbers_of_rows,
+    rows_of,
+    sample_tokens,
+)
 
 LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
 
@@ -137,3 +152,42 @@ def test_should_stop_is_asked_before_every_token(gpt: GPT) -> None:
 def test_a_value_out_of_range_is_named_with_the_remedy(values: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=f"{named}; give"):
         Sampling(**values).check()
+
+
+class Unsteady(nn.Linear):
+    """A layer that rounds otherwise where it has fewer or more rows than so many."""
+
+    def __init__(self, linear: nn.Linear, fewer: int = 0, more: int = 10**6):
+        super().__init__(linear.in_features, linear.out_features)
+        self.fewer, self.more = fewer, more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        exact = (x.unsqueeze(-2) * self.weight).sum(dim=-1)
+        return exact * (1 + 1e-6) if rows < self.fewer or rows > self.more else exact
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers"),
+    [
+        ({}, NUMBERS),
+        ({"fewer": 3}, (4, 8, 16, 24, 32, 48, 64)),
+        ({"fewer": 16}, (16, 24, 32, 48, 64)),
+        ({"fewer": 17}, (ROWS,)),
+        ({"more": 40}, (ROWS,)),
+    ],
+)
+def test_batches_have_numbers_of_rows_that_change_nothing_about_any_row(
+    limits: dict[str, int], numbers: tuple[int, ...]
+) -> None:
+    gpt = GPT(TINY.gpt).eval()
+    for part in (gpt.blocks[0].attn, gpt.blocks[0].mlp):
+        part.proj = Unsteady(part.proj)
+    gpt.blocks[0].attn.qkv, gpt.blocks[0].mlp.fc = Unsteady(gpt.blocks[0].attn.qkv), Unsteady(gpt.blocks[0].mlp.fc)
+    gpt.condition, gpt.head = Unsteady(gpt.condition), Unsteady(gpt.head, **limits)
+    assert numbers_of_rows(gpt) == numbers
+    assert most_rows(gpt) == (ROWS if numbers == (ROWS,) else SHARED)
+    assert rows_of(gpt, 1) == numbers[0]
+    assert rows_of(gpt, 16) == 16
+    assert rows_of(gpt, 20) == (20 if numbers == (ROWS,) else 24)
+    assert rows_of(gpt, 100) == 100
