@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_networks
+from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
 from clip_gen.gpt import GPT
@@ -25,6 +27,7 @@ from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training import run
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.grids import Grids
 from clip_gen.training.run import Machine, fit, read_history
 from clip_gen.training.stage import FitConfig, Stage
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
@@ -139,6 +142,29 @@ def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
     assert 1 <= stage.record["steps"] < 100_000
     assert any("minutes are over at step" in line for line in caplog.messages)
     assert run.checkpointed_steps(tmp_path / "last.ckpt") == stage.record["steps"]
+
+
+class Sketches(Grids):
+    """Grids of a plain picture that takes so many seconds to draw."""
+
+    def __init__(self, folder: Path, seconds: float):
+        super().__init__(folder)
+        self.seconds = seconds
+
+    def rows(self, module: Stage) -> list[list[Image.Image]]:
+        time.sleep(self.seconds)
+        return [[Image.new("RGB", (8, 8))]]
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 5, 10), (0.2, 2, 2)])
+def test_a_stage_that_ends_by_time_has_grids_from_on_the_way_and_from_its_end(
+    train: Callable, tmp_path: Path, seconds: float, least: int, most: int
+) -> None:
+    limited = {"machine": Machine(max_minutes=3 / 60), "callbacks": [Sketches(tmp_path, seconds)]}
+    stage = train(tmp_path, replace(CONFIG, steps=100_000), **limited)
+    drawn = sorted(int(path.stem) for path in (tmp_path / "grids").iterdir())
+    assert least <= len(drawn) <= most  # where they take long there are few
+    assert drawn[-1] == stage.record["steps"]
 
 
 def test_a_terminal_shows_how_far_a_stage_is_on_one_line(

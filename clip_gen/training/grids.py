@@ -1,7 +1,8 @@
-"""Pictures of how far a stage has come: a PNG every tenth of it, in the stage's folder under grids/."""
+"""Pictures of how far a stage has come: a PNG for each tenth of it, in the stage's folder under grids/."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,26 +27,45 @@ LEAST_SIDE = 96  # small pictures are enlarged to about this
 
 
 class Grids(Callback, ABC):
-    """Draws `rows` now and then: at each tenth of the steps, on the first process."""
+    """Draws `rows` at each tenth of the steps or of the time, and at the end, on the first process.
+
+    Where that takes long they are fewer, so that a twentieth of the time is spent on them at most.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder / "grids"
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.tenths, self.took, self.drawn = self._tenths(trainer, module), 0.0, time.monotonic()
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        step, every = trainer.global_step, max(1, trainer.max_steps // 10)
-        if step % every or step == 0 or not trainer.is_global_zero:
+        tenths = self._tenths(trainer, module)
+        rested = time.monotonic() - self.drawn >= 19 * self.took
+        if self.tenths < tenths < 10 and trainer.global_step and rested:
+            self.tenths = tenths
+            self._draw(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._draw(trainer, module)
+
+    @staticmethod
+    def _tenths(trainer: pl.Trainer, module: pl.LightningModule) -> int:
+        return int(10 * max(trainer.global_step / trainer.max_steps, module.time_spent))
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
-        path = self.folder / f"{step:07d}.png"
-        if path.is_file():
-            return  # drawn already by an earlier piece of the same step
-        training = module.training
+        began, training = time.monotonic(), module.training
         module.eval()
-        with torch.no_grad():
+        # To compile for these few would take longer than to draw them.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             rows = self.rows(module)
         module.train(training)
         self.folder.mkdir(exist_ok=True)
-        with whole_or_not(path) as temporary:
+        with whole_or_not(self.folder / f"{trainer.global_step:07d}.png") as temporary:
             grid(rows).save(temporary, "png")
+        self.drawn = time.monotonic()
+        self.took = self.drawn - began
 
     @abstractmethod
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
