@@ -1,6 +1,7 @@
 """Whether matrices in bfloat16 and in int8 draw as well as in float32: the bundled model each way, by the judge.
 
     PYTHONPATH=. .venv/bin/python benchmarks/precision.py [--prompts 200] [--kinds one two] [--device cpu]
+        [--dtypes float32 bfloat16 int8]
 
 Every candidate is drawn in each type with the same numbers. Prints the share of candidates all right, and of best ones
 of 16, the difference from float32 in points with its 95 % interval (the candidates of a prompt taken as one draw), and
@@ -66,10 +67,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["one", "two"])
     parser.add_argument("--device", choices=DTYPES, default="cpu", help="int8 is for CPUs alone")
+    parser.add_argument("--dtypes", nargs="+", help="the others are compared with the first; by default all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "precision.json")
     arguments = parser.parse_args()
     folder, device = ROOT / "checkpoints" / "shapes", arguments.device
-    models = {dtype: ClipGen.load(folder, device, dtype) for dtype in DTYPES[device]}
+    models = {dtype: ClipGen.load(folder, device, dtype) for dtype in arguments.dtypes or DTYPES[device]}
     for kind in arguments.kinds:
         result = each_way(models, kind, arguments.prompts)
         print(f"{TITLES[kind]}\n{json.dumps(result, indent=1)}", flush=True)
