@@ -41,7 +41,7 @@ from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, token_nats
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig, add_arguments, parts_in_order
 from clip_gen.training.shapes import main as train_shapes
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, orthogonal
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.vqgan import VQGAN
 
@@ -254,11 +254,15 @@ def one_step(gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def matrices_of(gpt: GPT) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in gpt.blocks.parameters() if parameter.dim() == 2]
+
+
 def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_to_adamw() -> None:
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
-    one_step(gpt, Muon(gpt, gpt.blocks, FitConfig(muon_rate=1e-2, learning_rate=1e-4, weight_decay=0.0)))
+    one_step(gpt, Muon(gpt, matrices_of(gpt), FitConfig(muon_rate=1e-2, learning_rate=1e-4, weight_decay=0.0)))
     moved = {name: value - before[name] for name, value in gpt.state_dict().items()}
     turned = torch.linalg.svdvals(moved["blocks.0.mlp.fc.weight"])
     pushed = torch.linalg.svdvals(gpt.blocks[0].mlp.fc.weight.grad)
@@ -275,10 +279,9 @@ def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.Monke
     torch.manual_seed(0)
     ours = GPT(TINY.gpt).eval()
     theirs, before = deepcopy(ours), deepcopy(ours.blocks.state_dict())
-    matrices = [parameter for parameter in theirs.blocks.parameters() if parameter.dim() == 2]
     options = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    optimizer = Muon(ours, ours.blocks, FitConfig(muon_rate=1e-2, learning_rate=1e-12, weight_decay=0.1))
-    reference = torch.optim.Muon(matrices, **options)
+    optimizer = Muon(ours, matrices_of(ours), FitConfig(muon_rate=1e-2, learning_rate=1e-12, weight_decay=0.1))
+    reference = torch.optim.Muon(matrices_of(theirs), **options)
     for _ in range(3):
         one_step(ours, optimizer)
         one_step(theirs, reference)
@@ -288,16 +291,49 @@ def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.Monke
             assert (mine - other).norm() < 0.15 * other.norm(), name
 
 
+@pytest.mark.parametrize("shape", [(2, 12, 12), (2, 12, 40), (2, 40, 12)])
+def test_singular_values_are_brought_near_one_whatever_the_shape(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(matrices)
+    u, values, v = torch.linalg.svd(matrices, full_matrices=False)
+    values = values / values.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert torch.allclose(found, u @ torch.diag_embed(values) @ v, atol=1e-4)
+
+
+def test_muon_takes_a_convolutions_weights_as_a_matrix_and_leaves_a_vqgans_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(TINY.vqgan).train()
+    config = FitConfig(muon_rate=1e-2, learning_rate=1e-4, weight_decay=0.0)
+    trainer = VQGANTrainer(vqgan, config, VQGANLoss(adversarial=1.0))
+    optimizer = trainer.configure_optimizers()["optimizer"]
+    for group, rate in zip(optimizer.param_groups, (1e-2, 1e-4), strict=True):
+        group["lr"] = rate  # as after the warm-up
+    before = deepcopy(vqgan.state_dict())
+    reconstruction = vqgan(torch.rand(4, 3, 16, 16) * 2 - 1)
+    (reconstruction.images.square().mean() + reconstruction.loss).backward()
+    optimizer.step()
+    moved = vqgan.decoder.conv_in.weight - before["decoder.conv_in.weight"]
+    turned, pushed = (torch.linalg.svdvals(w.flatten(1)) for w in (moved, vqgan.decoder.conv_in.weight.grad))
+    assert turned.median() > 0.5 * turned.max()
+    assert pushed.median() < 0.4 * pushed.max()
+    assert (vqgan.decoder.conv_in.bias - before["decoder.conv_in.bias"]).abs().max() < 1.1e-4
+    convolutions, others = (set(map(id, group["params"])) for group in optimizer.param_groups)
+    assert convolutions.isdisjoint(map(id, trainer.discriminator.parameters()))
+    assert others.issuperset(map(id, trainer.discriminator.parameters()))
+
+
 def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> None:
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()
-    optimizer = Muon(gpt, gpt.blocks, FitConfig(muon_rate=1e-2, learning_rate=1e-3, weight_decay=0.1))
+    optimizer = Muon(gpt, matrices_of(gpt), FitConfig(muon_rate=1e-2, learning_rate=1e-3, weight_decay=0.1))
     one_step(gpt, optimizer)
     weights, state = deepcopy(gpt.state_dict()), deepcopy(optimizer.state_dict())
     one_step(gpt, optimizer)
     other = GPT(TINY.gpt).eval()
     other.load_state_dict(weights)
-    taken_up = Muon(other, other.blocks, FitConfig(muon_rate=0.0, learning_rate=0.0, weight_decay=0.0))
+    taken_up = Muon(other, matrices_of(other), FitConfig(muon_rate=0.0, learning_rate=0.0, weight_decay=0.0))
     taken_up.load_state_dict(state)
     one_step(other, taken_up)
     for name, value in gpt.state_dict().items():

@@ -55,7 +55,7 @@ class CutAfter(Callback):
 def stage_1(config: FitConfig) -> VQGANTrainer:
     torch.manual_seed(0)
     loss = VQGANLoss(perceptual=0.1, adversarial=0.1, adversarial_from=0.33)
-    return VQGANTrainer(VQGAN(TINY.vqgan).train(), config, loss, tiny_networks().clip)
+    return VQGANTrainer(VQGAN(TINY.vqgan).train(), replace(config, muon_rate=2e-3), loss, tiny_networks().clip)
 
 
 def stage_2(config: FitConfig) -> GPTTrainer:

@@ -316,9 +316,24 @@ def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_mode
     assert rates(transformer_learning_rate=1e-4, vqgan_learning_rate=2e-4) == (2e-4, 1e-4, 4e-4)
 
 
-def test_few_pictures_are_learnt_in_smaller_steps(tiny_model: ClipGen) -> None:
-    batches = [plan(TrainSettings(), tiny_model.config, count).vqgan.batch_size for count in (300, 2000)]
-    assert batches == [16, 32]
+def test_a_flat_vqgans_convolutions_are_muons(tiny_model: ClipGen) -> None:
+    def fits(**settings: object) -> tuple[float, float]:
+        fit = plan(TrainSettings(**settings), tiny_model.config, 2000).vqgan
+        return fit.learning_rate, fit.muon_rate
+
+    assert fits(size="laptop") == (2e-3, 2e-3)
+    assert fits(size="laptop", vqgan_learning_rate=1e-4) == (1e-4, 1e-4)
+    assert fits(size="small") == (1e-3, 0.0)
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [(False, [16, 16]), (True, [16, 32])])
+def test_steps_are_larger_for_many_pictures_on_a_gpu(
+    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch, gpu: bool, expected: list[int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    plans = [plan(TrainSettings(), tiny_model.config, count) for count in (300, 2000)]
+    assert [made.transformer.batch_size for made in plans] == expected
+    assert [2 * made.vqgan.batch_size for made in plans] == expected
 
 
 def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> None:

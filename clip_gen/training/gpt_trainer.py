@@ -76,7 +76,8 @@ class GPTTrainer(Stage):
 
     def configure_optimizers(self) -> dict[str, object]:
         if self.config.muon_rate:
-            return self.learning(Muon(self.gpt, self.gpt.blocks, self.config))
+            matrices = [parameter for parameter in self.gpt.blocks.parameters() if parameter.dim() == 2]
+            return self.learning(Muon(self.gpt, matrices, self.config))
         return self.learning(adamw(self.gpt, self.config, betas=(0.9, 0.95)))
 
 

@@ -24,7 +24,7 @@ class FitConfig:
     steps: int = 10_000
     batch_size: int = 64  # of all processes together
     learning_rate: float = 1e-3
-    muon_rate: float = 0.0  # of Muon for the matrices of a transformer's blocks; 0: AdamW for all
+    muon_rate: float = 0.0  # of Muon for a transformer's matrices and a VQGAN's convolutions; 0: AdamW for all
     warmup: int = 200
     weight_decay: float = 0.01
     ema_decay: float = 0.999  # of the averaged weights that are kept in the end
@@ -91,7 +91,8 @@ def adamw(network: nn.Module, config: FitConfig, betas: tuple[float, float]) -> 
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the matrices of a transformer's blocks, AdamW for everything else, as the one optimiser Lightning wants.
+    """Muon for some matrices, AdamW for everything else, as the one optimiser Lightning wants. A convolution's weights
+    (out, in, h, w) are a matrix of `out` rows.
 
     Muon steps along the nearest orthogonal matrix, so that no direction is left behind: Jordan et al. 2024,
     kellerjordan.github.io/posts/muon; scaled so that AdamW's rates hold: arXiv 2502.16982. torch's own always looks for
@@ -99,8 +100,7 @@ class Muon(torch.optim.Optimizer):
     step.
     """
 
-    def __init__(self, network: nn.Module, blocks: nn.Module, config: FitConfig):
-        matrices = [parameter for parameter in blocks.parameters() if parameter.dim() == 2]
+    def __init__(self, network: nn.Module, matrices: list[nn.Parameter], config: FitConfig):
         apart = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in network.parameters() if id(parameter) not in apart]
         super().__init__([{"params": matrices}, {"params": others}], {})
@@ -127,10 +127,10 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(
         self, params: list[Tensor], lr: float, weight_decay: float, momentum: float, **_: object
     ) -> None:
-        alike: dict[torch.Size, list[Tensor]] = {}  # those of one shape at a time
+        alike: dict[tuple[int, int], list[Tensor]] = {}  # those of one shape at a time
         for matrix in params:
             if matrix.grad is not None:
-                alike.setdefault(matrix.shape, []).append(matrix)
+                alike.setdefault((len(matrix), matrix[0].numel()), []).append(matrix)
         for shape, matrices in alike.items():
             directions = []
             for matrix in matrices:
@@ -138,10 +138,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 average = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                directions.append(matrix.grad.lerp(average, momentum))  # as Nesterov looks ahead
+                directions.append(matrix.grad.lerp(average, momentum).flatten(1))  # as Nesterov looks ahead
             rate = 0.2 * max(shape) ** 0.5 * lr
             for matrix, direction in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
-                matrix.mul_(1 - lr * weight_decay).sub_(direction, alpha=rate)
+                matrix.mul_(1 - lr * weight_decay).sub_(direction.view(matrix.shape), alpha=rate)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -152,7 +152,17 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        squares = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * squares + 2.0315 * squares @ squares) @ x
+    rows, columns = x.shape[1:]
+    if x.dtype == torch.bfloat16 or columns < 2 * rows:
+        for _ in range(5):
+            squares = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * squares + 2.0315 * squares @ squares) @ x
+    else:
+        # A round makes p x of x and p s p of its squares s: the squares are enough to go on with, and small.
+        squares, whole = x @ x.mT, torch.eye(rows, device=x.device)
+        one = whole
+        for _ in range(5):
+            p = 3.4445 * one - 4.7750 * squares + 2.0315 * squares @ squares
+            whole, squares = p @ whole, p @ squares @ p
+        x = whole @ x
     return (x.mT if tall else x).to(matrices.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
 from clip_gen.training.losses import adaptive_weight, hinge_loss, lpips_distance, perceptual_distance, psnr
-from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN, build_discriminator
 
 
@@ -127,4 +127,7 @@ class VQGANTrainer(Stage):
                 nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> dict[str, object]:
+        if self.config.muon_rate:
+            convolutions = [p for p in self.vqgan.parameters() if p.dim() == 4 and p.requires_grad]
+            return self.learning(Muon(self, convolutions, self.config))
         return self.learning(adamw(self, self.config, betas=(0.9, 0.95)))
