@@ -61,7 +61,7 @@ def taken_further(noise: float, arguments: argparse.Namespace) -> GPT:
         embeddings = encode_embeddings(pictures, networks.clip, out / f"embeddings-{name}.npy")
         tokens = encode_tokens(pictures, networks.vqgan, out / f"tokens-{name}.npy")
         return EncodedPictures(
-            embeddings, tokens, neighbours=find_neighbours(embeddings, 1, out / f"neighbours-{name}.npy", 0), **options
+            embeddings, tokens, neighbours=find_neighbours(embeddings, 0, out / f"neighbours-{name}.npy", 0), **options
         )
 
     chances = {"noise": noise, "dropout": config.condition_dropout, "blur": config.condition_blur}

@@ -246,6 +246,15 @@ def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Pat
     assert not list(tmp_path.glob("*.npy"))
 
 
+def test_encoding_ends_with_its_time_and_keeps_what_it_has(tmp_path: Path) -> None:
+    pictures, networks = RenderedPictures(150, 0, 16), tiny_networks()
+    whole = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "whole.npy"))
+    some = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "some.npy", seconds=0))
+    assert 0 < len(some) < len(whole) == 150
+    assert np.array_equal(some, whole[: len(some)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["some.npy", "whole.npy"]
+
+
 def one_step(gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     generator = torch.Generator().manual_seed(1)
@@ -449,7 +458,7 @@ def encoded(tmp_path: Path) -> EncodedPictures:
     embeddings = rng.normal(size=(400, 16)).astype(np.float32)
     np.save(tmp_path / "embeddings.npy", embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
     np.save(tmp_path / "tokens.npy", np.arange(400)[:, None] + np.zeros((1, 16), np.uint16))
-    return EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "tokens.npy", views=2, noise=0.5, dropout=0.1)
+    return EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "tokens.npy", pictures=200, noise=0.5, dropout=0.1)
 
 
 def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy(encoded: EncodedPictures) -> None:
@@ -465,14 +474,14 @@ def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy(encoded: E
 def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp_path: Path) -> None:
     embeddings, tokens, missed = (tmp_path / f"{name}.npy" for name in ("embeddings", "tokens", "missed"))
     rows = np.array(encoded.embeddings)
-    np.save(missed, np.where(np.arange(400)[:, None] % 4 < 2, rows, -rows))  # of every other picture the very same
-    samples = Endless(EncodedPictures(embeddings, tokens, views=2, noise=0.5, near_misses=missed), seed=0)
+    np.save(missed, np.where(np.arange(400)[:, None] % 2, -rows, rows))  # of every other picture the very same
+    samples = Endless(EncodedPictures(embeddings, tokens, pictures=200, noise=0.5, near_misses=missed), seed=0)
     for n in range(100):
         condition, tokens, _, embedding, near_miss = samples[n]
-        if int(tokens[0]) % 4 < 2:
-            assert torch.equal(near_miss, condition)
-        else:
+        if int(tokens[0]) % 2:
             assert near_miss @ embedding < -0.8
+        else:
+            assert torch.equal(near_miss, condition)
 
 
 @pytest.mark.parametrize("pool", [2048, 150])
@@ -481,10 +490,11 @@ def test_neighbours_are_other_pictures_much_like_it(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(dataset, "NEAREST", 10)
     rng = np.random.default_rng(0)
     # Ten kinds of twenty pictures each, in two views that are nearer each other than anything else.
-    kinds, pictures = np.arange(400) // 40, np.arange(400) // 2
+    pictures = np.arange(400) % 200
+    kinds = pictures // 20
     rows = rng.normal(size=(10, 16))[kinds] + 0.1 * rng.normal(size=(200, 16))[pictures]
     np.save(tmp_path / "embeddings.npy", (rows + 0.01 * rng.normal(size=rows.shape)).astype(np.float16))
-    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 2, tmp_path / "found.npy", 0))
+    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 200, tmp_path / "found.npy", 0))
     assert found.shape == (400, 10)
     assert (pictures[found] != pictures[:, None]).all()
     assert (kinds[found] == kinds[:, None]).mean() > (0.99 if pool > 400 else 0.85)
@@ -493,23 +503,23 @@ def test_neighbours_are_other_pictures_much_like_it(tmp_path: Path, monkeypatch:
     likeness = (rows[found] * rows[:, None]).sum(axis=2)
     assert (np.diff(likeness, axis=1) <= 1e-6).all()  # the likest first
 
-    again = np.load(find_neighbours(tmp_path / "embeddings.npy", 2, tmp_path / "again.npy", 0))
+    again = np.load(find_neighbours(tmp_path / "embeddings.npy", 200, tmp_path / "again.npy", 0))
     assert np.array_equal(again, found)
 
 
 def test_where_there_is_no_other_picture_a_row_is_its_own_neighbour(tmp_path: Path) -> None:
     np.save(tmp_path / "embeddings.npy", np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32))
-    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 3, tmp_path / "found.npy", 0))
+    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 1, tmp_path / "found.npy", 0))
     assert np.array_equal(found, np.arange(3)[:, None] + np.zeros((1, 3), int))
 
 
 def test_some_conditions_are_blurred_with_their_neighbours(encoded: EncodedPictures, tmp_path: Path) -> None:
     embeddings, tokens = tmp_path / "embeddings.npy", tmp_path / "tokens.npy"
-    neighbours = find_neighbours(embeddings, 2, tmp_path / "neighbours.npy", 0)
+    neighbours = find_neighbours(embeddings, 200, tmp_path / "neighbours.npy", 0)
     rows, found = torch.from_numpy(np.load(embeddings)), np.load(neighbours)
 
     def drawn(blur: float) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        samples = Endless(EncodedPictures(embeddings, tokens, views=2, neighbours=neighbours, blur=blur), seed=0)
+        samples = Endless(EncodedPictures(embeddings, tokens, pictures=200, neighbours=neighbours, blur=blur), seed=0)
         drawn = (samples[n] for n in range(400))
         return [(int(tokens[0]), condition, missed) for condition, tokens, _, _, missed in drawn]
 
@@ -535,7 +545,7 @@ def test_a_sample_is_the_same_whatever_came_before_and_every_picture_comes_once_
     encoded: EncodedPictures,
 ) -> None:
     samples = Endless(encoded, seed=5)
-    rounds = [[int(samples[n][1][0]) // 2 for n in range(200 * turn, 200 * (turn + 1))] for turn in (0, 1)]
+    rounds = [[int(samples[n][1][0]) % 200 for n in range(200 * turn, 200 * (turn + 1))] for turn in (0, 1)]
     assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(200))
     assert rounds[0] != rounds[1] != list(range(200))
     for n in (399, 0, 250):
@@ -547,6 +557,16 @@ def test_a_sample_is_the_same_whatever_came_before_and_every_picture_comes_once_
 def test_every_view_of_a_picture_is_drawn(encoded: EncodedPictures) -> None:
     samples = Endless(encoded, seed=0)
     assert len({int(samples[n][1][0]) for n in range(2000)}) > 390
+
+
+def test_of_views_cut_short_each_picture_has_those_there_are(encoded: EncodedPictures, tmp_path: Path) -> None:
+    for rows, pictures in ((250, 200), (150, 150)):
+        np.save(tmp_path / "few.npy", encoded.tokens[:rows])
+        few = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "few.npy", pictures=200)
+        assert len(few) == pictures
+        drawn = [int(Endless(few, seed=0)[n][1][0]) for n in range(20 * pictures)]
+        assert set(drawn) == set(range(rows))
+        assert {drawn.count(row) for row in range(50, pictures)} == {20}  # the only view of each
 
 
 def test_processes_share_out_every_batch_and_a_resumed_run_takes_up_the_next() -> None:

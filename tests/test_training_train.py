@@ -27,6 +27,7 @@ from clip_gen.checkpoint import save_networks
 from clip_gen.cog_schema import ROOT
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training.plan import SIZES, TrainSettings, plan
+from clip_gen.training.run import Machine
 from clip_gen.training.train import Training, knows_its_tokens
 from clip_gen.weights import resolve_weights
 
@@ -90,7 +91,9 @@ def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
     Training(photos, tmp_path, toy).run()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<polyline") >= 5
-    assert page.count("data:image/png;base64") >= 16
+    grids = [list((tmp_path / "work" / stage / "grids").iterdir()) for stage in ("vqgan", "gpt")]
+    assert all(grids)
+    assert page.count("data:image/png;base64") == sum(map(len, grids))
     for words in ("album/notes.txt", "a duplicate", "A training on 24 pictures", "sample_prompts", "val_psnr"):
         assert words in page, words
     assert "http" not in page.replace("http-equiv", "")
@@ -261,6 +264,12 @@ def test_settings_that_do_not_go_together_are_refused(
 
     with pytest.raises(ValueError, match=sentence):
         planned()
+
+
+def test_strategies_that_share_out_the_weights_are_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='strategy is "fsdp_cpu_offload", but averaging'):
+        Training(photos, tmp_path / "out", toy, Machine(strategy="fsdp_cpu_offload"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("told", "good", "kept"), [("keep", 99, True), ("auto", 99, False)])

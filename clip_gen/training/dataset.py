@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -116,7 +117,7 @@ class PictureFiles(Dataset):
 
 
 class Views(Dataset):
-    """Each picture `count` times over, as chance shows it: item i · count + v is view v of picture i."""
+    """Each picture `count` times over, as chance shows it: item v · n + i is view v of picture i of n."""
 
     def __init__(self, pictures: Drawable, count: int, seed: int):
         self.pictures, self.count, self.seed = pictures, count, seed
@@ -127,7 +128,7 @@ class Views(Dataset):
     def __getitem__(self, row: int) -> object:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        return self.pictures.draw(row // self.count, np.random.default_rng([self.seed, CHANCE, row]))
+        return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, CHANCE, row]))
 
 
 Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor]
@@ -137,18 +138,19 @@ class EncodedPictures(Dataset):
     """Of each picture: condition (E,) float32, tokens (T,) int64, whether to draw it without one, embedding (E,), near
     miss (E,).
 
-    Item i is picture i as it is, its embedding the condition. `draw` takes one of its views, pushes the condition by
-    up to `noise` in a random direction, and drops it at the chance `dropout`. A near miss is the embedding of another
-    picture that is much like it, pushed as the condition is: that of `near_misses`, or one of its neighbours; where
-    there are none it is the condition itself. At the chance `blur` the condition is the mean of the embedding and some
-    of its neighbours', which is where the embedding of a text lies that fits them all.
+    The rows are views of so many `pictures`, in Views' order; 0: each is a picture of its own. Item i is picture i as
+    it is, its embedding the condition. `draw` takes one of its views, pushes the condition by up to `noise` in a random
+    direction, and drops it at the chance `dropout`. A near miss is the embedding of another picture that is much like
+    it, pushed as the condition is: that of `near_misses`, or one of its neighbours; where there are none it is the
+    condition itself. At the chance `blur` the condition is the mean of the embedding and some of its neighbours', which
+    is where the embedding of a text lies that fits them all.
     """
 
     def __init__(
         self,
         embeddings: Path,
         tokens: Path,
-        views: int = 1,
+        pictures: int = 0,
         *,
         noise: float = 0.0,
         dropout: float = 0.0,
@@ -159,17 +161,19 @@ class EncodedPictures(Dataset):
         self.embeddings, self.tokens, self.near_misses, self.neighbours = (
             path and np.load(path, mmap_mode="r") for path in (embeddings, tokens, near_misses, neighbours)
         )
-        self.views, self.noise, self.dropout, self.blur = views, noise, dropout, blur
+        self.rows = min(len(self.embeddings), len(self.tokens))
+        self.pictures = min(pictures or self.rows, self.rows)
+        self.noise, self.dropout, self.blur = noise, dropout, blur
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.views
+        return self.pictures
 
     def __getitem__(self, index: int) -> Encoded:
-        embedding, tokens = self._row(index * self.views)
+        embedding, tokens = self._row(index)
         return embedding, tokens, False, embedding, embedding
 
     def draw(self, index: int, rng: np.random.Generator) -> Encoded:
-        row = index * self.views + int(rng.integers(self.views))
+        row = int(rng.choice(np.arange(index, self.rows, self.pictures)))
         embedding, tokens = self._row(row)
         # Each picture at a strength of its own, so that clean and far-off embeddings are both at home.
         strength = self.noise * rng.random()
@@ -197,11 +201,12 @@ class EncodedPictures(Dataset):
         return torch.from_numpy(rows.astype(np.float32))
 
 
-def find_neighbours(embeddings: Path, views: int, path: Path, seed: int) -> Path:
+def find_neighbours(embeddings: Path, pictures: int, path: Path, seed: int) -> Path:
     """Which rows are most like each, the likest first, as a .npy of (N, NEAREST) int32, unless it is there already.
 
     Like is by cosine, and looked for in a random pool that both are in: the time would grow as the square of the
-    pictures. Views of one picture are no neighbours; where there are too few others, a row stands in for them itself.
+    pictures. Views of one of the `pictures` (0: every row is one) are no neighbours; where there are too few others, a
+    row stands in for them itself.
     """
     if rank_zero_only.rank:
         wait_for(path)
@@ -214,8 +219,8 @@ def find_neighbours(embeddings: Path, views: int, path: Path, seed: int) -> Path
     with whole_array(path, (len(rows), count), np.int32) as found:
         for pool in pools:
             directions = F.normalize(torch.from_numpy(rows[pool].astype(np.float32)), dim=1)
-            pictures = torch.from_numpy(pool // views)
-            likeness = (directions @ directions.T).masked_fill(pictures[:, None] == pictures, -2.0)
+            shown = torch.from_numpy(pool % (pictures or len(rows)))
+            likeness = (directions @ directions.T).masked_fill(shown[:, None] == shown, -2.0)
             values, nearest = likeness.topk(count, dim=1)
             found[pool] = np.where(values > -2.0, pool[nearest.numpy()], pool[:, None])
     return path
@@ -233,15 +238,18 @@ def wait_for(path: Path) -> None:
         time.sleep(0.2)
 
 
-def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path) -> Path:
-    """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) uint16, unless it is there already."""
-    return _encoded_once(pictures, vqgan, vqgan.encode, path, np.uint16, vqgan.config.grid**2)
+def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path, seconds: float = inf) -> Path:
+    """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) uint16, unless it is there already.
+
+    After so many seconds it holds those there was time for, and of a first batch at least.
+    """
+    return _encoded_once(pictures, vqgan, vqgan.encode, path, np.uint16, vqgan.config.grid**2, seconds)
 
 
-def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path) -> Path:
-    """Their CLIP embeddings as a .npy of (N, E) float16, unless it is there already."""
+def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path, seconds: float = inf) -> Path:
+    """Their CLIP embeddings as a .npy of (N, E) float16, as encode_tokens has it."""
     width = clip_encoder.config.embed_dim
-    return _encoded_once(pictures, clip_encoder, clip_encoder.encode_image, path, np.float16, width)
+    return _encoded_once(pictures, clip_encoder, clip_encoder.encode_image, path, np.float16, width, seconds)
 
 
 @torch.no_grad()
@@ -252,6 +260,7 @@ def _encoded_once(
     path: Path,
     dtype: type,
     width: int,
+    seconds: float,
     batch_size: int = 64,
 ) -> Path:
     """A row for each picture, in their order; the file is whole or not there. Of several processes one writes it."""
@@ -259,14 +268,23 @@ def _encoded_once(
         wait_for(path)
     if path.is_file():
         return path
-    count, began = len(pictures), time.perf_counter()
-    with whole_array(path, (count, width), dtype) as rows, at_work(network) as device:
-        loader = DataLoader(pictures, batch_size, num_workers=spare_cores())
-        for start, batch in zip(range(0, count, batch_size), loader, strict=True):
-            rows[start : start + len(batch)] = encode(from_bytes(batch.to(device))).cpu().numpy()
-            if start // batch_size % 100 == 99:
-                speed = start / (time.perf_counter() - began)
-                log.info("%s: %d of %d pictures, %.0f a second", path.name, start, count, speed)
+    count, done, began, said = len(pictures), 0, time.perf_counter(), 0.0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".rows")  # how many there will be is known at the end
+    with unfinished.open("wb") as file, at_work(network) as device:
+        for batch in DataLoader(pictures, batch_size, num_workers=spare_cores()):
+            file.write(encode(from_bytes(batch.to(device))).cpu().numpy().astype(dtype).tobytes())
+            done += len(batch)
+            passed = time.perf_counter() - began
+            if passed >= seconds and done < count:
+                log.info("%s: there was time for %d of %d pictures", path.name, done, count)
+                break
+            if passed - said >= 30:
+                said = passed
+                log.info("%s: %d of %d pictures, %.0f a second", path.name, done, count, done / passed)
+    with whole_array(path, (done, width), dtype) as rows:
+        rows[:] = np.memmap(unfinished, dtype, "r", shape=rows.shape)
+    unfinished.unlink()
     return path
 
 

@@ -196,7 +196,7 @@ class Recipe:
         embeddings = encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count))
         if blur:
             path = folder / self.array_name("clip", "neighbours", count)
-            neighbours = find_neighbours(embeddings, 1, path, self.config.seed)
+            neighbours = find_neighbours(embeddings, 0, path, self.config.seed)
         return EncodedPictures(
             embeddings,
             encode_tokens(pictures, networks.vqgan, folder / self.array_name("vqgan", name, count)),

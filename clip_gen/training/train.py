@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ log = logging.getLogger(__name__)
 MOST_HELD_BACK = 512
 VQGAN_TIME = 0.3  # of max_minutes; the transformer gets the rest
 DECODER_TIME = 0.2  # where the decoder alone learns
+ENCODING_TIME = 0.05  # for views of the pictures; those it is not enough for are left out
 # Of reconstructions, and by how much they must be nearer than the picture's mean colour alone: pale pictures are never
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
 GOOD_DB, BETTER_DB = 18.0, 6.0
@@ -64,8 +66,9 @@ class Training:
     """One training in its folder."""
 
     def __init__(self, images: Path, out: Path, settings: TrainSettings, machine: Machine | None = None):
-        settings.check()
         self.settings, self.machine, self.out, self.work = settings, machine or Machine(), out, out / "work"
+        settings.check()
+        self.machine.check()
         self.began = time.monotonic()
         self.pictures = self._pictures(images)
         self.base = base = resolve_weights(settings.base or own_weights()[0])
@@ -239,24 +242,27 @@ class Training:
         return fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=[grids])
 
     def encoded(self, name: str) -> EncodedPictures:
-        """Every picture as several crops and their flips, through CLIP and VQGAN once."""
-        settings, folder = self.settings, self.work / "encoded"
-        views = self.plan.views if name == "learnt" else 1
+        """Every picture as several crops and their flips, through CLIP and VQGAN once; as many as there is time for."""
+        settings, folder, views = self.settings, self.work / "encoded", self.plan.views
         files = self.files(getattr(self, name))
-        pictures = Views(files, views, settings.seed) if views > 1 else files
+        pictures = Views(files, views, settings.seed) if name == "learnt" and views > 1 else files
+        seconds = 60 * ENCODING_TIME * settings.max_minutes or inf
+        began = time.monotonic()
         # Not compiled, for a training taken up again here has nothing compiled, and is to find the same tokens.
         with torch.compiler.set_stance("force_eager"):
-            embeddings = encode_embeddings(pictures, self.networks.clip, folder / f"embeddings-{name}.npy")
-            tokens = encode_tokens(pictures, self.networks.vqgan, folder / f"tokens-{name}.npy")
+            path = folder / f"embeddings-{name}.npy"
+            embeddings = encode_embeddings(pictures, self.networks.clip, path, seconds / 2)
+            left = seconds - (time.monotonic() - began)
+            tokens = encode_tokens(pictures, self.networks.vqgan, folder / f"tokens-{name}.npy", left)
         if name == "held_back":
             return EncodedPictures(embeddings, tokens)
         neighbours = None
         if settings.contrast_weight or settings.condition_blur:
-            neighbours = find_neighbours(embeddings, views, folder / "neighbours-learnt.npy", settings.seed)
+            neighbours = find_neighbours(embeddings, len(files), folder / "neighbours-learnt.npy", settings.seed)
         return EncodedPictures(
             embeddings,
             tokens,
-            views,
+            len(files),
             noise=settings.embedding_noise,
             dropout=settings.condition_dropout,
             neighbours=neighbours,
