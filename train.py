@@ -50,10 +50,7 @@ async def train(
         le=1000000,
     ),
     batch_size: int = Input(
-        description="Pictures a step. 0: by how many and large they are, and what they are learnt on.",
-        default=0,
-        ge=0,
-        le=4096,
+        description="Pictures a step. 0: by the pictures and the machine.", default=0, ge=0, le=4096
     ),
     vqgan_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
     transformer_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def measure(size: str, pictures: int, batch_size: int, steps: int, folder: Path) -> dict[str, float]:
     """Pictures a second of each."""
     base = load_networks(ROOT / "checkpoints" / "shapes")
-    settled = plan(TrainSettings(size=size), base.config, pictures)
+    settled = plan(TrainSettings(size=size), base.config, pictures, torch.cuda.is_available())
     config = settled.model
     torch.manual_seed(0)
     vqgan, gpt = VQGAN(config.vqgan), GPT(config.gpt)

@@ -4,9 +4,9 @@
         [--dtypes float32 bfloat16 int8]
 
 Every candidate is drawn in each type with the same numbers. Prints the share of candidates all right, and of best ones
-of 16, the difference from float32 in points with its 95 % interval (the candidates of a prompt taken as one draw), and
-how many pictures are float32's to the last byte. Leaves the JSON in results/, beside the other kinds'. A GPU takes
-seconds where a CPU takes an hour, but rounds in its own way.
+of 16, the difference from the first type in points with its 95 % interval (the candidates of a prompt taken as one
+draw), and how many pictures are the first's to the last byte. Leaves the JSON in results/, beside the other kinds'. A
+GPU takes seconds where a CPU takes an hour, but rounds in its own way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Several requests, one device: their candidates share batches, and one thread does all the work.
 
 A request's candidates join the next batch that starts, within LONGEST, beside whatever others have under way; every
-batch is worked on in turn, a token each. Its matrix products have one of the numbers of rows that give a row the same
-bits (sampling.NUMBERS), so on a CPU a candidate is the same whoever else asks.
+batch is worked on in turn, a token each. Its matrix products have a number of rows that gives each row the same bits as
+others do (sampling.NUMBERS), so on a CPU a candidate is the same whoever else asks.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ class Batcher:
 
     def _begin(self) -> None:
         """Puts candidates that wait into new batches, first come first served, as far as there is room."""
-        held = sum(batch_bytes(shared.batch.gpt, shared.batch.sampling) for shared in self._under_way)
+        batches = [shared.batch for shared in self._under_way]
+        held = sum(batch_bytes(batch.gpt, batch.sampling, batch.width) for batch in batches)
         while True:
             with self._news:
                 self._asked = deque(request for request in self._asked if request.waiting_rows)
@@ -252,7 +253,7 @@ class Batcher:
                     return
                 ready = self._ready()
             first = ready[0]
-            held += batch_bytes(first.gpt, first.sampling)
+            held += batch_bytes(first.gpt, first.sampling, most_rows(first.gpt))
             if self._under_way and held > self.most_bytes:
                 return
             rows: list[tuple[_Request, int]] = []
@@ -301,12 +302,12 @@ class Batcher:
                 )
 
 
-def batch_bytes(gpt: GPT, sampling: Sampling) -> int:
+def batch_bytes(gpt: GPT, sampling: Sampling, rows: int) -> int:
     """What a batch holds, at most: keys and values of every layer, and logits with what they are turned into."""
     config = gpt.config
     cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.dtype.itemsize
     logits = 8 * config.codebook_size * 4
-    return most_rows(gpt) * (cache + logits) * (1 if sampling.guidance == 1 else 2)
+    return rows * (cache + logits) * (1 if sampling.guidance == 1 else 2)
 
 
 _making = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -108,7 +109,7 @@ def most_rows(gpt: GPT) -> int:
 
 
 def rows_of(gpt: GPT, count: int) -> int:
-    """How many rows the products of a batch of so many candidates have."""
+    """How many rows the products of a batch of so many candidates have; beyond the largest of NUMBERS, just as many."""
     if gpt.head.weight.device.type == "cuda":
         return ROWS if count <= ROWS else max(count, GPU_ROWS)
     return next((number for number in numbers_of_rows(gpt) if number >= count), count)
@@ -116,27 +117,36 @@ def rows_of(gpt: GPT, count: int) -> int:
 
 @torch.inference_mode()
 def numbers_of_rows(gpt: GPT) -> tuple[int, ...]:
-    """Those of NUMBERS, the least first, with which a row of every product of this transformer has the same bits."""
+    """Those of NUMBERS, the least first, with which a row of every product of this transformer has the same bits.
+
+    Found out once for each transformer. ROWS alone in bfloat16, whose rounding hides most of what would differ.
+    """
     known = _numbers.setdefault(gpt, {})
     if gpt.dtype not in known:
-        block, most = gpt.blocks[0], max(NUMBERS)
-        agreeing = set(NUMBERS)
-        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, gpt.head):
-            x = torch.randn(most, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
-            x = x.to(linear.weight.dtype) if linear.weight.is_floating_point() else x
-            every = linear(x)
-            agreeing &= {
-                number
-                for number in NUMBERS
-                if torch.equal(linear(x[:number]), every[:number]) and torch.equal(linear(x[-number:]), every[-number:])
-            }
-        # With guidance there are twice as many, so all that come after must agree too.
-        differing = max(set(NUMBERS) - agreeing, default=0)
-        known[gpt.dtype] = tuple(number for number in NUMBERS if number > differing) if differing < ROWS else (ROWS,)
+        known[gpt.dtype] = (ROWS,)
+        if gpt.rows_apart or gpt.dtype == torch.float32:
+            with contextlib.suppress(RuntimeError):  # out of memory, say: whose batch it is will hear of it
+                known[gpt.dtype] = _found_numbers(gpt)
     return known[gpt.dtype]
 
 
 _numbers: WeakKeyDictionary[GPT, dict[torch.dtype, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def _found_numbers(gpt: GPT) -> tuple[int, ...]:
+    block, most = gpt.blocks[0], max(NUMBERS)
+    agreeing = set(NUMBERS)
+    for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, gpt.head):
+        x = torch.randn(most, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        every = linear(x)
+        agreeing &= {
+            number
+            for number in NUMBERS
+            if torch.equal(linear(x[:number]), every[:number]) and torch.equal(linear(x[-number:]), every[-number:])
+        }
+    # With guidance there are twice as many, so all that come after must agree too.
+    differing = max(set(NUMBERS) - agreeing, default=0)
+    return tuple(number for number in NUMBERS if number > differing) if differing < ROWS else (ROWS,)
 
 
 class GrowingSteps:

@@ -167,6 +167,19 @@ class Unsteady(nn.Linear):
         return exact * (1 + 1e-6) if rows < self.fewer or rows > self.more else exact
 
 
+LAYERS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc", "blocks.0.mlp.proj", "condition", "head")
+
+
+def unsteady(layer: str, **limits: int) -> GPT:
+    """A transformer of which one layer is."""
+    gpt = GPT(TINY.gpt).eval()
+    for name in LAYERS:
+        parent, _, own = name.rpartition(".")
+        holder = gpt.get_submodule(parent)
+        setattr(holder, own, Unsteady(getattr(holder, own), **(limits if name == layer else {})))
+    return gpt
+
+
 @pytest.mark.parametrize(
     ("limits", "numbers"),
     [
@@ -177,17 +190,18 @@ class Unsteady(nn.Linear):
         ({"more": 40}, (ROWS,)),
     ],
 )
+@pytest.mark.parametrize("layer", LAYERS)
 def test_batches_have_numbers_of_rows_that_change_nothing_about_any_row(
-    limits: dict[str, int], numbers: tuple[int, ...]
+    layer: str, limits: dict[str, int], numbers: tuple[int, ...]
 ) -> None:
-    gpt = GPT(TINY.gpt).eval()
-    for part in (gpt.blocks[0].attn, gpt.blocks[0].mlp):
-        part.proj = Unsteady(part.proj)
-    gpt.blocks[0].attn.qkv, gpt.blocks[0].mlp.fc = Unsteady(gpt.blocks[0].attn.qkv), Unsteady(gpt.blocks[0].mlp.fc)
-    gpt.condition, gpt.head = Unsteady(gpt.condition), Unsteady(gpt.head, **limits)
+    gpt = unsteady(layer, **limits)
     assert numbers_of_rows(gpt) == numbers
     assert most_rows(gpt) == (ROWS if numbers == (ROWS,) else SHARED)
     assert rows_of(gpt, 1) == numbers[0]
     assert rows_of(gpt, 16) == 16
     assert rows_of(gpt, 20) == (20 if numbers == (ROWS,) else 24)
     assert rows_of(gpt, 100) == 100
+
+
+def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
+    assert numbers_of_rows(GPT(TINY.gpt).work_in(torch.bfloat16)) == (ROWS,)

@@ -301,7 +301,10 @@ def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 12), (2, 12, 40), (2, 40, 12)])
-def test_singular_values_are_brought_near_one_whatever_the_shape(shape: tuple[int, int, int]) -> None:
+def test_singular_values_are_brought_near_one_whatever_the_shape(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "multiplies_bfloat16", lambda device: False)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = orthogonal(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)

@@ -156,7 +156,7 @@ class Sketches(Grids):
         return [[Image.new("RGB", (8, 8))]]
 
 
-@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 5, 10), (0.2, 2, 2)])
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 3, 10), (0.2, 1, 2)])
 def test_a_stage_that_ends_by_time_has_grids_from_on_the_way_and_from_its_end(
     train: Callable, tmp_path: Path, seconds: float, least: int, most: int
 ) -> None:

@@ -25,7 +25,9 @@ from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
 from clip_gen.checkpoint import save_networks
 from clip_gen.cog_schema import ROOT
+from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.training.dataset import Views
 from clip_gen.training.plan import SIZES, TrainSettings, plan
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training, knows_its_tokens
@@ -335,14 +337,24 @@ def test_a_flat_vqgans_convolutions_are_muons(tiny_model: ClipGen) -> None:
     assert fits(size="small") == (1e-3, 0.0)
 
 
-@pytest.mark.parametrize(("gpu", "expected"), [(False, [16, 16]), (True, [16, 32])])
-def test_steps_are_larger_for_many_pictures_on_a_gpu(
-    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch, gpu: bool, expected: list[int]
+@pytest.mark.parametrize(("on_gpu", "vqgan", "transformer"), [(False, [8, 8], [16, 16]), (True, [16, 32], [16, 32])])
+def test_steps_are_larger_on_a_gpu(tiny_model: ClipGen, on_gpu: bool, vqgan: list[int], transformer: list[int]) -> None:
+    plans = [plan(TrainSettings(), tiny_model.config, count, on_gpu) for count in (300, 2000)]
+    assert [made.vqgan.batch_size for made in plans] == vqgan
+    assert [made.transformer.batch_size for made in plans] == transformer
+    asked = plan(TrainSettings(batch_size=6), tiny_model.config, 300, on_gpu)
+    assert asked.vqgan.batch_size == asked.transformer.batch_size == 6
+
+
+def test_a_training_taken_up_elsewhere_goes_on_as_it_was_planned(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    plans = [plan(TrainSettings(), tiny_model.config, count) for count in (300, 2000)]
-    assert [made.transformer.batch_size for made in plans] == expected
-    assert [2 * made.vqgan.batch_size for made in plans] == expected
+    told = replace(toy, batch_size=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = Training(photos, tmp_path, told).plan
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Training(photos, tmp_path, told).plan == there
+    assert Training(photos, tmp_path / "new", told).plan != there
 
 
 def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> None:
@@ -354,6 +366,38 @@ def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> Non
     assert steps == sorted(steps)
     for one in plans:
         one.model.check()
+
+
+def test_views_are_encoded_as_long_as_there_is_time_and_the_others_when_there_is_more(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    def begun(max_minutes: float) -> int:
+        training = Training(photos, tmp_path, replace(toy, stage="transformer", max_minutes=max_minutes))
+        encoded = training.encoded("learnt")
+        assert len(encoded) == len(training.learnt) == 22
+        assert training.plan.views == 32
+        # Row v · n + i is a view of picture i.
+        views = Views(training.files(training.learnt), 32, toy.seed)
+        for row in (0, 21, 22, 60):
+            image = from_bytes(torch.from_numpy(views[row][None]))
+            assert encoded.tokens[row].tolist() == training.networks.vqgan.encode(image)[0].tolist()
+        return encoded.rows
+
+    assert begun(1e-6) == 64  # one batch
+    assert begun(0) == 22 * 32
+
+
+def test_a_view_is_of_the_picture_whose_turn_it_is() -> None:
+    class Numbered:
+        def __len__(self) -> int:
+            return 5
+
+        def draw(self, index: int, rng: np.random.Generator) -> tuple[int, float]:
+            return index, rng.random()
+
+    shown = [Views(Numbered(), 3, seed=0)[row] for row in range(15)]
+    assert [index for index, _ in shown] == [0, 1, 2, 3, 4] * 3
+    assert len({chance for _, chance in shown}) == 15
 
 
 def test_few_pictures_are_shown_in_more_ways_each(tiny_model: ClipGen) -> None:

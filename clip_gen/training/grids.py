@@ -29,7 +29,7 @@ LEAST_SIDE = 96  # small pictures are enlarged to about this
 class Grids(Callback, ABC):
     """Draws `rows` at each tenth of the steps or of the time, and at the end, on the first process.
 
-    Where that takes long they are fewer, so that a twentieth of the time is spent on them at most.
+    Where that takes long they are fewer, so that besides the first and the last they take a twentieth of the time.
     """
 
     def __init__(self, folder: Path):

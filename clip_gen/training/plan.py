@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 
-import torch
-
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss
@@ -123,16 +121,16 @@ class Plan:
     views: int  # of each picture for the transformer: crops and flips
 
 
-def plan(settings: TrainSettings, base: ModelConfig, pictures: int) -> Plan:
+def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False) -> Plan:
     """ValueError where the sizes asked for do not go together."""
     start = "base" if settings.size == "base" else "scratch"
     model = base if start == "base" else _model(settings, base, pictures)
     model = replace(model, bridge=replace(model.bridge, mean_shift=settings.mean_shift))
     model.check()
     # More and smaller steps learn more from as many pictures, a VQGAN above all; a GPU takes many as fast as few.
-    large = torch.cuda.is_available() and model.vqgan.resolution <= 128 and pictures >= 1000
-    batch = settings.batch_size or (32 if large else 16)
-    vqgan_batch = settings.batch_size or batch // 2
+    batch = 32 if on_gpu and model.vqgan.resolution <= 128 and pictures >= 1000 else 16
+    vqgan_batch = settings.batch_size or (batch if on_gpu else batch // 2)
+    batch = settings.batch_size or batch
     vqgan_rate = KNOWN[start] * VQGAN_RATES.get(len(model.vqgan.ch_mult), 3e-4)
     vqgan_rate = settings.vqgan_learning_rate or vqgan_rate
     gpt_rate = KNOWN[start] * GPT_RATE * min(1.0, GPT_WIDTH / model.gpt.n_embd)

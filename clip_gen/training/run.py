@@ -47,7 +47,7 @@ class Machine:
 
     def check(self) -> None:
         """Raises ValueError for a strategy that shares out the weights themselves."""
-        if self.strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
+        if self.strategy.lower().startswith(("fsdp", "deepspeed", "model_parallel")):
             raise ValueError(
                 f'strategy is "{self.strategy}", but averaging the weights and Muon take them whole: give ddp. '
                 "The published size takes 16 bytes for each of its 340 million parameters, 5.5 GB, besides activations"
@@ -96,8 +96,8 @@ def fit(
             Ledger(folder / "ledger.json", config),
             averaging,
             *best,
-            *callbacks,
             Checkpoints(last, machine.save_seconds, validate_every),
+            *callbacks,  # last, for what goes wrong with them is not to cost the checkpoint at the end
         ],
         plugins=[WholeCheckpoints()],
         val_check_interval=validate_every * pieces,

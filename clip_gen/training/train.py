@@ -46,7 +46,7 @@ from clip_gen.training.losses import psnr
 from clip_gen.training.perceptual import chosen_lpips
 from clip_gen.training.plan import Plan, TrainSettings, plan
 from clip_gen.training.report import write_report
-from clip_gen.training.run import Machine, fit
+from clip_gen.training.run import Machine, checkpointed_steps, fit
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights import pack, resolve_weights
 
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 MOST_HELD_BACK = 512
 VQGAN_TIME = 0.3  # of max_minutes; the transformer gets the rest
 DECODER_TIME = 0.2  # where the decoder alone learns
-ENCODING_TIME = 0.05  # for views of the pictures; those it is not enough for are left out
+ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it is not enough for are left out
 # Of reconstructions, and by how much they must be nearer than the picture's mean colour alone: pale pictures are never
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
 GOOD_DB, BETTER_DB = 18.0, 6.0
@@ -73,7 +73,8 @@ class Training:
         self.pictures = self._pictures(images)
         self.base = base = resolve_weights(settings.base or own_weights()[0])
         self.networks: Networks = load_base(base)
-        self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths))
+        self.on_gpu = self._on_gpu()
+        self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
         self._same_settings(images, base)
         if settings.size != "base":
             torch.manual_seed(settings.seed)
@@ -90,15 +91,22 @@ class Training:
         self.networks.bridge.config = self.plan.model.bridge
         self.networks.clip.requires_grad_(False)
         self.learnt, self.held_back = self._split()
+        self._forget_few_views()
 
     def _pictures(self, images: Path) -> Pictures:
         folder = self.work / "pictures"
         return unpacked(folder) if folder.is_dir() else unpack(images, folder)
 
+    def _on_gpu(self) -> bool:
+        """Whether it is planned for a GPU, which a training taken up again on another machine still is."""
+        path = self.work / "settings.json"
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        return before.get("on_gpu", torch.cuda.is_available())
+
     def _same_settings(self, images: Path, base: Path) -> None:
         """Notes what this training was told; ValueError when the folder holds one that was told otherwise."""
         path = self.work / "settings.json"
-        told = asdict(self.settings) | {"images": str(images), "base": str(base)}
+        told = asdict(self.settings) | {"images": str(images), "base": str(base), "on_gpu": self.on_gpu}
         told.pop("max_minutes")  # may be given anew, to go on for longer
         if path.is_file():
             before = json.loads(path.read_text())
@@ -122,6 +130,17 @@ class Training:
         count = min(MOST_HELD_BACK, max(2, len(paths) // 20))
         shuffled = [paths[i] for i in np.random.default_rng(self.settings.seed).permutation(len(paths))]
         return shuffled[count:], shuffled[:count]
+
+    def _forget_few_views(self) -> None:
+        """What time cut short is encoded anew when there may be more of it, until the transformer has begun."""
+        folder = self.work / "encoded"
+        arrays = [folder / f"{name}-learnt.npy" for name in ("embeddings", "tokens")]
+        if rank_zero_only.rank or checkpointed_steps(self.work / "gpt" / "last.ckpt"):
+            return
+        whole = len(self.learnt) * self.plan.views
+        if any(path.is_file() and len(np.load(path, mmap_mode="r")) < whole for path in arrays):
+            for path in (*arrays, folder / "neighbours-learnt.npy"):
+                path.unlink(missing_ok=True)
 
     def files(self, paths: Sequence[Path]) -> PictureFiles:
         settings, resolution = self.settings, self.plan.model.vqgan.resolution
@@ -225,7 +244,8 @@ class Training:
         minutes = max(0.1, settings.max_minutes - spent) if settings.max_minutes else 0.0
         prompts = [prompt.strip() for prompt in settings.sample_prompts.split("|") if prompt.strip()]
         grids = SampleGrids(networks, held_back, prompts, folder, settings.seed)
-        return self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
+        values = self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
+        return values | {"pictures": len(learnt), "views": learnt.rows}
 
     def fit(
         self,
