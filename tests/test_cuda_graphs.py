@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from clip_gen import cuda_graphs
 from clip_gen.gpt import GPT
-from clip_gen.sampling import Batch, Sampling, candidate_uniforms
+from clip_gen.sampling import Batch, Sampling, candidate_uniforms, rows_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
@@ -84,13 +84,13 @@ def test_a_batch_given_up_half_way_leaves_its_recording_to_the_next(gpt: GPT) ->
     half.step()
     del half
     assert torch.equal(finished(begun(gpt, 4, 1)), alone)
-    assert len(cuda_graphs._idle[gpt][16]) == 1
+    assert len(cuda_graphs._idle[gpt][rows_of(gpt, 4)]) == 1
 
 
 def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
     own = GPT(TINY.gpt).eval().to(gpt.head.weight.device)
     finished(begun(own, 2, 0))
-    recording = weakref.ref(cuda_graphs._idle[own][16][0])
+    recording = weakref.ref(cuda_graphs._idle[own][rows_of(own, 2)][0])
     del own
     gc.collect()
     assert recording() is None

@@ -27,7 +27,7 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
             attn_resolutions=(),
             z_channels=96,
         ),
-        GPTConfig(n_layer=3, n_head=4, n_embd=256, rotary=True, dropout=0.0),
+        GPTConfig(n_layer=3, n_head=4, n_embd=256, rotary=True),
     ),
     "small": (
         VQGANConfig(resolution=128, ch=64, ch_mult=(1, 2, 2, 4), z_channels=128),
