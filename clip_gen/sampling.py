@@ -17,9 +17,9 @@ from clip_gen.gpt import GPT
 MAX_SEED = 2**31 - 1
 
 # Matrix products over other numbers of rows may take other code paths and round differently (by 1e-6 on a CPU with
-# AVX2), which now and then flips a token. So on a CPU a batch has a number of rows from which on there is no such
-# difference, as far as that goes, and the last row stands in for what is missing; a candidate's bits are then the same
-# whatever stands beside it. Where numbers from ROWS on differ, ROWS is the only one.
+# AVX2), which now and then flips a token. So on a CPU a batch has one of those NUMBERS of rows that round alike there,
+# filled up with its last row: a candidate's bits are then the same whatever stands beside it. Where those from ROWS
+# on differ, ROWS is the only one.
 ROWS = 16
 NUMBERS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 SHARED = 32  # candidates in a batch; guidance takes two rows for each

@@ -277,7 +277,7 @@ def _encoded_once(
             done += len(batch)
             passed = time.perf_counter() - began
             if passed >= seconds and done < count:
-                log.info("%s: there was time for %d of %d pictures", path.name, done, count)
+                log.info("%s: there was time for %d of %d views", path.name, done, count)
                 break
             if passed - said >= 30:
                 said = passed
