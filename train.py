@@ -95,6 +95,7 @@ async def train(
     ),
     crop: bool = Input(description="Learn from random crops too.", default=True),
     flip: bool = Input(description="Learn from mirrored pictures too. Off for text and faces.", default=True),
+    shift: bool = Input(description="Move about what stands on a plain ground. For drawings and logos.", default=False),
     sample_prompts: str = Input(
         description="Prompts to draw now and then for the report, with | between them.", default="", max_length=2000
     ),

@@ -27,7 +27,7 @@ from clip_gen.checkpoint import save_networks
 from clip_gen.cog_schema import ROOT
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
-from clip_gen.training.dataset import Views
+from clip_gen.training.dataset import PictureFiles, Views
 from clip_gen.training.plan import SIZES, TrainSettings, plan
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training, knows_its_tokens
@@ -400,6 +400,33 @@ def test_a_view_is_of_the_picture_whose_turn_it_is() -> None:
     assert len({chance for _, chance in shown}) == 15
 
 
+def test_what_stands_on_a_plain_ground_is_shown_anywhere_whole(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    drawing = np.full((64, 64, 3), 200, np.uint8) + rng.integers(0, 5, (64, 64, 3), np.uint8)  # as JPEG leaves it
+    thing = rng.integers(0, 100, (10, 20, 3), np.uint8)
+    thing[:, :, 2] = 0
+    drawing[30:40, 5:25] = thing
+    at_edge, photograph = drawing.copy(), rng.integers(0, 255, (64, 64, 3), np.uint8)
+    at_edge[:20, 40:44] = 0  # down from the upper edge
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, pixels in zip(paths, (drawing, at_edge, photograph), strict=True):
+        Image.fromarray(pixels).save(path)
+
+    files = PictureFiles(paths, 64, crop=1.0, flip=False, shift=True)
+    places = set()
+    for chance in range(300):
+        shown = files.draw(0, np.random.default_rng(chance))
+        rows, columns = (np.flatnonzero((shown[:, :, 2] == 0).any(axis=axis)) for axis in (1, 0))
+        assert (shown[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == thing).all()
+        places.add((rows[0], columns[0]))
+        sideways = files.draw(1, np.random.default_rng(chance))
+        assert (np.sort(sideways, axis=1) == np.sort(at_edge, axis=1)).all()
+        assert (files.draw(2, np.random.default_rng(chance)) == photograph).all()
+    rows, columns = zip(*places, strict=True)
+    assert (min(rows), max(rows), min(columns), max(columns)) == (2, 52, 2, 42)  # a 32nd of the side from the edge
+    assert (files[0] == drawing).all()
+
+
 def test_few_pictures_are_shown_in_more_ways_each(tiny_model: ClipGen) -> None:
     def views(pictures: int, **settings: bool) -> int:
         return plan(TrainSettings(**settings), tiny_model.config, pictures).views
@@ -408,6 +435,7 @@ def test_few_pictures_are_shown_in_more_ways_each(tiny_model: ClipGen) -> None:
     assert views(50, crop=False) == 2  # itself and its mirror image are all there is
     assert views(50, crop=False, flip=False) == 1
     assert views(50, flip=False) == 32
+    assert views(50, crop=False, flip=False, shift=True) == 32
 
 
 def test_a_training_is_compiled_when_it_is_long_enough_to_pay(

@@ -77,6 +77,7 @@ class TrainSettings:
     embedding_loss_weight: float = 0.0
     crop: bool = True
     flip: bool = True
+    shift: bool = False
     sample_prompts: str = ""
     precision: str = "auto"
     max_minutes: float = 0.0
@@ -118,7 +119,7 @@ class Plan:
     vqgan: FitConfig
     vqgan_loss: VQGANLoss
     transformer: FitConfig
-    views: int  # of each picture for the transformer: crops and flips
+    views: int  # of each picture for the transformer: crops, flips and shifts
 
 
 def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False) -> Plan:
@@ -167,7 +168,7 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool
 
 def _views(settings: TrainSettings, pictures: int) -> int:
     """Some 40,000 views are learnt from without learning them by heart, and 400,000 fit any disk."""
-    if not settings.crop:
+    if not (settings.crop or settings.shift):
         return 2 if settings.flip else 1
     return max(1, min(32, max(8, 40_000 // pictures), 400_000 // pictures))
 

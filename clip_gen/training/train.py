@@ -144,7 +144,8 @@ class Training:
 
     def files(self, paths: Sequence[Path]) -> PictureFiles:
         settings, resolution = self.settings, self.plan.model.vqgan.resolution
-        return PictureFiles(paths, resolution, crop=0.8 if settings.crop else 1.0, flip=settings.flip)
+        crop = 0.8 if settings.crop else 1.0
+        return PictureFiles(paths, resolution, crop, settings.flip, settings.shift)
 
     def run(self) -> Path:
         """Trains what the settings say, and returns the weights tar."""
