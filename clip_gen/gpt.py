@@ -73,7 +73,14 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         batch, length, width = x.shape
         heads = self.qkv(x.to(self.qkv.bias.dtype)).view(batch, length, 3, self.n_head, width // self.n_head)
         heads = heads.permute(2, 0, 3, 1, 4)
@@ -84,8 +91,9 @@ class CausalSelfAttention(nn.Module):
             assert length == 1 or cache.length == 0, "several positions at once only at the start"
             q, k, v = (part[: cache.rows] for part in (q, k, v))
             k, v = cache.extend(layer, k, v)
+            mask = cache.mask
         # No dropout here, only on what comes out: on a CPU torch has no quick kernel for it.
-        y = F.scaled_dot_product_attention(q, k, v, None if cache is None else cache.mask, is_causal=length > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and length > 1)
         y = y.transpose(1, 2).reshape(-1, length, width)
         return self.proj(y if len(y) == batch else F.pad(y, (0, 0, 0, 0, 0, batch - len(y))))
 
@@ -109,8 +117,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), rotation, cache, layer))
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x), rotation, cache, layer, mask))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
@@ -161,10 +176,36 @@ class GPT(nn.Module):
         assert self.null_condition is not None, "a transformer without a null condition is never unconditional"
         return torch.where(unconditional[:, None], self.null_condition.to(condition.dtype), condition)
 
-    def forward(self, embedding: Tensor, tokens: Tensor, unconditional: Tensor | None = None) -> Tensor:
-        """Logits (B, n + 1, V) for positions 0 to n, given the n first tokens (B, n); n < block_size."""
-        x = torch.cat([self.prefix(embedding, unconditional)[:, None], self.token_embedding(tokens)], dim=1)
-        return self._logits(x, slice(0, x.shape[1]))
+    def forward(
+        self,
+        embedding: Tensor,
+        tokens: Tensor,
+        unconditional: Tensor | None = None,
+        places: Tensor | None = None,
+        chances: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, n + 1, V) for positions 0 to n, given the n first tokens (B, n); n < block_size.
+
+        places: for these positions alone, (B, K) in order, of which the first is always 0: logits (B, K, V), as if the
+        others were not there. chances: (B, K), how likely each was to be among them. What is looked at from a place
+        counts for those that were not as well, so that attention weighs on average what it would of the whole.
+        """
+        assert tokens.shape[1] < self.config.block_size, (tokens.shape, self.config.block_size)
+        prefix = self.prefix(embedding, unconditional)
+        if places is None:
+            x = self._entering(prefix, tokens, slice(0, tokens.shape[1] + 1))
+            return self._logits(x, slice(0, x.shape[1]))
+        x = self._entering(prefix, tokens, places)
+        count = places.shape[1]
+        itself = torch.eye(count, dtype=torch.bool, device=x.device)  # which is there whenever it looks
+        mask = torch.where(itself, 0.0, -chances.log()[:, None])
+        later = torch.ones(count, count, dtype=torch.bool, device=x.device).triu(1)
+        return self._logits(x, places, mask=mask.masked_fill(later, -torch.inf)[:, None].to(self.dtype))
+
+    def _entering(self, prefix: Tensor, tokens: Tensor, places: slice | Tensor) -> Tensor:
+        """What goes in at these of the first n + 1 places, (B, K, n_embd), given the n first tokens (B, n)."""
+        before = tokens if isinstance(places, slice) else tokens.gather(1, places[:, 1:] - 1)
+        return torch.cat([prefix[:, None], self.token_embedding(before)], dim=1)
 
     def start(self, prefix: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the first token, from prefix (B, n_embd)."""
@@ -207,16 +248,20 @@ class GPT(nn.Module):
             self.head = Int8Linear(self.head, between)
         return self
 
-    def _logits(self, x: Tensor, places: slice | Tensor, cache: KVCache | None = None) -> Tensor:
+    def _logits(
+        self, x: Tensor, places: slice | Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         length = x.shape[1]
         positions = self.position_embedding.weight[places]
-        assert len(positions) == length, (places, self.config.block_size)
+        assert positions.shape[-2] == length, (places, self.config.block_size)
         x = self.dropout(x + positions)
         rotation = self.rotation
         if rotation is not None:
             rotation = rotation[:, places].to(self.dtype)
+            if rotation.dim() == 4:  # every row has places of its own, and all of its heads the same
+                rotation = rotation[:, :, None]
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, cache, layer)
+            x = block(x, rotation, cache, layer, mask)
         if cache is not None:
             cache.advance(length)
         return self.head(self.ln_f(x))

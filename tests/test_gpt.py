@@ -113,3 +113,35 @@ def test_without_a_null_condition_nothing_is_unconditional(embedding: Tensor, to
     bare = GPT(replace(TINY.gpt, null_condition=False))
     with pytest.raises(AssertionError, match="never unconditional"):
         bare(embedding, tokens[:, :-1], torch.tensor([True, False, False]))
+
+
+def test_of_all_places_the_logits_are_the_whole_pictures(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    places = torch.arange(16).expand(3, 16)
+    found = gpt(embedding, tokens[:, :-1], None, places, torch.ones(3, 16))
+    assert torch.allclose(found, gpt(embedding, tokens[:, :-1]), atol=1e-5)
+
+
+def test_places_left_out_are_not_looked_at(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    places, changed = torch.tensor([[0, 2, 7, 9], [0, 1, 2, 3], [0, 5, 9, 15]]), tokens.clone()
+    changed[0, [0, 7, 13]] = 31 - tokens[0, [0, 7, 13]]  # not before any of these places, nor above
+    chances = torch.full((3, 4), 0.5)
+    before, after = (gpt(embedding, t[:, :-1], None, places, chances) for t in (tokens, changed))
+    assert before.shape == (3, 4, 32)
+    assert torch.equal(before, after)
+    changed[0, 6] = 31 - tokens[0, 6]
+    after = gpt(embedding, changed[:, :-1], None, places, chances)
+    assert torch.equal(before[0, :2], after[0, :2])
+    assert not torch.isclose(before[0, 2:], after[0, 2:]).all(dim=1).any()
+
+
+def test_a_place_counts_for_those_left_out_that_are_like_it(embedding: Tensor) -> None:
+    """Where all that comes before is alike but for the condition, a few weigh as much as they all."""
+    torch.manual_seed(0)
+    gpt = GPT(replace(TINY.gpt, n_layer=1)).eval()
+    torch.nn.init.zeros_(gpt.position_embedding.weight)
+    plain = torch.full((3, 15), 5)
+    places = torch.tensor([[0, 3, 4, 8, 15]]).expand(3, 5)
+    chances = torch.tensor([[1, 3 / 14, 3 / 14, 3 / 14, 1 / 14]]).expand(3, 5)  # its own chance is not asked for
+    whole, few = gpt(embedding, plain)[:, -1], gpt(embedding, plain, None, places, chances)[:, -1]
+    assert torch.allclose(whole, few, atol=1e-5)
+    assert not torch.allclose(whole, gpt(embedding, plain, None, places, torch.ones(3, 5))[:, -1], atol=1e-3)

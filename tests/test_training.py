@@ -32,9 +32,12 @@ from clip_gen.training.dataset import (
     Batches,
     EncodedPictures,
     Endless,
+    drawn_places,
     encode_embeddings,
     encode_tokens,
+    enough_places,
     find_neighbours,
+    telling,
     wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, token_nats
@@ -417,6 +420,53 @@ def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
     dropped = trainer.training_step((conditions, tokens, always, conditions, -conditions))
     without = GPTTrainer(gpt, FIT).training_step((conditions, tokens, always, conditions, -conditions))
     assert float(dropped) == pytest.approx(float(without), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+@torch.no_grad()
+def test_a_place_that_was_drawn_stands_for_those_that_were_not() -> None:
+    gpt = GPT(TINY.gpt).eval()
+    conditions = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
+    plain = GPTTrainer(gpt, FIT).training_step(batch)
+    every = torch.arange(16).expand(4, 16)
+    found = GPTTrainer(gpt, FIT).training_step((*batch, every, torch.ones(4, 16)))
+    assert float(found) == pytest.approx(float(plain), abs=1e-6)
+
+    places, chances = torch.tensor([[0, 4, 9, 14]]).expand(4, 4), torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
+    nats = token_nats(gpt(conditions, tokens[:, :-1], None, places, chances), tokens.gather(1, places))
+    found = GPTTrainer(gpt, FIT).training_step((*batch, places, chances))
+    assert float(found) == pytest.approx(float((nats * torch.tensor([1.0, 5.0, 5.0, 2.0])).sum() / 64), abs=1e-6)
+
+
+@pytest.mark.parametrize("edges", [0, 1, 2, 4])
+def test_places_are_drawn_as_often_as_their_chances_say(edges: int) -> None:
+    """Of a plain picture, of drawings, and of one that is no drawing at all."""
+    tokens = np.zeros((16, 16), np.int64)
+    side = 4 * edges
+    tokens[:side, :side] = np.arange(side**2).reshape(side, side)
+    rng, of_all = np.random.default_rng(0), np.zeros(256)
+    for _ in range(2000):
+        places, chances = drawn_places(tokens.ravel(), 96, rng)
+        assert places[0] == 0
+        assert chances[0] == 1
+        assert len(places) == len(chances) == 96
+        assert (np.diff(places) > 0).all()
+        of_all[places] += 1 / chances
+    drawn = of_all > 0
+    assert drawn.all()
+    assert np.allclose(of_all / 2000, 1, atol=0.25)
+    assert of_all.mean() / 2000 == pytest.approx(1, abs=0.02)
+
+
+def test_enough_places_are_those_that_tell_something_and_some_more() -> None:
+    tokens = np.zeros((10, 16, 16), np.uint16)
+    tokens[:, 4:9, 4:9] = 7  # changes where each of five rows and columns begins and ends; one place is in both
+    assert telling(tokens.reshape(10, -1)).sum(axis=1).tolist() == [1 + 19] * 10  # and the first
+    assert enough_places(tokens.reshape(10, -1)) == 64  # 20 and 32, in sixteens
+    photographs = np.random.default_rng(0).integers(0, 512, (10, 256))
+    assert enough_places(photographs) == 0
 
 
 def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_along_its_gradient() -> None:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
+from math import inf, isqrt
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -160,7 +160,7 @@ class Views(Dataset):
         return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, CHANCE, row]))
 
 
-Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor]
+Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor] | tuple[Tensor, Tensor, bool, Tensor, Tensor, Tensor, Tensor]
 
 
 class EncodedPictures(Dataset):
@@ -172,7 +172,8 @@ class EncodedPictures(Dataset):
     direction, and drops it at the chance `dropout`. A near miss is the embedding of another picture that is much like
     it, pushed as the condition is: that of `near_misses`, or one of its neighbours; where there are none it is the
     condition itself. At the chance `blur` the condition is the mean of the embedding and some of its neighbours', which
-    is where the embedding of a text lies that fits them all.
+    is where the embedding of a text lies that fits them all. With `places` a picture drawn comes with so many places of
+    its tokens to learn from, (K,) int64, and the chance that each had, (K,) float32; see drawn_places.
     """
 
     def __init__(
@@ -186,13 +187,14 @@ class EncodedPictures(Dataset):
         near_misses: Path | None = None,
         neighbours: Path | None = None,
         blur: float = 0.0,
+        places: int = 0,
     ):
         self.embeddings, self.tokens, self.near_misses, self.neighbours = (
             path and np.load(path, mmap_mode="r") for path in (embeddings, tokens, near_misses, neighbours)
         )
         self.rows = min(len(self.embeddings), len(self.tokens))
         self.pictures = min(pictures or self.rows, self.rows)
-        self.noise, self.dropout, self.blur = noise, dropout, blur
+        self.noise, self.dropout, self.blur, self.places = noise, dropout, blur, places
 
     def __len__(self) -> int:
         return self.pictures
@@ -221,13 +223,53 @@ class EncodedPictures(Dataset):
             some = self.neighbours[row, : int(self.neighbours.shape[1] ** rng.random())]
             others = self._embedding(self.embeddings[some])
             condition = near_miss = F.normalize(embedding + others.sum(dim=0), dim=0)
-        return pushed(condition), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
+        drawn = pushed(condition), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
+        return (
+            (*drawn, *map(torch.from_numpy, drawn_places(tokens.numpy(), self.places, rng))) if self.places else drawn
+        )
 
     def _row(self, row: int) -> tuple[Tensor, Tensor]:
         return self._embedding(self.embeddings[row]), torch.from_numpy(self.tokens[row].astype(np.int64))
 
     def _embedding(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows.astype(np.float32))
+
+
+def telling(tokens: np.ndarray) -> np.ndarray:
+    """(N, T) bool: whether a token (N, T) is another than the one to its left or the one above. The others, plain
+    ground, are most of a drawing and teach little.
+    """
+    side = isqrt(tokens.shape[1])
+    grid = tokens.reshape(-1, side, side)
+    tells = np.zeros(grid.shape, bool)
+    tells[:, :, 1:] |= grid[:, :, 1:] != grid[:, :, :-1]
+    tells[:, 1:] |= grid[:, 1:] != grid[:, :-1]
+    tells[:, 0, 0] = True
+    return tells.reshape(tokens.shape)
+
+
+def enough_places(tokens: np.ndarray) -> int:
+    """How many places of tokens (N, T) to learn from at a time: about those that tell something and an eighth of all;
+    0 for all, where leaving some out would save little.
+    """
+    count = -(-(telling(tokens).sum(axis=1).mean() + tokens.shape[1] / 8) // 16) * 16
+    return int(count) if count <= 0.75 * tokens.shape[1] else 0
+
+
+def drawn_places(tokens: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """`count` of the places of tokens (T,) in order, int64, and the chance that each had to be among them, float32.
+
+    The first always is. Then come those that tell something, and by chance as many others as there is room for; a
+    sixth of all at least.
+    """
+    tells = telling(tokens[None])[0]
+    told, others = np.flatnonzero(tells[1:]) + 1, np.flatnonzero(~tells)
+    some = min(len(others), max(count - 1 - len(told), count // 6))
+    most = count - 1 - some
+    places = np.concatenate([[0], rng.permutation(told)[:most], rng.permutation(others)[:some]])
+    chances = np.repeat([1.0, most / max(1, len(told)), some / max(1, len(others))], [1, most, some])
+    order = places.argsort()
+    return places[order], chances[order].astype(np.float32)
 
 
 def find_neighbours(embeddings: Path, pictures: int, path: Path, seed: int) -> Path:

@@ -11,12 +11,13 @@ from clip_gen.gpt import GPT
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
 class GPTTrainer(Stage):
-    """Batches are conditions (B, E), tokens (B, T), which to draw without one (B,) bool, embeddings (B, E) and those of
-    near misses (B, E); see dataset.EncodedPictures.
+    """Batches are conditions (B, E), tokens (B, T), which to draw without one (B,) bool, embeddings (B, E), those of
+    near misses (B, E) and, where not all of them are learnt from, places (B, K) and their chances (B, K); see
+    dataset.EncodedPictures.
 
     `embedding_loss` weighs CLIP-GEN's second loss: how far the embedding of the picture decoded from the predicted
     tokens is from the true one. `contrast` weighs how surely a picture is told to be its own condition's rather than
@@ -47,7 +48,7 @@ class GPTTrainer(Stage):
                 network.to(self.device)
 
     def training_step(self, batch: Batch) -> Tensor:
-        conditions, tokens, unconditional, embeddings, near_misses = batch
+        conditions, tokens, unconditional, embeddings, near_misses, *sampled = batch
         count, length = tokens.shape
         rows = torch.arange(count, device=tokens.device)  # whose tokens each row of the network's batch has
         if self.contrast:
@@ -55,15 +56,21 @@ class GPTTrainer(Stage):
             # Always half as many, whoever differs, so that the network is compiled for one shape.
             missed = differs.float().topk(count // 2).indices
             rows, conditions = torch.cat([rows, missed]), torch.cat([conditions, near_misses[missed]])
-        logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows])
-        nats = token_nats(logits, tokens[rows])
-        loss = nats[:count].mean()
+        sampled = [part[rows] for part in sampled]
+        logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows], *sampled)
+        if sampled:
+            places, chances = sampled
+            nats = token_nats(logits, tokens[rows].gather(1, places)) / chances
+        else:
+            nats = token_nats(logits, tokens[rows])
+        loss = nats[:count].sum() / (count * length)
         values = {"loss": loss}
         if self.contrast:
             surer = (nats[count:] - nats[missed]).sum(dim=1)
             values["contrast"] = (differs[missed] * F.softplus(-surer)).sum() / count
             loss = loss + self.contrast * values["contrast"] / length
         if self.embedding_loss:
+            assert not sampled, "the second loss looks at whole pictures"
             values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen())
             loss = loss + self.embedding_loss * values["embedding"]
         self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=count, sync_dist=True)

@@ -37,6 +37,7 @@ from clip_gen.training.dataset import (
     Views,
     encode_embeddings,
     encode_tokens,
+    enough_places,
     find_neighbours,
     wait_for,
 )
@@ -60,6 +61,7 @@ ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it i
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
 GOOD_DB, BETTER_DB = 18.0, 6.0
 JUDGED_BY = 64  # pictures
+LOOKED_AT = 2000  # views, for how many places of their tokens tell something
 
 
 class Training:
@@ -246,7 +248,7 @@ class Training:
         prompts = [prompt.strip() for prompt in settings.sample_prompts.split("|") if prompt.strip()]
         grids = SampleGrids(networks, held_back, prompts, folder, settings.seed)
         values = self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
-        return values | {"pictures": len(learnt), "views": learnt.rows}
+        return values | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
 
     def fit(
         self,
@@ -280,6 +282,7 @@ class Training:
         neighbours = None
         if settings.contrast_weight or settings.condition_blur:
             neighbours = find_neighbours(embeddings, len(files), folder / "neighbours-learnt.npy", settings.seed)
+        whole = settings.embedding_loss_weight > 0  # which looks at whole pictures
         return EncodedPictures(
             embeddings,
             tokens,
@@ -288,6 +291,7 @@ class Training:
             dropout=settings.condition_dropout,
             neighbours=neighbours,
             blur=settings.condition_blur,
+            places=0 if whole else enough_places(np.load(tokens, mmap_mode="r")[:LOOKED_AT]),
         )
 
     @torch.no_grad()
