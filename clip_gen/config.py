@@ -71,6 +71,7 @@ class GPTConfig:
     head_bias: bool = False  # HFAiLab's published transformer has one
     null_condition: bool = True  # learnt in training; without it guidance has nothing to push away from
     rotary: bool = False  # turn queries and keys by their token's row and column, besides learnt positions
+    looks_around: bool = False  # every place takes in the tokens above it and the condition, not the last token alone
     dropout: float = 0.1
 
 

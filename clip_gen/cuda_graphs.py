@@ -94,13 +94,22 @@ class Recording:
         self.cache = StaticCache(config, rows, device=device, dtype=gpt.dtype)
         self.prefix = torch.zeros(rows, config.n_embd, device=device)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(rows, config.block_size + 1, dtype=torch.long, device=device)  # for GPT.surrounded
         self.logits: Tensor | None = None  # (rows, V), of the last step
         self.graph = self._record(gpt) if device.type == "cuda" else None
 
     def work(self, gpt: GPT) -> None:
         """One step: what `token`, or at first `prefix`, makes of `logits`."""
-        x = torch.where(self.cache.position == 0, self.prefix, gpt.token_embedding(self.token))
-        self.logits = self.step(gpt, x, self.cache)
+        cache, config = self.cache, gpt.config
+        first = cache.position == 0
+        if gpt.around is None:
+            x = torch.where(first, self.prefix, gpt.token_embedding(self.token))
+        else:
+            # At first there is no token yet: what is written goes to where the outside is looked up.
+            place = torch.where(first, config.block_size, cache.position - 1)
+            self.tokens.index_copy_(1, place, torch.where(first, config.codebook_size, self.token)[:, None])
+            x = gpt.surrounded(self.prefix, self.tokens, gpt.places_around[cache.position])[:, 0]
+        self.logits = self.step(gpt, x, cache)
 
     def _record(self, gpt: GPT) -> torch.cuda.CUDAGraph:
         aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

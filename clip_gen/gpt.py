@@ -29,6 +29,8 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows, self.length = rows, 0
+        self.prefix: Tensor | None = None  # for a transformer that looks around: (B, n_embd), and the tokens so far,
+        self.tokens: Tensor | None = None  # (B, T + 1), as GPT.around wants them
         self.mask: Tensor | None = None  # which of what `extend` returns may be looked at, where not all of it
 
     @property
@@ -58,6 +60,17 @@ def grid_rotation(side: int, head_size: int) -> Tensor:
     rows, columns = place.repeat_interleave(side, dim=0), place.repeat(side, 1)
     angles = torch.cat([rows, columns], dim=1)
     return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)])
+
+
+def places_around(side: int) -> Tensor:
+    """For each of T places the one before it and those above it, to the left, straight and to the right, (T, 4); T for
+    what is outside the picture.
+    """
+    place = torch.arange(side * side)
+    row, column = place // side, place % side
+    around = torch.stack([place - 1, place - side - 1, place - side, place - side + 1], dim=1)
+    outside = torch.stack([place < 1, (row < 1) | (column < 1), row < 1, (row < 1) | (column > side - 2)], dim=1)
+    return torch.where(outside, side * side, around)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -137,6 +150,8 @@ class GPT(nn.Module):
         self.null_condition = nn.Parameter(torch.zeros(config.n_embd)) if config.null_condition else None
         self.token_embedding = nn.Embedding(config.codebook_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.around = nn.Linear(4 * config.n_embd, config.n_embd, bias=False) if config.looks_around else None
+        self.outside = nn.Parameter(torch.zeros(config.n_embd)) if config.looks_around else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -145,6 +160,8 @@ class GPT(nn.Module):
             grid_rotation(math.isqrt(config.block_size), config.n_embd // config.n_head) if config.rotary else None
         )
         self.register_buffer("rotation", rotation, persistent=False)
+        places = places_around(math.isqrt(config.block_size)) if config.looks_around else None
+        self.register_buffer("places_around", places, persistent=False)
         self.apply(self._start)
 
     def _start(self, module: nn.Module) -> None:
@@ -163,6 +180,8 @@ class GPT(nn.Module):
             nn.init.normal_(self.condition.weight, std=0.5)
             if self.null_condition is not None:
                 nn.init.normal_(self.null_condition, std=0.5)
+            if self.outside is not None:
+                nn.init.normal_(self.outside, std=0.02)
 
     def prefix(self, embedding: Tensor, unconditional: Tensor | None = None) -> Tensor:
         """What stands at position 0, (B, n_embd).
@@ -204,19 +223,43 @@ class GPT(nn.Module):
 
     def _entering(self, prefix: Tensor, tokens: Tensor, places: slice | Tensor) -> Tensor:
         """What goes in at these of the first n + 1 places, (B, K, n_embd), given the n first tokens (B, n)."""
+        if self.around is not None:
+            outside = self.config.codebook_size
+            tokens = F.pad(tokens, (0, self.config.block_size + 1 - tokens.shape[1]), value=outside)
+            return self.surrounded(prefix, tokens, self.places_around[places])
         before = tokens if isinstance(places, slice) else tokens.gather(1, places[:, 1:] - 1)
         return torch.cat([prefix[:, None], self.token_embedding(before)], dim=1)
 
+    def surrounded(self, prefix: Tensor, tokens: Tensor, around: Tensor) -> Tensor:
+        """What goes in at K places, (B, K, n_embd), where the transformer looks around: prefix (B, n_embd) and what
+        stands at the places `around` each, (K, 4) or (B, K, 4).
+
+        tokens: (B, T + 1), codebook_size where there is none and at T, which stands for outside the picture.
+        """
+        around = around.expand(len(tokens), -1, -1)
+        found = tokens.gather(1, around.flatten(1)).view(around.shape)
+        inside = found < self.config.codebook_size
+        known = self.token_embedding(found.clamp(max=self.config.codebook_size - 1))
+        known = torch.where(inside[..., None], known, self.outside)  # (B, K, 4, n_embd)
+        return prefix[:, None] + known[:, :, 0] + self.around(known.flatten(2))
+
     def start(self, prefix: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the first token, from prefix (B, n_embd)."""
-        return self.next(prefix, cache)
+        if self.around is None:
+            return self.next(prefix, cache)
+        shape, outside = (len(prefix), self.config.block_size + 1), self.config.codebook_size
+        cache.prefix, cache.tokens = prefix, torch.full(shape, outside, device=prefix.device)
+        return self.next(self.surrounded(prefix, cache.tokens, self.places_around[cache.place])[:, 0], cache)
 
     def step(self, token: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after `token` (B,), which follows what the cache holds."""
-        return self.next(self.token_embedding(token), cache)
+        if self.around is None:
+            return self.next(self.token_embedding(token), cache)
+        cache.tokens[:, cache.length - 1] = token
+        return self.next(self.surrounded(cache.prefix, cache.tokens, self.places_around[cache.place])[:, 0], cache)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) of the token after x (B, n_embd): the prefix at first, then the last token's embedding."""
+        """Logits (B, V) of the token after x (B, n_embd), what goes in next."""
         return self._logits(x[:, None], cache.place, cache)[:, 0]
 
     def new_cache(self, rows: int) -> KVCache:
@@ -246,6 +289,7 @@ class GPT(nn.Module):
                     setattr(part, name, Int8Linear(linear, between) if dtype == torch.int8 else linear.to(dtype))
         if dtype == torch.int8:
             self.head = Int8Linear(self.head, between)
+            self.around = self.around and Int8Linear(self.around, between)
         return self
 
     def _logits(
@@ -279,7 +323,7 @@ def with_null_condition(gpt: GPT) -> GPT:
         grown = GPT(replace(gpt.config, null_condition=True))
     weights = {**gpt.state_dict(), "null_condition": gpt.condition.bias.detach().clone()}
     grown.load_state_dict(weights, assign=True)
-    grown.rotation = gpt.rotation
+    grown.rotation, grown.places_around = gpt.rotation, gpt.places_around
     return grown.train(gpt.training).requires_grad_(weight.requires_grad)
 
 

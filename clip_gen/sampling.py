@@ -136,7 +136,8 @@ _numbers: WeakKeyDictionary[GPT, dict[torch.dtype, tuple[int, ...]]] = WeakKeyDi
 def _found_numbers(gpt: GPT) -> tuple[int, ...]:
     block, most = gpt.blocks[0], max(NUMBERS)
     agreeing = set(NUMBERS)
-    for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, gpt.head):
+    linears = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, gpt.around, gpt.head
+    for linear in filter(None, linears):
         x = torch.randn(most, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
         every = linear(x)
         agreeing &= {

@@ -21,9 +21,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 @pytest.fixture(params=DEVICES)
-def gpt(request: pytest.FixtureRequest) -> GPT:
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["", "looks_around"])
+def gpt(request: pytest.FixtureRequest, device: str) -> GPT:
     torch.manual_seed(0)
-    return GPT(replace(TINY.gpt, rotary=True)).eval().to(request.param)
+    return GPT(replace(TINY.gpt, rotary=True, looks_around=request.param)).eval().to(device)
 
 
 def begun(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling: Sampling | None = None) -> Batch:

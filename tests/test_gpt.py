@@ -10,13 +10,13 @@ from conftest import TINY
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.gpt import GPT, grid_rotation, rotate, with_null_condition
+from clip_gen.gpt import GPT, grid_rotation, places_around, rotate, with_null_condition
 
 
-@pytest.fixture(params=["learnt", "rotary"])
+@pytest.fixture(params=["learnt", "rotary", "looks_around"])
 def gpt(request: pytest.FixtureRequest) -> GPT:
     torch.manual_seed(0)
-    return GPT(replace(TINY.gpt, rotary=request.param == "rotary")).eval()
+    return GPT(replace(TINY.gpt, rotary=request.param != "learnt", looks_around=request.param == "looks_around")).eval()
 
 
 @pytest.fixture
@@ -95,8 +95,35 @@ def test_rotated_queries_and_keys_feel_how_far_apart_they_are_in_rows_and_column
         assert not torch.isclose(by_place[0, 0, 0, 0], other)
 
 
+def test_around_a_place_are_the_one_before_it_and_those_above() -> None:
+    around = places_around(4)
+    assert around.shape == (16, 4)
+    assert around[0].tolist() == [16, 16, 16, 16]
+    assert around[2].tolist() == [1, 16, 16, 16]
+    assert around[4].tolist() == [3, 16, 0, 1]
+    assert around[9].tolist() == [8, 4, 5, 6]
+    assert around[11].tolist() == [10, 6, 7, 16]
+
+
+def test_who_looks_around_sees_what_is_there_at_once(embedding: Tensor, tokens: Tensor) -> None:
+    """Without any layer, logits hang on the four tokens around and on the condition, each in its own way."""
+    torch.manual_seed(0)
+    gpt = GPT(replace(TINY.gpt, looks_around=True)).eval()
+    gpt.blocks = torch.nn.ModuleList()
+    plain = gpt(embedding, tokens[:, :-1])
+    for changed in range(15):
+        other = tokens.clone()
+        other[:, changed] = 31 - other[:, changed]
+        differs = (gpt(embedding, other[:, :-1]) != plain).any(dim=2).all(dim=0)
+        assert differs.tolist() == (places_around(4) == changed).any(dim=1).tolist()
+    assert (gpt(embedding.roll(1, dims=0), tokens[:, :-1]) != plain).any(dim=2).all()
+    swapped = tokens.clone()
+    swapped[:, [4, 6]] = tokens[:, [6, 4]]
+    assert not torch.isclose(gpt(embedding, swapped[:, :-1])[0, 9], plain[0, 9]).all()
+
+
 def test_a_null_condition_can_be_added_for_fine_tuning(embedding: Tensor, tokens: Tensor) -> None:
-    bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True)).eval()
+    bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True, looks_around=True)).eval()
     assert "null_condition" not in bare.state_dict()
     grown = with_null_condition(bare)
     assert grown.config == replace(bare.config, null_condition=True)

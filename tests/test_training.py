@@ -440,6 +440,14 @@ def test_a_place_that_was_drawn_stands_for_those_that_were_not() -> None:
     assert float(found) == pytest.approx(float((nats * torch.tensor([1.0, 5.0, 5.0, 2.0])).sum() / 64), abs=1e-6)
 
 
+def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:
+    gpt = GPT(replace(TINY.gpt, looks_around=True))
+    optimizer = GPTTrainer(gpt, replace(FIT, muon_rate=1e-3)).configure_optimizers()["optimizer"]
+    matrices, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert id(gpt.around.weight) in matrices
+    assert {id(gpt.outside), id(gpt.token_embedding.weight)} <= others
+
+
 @pytest.mark.parametrize("edges", [0, 1, 2, 4])
 def test_places_are_drawn_as_often_as_their_chances_say(edges: int) -> None:
     """Of a plain picture, of drawings, and of one that is no drawing at all."""

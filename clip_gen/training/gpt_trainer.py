@@ -84,6 +84,8 @@ class GPTTrainer(Stage):
     def configure_optimizers(self) -> dict[str, object]:
         if self.config.muon_rate:
             matrices = [parameter for parameter in self.gpt.blocks.parameters() if parameter.dim() == 2]
+            if self.gpt.around is not None:
+                matrices.append(self.gpt.around.weight)
             return self.learning(Muon(self.gpt, matrices, self.config))
         return self.learning(adamw(self.gpt, self.config, betas=(0.9, 0.95)))
 
