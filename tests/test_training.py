@@ -40,7 +40,7 @@ from clip_gen.training.dataset import (
     telling,
     wait_for,
 )
-from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, token_nats
+from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig, add_arguments, parts_in_order
 from clip_gen.training.shapes import main as train_shapes
@@ -438,6 +438,15 @@ def test_a_place_that_was_drawn_stands_for_those_that_were_not() -> None:
     nats = token_nats(gpt(conditions, tokens[:, :-1], None, places, chances), tokens.gather(1, places))
     found = GPTTrainer(gpt, FIT).training_step((*batch, places, chances))
     assert float(found) == pytest.approx(float((nats * torch.tensor([1.0, 5.0, 5.0, 2.0])).sum() / 64), abs=1e-6)
+
+
+def test_tokens_of_like_squares_start_alike() -> None:
+    networks = tiny_networks()
+    start_from_codes(networks.gpt, networks.vqgan)
+    codes = F.normalize(networks.vqgan.quantizer.lookup(torch.arange(32)[None])[0], dim=1)
+    started = F.normalize(networks.gpt.token_embedding.weight.detach(), dim=1)
+    alike = torch.stack([(vectors @ vectors.T)[torch.ones(32, 32).tril(-1) > 0] for vectors in (codes, started)])
+    assert torch.corrcoef(alike)[0, 1] > 0.7
 
 
 def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:

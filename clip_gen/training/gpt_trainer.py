@@ -90,6 +90,13 @@ class GPTTrainer(Stage):
         return self.learning(adamw(self.gpt, self.config, betas=(0.9, 0.95)))
 
 
+@torch.no_grad()
+def start_from_codes(gpt: GPT, vqgan: VQGAN) -> None:
+    """Tokens of like squares start alike: with a random picture of their codes, of a tenth in each direction."""
+    codes = F.normalize(vqgan.quantizer.lookup(torch.arange(gpt.config.codebook_size)[None])[0], dim=1)
+    gpt.token_embedding.weight.copy_(0.1 * codes @ torch.randn(codes.shape[1], gpt.config.n_embd))
+
+
 def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:
     """How unlikely each token was held, (B, T), for logits (B, T, V) and tokens (B, T)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)

@@ -41,7 +41,7 @@ from clip_gen.training.dataset import (
     find_neighbours,
     wait_for,
 )
-from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.losses import psnr
 from clip_gen.training.perceptual import chosen_lpips
@@ -235,6 +235,8 @@ class Training:
     def train_gpt(self, folder: Path) -> dict[str, object]:
         settings, networks = self.settings, self.networks
         learnt, held_back = self.encoded("learnt"), self.encoded("held_back")
+        if settings.size != "base":
+            start_from_codes(networks.gpt, networks.vqgan)
         trainer = GPTTrainer(
             networks.gpt.train().requires_grad_(True),
             self.plan.transformer,
