@@ -4,9 +4,9 @@
     PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py style --out /tmp/style [--minutes 10] [--pictures 300]
     PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py memory --out /tmp/memory [--pictures 20000]
 
-scratch: new networks of size laptop for the bundled CLIP, on plain shapes, without crops, which would make sizes that
-the judge does not know. Prints the reconstructions' PSNR and the codebook's use on pictures never seen, and how many
-one-object prompts come out all right by the judge, best of 16.
+scratch: new networks of size laptop for the bundled CLIP, on plain shapes, moved about but without crops: sizes that
+the judge does not know would come of them. Prints the reconstructions' PSNR and the codebook's use on pictures never
+seen, and how many one-object prompts come out all right by the judge, best of 16.
 style: from the bundled model, on shapes with an outline of another colour. Prints how much of what is drawn has the
 outline's colour, and the share of pictures that are outlined, before, after and in the pictures trained on; leaves
 sheet.png with after below before.
@@ -78,7 +78,7 @@ def scratch(arguments: argparse.Namespace) -> dict[str, object]:
     archive = arguments.out / "pictures.zip"
     if not archive.exists():
         write_pictures(arguments.pictures, 4, archive, 256, captions=False, zipped=True, held_out="never")
-    words = ["--size", "laptop", "--no-crop", f"--max-minutes={arguments.minutes}", *arguments.words]
+    words = ["--size", "laptop", "--no-crop", "--shift", f"--max-minutes={arguments.minutes}", *arguments.words]
     took, _ = train(archive, arguments.out / "trained", words)
     model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
     decibels, used = reconstructed(model, 1000)

@@ -54,8 +54,7 @@ from clip_gen.weights import pack, resolve_weights
 log = logging.getLogger(__name__)
 
 MOST_HELD_BACK = 512
-VQGAN_TIME = 0.3  # of max_minutes; the transformer gets the rest
-DECODER_TIME = 0.2  # where the decoder alone learns
+VQGAN_TIME = 0.2  # of max_minutes; the transformer gets the rest
 ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it is not enough for are left out
 # Of reconstructions, and by how much they must be nearer than the picture's mean colour alone: pale pictures are never
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
@@ -192,8 +191,7 @@ class Training:
         lpips = chosen_lpips(folder, vqgan.config.resolution) if compares else None
         plan = self.plan
         trainer = VQGANTrainer(vqgan, plan.vqgan, plan.vqgan_loss, self.networks.clip, lpips, decoder_alone=keeps)
-        share = DECODER_TIME if keeps else VQGAN_TIME
-        minutes = self.settings.max_minutes * (share if self.settings.stage == "both" else 1)
+        minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
         samples = Endless(self.files(self.learnt), seed)
         grids = ReconstructionGrids(held_back, folder)
         values = self.fit("vqgan", trainer, samples, held_back, folder, minutes, grids)
