@@ -99,42 +99,35 @@ class PictureFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._sized(_square(load_picture(self.paths[index]), *MIDDLE))
+        return self._square(load_picture(self.paths[index]), *MIDDLE)
 
     def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
         # Every number is drawn whatever the settings, so that switching one leaves the others as they were.
         share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
         down, right = rng.random(2)
-        square = _square(load_picture(self.paths[index]), *((share, x, y) if self.crop < 1 else MIDDLE))
-        pixels = self._sized(shifted(square, down, right) if self.shift else square)
+        square = (share, x, y) if self.crop < 1 else MIDDLE
+        pixels = self._square(load_picture(self.paths[index]), *square)
+        pixels = shifted(pixels, down, right) if self.shift else pixels
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
 
-    def _sized(self, square: Image.Image) -> np.ndarray:
+    def _square(self, picture: Image.Image, share: float, x: float, y: float) -> np.ndarray:
+        """A square of this share of the shorter side, at x and y in [0, 1] of the room there is, at S x S."""
+        side = max(1, round(min(picture.size) * share))
+        left, top = round((picture.width - side) * x), round((picture.height - side) * y)
+        box = (left, top, left + side, top + side)
+        if side == self.resolution:
+            return np.array(picture.crop(box))
         size = (self.resolution, self.resolution)
         # Lanczos overshoots at hard edges; reducing first is several times faster on photographs.
-        return np.array(
-            square if square.size == size else square.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        )
+        return np.array(picture.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0))
 
 
-def _square(picture: Image.Image, share: float, x: float, y: float) -> Image.Image:
-    """Of this share of the shorter side, at x and y in [0, 1] of the room there is."""
-    side = max(1, round(min(picture.size) * share))
-    left, top = round((picture.width - side) * x), round((picture.height - side) * y)
-    return picture.crop((left, top, left + side, top + side))
-
-
-def shifted(square: Image.Image, down: float, right: float) -> Image.Image:
-    """What stands on a plain ground, moved to `down` and `right` in [0, 1] of where it can stand whole and as far from
-    the edges as it was, or a 32nd of the side. Where the ground is not plain all along two opposite edges, nothing
-    moves between them.
+def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
+    """(S, S, 3) uint8 with what stands on a plain ground moved to `down` and `right` in [0, 1] of where it can stand
+    whole and as far from the edges as it was, or a 32nd of the side. Where the ground is not plain all along two
+    opposite edges, nothing moves between them.
     """
-    pixels = np.asarray(square).astype(np.int16)
-    edges = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
-    ground = np.median(np.concatenate(edges), axis=0).astype(np.int16)
-    plain = [np.abs(edge - ground).max() <= PLAIN for edge in edges]
-    if not (all(plain[:2]) or all(plain[2:])):  # as of most photographs, which are large
-        return square
+    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     stands = (np.abs(pixels - ground) > PLAIN).any(axis=2)
     moves = []
     for lines, place in ((stands.any(axis=1), down), (stands.any(axis=0), right)):
@@ -142,7 +135,7 @@ def shifted(square: Image.Image, down: float, right: float) -> Image.Image:
         before, after = (there[0], len(lines) - 1 - there[-1]) if len(there) else (0, 0)
         edge = min(before, after, len(lines) // 32)
         moves.append(round((before + after - 2 * edge) * place) - (before - edge) if edge else 0)
-    return Image.fromarray(np.roll(np.asarray(square), moves, axis=(0, 1)))
+    return np.roll(pixels, moves, axis=(0, 1))
 
 
 class Views(Dataset):
