@@ -30,7 +30,7 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows, self.length = rows, 0
         self.prefix: Tensor | None = None  # for a transformer that looks around: (B, n_embd), and the tokens so far,
-        self.tokens: Tensor | None = None  # (B, T + 1), as GPT.around wants them
+        self.tokens: Tensor | None = None  # (B, T + 1), as GPT.surrounded wants them
         self.mask: Tensor | None = None  # which of what `extend` returns may be looked at, where not all of it
 
     @property
