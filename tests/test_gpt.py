@@ -146,6 +146,9 @@ def test_of_all_places_the_logits_are_the_whole_pictures(gpt: GPT, embedding: Te
     places = torch.arange(16).expand(3, 16)
     found = gpt(embedding, tokens[:, :-1], None, places, torch.ones(3, 16))
     assert torch.allclose(found, gpt(embedding, tokens[:, :-1]), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gpt(embedding, tokens[:, :-1], None, places, torch.ones(3, 16))
+    assert torch.allclose(found.float(), gpt(embedding, tokens[:, :-1]), atol=0.02)
 
 
 def test_places_left_out_are_not_looked_at(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
