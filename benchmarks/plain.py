@@ -31,6 +31,7 @@ def load(folder: Path, device: torch.device) -> Networks:
 
 def next_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> Tensor:
     """Logits (B, V) of the token after tokens (B, n), from the whole sequence."""
+    assert gpt.around is None, "written for transformers that do not look around"
     x = torch.cat([gpt.condition(embedding)[:, None], gpt.token_embedding(tokens)], dim=1)  # (B, n + 1, n_embd)
     batch, length, width = x.shape
     x = x + gpt.position_embedding.weight[:length]

@@ -206,9 +206,10 @@ class GPT(nn.Module):
         """Logits (B, n + 1, V) for positions 0 to n, given the n first tokens (B, n); n < block_size.
 
         places: for these positions alone, (B, K) in order, of which the first is always 0: logits (B, K, V), as if the
-        others were not there. chances: (B, K), how likely each was to be among them. What is looked at from a place
-        counts for those that were not as well, so that attention weighs on average what it would of the whole.
+        others were not there. chances: (B, K), how likely each was to be among them: it counts for as many as are like
+        it, so that what attention adds up, and what it divides by, is on average that of the whole.
         """
+        assert (places is None) == (chances is None), "places come with their chances"
         assert tokens.shape[1] < self.config.block_size, (tokens.shape, self.config.block_size)
         prefix = self.prefix(embedding, unconditional)
         if places is None:
@@ -287,7 +288,7 @@ class GPT(nn.Module):
                 for name in names:
                     linear = getattr(part, name)
                     setattr(part, name, Int8Linear(linear, between) if dtype == torch.int8 else linear.to(dtype))
-        if dtype == torch.int8:
+        if dtype == torch.int8:  # these too, for no row's bits may hang on the others; in bfloat16 they are read whole
             self.head = Int8Linear(self.head, between)
             self.around = self.around and Int8Linear(self.around, between)
         return self

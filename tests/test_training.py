@@ -442,7 +442,7 @@ def test_a_place_that_was_drawn_stands_for_those_that_were_not() -> None:
 
 def test_tokens_of_like_squares_start_alike() -> None:
     networks = tiny_networks()
-    start_from_codes(networks.gpt, networks.vqgan)
+    start_from_codes(networks.gpt, networks.vqgan, seed=0)
     codes = F.normalize(networks.vqgan.quantizer.lookup(torch.arange(32)[None])[0], dim=1)
     started = F.normalize(networks.gpt.token_embedding.weight.detach(), dim=1)
     alike = torch.stack([(vectors @ vectors.T)[torch.ones(32, 32).tril(-1) > 0] for vectors in (codes, started)])
@@ -455,6 +455,38 @@ def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:
     matrices, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     assert id(gpt.around.weight) in matrices
     assert {id(gpt.outside), id(gpt.token_embedding.weight)} <= others
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+@pytest.mark.parametrize("looks_around", [False, True])
+@torch.no_grad()
+def test_who_does_not_look_around_sees_whole_pictures_again_before_the_end(looks_around: bool) -> None:
+    trainer = GPTTrainer(GPT(replace(TINY.gpt, looks_around=looks_around)).eval(), FIT)
+    conditions = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
+    sampled = torch.tensor([[0, 4, 9, 14]]).expand(4, 4), torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
+    whole, few = trainer.training_step(batch), trainer.training_step((*batch, *sampled))
+    assert not torch.isclose(whole, few)
+    trainer.time_spent = 0.6
+    assert torch.equal(trainer.training_step((*batch, *sampled)), few)
+    trainer.time_spent = 0.7
+    assert torch.equal(trainer.training_step((*batch, *sampled)), few if looks_around else whole)
+
+
+def test_a_picture_drawn_comes_with_its_places(encoded: EncodedPictures, tmp_path: Path) -> None:
+    tokens = np.zeros((400, 16), np.uint16)
+    tokens[:, 5] = np.arange(400) % 7 + 1
+    np.save(tmp_path / "drawings.npy", tokens)
+    pictures = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "drawings.npy", pictures=200, places=8)
+    assert len(pictures[0]) == 5
+    for number in range(50):
+        *drawn, places, chances = Endless(pictures, seed=0)[number]
+        assert torch.equal(places, Endless(pictures, seed=0)[number][5])
+        assert {0, 5, 6, 9} <= set(places.tolist())  # where something begins, and where it ends
+        assert chances[places == 5] == chances[0] == 1
+        assert (chances[~torch.isin(places, torch.tensor([0, 5, 6, 9]))] == 4 / 12).all()
+        assert len(drawn) == 5
 
 
 @pytest.mark.parametrize("edges", [0, 1, 2, 4])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,35 @@ def test_new_networks_of_a_size_for_the_clip_of_the_base(
     model = ClipGen.load(tmp_path / "model", "cpu")
     assert model.config.vqgan.resolution == 16
     assert model.config.gpt.codebook_size == model.config.vqgan.codebook_size == 32
+
+
+def test_of_drawings_the_places_that_tell_something_are_learnt_from(
+    toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And killed between encoding and the first checkpoint, a training ends with the same weights."""
+    for i in range(12):
+        drawing = np.full((64, 64, 3), 255, np.uint8)
+        drawing[16:40, 8 + i : 32 + i] = 20 * i
+        (tmp_path / "drawings").mkdir(exist_ok=True)
+        Image.fromarray(drawing).save(tmp_path / "drawings" / f"{i}.png")
+    vqgan, gpt = SIZES["laptop"]
+    small = (replace(vqgan, ch=64, z_channels=64), replace(gpt, n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setitem(SIZES, "laptop", small)
+    told = replace(toy, size="laptop", resolution=32, codebook_size=32, vqgan_steps=2, crop=False, shift=True)
+
+    def trained(folder: str, settings: TrainSettings) -> tuple[object, dict[str, torch.Tensor]]:
+        out = tmp_path / folder
+        Training(tmp_path / "drawings", out, settings).run()
+        record = json.loads((out / "model" / "training.json").read_text())
+        return record["stages"]["gpt"]["places"], load_file(out / "work" / "gpt" / "gpt.safetensors")
+
+    places, weights = trained("few", told)
+    assert places == 32  # of 64
+    shutil.rmtree(tmp_path / "few" / "work" / "gpt")
+    again = trained("few", told)[1]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    for whole in ({"contrast_weight": 1.0}, {"embedding_loss_weight": 1.0}):
+        assert trained(str(whole), replace(told, **whole))[0] == "all"
 
 
 def test_pictures_are_told_from_those_like_them_unless_that_is_switched_off(
@@ -325,6 +355,7 @@ def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_mode
     assert published == pytest.approx((3e-4, 1.125e-3, 1.5e-3))
     assert rates() == pytest.approx((1.2e-3, 9e-4, 3.6e-3))
     assert rates(transformer_learning_rate=1e-4, vqgan_learning_rate=2e-4) == (2e-4, 1e-4, 4e-4)
+    assert rates(size="laptop", transformer_learning_rate=3e-4) == pytest.approx((2e-3, 3e-4, 4e-4))
 
 
 def test_a_flat_vqgans_convolutions_are_muons(tiny_model: ClipGen) -> None:
@@ -413,17 +444,19 @@ def test_what_stands_on_a_plain_ground_is_shown_anywhere_whole(tmp_path: Path) -
         Image.fromarray(pixels).save(path)
 
     files = PictureFiles(paths, 64, crop=1.0, flip=False, shift=True)
-    places = set()
+    places, across = set(), set()
     for chance in range(300):
         shown = files.draw(0, np.random.default_rng(chance))
         rows, columns = (np.flatnonzero((shown[:, :, 2] == 0).any(axis=axis)) for axis in (1, 0))
         assert (shown[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == thing).all()
         places.add((rows[0], columns[0]))
         sideways = files.draw(1, np.random.default_rng(chance))
+        across.add(int(np.flatnonzero((sideways[0] == 0).all(axis=1))[0]))
         assert (np.sort(sideways, axis=1) == np.sort(at_edge, axis=1)).all()
         assert (files.draw(2, np.random.default_rng(chance)) == photograph).all()
     rows, columns = zip(*places, strict=True)
     assert (min(rows), max(rows), min(columns), max(columns)) == (2, 52, 2, 42)  # a 32nd of the side from the edge
+    assert len(across) > 10
     assert (files[0] == drawing).all()
 
 

@@ -123,8 +123,8 @@ class PictureFiles(Dataset):
 
 
 def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
-    """(S, S, 3) uint8 with what stands on a plain ground moved to `down` and `right` in [0, 1] of where it can stand
-    whole and as far from the edges as it was, or a 32nd of the side. Where the ground is not plain all along two
+    """(S, S, 3) uint8 with what stands on a ground of one colour moved to `down` and `right` in [0, 1] of where it can
+    stand whole and as far from the edges as it was, or a 32nd of the side. Where the ground is not plain all along two
     opposite edges, nothing moves between them.
     """
     ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
@@ -133,7 +133,7 @@ def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
     for lines, place in ((stands.any(axis=1), down), (stands.any(axis=0), right)):
         there = np.flatnonzero(lines)
         before, after = (there[0], len(lines) - 1 - there[-1]) if len(there) else (0, 0)
-        edge = min(before, after, len(lines) // 32)
+        edge = min(before, after, max(1, len(lines) // 32))
         moves.append(round((before + after - 2 * edge) * place) - (before - edge) if edge else 0)
     return np.roll(pixels, moves, axis=(0, 1))
 
@@ -252,17 +252,17 @@ def enough_places(tokens: np.ndarray) -> int:
 def drawn_places(tokens: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """`count` of the places of tokens (T,) in order, int64, and the chance that each had to be among them, float32.
 
-    The first always is. Then come those that tell something, and by chance as many others as there is room for; a
-    sixth of all at least.
+    The first always is. Then come those that tell something, and by chance as many others as there is room for; others
+    are a sixth at least, for which some that tell give way where a picture has many.
     """
     tells = telling(tokens[None])[0]
-    told, others = np.flatnonzero(tells[1:]) + 1, np.flatnonzero(~tells)
-    some = min(len(others), max(count - 1 - len(told), count // 6))
-    most = count - 1 - some
-    places = np.concatenate([[0], rng.permutation(told)[:most], rng.permutation(others)[:some]])
-    chances = np.repeat([1.0, most / max(1, len(told)), some / max(1, len(others))], [1, most, some])
+    edges, plain = np.flatnonzero(tells[1:]) + 1, np.flatnonzero(~tells)
+    of_plain = min(len(plain), max(count - 1 - len(edges), count // 6))
+    of_edges = count - 1 - of_plain
+    places = np.concatenate([[0], rng.permutation(edges)[:of_edges], rng.permutation(plain)[:of_plain]])
+    chances = [1.0, of_edges / max(1, len(edges)), of_plain / max(1, len(plain))]
     order = places.argsort()
-    return places[order], chances[order].astype(np.float32)
+    return places[order], np.repeat(chances, [1, of_edges, of_plain])[order].astype(np.float32)
 
 
 def find_neighbours(embeddings: Path, pictures: int, path: Path, seed: int) -> Path:

@@ -12,6 +12,7 @@ from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN
 
 Batch = tuple[Tensor, ...]
+WHOLE_FROM = 2 / 3  # of a training without `looks_around`: what places left out told of others is to be found again
 
 
 class GPTTrainer(Stage):
@@ -50,17 +51,19 @@ class GPTTrainer(Stage):
     def training_step(self, batch: Batch) -> Tensor:
         conditions, tokens, unconditional, embeddings, near_misses, *sampled = batch
         count, length = tokens.shape
+        assert not (sampled and (self.contrast or self.embedding_loss)), "these look at whole pictures"
+        if self.gpt.around is None and max(self.global_step / self.config.steps, self.time_spent) >= WHOLE_FROM:
+            sampled = []
         rows = torch.arange(count, device=tokens.device)  # whose tokens each row of the network's batch has
         if self.contrast:
             differs = (near_misses != conditions).any(dim=1) & ~unconditional
             # Always half as many, whoever differs, so that the network is compiled for one shape.
             missed = differs.float().topk(count // 2).indices
             rows, conditions = torch.cat([rows, missed]), torch.cat([conditions, near_misses[missed]])
-        sampled = [part[rows] for part in sampled]
         logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows], *sampled)
         if sampled:
             places, chances = sampled
-            nats = token_nats(logits, tokens[rows].gather(1, places)) / chances
+            nats = token_nats(logits, tokens.gather(1, places)) / chances
         else:
             nats = token_nats(logits, tokens[rows])
         loss = nats[:count].sum() / (count * length)
@@ -70,7 +73,6 @@ class GPTTrainer(Stage):
             values["contrast"] = (differs[missed] * F.softplus(-surer)).sum() / count
             loss = loss + self.contrast * values["contrast"] / length
         if self.embedding_loss:
-            assert not sampled, "the second loss looks at whole pictures"
             values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen())
             loss = loss + self.embedding_loss * values["embedding"]
         self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=count, sync_dist=True)
@@ -93,10 +95,11 @@ class GPTTrainer(Stage):
 
 
 @torch.no_grad()
-def start_from_codes(gpt: GPT, vqgan: VQGAN) -> None:
+def start_from_codes(gpt: GPT, vqgan: VQGAN, seed: int) -> None:
     """Tokens of like squares start alike: with a random picture of their codes, of a tenth in each direction."""
     codes = F.normalize(vqgan.quantizer.lookup(torch.arange(gpt.config.codebook_size)[None])[0], dim=1)
-    gpt.token_embedding.weight.copy_(0.1 * codes @ torch.randn(codes.shape[1], gpt.config.n_embd))
+    directions = torch.randn(codes.shape[1], gpt.config.n_embd, generator=torch.Generator().manual_seed(seed))
+    gpt.token_embedding.weight.copy_(0.1 * codes @ directions)
 
 
 def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:

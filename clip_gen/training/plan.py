@@ -40,11 +40,11 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
 MOST_CODES = 16384
 
-# AdamW's for new networks. A VQGAN's by its levels, for deep ones take less; a transformer's for matrices 256 wide, and
-# wider ones take less in the measure that they are: arXiv 2203.03466.
+# A VQGAN's by its levels, for deep ones take less. A transformer's for a width of 256, and wider ones take less in the
+# measure that they are, arXiv 2203.03466: AdamW's for all but its blocks' matrices, Muon's for those.
 VQGAN_RATES = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 1e-3, 5: 3e-4}
 GPT_RATES, GPT_WIDTH = {"scratch": 4.5e-3, "base": 0.9e-3}, 256
-MUON_RATES = {"scratch": 6e-3, "base": 3.6e-3}  # for a transformer's matrices
+MUON_RATES = {"scratch": 6e-3, "base": 3.6e-3}
 KNOWN = 0.6  # of a VQGAN's rate, for what it knows already is not to be swept away
 
 # Enough passes for few pictures, enough steps for many; (least, passes, most).

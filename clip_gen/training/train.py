@@ -234,7 +234,7 @@ class Training:
         settings, networks = self.settings, self.networks
         learnt, held_back = self.encoded("learnt"), self.encoded("held_back")
         if settings.size != "base":
-            start_from_codes(networks.gpt, networks.vqgan)
+            start_from_codes(networks.gpt, networks.vqgan, settings.seed)
         trainer = GPTTrainer(
             networks.gpt.train().requires_grad_(True),
             self.plan.transformer,
@@ -282,7 +282,7 @@ class Training:
         neighbours = None
         if settings.contrast_weight or settings.condition_blur:
             neighbours = find_neighbours(embeddings, len(files), folder / "neighbours-learnt.npy", settings.seed)
-        whole = settings.embedding_loss_weight > 0  # which looks at whole pictures
+        whole = settings.embedding_loss_weight or settings.contrast_weight  # these look at whole pictures
         return EncodedPictures(
             embeddings,
             tokens,
