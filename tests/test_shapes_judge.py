@@ -55,7 +55,7 @@ def alone(item: Item, background: str = "white") -> Scene:
 
 
 def test_fresh_renders_are_read_right():
-    scenes = fresh(10_000)
+    scenes = fresh(4000)
     assert share_right(scenes, (render(scene) for scene in scenes)) >= 0.999
 
 
