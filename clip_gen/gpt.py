@@ -104,7 +104,6 @@ class CausalSelfAttention(nn.Module):
             assert length == 1 or cache.length == 0, "several positions at once only at the start"
             q, k, v = (part[: cache.rows] for part in (q, k, v))
             k, v = cache.extend(layer, k, v)
-            mask = cache.mask
         # No dropout here, only on what comes out: on a CPU torch has no quick kernel for it.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and length > 1)
         y = y.transpose(1, 2).reshape(-1, length, width)
@@ -305,6 +304,8 @@ class GPT(nn.Module):
             rotation = rotation[:, places].to(self.dtype)
             if rotation.dim() == 4:  # every row has places of its own, and all of its heads the same
                 rotation = rotation[:, :, None]
+        if cache is not None:
+            mask = cache.mask
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, cache, layer, mask)
         if cache is not None:

@@ -405,12 +405,17 @@ def test_contrast_teaches_what_hardly_shows_in_the_loss() -> None:
     assert surer(4.0) > 1.5
 
 
+def four_pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (4, 16) and tokens (4, 16) at random."""
+    embeddings = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    return embeddings, torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to")
 @torch.no_grad()
 def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
     gpt = GPT(TINY.gpt).eval()
-    conditions = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    conditions, tokens = four_pictures()
     never, always = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
     plain = GPTTrainer(gpt, FIT).training_step((conditions, tokens, never, conditions, conditions))
     trainer = GPTTrainer(gpt, FIT, contrast=4.0)
@@ -426,8 +431,7 @@ def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
 @torch.no_grad()
 def test_a_place_that_was_drawn_stands_for_those_that_were_not() -> None:
     gpt = GPT(TINY.gpt).eval()
-    conditions = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    conditions, tokens = four_pictures()
     batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
     plain = GPTTrainer(gpt, FIT).training_step(batch)
     every = torch.arange(16).expand(4, 16)
@@ -462,8 +466,7 @@ def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:
 @torch.no_grad()
 def test_who_does_not_look_around_sees_whole_pictures_again_before_the_end(looks_around: bool) -> None:
     trainer = GPTTrainer(GPT(replace(TINY.gpt, looks_around=looks_around)).eval(), FIT)
-    conditions = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    tokens = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+    conditions, tokens = four_pictures()
     batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
     sampled = torch.tensor([[0, 4, 9, 14]]).expand(4, 4), torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
     whole, few = trainer.training_step(batch), trainer.training_step((*batch, *sampled))
