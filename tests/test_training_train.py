@@ -238,8 +238,8 @@ def steps_done(out: Path, stage: str) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
-def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "strategy"), [("vqgan", "auto"), ("transformer", "auto"), ("transformer", "fsdp")])
+def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage: str, strategy: str) -> None:
     # taming's quantiser: the other one draws new codes for dead ones by chance, which processes do each for themselves.
     # Neither do they drop the same neurons.
     base = replace(TINY, vqgan=replace(TINY.vqgan, quantizer="taming"), gpt=replace(TINY.gpt, dropout=0.0))
@@ -252,7 +252,9 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
         if devices == "1":
             assert main(words[3:]) == 0
         else:
-            subprocess.run(words, check=True, capture_output=True, timeout=300)
+            words += ["--strategy", strategy]
+            said = subprocess.run(words, check=True, capture_output=True, timeout=300, text=True).stderr
+            assert ("50 % of the transformer's weights are in this process" in said) == (strategy == "fsdp")
     part = "gpt" if stage == "transformer" else "vqgan"
     one, two = (
         [json.loads(line) for line in (tmp_path / devices / "work" / part / "history.jsonl").open()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes, to_pil
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.dataset import EncodedPictures, PictureFiles
+from clip_gen.training.sharding import Sharding
 
 SHOWN = 8  # pictures in a row
 GAP = 2
@@ -40,10 +42,11 @@ class Grids(Callback, ABC):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         tenths = self._tenths(trainer, module)
-        rested = time.monotonic() - self.drawn >= 19 * self.took
-        if self.tenths < tenths < 10 and trainer.global_step and rested:
-            self.tenths = tenths
-            self._draw(trainer, module)
+        if self.tenths < tenths < 10 and trainer.global_step:
+            rested = time.monotonic() - self.drawn >= 19 * self.took
+            if trainer.strategy.broadcast(rested):  # the first process's word, for all may have to take part
+                self.tenths = tenths
+                self._draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._draw(trainer, module)
@@ -53,8 +56,12 @@ class Grids(Callback, ABC):
         return int(10 * max(trainer.global_step / trainer.max_steps, module.time_spent))
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
+        sharding = trainer.strategy if isinstance(trainer.strategy, Sharding) else None
+        with sharding.together(module) if sharding else nullcontext():
+            if trainer.is_global_zero:
+                self._draw_here(trainer, module)
+
+    def _draw_here(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         began, training = time.monotonic(), module.training
         module.eval()
         # To compile for these few would take longer than to draw them.

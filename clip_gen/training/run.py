@@ -30,6 +30,8 @@ from clip_gen.files import whole_or_not
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.machine import spare_cores
 from clip_gen.training.dataset import Batches
+from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.sharding import Sharding, in_one
 from clip_gen.training.stage import FitConfig, Stage
 
 log = logging.getLogger(__name__)
@@ -46,12 +48,18 @@ class Machine:
     save_seconds: float = 60.0  # between checkpoints
 
     def check(self) -> None:
-        """Raises ValueError for a strategy that shares out the weights themselves."""
-        if self.strategy.lower().startswith(("fsdp", "deepspeed", "model_parallel")):
+        """Raises ValueError for a strategy that shares out the weights in another way than `fsdp` does."""
+        if self.strategy.lower().startswith(("fsdp_", "deepspeed", "model_parallel")):
             raise ValueError(
-                f'strategy is "{self.strategy}", but averaging the weights and Muon take them whole: give ddp. '
-                "The published size takes 16 bytes for each of its 340 million parameters, 5.5 GB, besides activations"
+                f'strategy is "{self.strategy}", but weights are averaged here, and Muon takes them whole, which only '
+                "fsdp is made for: give fsdp, or ddp"
             )
+
+    def strategy_for(self, stage: Stage) -> str | Sharding:
+        """fsdp is for transformers; what else is trained fits one device, and is shared out by batch alone."""
+        if self.strategy.lower() != "fsdp":
+            return self.strategy
+        return Sharding() if isinstance(stage, GPTTrainer) else "ddp"
 
 
 def fit(
@@ -79,12 +87,13 @@ def fit(
     done, validate_every = checkpointed_steps(last), min(config.validate_every, config.steps)
     averaging = Averaging(config.ema_decay)
     best = [Best(folder / "best.ckpt", averaging, config.patience)] if config.patience else []
+    strategy = machine.strategy_for(stage)
     trainer = pl.Trainer(
         max_steps=config.steps,
         accelerator="auto",
         devices=int(machine.devices) if machine.devices.isdecimal() else machine.devices,
         num_nodes=machine.nodes,
-        strategy=machine.strategy,
+        strategy=strategy,
         precision=_precision(config.precision),
         accumulate_grad_batches=pieces,
         gradient_clip_val=1.0,
@@ -119,10 +128,14 @@ def fit(
             if config.batch_size % pieces:
                 raise
             torch.cuda.empty_cache()
+            if isinstance(strategy, Sharding):
+                stage.gpt = strategy.whole
             size = config.batch_size // pieces
             log.warning("%s: out of memory; going on with %d pictures at a time, %d times a step", name, size, pieces)
             more = {"seed": seed, "machine": machine, "collate": collate, "callbacks": callbacks}
             return fit(name, stage, samples, held_back, folder, pieces=pieces, **more)
+        if isinstance(strategy, Sharding):
+            strategy.put_together(stage)
         done = trainer.global_step
     else:
         # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
@@ -362,8 +375,24 @@ class Averaging(WeightAveraging):
         super().__init__(use_buffers=False, avg_fn=averaged)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # Lightning would leave it where the weights are not yet gone from
+        if not isinstance(trainer.strategy, Sharding):
+            # Lightning would leave it where the weights are not yet gone from.
+            self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, Sharding):
+            trainer.strategy.share_out(self._average_model.module.gpt)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["state_dict"] = in_one(checkpoint["state_dict"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The mean, by the names of the stage's own state."""
+        return in_one(self._average_model.module.state_dict())
 
 
 class Best(Callback):
@@ -379,7 +408,7 @@ class Best(Callback):
         if loss < self.least:
             self.least, self.since = loss, 0
             # Lightning has put the trained weights back by now.
-            averaged = self.averaging._average_model.module.state_dict()
+            averaged = self.averaging.weights()
             if trainer.is_global_zero:
                 _save_whole({"state_dict": averaged, "val_loss": loss, "step": trainer.global_step}, self.path)
         if self.since >= self.patience:

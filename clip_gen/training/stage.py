@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_gen.gpt import multiplies_bfloat16
+from clip_gen.training.sharding import share_of, whole
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 average = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                directions.append(matrix.grad.lerp(average, momentum).flatten(1))  # as Nesterov looks ahead
+                directions.append(whole(matrix.grad.lerp(average, momentum)).flatten(1))  # as Nesterov looks ahead
             rate = 0.2 * max(shape) ** 0.5 * lr
             for matrix, direction in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
-                matrix.mul_(1 - lr * weight_decay).sub_(direction.view(matrix.shape), alpha=rate)
+                matrix.mul_(1 - lr * weight_decay).sub_(share_of(direction.view(matrix.shape), matrix), alpha=rate)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
