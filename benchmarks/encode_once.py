@@ -1,8 +1,10 @@
 """Stage 2 as it trains here, beside a loop that encodes every picture at every step.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/encode_once.py [--size laptop small medium] [--pictures 64] [--json FILE]
+    PYTHONPATH=. .venv/bin/python benchmarks/encode_once.py [--size laptop small medium] [--clip bundled ViT-B/32]
+        [--pictures 64] [--json FILE]
 
-The same transformer and batch for all, random weights, the bundled CLIP; picture files are read from disk where a loop
+The same transformer and batch for all, random weights, the bundled CLIP and one of the size that the public
+re-implementation uses; picture files, 256 by 256 like those of own_pictures.py scratch, are read from disk where a loop
 would read them. "every step" draws each batch's pictures, embeds and tokenises them and takes the step in plain
 float32, as public re-implementations of CLIP-GEN do; "once" is the same loop on pictures encoded once; "trained" is
 what `python -m clip_gen train` does: encoded once, from the places that tell something and a few others, in bfloat16
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +32,11 @@ from pytorch_lightning.callbacks import Callback
 from torch.utils.data import Subset, default_collate
 
 from clip_gen.checkpoint import load_networks
+from clip_gen.clip_encoder import ClipEncoder
+from clip_gen.config import ModelConfig, read_config
 from clip_gen.gpt import GPT
-from clip_gen.images import from_bytes, to_pil
-from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.images import from_bytes
+from clip_gen.shapes.folder import write_pictures
 from clip_gen.training.dataset import (
     EncodedPictures,
     Endless,
@@ -45,18 +50,18 @@ from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.run import fit
 from clip_gen.vqgan import VQGAN
 
-ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"
 
 
-def measure(size: str, pictures: int, batch_size: int, steps: int, folder: Path) -> dict[str, float]:
+def measure(size: str, clip: ClipEncoder, pictures: int, batch_size: int, steps: int, folder: Path) -> dict[str, float]:
     """Pictures a second of each."""
-    base = load_networks(ROOT / "checkpoints" / "shapes")
-    settled = plan(TrainSettings(size=size), base.config, pictures, torch.cuda.is_available())
+    base = replace(read_config(BUNDLED / "config.yaml", ModelConfig), clip=clip.config)
+    settled = plan(TrainSettings(size=size), base, pictures, torch.cuda.is_available())
     config = settled.model
     torch.manual_seed(0)
     vqgan, gpt = VQGAN(config.vqgan), GPT(config.gpt)
-    paths = write_pictures(folder, pictures, config.vqgan.resolution)
-    files = PictureFiles(paths, config.vqgan.resolution)
+    write_pictures(pictures, 0, folder / "pictures", 256, captions=False, zipped=False, held_out="never")
+    files = PictureFiles(sorted((folder / "pictures").glob("*.png")), config.vqgan.resolution)
     vqgan(from_bytes(torch.stack([torch.from_numpy(files[i]) for i in range(8)])))  # the codebook starts
     vqgan.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-4)
@@ -66,7 +71,7 @@ def measure(size: str, pictures: int, batch_size: int, steps: int, folder: Path)
         token_loss(gpt(embeddings, tokens[:, :-1]), tokens).backward()
         optimizer.step()
 
-    embeddings = encode_embeddings(files, base.clip, folder / f"{size}-embeddings.npy")
+    embeddings = encode_embeddings(files, clip, folder / f"{size}-embeddings.npy")
     tokens = encode_tokens(files, vqgan, folder / f"{size}-tokens.npy")
     once, every = Endless(EncodedPictures(embeddings, tokens, noise=0.5, dropout=0.1), 0), Endless(files, 0)
     places = enough_places(np.load(tokens))
@@ -78,7 +83,7 @@ def measure(size: str, pictures: int, batch_size: int, steps: int, folder: Path)
 
     def encoded_every_time(number: int) -> None:
         images = from_bytes(default_collate([every[number * batch_size + i] for i in range(batch_size)]))
-        step(base.clip.encode_image(images), vqgan.encode(images))
+        step(clip.encode_image(images), vqgan.encode(images))
 
     found = {
         "every step": speed(encoded_every_time, batch_size, steps),
@@ -123,19 +128,18 @@ def speed(step: Callable[[int], None], batch_size: int, steps: int) -> float:
     return batch_size * steps / (time.perf_counter() - began)
 
 
-def write_pictures(folder: Path, count: int, resolution: int) -> list[Path]:
-    """Pictures half as large again as the network's, as photographs are larger too."""
-    rendered = RenderedPictures(count, 0, resolution * 3 // 2)
-    paths = []
-    for i in range(count):
-        paths.append(folder / f"{resolution}-{i}.jpg")
-        to_pil(from_bytes(torch.from_numpy(rendered[i][None])))[0].save(paths[-1], quality=95)
-    return paths
+def clip_of(name: str) -> ClipEncoder:
+    """The bundled one, or one of OpenAI's size with random weights."""
+    if name == "bundled":
+        return load_networks(BUNDLED).clip
+    torch.manual_seed(0)
+    return ClipEncoder(ModelConfig().clip)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", default=["laptop", "small", "medium"])
+    parser.add_argument("--clip", nargs="+", default=["bundled", "ViT-B/32"], choices=["bundled", "ViT-B/32"])
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4)
@@ -144,15 +148,16 @@ def main() -> None:
     machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     results = {}
     print(f"pictures a second, {machine['threads']} threads")
-    for size in arguments.size:
+    for size, clip in product(arguments.size, arguments.clip):
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(size, arguments.pictures, arguments.batch_size, arguments.steps, Path(folder))
+            batch_size, steps = arguments.batch_size, arguments.steps
+            found = measure(size, clip_of(clip), arguments.pictures, batch_size, steps, Path(folder))
         slowest = found["every step"]
-        results[size] = found | {"ratio": found["trained"] / slowest}
+        results[f"{size}, {clip}"] = found | {"ratio": found["trained"] / slowest}
         words = [
             f"{name} {found[name]:.1f} ({found[name] / slowest:.1f}x)" for name in ("every step", "once", "trained")
         ]
-        print(f"{size:10} {'   '.join(words)}, from {found['places']} places", flush=True)
+        print(f"{size:10} {clip:9} {'   '.join(words)}, from {found['places']} places", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 

@@ -104,11 +104,13 @@ def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train
     assert legs[-1] == (6, 9) or legs[-1] == (7, 9)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_transformer_in_shares_is_cut_off_and_goes_on_and_is_that_of_one_process(
-    encoded: EncodedPictures, tmp_path: Path
+    encoded: EncodedPictures, tmp_path: Path, precision: str
 ) -> None:
     def trained(folder: Path, strategy: str, *callbacks: Callback) -> GPTTrainer:
-        stage, machine = stage_2(replace(CONFIG, patience=9)), Machine("1", strategy=strategy, save_seconds=0)
+        stage = stage_2(replace(CONFIG, patience=9, precision=precision))
+        machine = Machine("1", strategy=strategy, save_seconds=0)
         samples = Endless(encoded, 3)
         stage.record = fit("toy", stage, samples, encoded, folder, seed=4, machine=machine, callbacks=[*callbacks])
         return stage

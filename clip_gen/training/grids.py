@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from clip_gen.images import from_bytes, to_pil
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.dataset import EncodedPictures, PictureFiles
 from clip_gen.training.sharding import Sharding
+
+log = logging.getLogger(__name__)
 
 SHOWN = 8  # pictures in a row
 GAP = 2
@@ -57,9 +60,12 @@ class Grids(Callback, ABC):
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         sharding = trainer.strategy if isinstance(trainer.strategy, Sharding) else None
-        with sharding.together(module) if sharding else nullcontext():
-            if trainer.is_global_zero:
-                self._draw_here(trainer, module)
+        try:
+            with sharding.together(module) if sharding else nullcontext():
+                if trainer.is_global_zero:
+                    self._draw_here(trainer, module)
+        except torch.OutOfMemoryError:  # which would stop this process alone
+            log.warning("there was no memory for the pictures of step %d", trainer.global_step)
 
     def _draw_here(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         began, training = time.monotonic(), module.training

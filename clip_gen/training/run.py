@@ -73,27 +73,52 @@ def fit(
     machine: Machine = Machine(),
     collate: Callable | None = None,
     callbacks: Sequence[Callback] = (),
-    pieces: int = 1,
 ) -> dict[str, object]:
     """Trains a stage to its last step, leaving its averaged weights in it; returns what to write down about it.
 
     samples: item n is sample number n, without end. When a checkpoint is in `folder`, the run goes on from there and
-    ends with the very weights it would have had. pieces: how many parts a batch is worked on in; out of memory doubles
-    it.
+    ends with the very weights it would have had. Out of memory doubles the number of parts a batch is worked on in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _quiet_lightning()
+    network, pieces = getattr(stage, "gpt", None), 1
+    while True:
+        try:
+            return _fit(name, stage, samples, held_back, folder, seed, machine, collate, callbacks, pieces)
+        except torch.OutOfMemoryError:
+            if stage.config.batch_size % (2 * pieces):
+                raise
+        # Out here nothing holds on to what there was no room for.
+        torch.cuda.empty_cache()
+        if network is not None:
+            stage.gpt = network  # not the shares of it that were in training
+        pieces *= 2
+        size = stage.config.batch_size // pieces
+        log.warning("%s: out of memory; going on with %d pictures at a time, %d times a step", name, size, pieces)
+
+
+def _fit(
+    name: str,
+    stage: Stage,
+    samples: Dataset,
+    held_back: Dataset,
+    folder: Path,
+    seed: int,
+    machine: Machine,
+    collate: Callable | None,
+    callbacks: Sequence[Callback],
+    pieces: int,
+) -> dict[str, object]:
     config, last = stage.config, folder / "last.ckpt"
     done, validate_every = checkpointed_steps(last), min(config.validate_every, config.steps)
     averaging = Averaging(config.ema_decay)
     best = [Best(folder / "best.ckpt", averaging, config.patience)] if config.patience else []
-    strategy = machine.strategy_for(stage)
     trainer = pl.Trainer(
         max_steps=config.steps,
         accelerator="auto",
         devices=int(machine.devices) if machine.devices.isdecimal() else machine.devices,
         num_nodes=machine.nodes,
-        strategy=strategy,
+        strategy=machine.strategy_for(stage),
         precision=_precision(config.precision),
         accumulate_grad_batches=pieces,
         gradient_clip_val=1.0,
@@ -121,21 +146,7 @@ def fit(
     )
     if done < config.steps:
         data = Samples(samples, held_back, config, done, pieces, collate)
-        try:
-            trainer.fit(stage, datamodule=data, ckpt_path=last if done else None, weights_only=True)
-        except torch.OutOfMemoryError:
-            pieces *= 2
-            if config.batch_size % pieces:
-                raise
-            torch.cuda.empty_cache()
-            if isinstance(strategy, Sharding):
-                stage.gpt = strategy.whole
-            size = config.batch_size // pieces
-            log.warning("%s: out of memory; going on with %d pictures at a time, %d times a step", name, size, pieces)
-            more = {"seed": seed, "machine": machine, "collate": collate, "callbacks": callbacks}
-            return fit(name, stage, samples, held_back, folder, pieces=pieces, **more)
-        if isinstance(strategy, Sharding):
-            strategy.put_together(stage)
+        trainer.fit(stage, datamodule=data, ckpt_path=last if done else None, weights_only=True)
         done = trainer.global_step
     else:
         # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
@@ -375,9 +386,8 @@ class Averaging(WeightAveraging):
         super().__init__(use_buffers=False, avg_fn=averaged)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not isinstance(trainer.strategy, Sharding):
-            # Lightning would leave it where the weights are not yet gone from.
-            self._device = trainer.strategy.root_device
+        # Where the weights are going, or only shares of them.
+        self._device = torch.device("cpu") if isinstance(trainer.strategy, Sharding) else trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,6 +12,7 @@ import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_gen.gpt import multiplies_bfloat16
@@ -128,10 +129,12 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(
         self, params: list[Tensor], lr: float, weight_decay: float, momentum: float, **_: object
     ) -> None:
-        alike: dict[tuple[int, int], list[Tensor]] = {}  # those of one shape at a time
-        for matrix in params:
+        alike: dict[tuple[int, ...], list[Tensor]] = {}  # those of one shape at a time
+        for number, matrix in enumerate(params):
             if matrix.grad is not None:
-                alike.setdefault((len(matrix), matrix[0].numel()), []).append(matrix)
+                shape = (matrix.shape[0], matrix.shape[1:].numel())
+                # Those in shares one by one, for each is brought together.
+                alike.setdefault(shape + (number,) * isinstance(matrix, DTensor), []).append(matrix)
         for shape, matrices in alike.items():
             directions = []
             for matrix in matrices:
@@ -140,7 +143,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 average = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
                 directions.append(whole(matrix.grad.lerp(average, momentum)).flatten(1))  # as Nesterov looks ahead
-            rate = 0.2 * max(shape) ** 0.5 * lr
+            rate = 0.2 * max(shape[:2]) ** 0.5 * lr
             for matrix, direction in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
                 matrix.mul_(1 - lr * weight_decay).sub_(share_of(direction.view(matrix.shape), matrix), alpha=rate)
 
