@@ -1,7 +1,7 @@
 """Whether matrices in bfloat16 and in int8 draw as well as in float32: the bundled model each way, by the judge.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/precision.py [--prompts 200] [--kinds one two] [--device cpu]
-        [--dtypes float32 bfloat16 int8]
+    PYTHONPATH=. .venv/bin/python benchmarks/precision.py [--prompts 200] [--first 0] [--kinds one two]
+        [--device cpu] [--dtypes float32 bfloat16 int8]
 
 Every candidate is drawn in each type with the same numbers. Prints the share of candidates all right, and of best ones
 of 16, the difference from the first type in points with its 95 % interval (the candidates of a prompt taken as one
@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("float32", "bfloat16")}
 
 
-def each_way(models: dict[str, ClipGen], kind: str, prompts: int) -> dict[str, object]:
-    """The shares of one kind of prompt."""
+def each_way(models: dict[str, ClipGen], kind: str, first: int, prompts: int) -> dict[str, object]:
+    """The shares of one kind of prompt, from number `first` on."""
     evaluations = [Evaluation(model, prompts, 0, Sampling()) for model in models.values()]
-    chosen = cases(kind, prompts, 0)
+    chosen = cases(kind, first + prompts, 0)
     graded: list[tuple[Graded, ...]] = []
-    for start in range(0, prompts, TOGETHER):
+    for start in range(first, first + prompts, TOGETHER):
         some = chosen[start : start + TOGETHER]
         graded += zip(*(evaluation.candidates(some, start, "text") for evaluation in evaluations), strict=True)
     single = np.array([[np.mean(way.right) for way in ways] for ways in graded])
@@ -65,6 +65,7 @@ def compared(dtypes: Iterable[str], shares: np.ndarray) -> dict[str, dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200, help="of each kind")
+    parser.add_argument("--first", type=int, default=0, help="number of the first one, to go on behind an earlier run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["one", "two"])
     parser.add_argument("--device", choices=DTYPES, default="cpu", help="int8 is for CPUs alone")
     parser.add_argument("--dtypes", nargs="+", help="the others are compared with the first; by default all")
@@ -73,12 +74,13 @@ def main() -> None:
     folder, device = ROOT / "checkpoints" / "shapes", arguments.device
     models = {dtype: ClipGen.load(folder, device, dtype) for dtype in arguments.dtypes or DTYPES[device]}
     for kind in arguments.kinds:
-        result = each_way(models, kind, arguments.prompts)
-        print(f"{TITLES[kind]}\n{json.dumps(result, indent=1)}", flush=True)
+        result = each_way(models, kind, arguments.first, arguments.prompts)
+        title = TITLES[kind] + (f", from number {arguments.first}" if arguments.first else "")
+        print(f"{title}\n{json.dumps(result, indent=1)}", flush=True)
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         with whole_or_not(arguments.out) as temporary:
-            Path(temporary).write_text(json.dumps(found | {TITLES[kind]: result}, indent=1) + "\n")
+            Path(temporary).write_text(json.dumps(found | {title: result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
