@@ -130,7 +130,8 @@ class Batcher:
         if embedding.shape != wanted:  # in a batch it would be the neighbours' trouble too
             raise ValueError(f"the embedding has shape {tuple(embedding.shape)}; this transformer takes {wanted}")
         uniforms = candidate_uniforms(seed, range(candidates), gpt.config.block_size)
-        tokens = torch.empty(uniforms.shape, dtype=torch.long)
+        with torch.inference_mode(False):  # of an asker who is in it the other thread could not fill them in
+            tokens = torch.empty(uniforms.shape, dtype=torch.long)
         request = _Request(gpt, embedding, uniforms, sampling, should_stop or (lambda: False), tokens)
         with self._news:
             self._check_open()

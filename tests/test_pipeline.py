@@ -105,6 +105,14 @@ def test_without_reranking_the_first_candidates_come_in_their_order_with_scores(
     assert plain.scores != ranked.scores
 
 
+def test_inside_inference_mode_the_pictures_are_the_same(tiny_model: ClipGen) -> None:
+    plain = tiny_model.generate("a red circle", candidates=3, num_outputs=3, seed=1)
+    with torch.inference_mode():
+        result = tiny_model.generate("a red circle", candidates=3, num_outputs=3, seed=1)
+    assert torch.equal(plain.tokens, result.tokens)
+    assert [a.tobytes() for a in plain.images] == [b.tobytes() for b in result.images]
+
+
 def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: ClipGen) -> None:
     state = torch.get_rng_state()
     tiny_model.generate("a red circle", candidates=1, num_outputs=1, seed=1)
