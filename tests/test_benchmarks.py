@@ -267,7 +267,7 @@ def test_the_readme_tells_of_every_file() -> None:
 
 def test_precision_is_compared_candidate_by_candidate(tiny_model_folder: Path) -> None:
     models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in precision.DTYPES["cpu"]}
-    shares = precision.each_way(models, "one", 3)
+    shares = precision.each_way(models, "one", 5, 3)
     assert shares["same pictures"] == {"float32": 1.0, "bfloat16": 1.0, "int8": 1.0}
     assert shares["one candidate"]["int8"]["points"] == shares["one candidate"]["int8"]["within"] == 0.0
 

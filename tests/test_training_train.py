@@ -304,7 +304,7 @@ def test_settings_that_do_not_go_together_are_refused(
 def test_other_strategies_that_share_out_the_weights_are_refused(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match='strategy is "fsdp_cpu_offload", but averaging'):
+    with pytest.raises(ValueError, match='strategy is "fsdp_cpu_offload", but weights are averaged'):
         Training(photos, tmp_path / "out", toy, Machine(strategy="fsdp_cpu_offload"))
     assert not (tmp_path / "out").exists()
 
