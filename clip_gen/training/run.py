@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -81,10 +82,11 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _quiet_lightning()
+    data = partial(Samples, samples, held_back, stage.config, collate)
     network, pieces = getattr(stage, "gpt", None), 1
     while True:
         try:
-            return _fit(name, stage, samples, held_back, folder, seed, machine, collate, callbacks, pieces)
+            return _fit(name, stage, data, folder, seed, machine, callbacks, pieces)
         except torch.OutOfMemoryError:
             if stage.config.batch_size % (2 * pieces):
                 raise
@@ -100,12 +102,10 @@ def fit(
 def _fit(
     name: str,
     stage: Stage,
-    samples: Dataset,
-    held_back: Dataset,
+    data: Callable[[int, int], Samples],
     folder: Path,
     seed: int,
     machine: Machine,
-    collate: Callable | None,
     callbacks: Sequence[Callback],
     pieces: int,
 ) -> dict[str, object]:
@@ -145,8 +145,7 @@ def _fit(
         default_root_dir=folder,
     )
     if done < config.steps:
-        data = Samples(samples, held_back, config, done, pieces, collate)
-        trainer.fit(stage, datamodule=data, ckpt_path=last if done else None, weights_only=True)
+        trainer.fit(stage, datamodule=data(done, pieces), ckpt_path=last if done else None, weights_only=True)
         done = trainer.global_step
     else:
         # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
@@ -197,9 +196,9 @@ class Samples(pl.LightningDataModule):
         samples: Dataset,
         held_back: Dataset,
         config: FitConfig,
+        collate: Callable | None,
         done: int,
         pieces: int,
-        collate: Callable | None,
     ):
         super().__init__()
         self.samples, self.held_back, self.config = samples, held_back, config
