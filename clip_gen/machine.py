@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,14 @@ from torch import nn
 def spare_cores() -> int:
     """How many processes may prepare samples while this one works: 1 on 2 cores, never more than 16."""
     return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+def give_back_memory() -> None:
+    """To the system, what was freed and kept for later (KEEP_MEMORY): a process forked from here would keep a copy."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

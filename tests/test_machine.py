@@ -1,11 +1,16 @@
-"""machine.py: settings of the process are as they were, whatever happened meanwhile."""
+"""machine.py: settings of the process are as they were, whatever happened meanwhile, and memory is given back."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from clip_gen.cog_training import KEEP_MEMORY
 from clip_gen.machine import at_work, spare_cores, tensor_float32
 
 CUDA = torch.device("cuda")
@@ -44,3 +49,25 @@ def test_networks_are_back_on_the_cpu_after_an_error_too() -> None:
 
 def test_one_core_is_left_to_the_one_who_asks() -> None:
     assert 1 <= spare_cores() <= 16
+
+
+def test_memory_kept_for_later_is_given_back() -> None:
+    code = """
+from pathlib import Path
+import torch
+from clip_gen.machine import give_back_memory
+
+def held() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 10**6
+
+began = held()
+used = [torch.ones(2**18) for _ in range(300)]  # 315 MB
+used = used[-1]  # which keeps the heap from shrinking by itself
+kept = held()
+give_back_memory()
+print(kept - began, held() - began)
+"""
+    environment = os.environ | KEEP_MEMORY
+    kept, left = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
+    assert int(kept) > 300
+    assert int(left) < 30

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clip_gen.bridge import add_noise
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
-from clip_gen.machine import at_work, spare_cores
+from clip_gen.machine import at_work, give_back_memory, spare_cores
 from clip_gen.pictures import load_picture
 from clip_gen.vqgan import VQGAN
 
@@ -335,6 +335,7 @@ def _encoded_once(
     count, done, began, said = len(pictures), 0, time.perf_counter(), 0.0
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".rows")  # how many there will be is known at the end
+    give_back_memory()
     with unfinished.open("wb") as file, at_work(network) as device:
         for batch in DataLoader(pictures, batch_size, num_workers=spare_cores()):
             file.write(encode(from_bytes(batch.to(device))).cpu().numpy().astype(dtype).tobytes())
