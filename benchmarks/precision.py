@@ -1,7 +1,7 @@
-"""Whether matrices in bfloat16 and in int8 draw as well as in float32: the bundled model each way, by the judge.
+"""Whether matrices in fewer bits draw as well as in float32: the bundled model each way, by the judge.
 
     PYTHONPATH=. .venv/bin/python benchmarks/precision.py [--prompts 200] [--first 0] [--kinds one two]
-        [--device cpu] [--dtypes float32 bfloat16 int8]
+        [--device cpu] [--dtypes float32 float16 bfloat16 int8]
 
 Every candidate is drawn in each type with the same numbers. Prints the share of candidates all right, and of best ones
 of 16, the difference from the first type in points with its 95 % interval (the candidates of a prompt taken as one
@@ -25,7 +25,7 @@ from clip_gen.files import whole_or_not
 from clip_gen.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("float32", "bfloat16")}
+DTYPES = {"cpu": ("float32", "float16", "bfloat16", "int8"), "cuda": ("float32", "bfloat16")}
 
 
 def each_way(models: dict[str, ClipGen], kind: str, first: int, prompts: int) -> dict[str, object]:
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="of each kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first one, to go on behind an earlier run")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["one", "two"])
-    parser.add_argument("--device", choices=DTYPES, default="cpu", help="int8 is for CPUs alone")
+    parser.add_argument("--device", choices=DTYPES, default="cpu", help="float16 and int8 are for CPUs alone")
     parser.add_argument("--dtypes", nargs="+", help="the others are compared with the first; by default all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "precision.json")
     arguments = parser.parse_args()

@@ -89,7 +89,7 @@ class Recording:
     """The memory that one batch of `rows` works in, and the graph of its step. Holds no reference to the GPT."""
 
     def __init__(self, gpt: GPT, rows: int):
-        config, device = gpt.config, gpt.head.weight.device
+        config, device = gpt.config, gpt.device
         self.step = fused_step if has_kernels(device) else plain_step
         self.cache = StaticCache(config, rows, device=device, dtype=gpt.dtype)
         self.prefix = torch.zeros(rows, config.n_embd, device=device)

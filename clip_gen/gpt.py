@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
+from clip_gen.float16 import Float16Linear
 from clip_gen.int8 import Int8Linear
 
 
@@ -263,7 +264,11 @@ class GPT(nn.Module):
         return self._logits(x[:, None], cache.place, cache)[:, 0]
 
     def new_cache(self, rows: int) -> KVCache:
-        return KVCache(self.config, rows, device=self.head.weight.device, dtype=self.dtype)
+        return KVCache(self.config, rows, device=self.device, dtype=self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -278,18 +283,22 @@ class GPT(nn.Module):
     def work_in(self, dtype: torch.dtype) -> GPT:
         """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is.
 
-        int8: the head's too, and the cache in bfloat16 where the CPU multiplies that; elsewhere attention is twice as
-        fast in float32. There is no way back from it, and no training.
+        float16 and int8: the head's too, and the cache in float32, or with int8 in bfloat16 where the CPU multiplies
+        that; elsewhere attention is twice as fast in float32. There is no way back from them, and no training.
         """
-        between = torch.bfloat16 if multiplies_bfloat16(self.head.weight.device) else torch.float32
+        between = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
+
+        def kept(linear: nn.Linear) -> nn.Module:
+            if dtype == torch.float16:
+                return Float16Linear(linear)
+            return Int8Linear(linear, between) if dtype == torch.int8 else linear.to(dtype)
+
         for block in self.blocks:
-            for part, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("fc", "proj"))):
-                for name in names:
-                    linear = getattr(part, name)
-                    setattr(part, name, Int8Linear(linear, between) if dtype == torch.int8 else linear.to(dtype))
-        if dtype == torch.int8:  # these too, for no row's bits may hang on the others; in bfloat16 they are read whole
-            self.head = Int8Linear(self.head, between)
-            self.around = self.around and Int8Linear(self.around, between)
+            block.attn.qkv, block.attn.proj = kept(block.attn.qkv), kept(block.attn.proj)
+            block.mlp.fc, block.mlp.proj = kept(block.mlp.fc), kept(block.mlp.proj)
+        if dtype in (torch.float16, torch.int8):  # then no row's bits hang on others, or it costs nothing
+            self.head = kept(self.head)
+            self.around = self.around and kept(self.around)
         return self
 
     def _logits(

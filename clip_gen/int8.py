@@ -17,6 +17,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
+        self.in_features = linear.in_features
         if linear.in_features % 16:
             width = linear.in_features
             raise ValueError(f'dtype int8 takes multiples of 16 as widths, and one here is {width}; give "auto"')

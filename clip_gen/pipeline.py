@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clip_gen.batching import Busy, one_thread, shared_batcher
 from clip_gen.checkpoint import Networks, load_networks
+from clip_gen.float16 import has_products
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
 from clip_gen.machine import tensor_float32
@@ -57,8 +58,8 @@ class ClipGen:
     def load(cls, folder: str | Path, device: str = "auto", dtype: str | None = None) -> ClipGen:
         """Reads a model folder. device: cpu, cuda, or auto for cuda where there is one.
 
-        dtype: of the transformer's matrices; float32, bfloat16, or auto for bfloat16 where the hardware multiplies it;
-        on a CPU also int8, for one or two candidates at a time. If not given, CLIP_GEN_DTYPE says, else auto.
+        dtype: of the transformer's matrices; float32, bfloat16, on a CPU also float16, or int8 for few candidates at a
+        time; auto for what suits the hardware best. If not given, CLIP_GEN_DTYPE says, else auto.
         """
         chosen = choose_device(device)
         with one_thread():
@@ -141,12 +142,20 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype not in ("auto", "float32", "bfloat16", "int8"):
-        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16" or "int8"')
-    if dtype == "int8" and device.type != "cpu":
-        raise ValueError('dtype is "int8", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
-    if dtype == "auto":
-        dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    """auto: bfloat16 where the hardware multiplies it, float16 on other CPUs for which there are products, or float32.
+
+    ValueError for a type that there is not, or not on this device.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16", "int8"):
+        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16", "float16" or "int8"')
+    if dtype in ("float16", "int8") and device.type != "cpu":
+        raise ValueError(f'dtype is "{dtype}", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
+    if dtype == "float16" and not has_products():
+        raise ValueError('dtype is "float16", whose products need an x86 processor with AVX2; give "auto"')
+    if dtype == "auto" and multiplies_bfloat16(device):
+        dtype = "bfloat16"
+    elif dtype == "auto":
+        dtype = "float16" if device.type == "cpu" and has_products() else "float32"
     return getattr(torch, dtype)
 
 

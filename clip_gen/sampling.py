@@ -17,11 +17,11 @@ from clip_gen.gpt import GPT
 MAX_SEED = 2**31 - 1
 
 # Matrix products over other numbers of rows may take other code paths and round differently (by 1e-6 on a CPU with
-# AVX2), which now and then flips a token. So on a CPU a batch has one of those NUMBERS of rows that round alike there,
-# filled up with its last row: a candidate's bits are then the same whatever stands beside it. Where those from ROWS
-# on differ, ROWS is the only one.
+# AVX2), which now and then flips a token. So on a CPU products have one of those NUMBERS of rows that round alike
+# there, filled up with the last row: a candidate's bits are then the same whatever stands beside it. Where they are not
+# enough for a batch of ROWS, that, and with guidance twice that, is the only one.
 ROWS = 16
-NUMBERS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+NUMBERS = (1, 2, 4, 8, 16, 18, 24, 32, 36, 48, 64, 72)
 SHARED = 32  # candidates in a batch; guidance takes two rows for each
 # A GPU reads all weights for each step, however many rows there are; a batch of up to ROWS is still one of ROWS.
 GPU_ROWS = 64
@@ -103,51 +103,53 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 def most_rows(gpt: GPT) -> int:
     """How many candidates share a batch."""
-    if gpt.head.weight.device.type == "cuda":
+    if gpt.device.type == "cuda":
         return GPU_ROWS
-    return SHARED if max(numbers_of_rows(gpt)) > ROWS else ROWS
+    return SHARED if min(max(numbers_of_rows(gpt, passes)) for passes in (1, 2)) >= SHARED else ROWS
 
 
-def rows_of(gpt: GPT, count: int) -> int:
-    """How many rows the products of a batch of so many candidates have; beyond the largest of NUMBERS, just as many."""
-    if gpt.head.weight.device.type == "cuda":
+def rows_of(gpt: GPT, count: int, passes: int = 1) -> int:
+    """With how many rows a batch of so many candidates goes through the transformer, in each of its passes (2 with
+    guidance); beyond the largest that numbers_of_rows knows, just as many.
+    """
+    if gpt.device.type == "cuda":
         return ROWS if count <= ROWS else max(count, GPU_ROWS)
-    return next((number for number in numbers_of_rows(gpt) if number >= count), count)
+    return next((number for number in numbers_of_rows(gpt, passes) if number >= count), count)
 
 
-@torch.inference_mode()
-def numbers_of_rows(gpt: GPT) -> tuple[int, ...]:
-    """Those of NUMBERS, the least first, with which a row of every product of this transformer has the same bits.
+def numbers_of_rows(gpt: GPT, passes: int = 1) -> tuple[int, ...]:
+    """Those of NUMBERS, the least first, with which a row of every product of this transformer has the same bits when
+    it has so many rows for each pass.
 
     Found out once for each transformer. ROWS alone in bfloat16, whose rounding hides most of what would differ.
     """
-    known = _numbers.setdefault(gpt, {})
-    if gpt.dtype not in known:
-        known[gpt.dtype] = (ROWS,)
+    alike = _alike.setdefault(gpt, {})
+    if gpt.dtype not in alike:
+        alike[gpt.dtype] = {ROWS}
         if gpt.rows_apart or gpt.dtype == torch.float32:
             with contextlib.suppress(RuntimeError):  # out of memory, say: whose batch it is will hear of it
-                known[gpt.dtype] = _found_numbers(gpt)
-    return known[gpt.dtype]
+                alike[gpt.dtype] = _found_alike(gpt)
+    found = tuple(number for number in NUMBERS if {number, number * passes} <= alike[gpt.dtype])
+    return found if found and found[-1] >= ROWS else (ROWS,)
 
 
-_numbers: WeakKeyDictionary[GPT, dict[torch.dtype, tuple[int, ...]]] = WeakKeyDictionary()
+_alike: WeakKeyDictionary[GPT, dict[torch.dtype, set[int]]] = WeakKeyDictionary()
 
 
-def _found_numbers(gpt: GPT) -> tuple[int, ...]:
-    block, most = gpt.blocks[0], max(NUMBERS)
-    agreeing = set(NUMBERS)
+@torch.inference_mode()
+def _found_alike(gpt: GPT) -> set[int]:
+    """Those of NUMBERS with which rows have the bits that they have in products of ROWS."""
+    block, alike = gpt.blocks[0], set(NUMBERS)
     linears = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, gpt.around, gpt.head
     for linear in filter(None, linears):
-        x = torch.randn(most, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
-        every = linear(x)
-        agreeing &= {
+        x = torch.randn(5 * ROWS, linear.in_features, generator=torch.Generator().manual_seed(0))
+        usual = torch.cat([linear(rows) for rows in x.split(ROWS)])
+        alike &= {
             number
             for number in NUMBERS
-            if torch.equal(linear(x[:number]), every[:number]) and torch.equal(linear(x[-number:]), every[-number:])
+            if torch.equal(linear(x[:number]), usual[:number]) and torch.equal(linear(x[-number:]), usual[-number:])
         }
-    # With guidance there are twice as many, so all that come after must agree too.
-    differing = max(set(NUMBERS) - agreeing, default=0)
-    return tuple(number for number in NUMBERS if number > differing) if differing < ROWS else (ROWS,)
+    return alike
 
 
 class GrowingSteps:
@@ -182,12 +184,13 @@ class Batch:
         self.gpt, self.sampling, self.uniforms, self.drawn = gpt, sampling, uniforms.to(device), 0
         self._tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
         recorded = device.type == "cuda" if recorded is None else recorded
-        rows = rows_of(gpt, count)
+        self.passes = 1 if sampling.guidance == 1 else 2
+        rows = rows_of(gpt, count, self.passes)
         embedding = _padded(embedding, rows)
         prefixes = [gpt.prefix(embedding)]
-        if sampling.guidance != 1:
+        if self.passes == 2:
             prefixes.append(gpt.prefix(embedding, torch.ones(rows, dtype=torch.bool, device=device)))
-        self.passes, self.width = len(prefixes), rows if recorded else count
+        self.width = rows if recorded else count
         prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
         if recorded:
             self.steps = RecordedSteps(gpt, prefix)

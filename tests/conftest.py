@@ -17,8 +17,11 @@ from PIL import Image
 from clip_gen import ClipGen
 from clip_gen.checkpoint import Networks, build, save_networks
 from clip_gen.config import ClipConfig, GPTConfig, ModelConfig, VQGANConfig
+from clip_gen.float16 import has_products
 from clip_gen.importers.lpips import import_lpips
 from clip_gen.shapes.pairs import RenderedPictures
+
+FLOAT16 = pytest.mark.skipif(not has_products(), reason="float16 is for x86 with AVX2")
 
 TINY = ModelConfig(
     name="tiny",

@@ -118,16 +118,30 @@ def test_a_part_measures_both_ways(subject: Subject, part: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "bars"), [("bundled", []), ("published", [(13, 20), (40, 60)])])
+@pytest.mark.parametrize("in_int8", [0.05, 0.2])
 def test_sampling_at_the_published_size_has_bars_one_beside_the_best_batch(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, size: str, bars: list[tuple[int, int]]
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, size: str, bars: list[tuple[int, int]], in_int8: float
 ) -> None:
+    def our_seconds(gpt: GPT, device: torch.device, count: int, times: int) -> float:
+        if count > 1:
+            return 0.04
+        return in_int8 if gpt.rows_apart else 0.1
+
     monkeypatch.setattr(sampling, "plain_seconds", lambda gpt, device, batch, times: {1: 3.0, 4: 2.0, 16: 2.5}[batch])
-    monkeypatch.setattr(sampling, "our_seconds", lambda gpt, device, count, times: 0.1 if count == 1 else 0.04)
-    found = sampling.measure(replace(subject, size=size))
-    assert [figure.name for figure in found][1:3] == ["one candidate alone, int8", "each of 16, int8"]
-    assert [round(figure.ratio) for figure in found] == [30, 30, 50, 75, 50, 62]
-    assert [(figure.least_ratio, figure.hoped_ratio) for figure in found if figure.least_ratio] == bars
-    assert (found[4].least_ratio is None) == (size == "bundled")
+    monkeypatch.setattr(sampling, "our_seconds", our_seconds)
+    found = {figure.name: figure for figure in sampling.measure(replace(subject, size=size))}
+    ratios = {name: round(figure.ratio) for name, figure in found.items()}
+    assert ratios == {
+        "one candidate alone": 30,
+        "one candidate alone, int8": round(3 / in_int8),
+        "each of 16, plain in batches of 1": 75,
+        "each of 16, plain in batches of 4": 50,
+        "each of 16, plain in batches of 16": 62,
+        "each of 16, int8": 50,
+    }
+    quickest = "one candidate alone" + (", int8" if in_int8 < 0.1 else "")
+    barred = {name: (figure.least_ratio, figure.hoped_ratio) for name, figure in found.items() if figure.least_ratio}
+    assert barred == dict(zip([quickest, "each of 16, plain in batches of 4"], bars, strict=bool(bars)))
 
 
 def test_the_profile_shares_out_a_prediction(subject: Subject) -> None:
@@ -229,7 +243,7 @@ def test_the_file_says_what_the_figures_hold_for_and_keeps_other_parts(tmp_path:
     (row,) = found["sampling, bundled"]["seconds"]
     assert row == {"name": "one", "ours": 0.5, "plain": 10.0, "ratio": 20.0, "least_ratio": 40, "met": False}
     machine = found["sampling, bundled"]["machine"]
-    assert machine["dtype"] in ("float32", "bfloat16")
+    assert machine["dtype"] in ("float32", "bfloat16", "float16")
     assert machine["threads"] == torch.get_num_threads()
     assert (machine["torch"], machine["cog"]) == (torch.__version__, "0.23.1")
     assert machine["device"] == "cpu"
@@ -266,13 +280,13 @@ def test_the_readme_tells_of_every_file() -> None:
 
 
 def test_precision_is_compared_candidate_by_candidate(tiny_model_folder: Path) -> None:
-    models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in precision.DTYPES["cpu"]}
+    models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in ("float32", "bfloat16", "int8")}
     shares = precision.each_way(models, "one", 5, 3)
     assert shares["same pictures"] == {"float32": 1.0, "bfloat16": 1.0, "int8": 1.0}
     assert shares["one candidate"]["int8"]["points"] == shares["one candidate"]["int8"]["within"] == 0.0
 
     better = precision.compared(
-        precision.DTYPES["cpu"], np.array([[0.5, 0.75, 0.5], [0.25, 0.25, 0.25], [0.5, 0.5, 0.5], [0.0, 0.25, 0.0]])
+        models, np.array([[0.5, 0.75, 0.5], [0.25, 0.25, 0.25], [0.5, 0.5, 0.5], [0.0, 0.25, 0.0]])
     )
     assert better["bfloat16"]["share"] == 0.4375
     assert better["bfloat16"]["points"] == 12.5

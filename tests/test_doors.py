@@ -25,7 +25,20 @@ DOORS = {
 
 # Lower first; a module imports from its own row or rows above.
 LAYERS = [
-    ["config", "files", "images", "download", "tars", "limits", "pictures", "transfer", "unfilled", "int8", "machine"],
+    [
+        "config",
+        "files",
+        "images",
+        "download",
+        "tars",
+        "limits",
+        "pictures",
+        "transfer",
+        "unfilled",
+        "float16",
+        "int8",
+        "machine",
+    ],
     ["zips", "entries", "findings", "archives"],
     ["gpt", "clip_encoder", "vqgan", "bridge", "cuda_kernels"],
     ["cuda_graphs", "sampling", "checkpoint", "weights", "batching"],

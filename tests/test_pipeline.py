@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FLOAT16
 
-from clip_gen import ClipGen
+from clip_gen import ClipGen, pipeline
 from clip_gen.bridge import Bridge
 from clip_gen.config import BridgeConfig
 from clip_gen.images import to_pil, to_tensor
@@ -61,18 +62,21 @@ def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model
             assert first(count, **settings) == many[:count]
 
 
-def test_logits_of_a_row_do_not_depend_on_the_others_at_full_width_on_any_processor() -> None:
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=FLOAT16)])
+def test_logits_of_a_row_do_not_depend_on_the_others_at_full_width_on_any_processor(dtype: str) -> None:
     """Matrix products of other numbers of rows round differently on older processors; batches have one that does not.
 
     MKL_CBWR as the scripts and cog.yaml set it: by default MKL's rounding depends on where in memory numbers lie.
     """
     code = """
+import sys
 import torch
 from clip_gen.config import GPTConfig
 from clip_gen.gpt import GPT
 from clip_gen import sampling
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=8, codebook_size=512, embed_dim=128)).eval()
+gpt.work_in(getattr(torch, sys.argv[1]))
 seen = []
 step = gpt.step
 gpt.step = lambda *given: seen.append(step(*given)) or seen[-1]
@@ -87,7 +91,7 @@ for guidance in (1.0, 2.0):
         assert all(torch.equal(a[:n], b[:n]) for a, b in zip(seen[:7], seen[-7:])), (guidance, n)
 """
     environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AUTO"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code, dtype], check=True, env=environment)
 
 
 def test_a_seed_is_drawn_and_reported_when_none_is_given(tiny_model: ClipGen) -> None:
@@ -177,10 +181,11 @@ def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert types() == {torch.bfloat16}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(pipeline, "has_products", lambda: False)
     assert types() == {torch.float32}
     monkeypatch.setenv("CLIP_GEN_DTYPE", "bfloat16")
     assert types() == {torch.bfloat16}
-    with pytest.raises(ValueError, match='dtype is "int4"; give "auto", "float32", "bfloat16" or "int8"'):
+    with pytest.raises(ValueError, match='dtype is "int4"; give "auto", "float32", "bfloat16", "float16" or "int8"'):
         types("int4")
 
 

@@ -155,16 +155,16 @@ def test_a_value_out_of_range_is_named_with_the_remedy(values: dict[str, float],
 
 
 class Unsteady(nn.Linear):
-    """A layer that rounds otherwise where it has fewer or more rows than so many."""
+    """A layer that rounds otherwise where it has fewer or more rows than so many, or just so many."""
 
-    def __init__(self, linear: nn.Linear, fewer: int = 0, more: int = 10**6):
+    def __init__(self, linear: nn.Linear, fewer: int = 0, more: int = 10**6, but: int = 0):
         super().__init__(linear.in_features, linear.out_features)
-        self.fewer, self.more = fewer, more
+        self.fewer, self.more, self.but = fewer, more, but
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         exact = (x.unsqueeze(-2) * self.weight).sum(dim=-1)
-        return exact * (1 + 1e-6) if rows < self.fewer or rows > self.more else exact
+        return exact * (1 + 1e-6) if rows < self.fewer or rows > self.more or rows == self.but else exact
 
 
 LAYERS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc", "blocks.0.mlp.proj", "condition", "head")
@@ -181,26 +181,39 @@ def unsteady(layer: str, **limits: int) -> GPT:
 
 
 @pytest.mark.parametrize(
-    ("limits", "numbers"),
+    ("limits", "numbers", "guided", "most"),
     [
-        ({}, NUMBERS),
-        ({"fewer": 3}, (4, 8, 16, 24, 32, 48, 64)),
-        ({"fewer": 16}, (16, 24, 32, 48, 64)),
-        ({"fewer": 17}, (ROWS,)),
-        ({"more": 40}, (ROWS,)),
+        ({}, NUMBERS, (1, 2, 4, 8, 16, 18, 24, 32, 36), SHARED),
+        ({"fewer": 3}, NUMBERS[2:], (4, 8, 16, 18, 24, 32, 36), SHARED),
+        ({"fewer": 16}, NUMBERS[4:], (16, 18, 24, 32, 36), SHARED),
+        ({"fewer": 17}, (1, 2, 4, 8, 16), (ROWS,), ROWS),
+        ({"more": 16}, (1, 2, 4, 8, 16), (ROWS,), ROWS),
+        ({"more": 40}, NUMBERS[:9], (1, 2, 4, 8, 16, 18), ROWS),
+        ({"but": 32}, (1, 2, 4, 8, 16, 18, 24, 36, 48, 64, 72), (1, 2, 4, 8, 18, 24, 36), SHARED),
+        ({"but": 16}, (ROWS,), (ROWS,), ROWS),
     ],
 )
 @pytest.mark.parametrize("layer", LAYERS)
 def test_batches_have_numbers_of_rows_that_change_nothing_about_any_row(
-    layer: str, limits: dict[str, int], numbers: tuple[int, ...]
+    layer: str, limits: dict[str, int], numbers: tuple[int, ...], guided: tuple[int, ...], most: int
 ) -> None:
     gpt = unsteady(layer, **limits)
     assert numbers_of_rows(gpt) == numbers
-    assert most_rows(gpt) == (ROWS if numbers == (ROWS,) else SHARED)
+    assert numbers_of_rows(gpt, 2) == guided
+    assert most_rows(gpt) == most
     assert rows_of(gpt, 1) == numbers[0]
     assert rows_of(gpt, 16) == 16
-    assert rows_of(gpt, 20) == (20 if numbers == (ROWS,) else 24)
+    assert rows_of(gpt, 16, 2) == (18 if "but" in limits and most == SHARED else 16)
+    assert rows_of(gpt, 20) == (24 if 24 in numbers else 20)
     assert rows_of(gpt, 100) == 100
+
+
+def test_guidance_makes_both_its_passes_in_numbers_that_change_nothing() -> None:
+    gpt, embedding = unsteady("head", but=32), F.normalize(torch.randn(16, 16), dim=1)
+    rows: list[int] = []
+    gpt.head.register_forward_hook(lambda module, given, made: rows.append(len(given[0])))
+    sample_tokens(gpt, embedding, candidate_uniforms(0, range(16), 4), Sampling(guidance=2.0))
+    assert rows[-4:] == [36] * 4
 
 
 def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
