@@ -26,6 +26,7 @@ from clip_gen.config import BridgeConfig, read_config
 from clip_gen.evaluation.prompts import KINDS, cases
 from clip_gen.evaluation.report import CANDIDATES, TOGETHER, Evaluation
 from clip_gen.gpt import GPT
+from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling import Sampling
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, find_neighbours
@@ -120,7 +121,7 @@ def main() -> None:
             measure(way, source, sampling)
         return
     for noise in arguments.noise:
-        model.gpt = taken_further(noise, arguments).to(model.device).work_in(model.gpt.dtype)
+        model.gpt = taken_further(noise, arguments).to(model.device).work_in(choose_dtype(None, model.device))
         measure(f"noise {noise}", "text", Sampling())
         measure(f"noise {noise}, image embeddings", "image", Sampling())
 

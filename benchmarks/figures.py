@@ -83,7 +83,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "dtype": str(choose_dtype(os.environ.get("CLIP_GEN_DTYPE") or "auto", device)).removeprefix("torch."),
+        "dtype": str(choose_dtype(None, device)).removeprefix("torch."),
         "torch": torch.__version__,
         "cog": version("cog"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -22,10 +22,14 @@ from clip_gen import ClipGen
 from clip_gen.evaluation.prompts import KINDS, cases
 from clip_gen.evaluation.report import CANDIDATES, TITLES, TOGETHER, Evaluation, Graded
 from clip_gen.files import whole_or_not
+from clip_gen.float16 import has_products
 from clip_gen.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"cpu": ("float32", "float16", "bfloat16", "int8"), "cuda": ("float32", "bfloat16")}
+DTYPES = {
+    "cpu": ("float32", *(["float16"] if has_products() else []), "bfloat16", "int8"),
+    "cuda": ("float32", "bfloat16"),
+}
 
 
 def each_way(models: dict[str, ClipGen], kind: str, first: int, prompts: int) -> dict[str, object]:

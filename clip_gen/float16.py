@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 from torch import Tensor, nn
 
@@ -9,15 +11,17 @@ from torch import Tensor, nn
 class Float16Linear(nn.Module):
     """A Linear whose weights are float16 and whose products are float32's, by FBGEMM (arXiv 2101.05615).
 
-    Weights that were read from a file of float16 are the same to the bit. Beyond float16's range they are brought to
-    its ends.
+    Weights that were read from a file of float16 are the same to the bit; beyond float16's range they are brought to
+    its ends. With few rows FBGEMM may read past a width that is no multiple of four.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features = linear.in_features
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
-        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), self.bias)
+        most = torch.finfo(torch.float16).max
+        weight = linear.weight.detach().float().clamp(-most, most)  # else it would be done in place
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
@@ -25,4 +29,5 @@ class Float16Linear(nn.Module):
 
 def has_products() -> bool:
     """Whether this CPU can: FBGEMM is for x86 with AVX2 alone."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
+    x86 = platform.machine().lower() in ("x86_64", "amd64")  # torch names the engine on ARM too
+    return x86 and "fbgemm" in torch.backends.quantized.supported_engines

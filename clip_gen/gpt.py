@@ -284,19 +284,20 @@ class GPT(nn.Module):
         """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is.
 
         float16 and int8: the head's too, and the cache in float32, or with int8 in bfloat16 where the CPU multiplies
-        that; elsewhere attention is twice as fast in float32. There is no way back from them, and no training.
+        that; elsewhere attention is twice as fast in float32. What was made of them cannot be trained, saved, moved or
+        made into another type.
         """
         between = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
 
         def kept(linear: nn.Linear) -> nn.Module:
             if dtype == torch.float16:
-                return Float16Linear(linear)
+                return linear if linear.in_features % 16 else Float16Linear(linear)
             return Int8Linear(linear, between) if dtype == torch.int8 else linear.to(dtype)
 
         for block in self.blocks:
             block.attn.qkv, block.attn.proj = kept(block.attn.qkv), kept(block.attn.proj)
             block.mlp.fc, block.mlp.proj = kept(block.mlp.fc), kept(block.mlp.proj)
-        if dtype in (torch.float16, torch.int8):  # then no row's bits hang on others, or it costs nothing
+        if dtype in (torch.float16, torch.int8):  # int8: else rows would not be apart; float16 costs it nothing
             self.head = kept(self.head)
             self.around = self.around and kept(self.around)
         return self

@@ -18,7 +18,7 @@ def spare_cores() -> int:
 
 
 def give_back_memory() -> None:
-    """To the system, what was freed and kept for later (KEEP_MEMORY): a process forked from here would keep a copy."""
+    """To the system, what was freed and kept for later, as KEEP_MEMORY has it."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:

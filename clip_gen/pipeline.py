@@ -64,7 +64,7 @@ class ClipGen:
         chosen = choose_device(device)
         with one_thread():
             networks = load_networks(folder, chosen)
-            networks.gpt.work_in(choose_dtype(dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto", chosen))
+            networks.gpt.work_in(choose_dtype(dtype, chosen))
         return cls(networks, chosen)
 
     def generate(
@@ -141,11 +141,13 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the hardware multiplies it, float16 on other CPUs for which there are products, or float32.
+def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it, float16 on other x86 CPUs, else float32. If not given,
+    CLIP_GEN_DTYPE says, else auto.
 
     ValueError for a type that there is not, or not on this device.
     """
+    dtype = dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto"
     if dtype not in ("auto", "float32", "bfloat16", "float16", "int8"):
         raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16", "float16" or "int8"')
     if dtype in ("float16", "int8") and device.type != "cpu":

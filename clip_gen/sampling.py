@@ -123,17 +123,18 @@ def numbers_of_rows(gpt: GPT, passes: int = 1) -> tuple[int, ...]:
 
     Found out once for each transformer. ROWS alone in bfloat16, whose rounding hides most of what would differ.
     """
-    alike = _alike.setdefault(gpt, {})
-    if gpt.dtype not in alike:
-        alike[gpt.dtype] = {ROWS}
+    known, kind = _alike.setdefault(gpt, {}), (gpt.dtype, type(gpt.head))
+    if kind not in known:
+        alike = {ROWS}
         if gpt.rows_apart or gpt.dtype == torch.float32:
             with contextlib.suppress(RuntimeError):  # out of memory, say: whose batch it is will hear of it
-                alike[gpt.dtype] = _found_alike(gpt)
-    found = tuple(number for number in NUMBERS if {number, number * passes} <= alike[gpt.dtype])
+                alike = _found_alike(gpt)
+        known[kind] = alike
+    found = tuple(number for number in NUMBERS if {number, number * passes} <= known[kind])
     return found if found and found[-1] >= ROWS else (ROWS,)
 
 
-_alike: WeakKeyDictionary[GPT, dict[torch.dtype, set[int]]] = WeakKeyDictionary()
+_alike: WeakKeyDictionary[GPT, dict[tuple[torch.dtype, type], set[int]]] = WeakKeyDictionary()
 
 
 @torch.inference_mode()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT16
+from conftest import FLOAT16, TINY
 from torch import nn
 from torch.nn import functional as F
 
 from clip_gen import ClipGen, pipeline
 from clip_gen.batching import batch_bytes
 from clip_gen.float16 import Float16Linear, has_products
+from clip_gen.gpt import GPT
 from clip_gen.pipeline import choose_dtype
-from clip_gen.sampling import Sampling
+from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,7 @@ def test_weights_beyond_its_range_are_brought_to_its_ends() -> None:
     linear = nn.Linear(16, 1, bias=False)
     nn.init.constant_(linear.weight, -1e6)
     assert Float16Linear(linear)(torch.eye(16)[:3]).tolist() == [[-65504.0]] * 3
+    assert linear.weight.tolist() == [[-1e6] * 16]
 
 
 @FLOAT16
@@ -50,8 +53,9 @@ def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
     gpt = model.gpt
     packed = [module for module in gpt.modules() if isinstance(module, Float16Linear)]
     assert len(packed) == 4 * gpt.config.n_layer + 1
-    assert gpt.new_cache(1).keys.dtype == gpt.dtype == torch.float32
-    assert batch_bytes(gpt, Sampling(), 16) == batch_bytes(exact.gpt, Sampling(), 16)
+    cache = gpt.new_cache(16)
+    logits = 16 * gpt.config.codebook_size * 32
+    assert batch_bytes(gpt, Sampling(), 16) == cache.keys.nbytes + cache.values.nbytes + logits
 
     embedding = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     tokens = torch.randint(0, 32, (4, 15), generator=torch.Generator().manual_seed(1))
@@ -59,6 +63,40 @@ def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
     assert torch.allclose(true, gpt(embedding, tokens), atol=0.002 * float(true.std()))
     tokens = [m.generate("a red circle", 3, 3, seed=1).tokens for m in (exact, model)]
     assert torch.equal(*tokens)
+
+
+@FLOAT16
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_transformer_that_looks_around_has_its_rows_bits_alone_and_among_others(guidance: float) -> None:
+    torch.manual_seed(0)
+    config = replace(TINY.gpt, n_embd=256, n_head=4, looks_around=True, head_bias=True, rotary=True)
+    gpt = GPT(config).eval().work_in(torch.float16)
+    assert isinstance(gpt.around, Float16Linear)
+    embedding, uniforms = F.normalize(torch.randn(32, 16), dim=1), candidate_uniforms(0, range(32), 4)
+    seen: list[torch.Tensor] = []
+    step = gpt.step
+    gpt.step = lambda *given: seen.append(step(*given)) or seen[-1]
+
+    def logits(count: int) -> list[torch.Tensor]:
+        """Of so many candidates, (steps, count, V), and with guidance of what they are pushed away from."""
+        seen.clear()
+        sample_tokens(gpt, embedding[:count], uniforms[:count], Sampling(guidance=guidance))
+        steps = torch.stack(seen)
+        return [steps[:, :count]] if guidance == 1 else [steps[:, :count], steps[:, count : 2 * count]]
+
+    every = logits(32)
+    for count in (1, 5, 16, 20):
+        for few, all_of_them in zip(logits(count), every, strict=True):
+            assert torch.equal(few, all_of_them[:, :count])
+
+
+@FLOAT16
+def test_a_width_that_fbgemm_would_read_past_stays_as_it_is() -> None:
+    gpt = GPT(replace(TINY.gpt, n_embd=20, n_head=2, rotary=False)).eval().work_in(torch.float16)
+    assert not [module for module in gpt.modules() if isinstance(module, Float16Linear) and module.in_features % 16]
+    assert isinstance(gpt.blocks[0].mlp.proj, Float16Linear)
+    embedding = F.normalize(torch.randn(3, 16), dim=1)
+    assert len(sample_tokens(gpt, embedding, candidate_uniforms(0, range(3), 16), Sampling())) == 3
 
 
 def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:

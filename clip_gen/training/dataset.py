@@ -153,6 +153,14 @@ class Views(Dataset):
         return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, CHANCE, row]))
 
 
+def prepared(samples: Dataset, workers: int = 0, **options: object) -> DataLoader:
+    """Batches from so many processes, 0: as many as there are cores to spare. They are forked from this one, which
+    gives back what it has freed first: with KEEP_MEMORY each would hold a copy of it.
+    """
+    give_back_memory()
+    return DataLoader(samples, num_workers=workers or spare_cores(), **options)
+
+
 Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor] | tuple[Tensor, Tensor, bool, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -335,9 +343,8 @@ def _encoded_once(
     count, done, began, said = len(pictures), 0, time.perf_counter(), 0.0
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".rows")  # how many there will be is known at the end
-    give_back_memory()
     with unfinished.open("wb") as file, at_work(network) as device:
-        for batch in DataLoader(pictures, batch_size, num_workers=spare_cores()):
+        for batch in prepared(pictures, batch_size=batch_size):
             file.write(encode(from_bytes(batch.to(device))).cpu().numpy().astype(dtype).tobytes())
             done += len(batch)
             passed = time.perf_counter() - began

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clip_gen.checkpoint import Networks
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import GPT, multiplies_bfloat16
 from clip_gen.images import for_clip, from_bytes, to_bytes
-from clip_gen.machine import at_work, spare_cores
+from clip_gen.machine import at_work
 from clip_gen.sampling import Sampling, candidate_uniforms, draw, sample_tokens
 from clip_gen.shapes.pairs import CaptionedPairs
-from clip_gen.training.dataset import whole_array
+from clip_gen.training.dataset import prepared, whole_array
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Firsts(Dataset):
 def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, texts: Path, pictures: Path) -> None:
     config, gpt = networks.config, deepcopy(networks.gpt)
     side, length = config.vqgan.resolution, config.gpt.block_size
-    loader = DataLoader(Firsts(pairs, numbers), TOGETHER, num_workers=spare_cores(), collate_fn=list)
+    loader = prepared(Firsts(pairs, numbers), batch_size=TOGETHER, collate_fn=list)
     with (
         at_work(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
         whole_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole

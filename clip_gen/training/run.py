@@ -29,8 +29,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.files import whole_or_not
 from clip_gen.gpt import multiplies_bfloat16
-from clip_gen.machine import give_back_memory, spare_cores
-from clip_gen.training.dataset import Batches
+from clip_gen.machine import spare_cores
+from clip_gen.training.dataset import Batches, prepared
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.sharding import Sharding, in_one
 from clip_gen.training.stage import FitConfig, Stage
@@ -214,9 +214,8 @@ class Samples(pl.LightningDataModule):
             trainer.world_size,
         )
         workers = config.workers or max(1, spare_cores() // trainer.num_devices)
-        give_back_memory()
-        return DataLoader(
-            self.samples, batch_sampler=batches, num_workers=workers, collate_fn=self.collate,
+        return prepared(
+            self.samples, workers, batch_sampler=batches, collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 

@@ -25,13 +25,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch.utils.data import DataLoader
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
 from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes
-from clip_gen.machine import at_work, spare_cores
+from clip_gen.machine import at_work
 from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.pairs import CaptionedPairs, HardPictures, NearMisses, RenderedPictures
 from clip_gen.shapes.scenes import HELD_OUT, sample_scene
@@ -42,6 +41,7 @@ from clip_gen.training.dataset import (
     encode_embeddings,
     encode_tokens,
     find_neighbours,
+    prepared,
     wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer
@@ -215,7 +215,7 @@ class Recipe:
     def train_bridge(self, folder: Path) -> dict[str, object]:
         """The mean of each side, over 4,000 pictures of the generator's and the captions of 4,000 other scenes."""
         bridge, clip = self.networks.bridge, self.networks.clip
-        loader = DataLoader(self.pictures(4000, PICTURES), 64, num_workers=spare_cores())
+        loader = prepared(self.pictures(4000, PICTURES), batch_size=64)
         scenes = (sample_scene(np.random.default_rng([self.stream(UNSEEN), i])) for i in range(4000))
         with at_work(clip) as device:
             image = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader]).mean(dim=0).cpu()

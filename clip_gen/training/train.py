@@ -28,7 +28,7 @@ from clip_gen.checkpoint import Networks, build, load_base, load_part, save_netw
 from clip_gen.files import whole_or_not
 from clip_gen.findings import unpacked
 from clip_gen.images import from_bytes
-from clip_gen.machine import at_work, spare_cores
+from clip_gen.machine import at_work
 from clip_gen.own_model import own_weights
 from clip_gen.training.dataset import (
     EncodedPictures,
@@ -39,6 +39,7 @@ from clip_gen.training.dataset import (
     encode_tokens,
     enough_places,
     find_neighbours,
+    prepared,
     wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
@@ -297,7 +298,7 @@ class Training:
     @torch.no_grad()
     def measure_pictures(self) -> None:
         """The bridge's image mean, over these pictures; the text mean stays the base's."""
-        loader = DataLoader(self.files(self.learnt[:4000]), 64, num_workers=spare_cores())
+        loader = prepared(self.files(self.learnt[:4000]), batch_size=64)
         with at_work(self.networks.clip) as device:
             embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
