@@ -12,7 +12,7 @@ class Float16Linear(nn.Module):
     """A Linear whose weights are float16 and whose products are float32's, by FBGEMM (arXiv 2101.05615).
 
     Weights that were read from a file of float16 are the same to the bit; beyond float16's range they are brought to
-    its ends. With few rows FBGEMM may read past a width that is no multiple of four.
+    its ends.
     """
 
     def __init__(self, linear: nn.Linear):

@@ -291,7 +291,7 @@ class GPT(nn.Module):
 
         def kept(linear: nn.Linear) -> nn.Module:
             if dtype == torch.float16:
-                return linear if linear.in_features % 16 else Float16Linear(linear)
+                return Float16Linear(linear)
             return Int8Linear(linear, between) if dtype == torch.int8 else linear.to(dtype)
 
         for block in self.blocks:

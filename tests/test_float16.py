@@ -91,12 +91,14 @@ def test_a_transformer_that_looks_around_has_its_rows_bits_alone_and_among_other
 
 
 @FLOAT16
-def test_a_width_that_fbgemm_would_read_past_stays_as_it_is() -> None:
-    gpt = GPT(replace(TINY.gpt, n_embd=20, n_head=2, rotary=False)).eval().work_in(torch.float16)
-    assert not [module for module in gpt.modules() if isinstance(module, Float16Linear) and module.in_features % 16]
-    assert isinstance(gpt.blocks[0].mlp.proj, Float16Linear)
-    embedding = F.normalize(torch.randn(3, 16), dim=1)
-    assert len(sample_tokens(gpt, embedding, candidate_uniforms(0, range(3), 16), Sampling())) == 3
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("width", [3, 4, 5, 20, 129, 516])
+def test_widths_need_be_multiples_of_nothing(width: int, rows: int) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(width, 32), torch.randn(rows, width)
+    with torch.no_grad():
+        linear.weight.copy_(linear.weight.half())
+    assert torch.allclose(Float16Linear(linear)(x), linear(x), atol=3e-6)
 
 
 def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
