@@ -5,8 +5,8 @@
 
 Every candidate is drawn in each type with the same numbers. Prints the share of candidates all right, and of best ones
 of 16, the difference from the first type in points with its 95 % interval (the candidates of a prompt taken as one
-draw), and how many pictures are the first's to the last byte. Leaves the JSON in results/, beside the other kinds'. A
-GPU takes seconds where a CPU takes an hour, but rounds in its own way.
+draw), and how many pictures are the first's to the last byte. Leaves the JSON in results/, beside other kinds' and types'.
+A GPU takes seconds where a CPU takes an hour, but rounds in its own way.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
     models = {dtype: ClipGen.load(folder, device, dtype) for dtype in arguments.dtypes or DTYPES[device]}
     for kind in arguments.kinds:
         result = each_way(models, kind, arguments.first, arguments.prompts)
-        title = TITLES[kind] + (f", from number {arguments.first}" if arguments.first else "")
+        title = f"{TITLES[kind]}, {' '.join(models)}, from number {arguments.first}"
         print(f"{title}\n{json.dumps(result, indent=1)}", flush=True)
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
