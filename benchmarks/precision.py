@@ -5,8 +5,8 @@
 
 Every candidate is drawn in each type with the same numbers. Prints the share of candidates all right, and of best ones
 of 16, the difference from the first type in points with its 95 % interval (the candidates of a prompt taken as one
-draw), and how many pictures are the first's to the last byte. Leaves the JSON in results/, beside other kinds' and types'.
-A GPU takes seconds where a CPU takes an hour, but rounds in its own way.
+draw), and how many pictures are the first's to the last byte. Leaves the JSON in results/, beside that of other kinds
+and types. A GPU takes seconds where a CPU takes an hour, but rounds in its own way.
 """
 
 from __future__ import annotations
