@@ -15,6 +15,8 @@ from clip_gen.serving import Models, Outputs
 
 # As @concurrent says below, where Cog reads a number and nothing else. More than eight, because Cog frees a slot a
 # moment after its reply is sent: of eight clients that ask again at once, one now and then heard 409 with eight slots.
+# However many there are, Cog 0.23.1 answers 409 to one of two that reach for a slot in the same instant (it tries the
+# lock of its pool and does not wait): some in a thousand on a busy machine, with 32 slots as with 12.
 SLOTS = 12
 
 

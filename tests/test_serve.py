@@ -266,10 +266,16 @@ def test_damaged_weights_fail_the_setup_with_a_sentence(files: Path, tmp_path: P
 def test_eight_requests_at_once_all_succeed_each_with_its_own_pictures(server: Server) -> None:
     alone = [server.pictures(**QUICK | {"seed": seed}) for seed in range(8)]
 
+    refused: list[dict] = []
+
     def ask(seed: int) -> list[list[Image.Image]]:
         answers = []
-        for _ in range(4):  # again at once, when Cog may not have freed the last one's slot yet
+        while len(answers) < 4:  # again at once, when Cog may not have freed the last one's slot yet
             status, reply = server.request("POST", "/predictions", {"input": QUICK | {"seed": seed}})
+            if status == 409:
+                refused.append(reply)
+                assert len(refused) <= 3  # with too few slots it is dozens
+                continue
             assert status == 200, reply
             answers.append([decoded(url) for url in reply["output"]])
         return answers
