@@ -38,12 +38,12 @@ class StaticCache(KVCache):
     def place(self) -> Tensor:
         return self.position
 
-    def advance(self, tokens: int) -> None:
-        self.position += tokens
+    def advance(self) -> None:
+        self.position += 1
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys[layer].index_copy_(2, self.position, keys)
-        self.values[layer].index_copy_(2, self.position, values)
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer].index_copy_(2, self.position, key[:, :, None])
+        self.values[layer].index_copy_(2, self.position, value[:, :, None])
         return self.keys[layer], self.values[layer]
 
 
@@ -81,7 +81,7 @@ def fused_step(gpt: GPT, x: Tensor, cache: StaticCache) -> Tensor:
         found = attend(qkv, gpt.rotation, cache.keys[layer], cache.values[layer], cache.position)
         branch = block.attn.proj(found)
         branch = block.mlp(add_norm(stream, branch, block.ln_2, gpt.dtype))
-    cache.advance(1)
+    cache.advance()
     return gpt.head(add_norm(stream, branch, gpt.ln_f, stream.dtype))
 
 
