@@ -1,11 +1,12 @@
 """What each way over the gap between text and image embeddings is worth to the bundled model, by the judge.
 
     PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging [--prompts 100] [--kinds one two unsaid]
-    PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging --noise 0 0.25 0.5 1
+    PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging --noise 0 0.25 0.5 1 [--from-nothing]
 
 In use: mean shifts and guidance, beside the model as it is and beside image embeddings. In training: the model's
 transformer goes on for --steps at each strength of noise, from the same weights, as in the last part of the recipe but
-for the contrast with near misses.
+for the contrast with near misses; or new transformers of size laptop learn from the start, as those of own pictures do
+but for blurred conditions.
 Prints the shares all right of a candidate taken blindly (and its 95 % interval either way), of the best of 16 by CLIP
 and of a perfect ranker; leaves result.json, to which a second run adds.
 """
@@ -19,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from clip_gen import ClipGen
 from clip_gen.checkpoint import load_networks
@@ -29,10 +31,19 @@ from clip_gen.gpt import GPT
 from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling import Sampling
 from clip_gen.shapes.pairs import RenderedPictures
-from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, find_neighbours
-from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.dataset import (
+    EncodedPictures,
+    Endless,
+    encode_embeddings,
+    encode_tokens,
+    enough_places,
+    find_neighbours,
+)
+from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
+from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ShapesConfig
+from clip_gen.training.train import LOOKED_AT
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDANCE = (1.5, 2.0, 3.0, 5.0)
@@ -52,11 +63,13 @@ def ways_in_use(model: ClipGen) -> Iterator[tuple[str, str, Sampling]]:
     model.bridge.config = model.config.bridge
 
 
-def taken_further(noise: float, arguments: argparse.Namespace) -> GPT:
-    """The model's transformer after so many steps more, its conditions pushed by up to `noise`."""
+def trained(noise: float, arguments: argparse.Namespace) -> tuple[GPT, float]:
+    """The model's transformer after so many steps more, or a new one's, its conditions pushed by up to `noise`; and
+    nats a token on pictures never seen.
+    """
     networks, config = load_networks(arguments.model), read_config(arguments.config, ShapesConfig)
-    side = networks.config.vqgan.resolution
-    out = arguments.out / f"{arguments.model.name}-{arguments.pictures}-{arguments.steps}"
+    side, new = networks.config.vqgan.resolution, arguments.from_nothing
+    out = arguments.out / f"{arguments.model.name}-{arguments.pictures}-{arguments.steps}{'-new' if new else ''}"
 
     def encoded(name: str, pictures: RenderedPictures, **options: float) -> EncodedPictures:
         embeddings = encode_embeddings(pictures, networks.clip, out / f"embeddings-{name}.npy")
@@ -65,13 +78,24 @@ def taken_further(noise: float, arguments: argparse.Namespace) -> GPT:
             embeddings, tokens, neighbours=find_neighbours(embeddings, 0, out / f"neighbours-{name}.npy", 0), **options
         )
 
-    chances = {"noise": noise, "dropout": config.condition_dropout, "blur": config.condition_blur}
-    seen = encoded("seen", RenderedPictures(arguments.pictures, SEED, side), **chances)
+    blur = 0.0 if new else config.condition_blur
+    pictures = RenderedPictures(arguments.pictures, SEED, side)
+    seen = encoded("seen", pictures, noise=noise, dropout=config.condition_dropout, blur=blur)
     unseen = encoded("unseen", RenderedPictures(256, SEED + 1, side))
-    fitting = replace(config.vague_fit, steps=arguments.steps, validate_every=arguments.steps, compile=False)
-    gpt = networks.gpt.train().requires_grad_(True)
-    fit("gpt", GPTTrainer(gpt, fitting), Endless(seen, 0), unseen, out / f"noise-{noise}", seed=0)
-    return gpt.eval().requires_grad_(False)
+    if new:
+        codes = networks.config.vqgan.codebook_size
+        settings = TrainSettings(size="laptop", codebook_size=codes, transformer_steps=arguments.steps)
+        planned = plan(settings, networks.config, arguments.pictures)
+        torch.manual_seed(0)
+        gpt, fitting = GPT(planned.model.gpt), planned.transformer
+        start_from_codes(gpt, networks.vqgan, 0)
+        seen.places = enough_places(seen.tokens[:LOOKED_AT])
+    else:
+        gpt, fitting = networks.gpt, replace(config.vague_fit, steps=arguments.steps, compile=False)
+    fitting = replace(fitting, validate_every=arguments.steps)
+    trainer = GPTTrainer(gpt.train().requires_grad_(True), fitting)
+    record = fit("gpt", trainer, Endless(seen, 0), unseen, out / f"noise-{noise}", seed=0)
+    return gpt.eval().requires_grad_(False), record["val_loss"]
 
 
 def graded(
@@ -96,6 +120,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "shapes")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shapes.yaml")
     parser.add_argument("--noise", type=float, nargs="+", help="train at these strengths instead")
+    parser.add_argument("--from-nothing", action="store_true", help="new transformers")
     parser.add_argument("--steps", type=int, default=400, help="of those")
     parser.add_argument("--pictures", type=int, default=20_000, help="to learn from in them")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["one"])
@@ -121,7 +146,10 @@ def main() -> None:
             measure(way, source, sampling)
         return
     for noise in arguments.noise:
-        model.gpt = taken_further(noise, arguments).to(model.device).work_in(choose_dtype(None, model.device))
+        gpt, nats = trained(noise, arguments)
+        print(f"noise {noise}: {nats:.4f} nats a token on pictures never seen")
+        found.setdefault("nats", {})[f"noise {noise}"] = nats
+        model.gpt = gpt.to(model.device).work_in(choose_dtype(None, model.device))
         measure(f"noise {noise}", "text", Sampling())
         measure(f"noise {noise}, image embeddings", "image", Sampling())
 
