@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -221,12 +222,18 @@ def test_a_server_ends_with_all_its_processes() -> None:
     process.stdout.close()
     serving.end(process, patience=0.2)
     assert process.returncode == -9
+    began = time.monotonic()
+    while alive(process.pid) and time.monotonic() - began < 5:  # what is killed takes a moment to be gone
+        time.sleep(0.02)
     assert not alive(process.pid)
 
 
 def alive(group: int) -> list[str]:
     """Processes of the group that still run."""
-    states = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    states = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended while it was looked at
+            states.append(path.read_text().rpartition(")")[2].split())
     return [state for state, _, of, *_ in states if int(of) == group and state != "Z"]
 
 
