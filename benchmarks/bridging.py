@@ -147,11 +147,12 @@ def main() -> None:
         return
     for noise in arguments.noise:
         gpt, nats = trained(noise, arguments)
-        print(f"noise {noise}: {nats:.4f} nats a token on pictures never seen")
-        found.setdefault("nats", {})[f"noise {noise}"] = nats
+        way = f"noise {noise}" + (" from nothing" if arguments.from_nothing else "")
+        print(f"{way}: {nats:.4f} nats a token on pictures never seen")
+        found.setdefault("nats", {})[way] = nats
         model.gpt = gpt.to(model.device).work_in(choose_dtype(None, model.device))
-        measure(f"noise {noise}", "text", Sampling())
-        measure(f"noise {noise}, image embeddings", "image", Sampling())
+        measure(way, "text", Sampling())
+        measure(f"{way}, image embeddings", "image", Sampling())
 
 
 if __name__ == "__main__":
