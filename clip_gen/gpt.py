@@ -95,7 +95,7 @@ class CausalSelfAttention(nn.Module):
         if rotation is not None:
             q, k = rotate(heads[:2], rotation)
         # No dropout here, only on what comes out: on a CPU torch has no quick kernel for it.
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and length > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
 
     def step(self, x: Tensor, rotation: Tensor | None, cache: KVCache, layer: int) -> Tensor:
