@@ -92,6 +92,15 @@ class _Shared:
     def wanted(self) -> bool:
         return not self.batch.done and any(not request.result.done() for request, _ in self.rows)
 
+    def free_rows(self) -> None:
+        """Goes on without the rows that nobody waits for any more, where that is less work."""
+        wanted = [row for row, (request, _) in enumerate(self.rows) if not request.result.done()]
+        if len(wanted) == len(self.rows):
+            return
+        with contextlib.suppress(RuntimeError):  # no memory for the smaller beside the larger: it goes on as it is
+            if self.batch.keep(wanted):
+                self.rows = [self.rows[row] for row in wanted]
+
 
 class Batcher:
     """Give it requests from any thread; it blocks each until its own is done.
@@ -242,6 +251,8 @@ class Batcher:
                 if stopped:
                     request.result.set_exception(Stopped())
         self._under_way = [shared for shared in self._under_way if shared.wanted]
+        for shared in self._under_way:
+            shared.free_rows()
 
     def _begin(self) -> None:
         """Puts candidates that wait into new batches, first come first served, as far as there is room."""

@@ -46,6 +46,10 @@ class StaticCache(KVCache):
         self.values[layer].index_copy_(2, self.position, value[:, :, None])
         return self.keys[layer], self.values[layer]
 
+    def take(self, other: StaticCache, rows: Tensor) -> None:
+        super().take(other, rows)
+        self.position.copy_(other.position)
+
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
@@ -144,6 +148,15 @@ class RecordedSteps:
         weakref.finalize(self, idle.append, self.recording)
         self.recording.prefix.copy_(prefix)
         self.recording.cache.position.zero_()
+
+    @property
+    def prefix(self) -> Tensor:
+        return self.recording.prefix
+
+    def take(self, other: RecordedSteps, rows: Tensor) -> None:
+        """Goes on where these rows (B,) of other steps are."""
+        self.recording.cache.take(other.recording.cache, rows)
+        torch.index_select(other.recording.tokens, 0, rows, out=self.recording.tokens)
 
     def __call__(self, last: Tensor | None) -> Tensor:
         recording = self.recording

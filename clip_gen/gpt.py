@@ -49,6 +49,13 @@ class KVCache:
         values.select(2, self.length).copy_(value)
         return keys.narrow(2, 0, self.length + 1), values.narrow(2, 0, self.length + 1)
 
+    def take(self, other: KVCache, rows: Tensor) -> None:
+        """Becomes what these rows (n,) of another cache are."""
+        for layer in range(len(self.keys)):
+            torch.index_select(other.keys[layer], 0, rows, out=self.keys[layer])
+            torch.index_select(other.values[layer], 0, rows, out=self.values[layer])
+        self.length = other.length
+
 
 def grid_rotation(side: int, head_size: int) -> Tensor:
     """Cosines and signed sines (2, T, D) that tell a head where in the picture a token lies: half of them turn with

@@ -170,6 +170,13 @@ class GrowingSteps:
             logits = self.gpt.step(_padded(last, self.rows), self.cache)
         return logits[: len(self.prefix)]
 
+    def take(self, other: GrowingSteps, rows: Tensor) -> None:
+        """Goes on where these rows (B,) of other steps are."""
+        self.cache.take(other.cache, rows)
+        if self.gpt.around is not None:
+            self.cache.prefix = _padded(self.prefix, self.rows)
+            self.cache.tokens = _padded(other.cache.tokens[rows], self.rows)
+
 
 class Batch:
     """Candidates drawn together, a token of each at a time: `step` until `done`, then `tokens` (B, T) are there.
@@ -181,22 +188,23 @@ class Batch:
     @torch.inference_mode()
     def __init__(self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling, recorded: bool | None = None):
         check_guidance(gpt, sampling)
-        device, count = embedding.device, len(uniforms)
+        device = embedding.device
         self.gpt, self.sampling, self.uniforms, self.drawn = gpt, sampling, uniforms.to(device), 0
         self._tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
-        recorded = device.type == "cuda" if recorded is None else recorded
+        self.recorded = device.type == "cuda" if recorded is None else recorded
         self.passes = 1 if sampling.guidance == 1 else 2
-        rows = rows_of(gpt, count, self.passes)
+        rows = rows_of(gpt, len(uniforms), self.passes)
         embedding = _padded(embedding, rows)
         prefixes = [gpt.prefix(embedding)]
         if self.passes == 2:
             prefixes.append(gpt.prefix(embedding, torch.ones(rows, dtype=torch.bool, device=device)))
-        self.width = rows if recorded else count
-        prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
-        if recorded:
-            self.steps = RecordedSteps(gpt, prefix)
-        else:
-            self.steps = GrowingSteps(gpt, prefix, len(prefix) if gpt.rows_apart else rows * self.passes)
+        self.width = rows if self.recorded else len(uniforms)
+        self.steps = self._steps(torch.cat([prefix[: self.width] for prefix in prefixes]), rows)
+
+    def _steps(self, prefix: Tensor, rows: int) -> GrowingSteps | RecordedSteps:
+        if self.recorded:
+            return RecordedSteps(self.gpt, prefix)
+        return GrowingSteps(self.gpt, prefix, len(prefix) if self.gpt.rows_apart else rows * self.passes)
 
     @property
     def done(self) -> bool:
@@ -216,6 +224,23 @@ class Batch:
         chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
         self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
         self.drawn += 1
+
+    @torch.inference_mode()
+    def keep(self, wanted: list[int]) -> bool:
+        """Goes on with these rows alone, which stay what they would have been. False, and nothing happens, where that
+        saves nothing, or before the first token.
+        """
+        rows = rows_of(self.gpt, len(wanted), self.passes)
+        width = rows if self.recorded else len(wanted)
+        if width >= self.width or not self.drawn:
+            return False
+        kept = torch.tensor(wanted, device=self._tokens.device)
+        places = torch.cat([_padded(kept, width) + number * self.width for number in range(self.passes)])
+        steps = self._steps(self.steps.prefix[places], rows)
+        steps.take(self.steps, places)
+        self.steps, self.width = steps, width
+        self._tokens, self.uniforms = self._tokens[kept], self.uniforms[kept]
+        return True
 
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:

@@ -178,14 +178,23 @@ def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
         asked_at.append(batcher._under_way[0].batch.drawn if batcher._under_way else 0)
         return len(asked_at) > 5
 
+    widths = []
+
+    def watch() -> bool:
+        widths.extend(shared.batch.width for shared in batcher._under_way)
+        return False
+
     with Held(batcher, threads):
-        stopped = ask(threads, batcher, gpt, 1, should_stop=stop)
-        stays = ask(threads, batcher, gpt, 2)
+        stopped = ask(threads, batcher, gpt, 1, candidates=14, should_stop=stop)
+        stays = ask(threads, batcher, gpt, 2, should_stop=watch)
         wait_until_asked(batcher, 2)
     with pytest.raises(Stopped):
         stopped.result(30)
     assert len(asked_at) == 6
     assert torch.equal(stays.result(30).tokens, alone(gpt, 2, 2, Sampling()))
+    # Its rows are free within a token of its leaving.
+    assert widths.count(16) <= 6
+    assert set(widths) == {16, 2}
     alone_again = ask(threads, batcher, gpt, 3, should_stop=lambda: True)
     with pytest.raises(Stopped):
         alone_again.result(30)

@@ -92,6 +92,17 @@ def test_a_batch_given_up_half_way_leaves_its_recording_to_the_next(gpt: GPT) ->
     assert len(cuda_graphs._idle[gpt][rows_of(gpt, 4)]) == 1
 
 
+def test_who_stays_when_others_leave_goes_on_in_a_smaller_recording(gpt: GPT) -> None:
+    whole, fewer = begun(gpt, 40, 1), begun(gpt, 40, 1)
+    large = fewer.steps.recording
+    for _ in range(5):
+        fewer.step()
+    assert fewer.keep([3, 39])
+    assert fewer.width == rows_of(gpt, 2)
+    assert large in cuda_graphs._idle[gpt][rows_of(gpt, 40)]
+    assert torch.equal(finished(fewer), finished(whole)[[3, 39]])
+
+
 def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
     own = GPT(TINY.gpt).eval().to(gpt.head.weight.device)
     finished(begun(own, 2, 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY
@@ -13,6 +15,7 @@ from clip_gen.sampling import (
     NUMBERS,
     ROWS,
     SHARED,
+    Batch,
     Sampling,
     Stopped,
     candidate_uniforms,
@@ -25,6 +28,7 @@ from clip_gen.sampling import (
     sample_tokens,
 )
 
+LENGTH = TINY.gpt.block_size
 LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
 
 
@@ -218,3 +222,30 @@ def test_guidance_makes_both_its_passes_in_numbers_that_change_nothing() -> None
 
 def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
     assert numbers_of_rows(GPT(TINY.gpt).work_in(torch.bfloat16)) == (ROWS,)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
+    recorded: bool, dtype: torch.dtype, looks_around: bool, guidance: float
+) -> None:
+    torch.manual_seed(0)
+    gpt = GPT(replace(TINY.gpt, looks_around=looks_around, rotary=True)).eval().work_in(dtype)
+    embedding, uniforms = F.normalize(torch.randn(30, 16), dim=1), candidate_uniforms(0, range(30), LENGTH)
+    whole, fewer = (Batch(gpt, embedding, uniforms, Sampling(guidance=guidance), recorded) for _ in range(2))
+    assert not fewer.keep([7])  # nothing is drawn yet
+    kept = [2, 7, 8, 20, 29]
+    for _ in range(LENGTH):
+        whole.step()
+        fewer.step()
+        if fewer.drawn == 3:
+            before = fewer.width
+            assert fewer.keep(kept)
+            assert fewer.width < before
+        if fewer.drawn == 9:
+            fits = fewer.keep([1, 4])
+            assert fits != (recorded and dtype == torch.bfloat16)  # which has sixteen rows for two as for five
+            kept = [7, 29] if fits else kept
+    assert torch.equal(fewer.tokens, whole.tokens[kept])
