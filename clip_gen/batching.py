@@ -234,7 +234,8 @@ class Batcher:
         together = [request for request in ready if request.shares_with(ready[0])]
         if sum(request.waiting_rows for request in together) >= most_rows(ready[0].gpt):
             return 0
-        first, last = together[0].asked, together[-1].asked
+        asked = [request.asked for request in together]
+        first, last = min(asked), max(asked)
         # Others whose prompts were being read could not come sooner, however long that took.
         until = max(min(last + LINGER, first + LONGEST), min(self._led_up + LINGER, first + 10 * LONGEST))
         return max(0, until - time.monotonic())
@@ -274,6 +275,9 @@ class Batcher:
                     taken = min(most_rows(first.gpt) - len(rows), request.waiting_rows)
                     rows += [(request, request.begun_rows + i) for i in range(taken)]
                     request.begun_rows += taken
+            begun = {request for request, _ in rows}
+            with self._news:  # who has more than a batch of candidates goes behind those who have none yet
+                self._asked = deque(sorted(self._asked, key=begun.__contains__))
             self._start(rows)
 
     def _start(self, rows: list[tuple[_Request, int]]) -> None:

@@ -237,17 +237,21 @@ def test_no_more_batches_are_under_way_than_memory_has_room_for(
     batcher.close()
 
 
+@pytest.mark.parametrize(("room", "larges"), [(0, 1), (1, 1), (2, 2), (100, 1)])
 def test_a_small_request_does_not_wait_for_all_of_a_large_one(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+    gpt: GPT, threads: ThreadPoolExecutor, room: int, larges: int
 ) -> None:
+    batcher = Batcher(most_bytes=room * batch_bytes(gpt, Sampling(), most_rows(gpt)))
     with Held(batcher, threads):
-        large = ask(threads, batcher, gpt, 1, candidates=40 * ROWS)
-        wait_until_asked(batcher, 1)
-        small = ask(threads, batcher, gpt, 2)
-        wait_until_asked(batcher, 2)
-    assert torch.equal(small.result(30).tokens, alone(gpt, 2, 2, Sampling()))
-    assert not large.done()
-    assert len(large.result(60).tokens) == 40 * ROWS
+        large = [ask(threads, batcher, gpt, number, candidates=40 * ROWS) for number in range(larges)]
+        wait_until_asked(batcher, larges)
+        small = ask(threads, batcher, gpt, 7)
+        wait_until_asked(batcher, larges + 1)
+    assert torch.equal(small.result(30).tokens, alone(gpt, 7, 2, Sampling()))
+    assert not any(future.done() for future in large)
+    for number, future in enumerate(large):
+        assert torch.equal(future.result(60).tokens, alone(gpt, number, 40 * ROWS, Sampling()))
+    batcher.close()
 
 
 def test_what_goes_wrong_with_one_request_leaves_the_thread_to_the_others(
