@@ -1,8 +1,8 @@
 """Several requests, one device: their candidates share batches, and one thread does all the work.
 
-A request's candidates join the next batch that starts, within LONGEST, beside whatever others have under way; every
-batch is worked on in turn, a token each. Its matrix products have a number of rows that gives each row the same bits as
-others do (sampling.NUMBERS), so on a CPU a candidate is the same whoever else asks.
+A request's candidates join the next batch that starts, mostly within LONGEST, beside whatever others have under way;
+every batch is worked on in turn, a token each. Its matrix products have a number of rows that gives each row the same
+bits as others do (sampling.NUMBERS), so on a CPU a candidate is the same whoever else asks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 CONTAINER = Path("/sys/fs/cgroup")
 LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it, from the last to come
-LONGEST = 0.1  # and from the first
+LONGEST = 0.1  # and from the first; ten times that while others' prompts are being read
 
 
 class Busy(RuntimeError):
@@ -205,7 +205,12 @@ class Batcher:
                 self._news.wait(patience)
             if self._closed:
                 return False
-            calls = [self._calls.popleft() for _ in range(len(self._calls))]
+            # Those that lead up to more are short, and one token waits for no more than one of the others.
+            calls = [call for call in self._calls if call[2]]
+            others = deque(call for call in self._calls if not call[2])
+            if others:
+                calls.append(others.popleft())
+            self._calls = others
         for work, result, leads_up in calls:
             _fulfil(result, work)
             if leads_up:
