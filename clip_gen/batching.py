@@ -117,6 +117,8 @@ class Batcher:
         self._led_up = 0.0  # when the last call was over whose caller is about to ask for candidates
         self._news = threading.Condition()
         self._closed = False
+        with _loading:
+            self._threads = _usual_threads()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -171,6 +173,11 @@ class Batcher:
             self._news.notify()
         return result.result()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: by `close`, or since its thread broke."""
+        return self._closed
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this batcher is closed")
@@ -183,6 +190,7 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
+        torch.set_num_threads(self._threads)
         error: BaseException = Stopped()
         try:
             while self._round():
@@ -251,7 +259,7 @@ class Batcher:
                 continue
             try:
                 stopped = request.given_up or request.should_stop()
-            except Exception as error:
+            except BaseException as error:  # the request's to hear of, whatever it is
                 request.result.set_exception(error)
             else:
                 if stopped:
@@ -336,13 +344,20 @@ _shared: list[Batcher] = []
 
 
 def shared_batcher(device: torch.device) -> Batcher:
-    """The one that every request of this process goes through; begun at the first, with half the memory there is."""
+    """The one that every request of this process goes through; begun at the first, with half the memory there is, and
+    anew should its thread have broken.
+    """
     with _making:
-        if not _shared:
+        if not _shared or _shared[0].closed:
+            _shared.clear()
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
             _shared.append(Batcher(free / 2))
             atexit.register(_shared[0].close)  # a thread cut off inside torch would abort the process
         return _shared[0]
+
+
+_loading = threading.Lock()
+_loads: list[int] = []  # for each that is under way, how many threads torch had before all of them
 
 
 @contextlib.contextmanager
@@ -352,12 +367,21 @@ def one_thread() -> Iterator[None]:
     A thread that works on several keeps helpers for good, and with more helpers about than processors GNU's OpenMP puts
     all of them to sleep between two steps, which takes the batcher's thread two and a half times as long a token.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _loading:
+        before = _usual_threads()
+        _loads.append(before)
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _loading:
+            _loads.pop()
+            torch.set_num_threads(before)
+
+
+def _usual_threads() -> int:
+    """With how many threads torch works here, but for those that load: one that has not asked yet would be told 1."""
+    return _loads[0] if _loads else torch.get_num_threads()
 
 
 def available_memory() -> int:
@@ -371,9 +395,9 @@ def available_memory() -> int:
 
 
 def _forget() -> None:
-    """In a forked child there is no thread behind the batcher."""
-    global _making
-    _making = threading.Lock()
+    """In a forked child there is no thread behind the batcher, nor one to let go of a lock."""
+    global _making, _loading
+    _making, _loading = threading.Lock(), threading.Lock()
     _shared.clear()
 
 

@@ -18,7 +18,7 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from clip_gen.batching import Batcher, Busy, Sampled, available_memory, batch_bytes, shared_batcher
+from clip_gen.batching import Batcher, Busy, Sampled, available_memory, batch_bytes, one_thread, shared_batcher
 from clip_gen.gpt import GPT
 from clip_gen.sampling import ROWS, Sampling, Stopped, candidate_uniforms, most_rows, sample_tokens
 
@@ -265,8 +265,12 @@ def test_what_goes_wrong_with_one_request_leaves_the_thread_to_the_others(
         wait_until_asked(batcher, 1)
         good = ask(threads, batcher, gpt, 2)
         wait_until_asked(batcher, 2)
+        worse = ask(threads, batcher, gpt, 3, should_stop=lambda: sys.exit("far gone"))
+        wait_until_asked(batcher, 3)
     with pytest.raises(KeyError, match="gone"):
         bad.result(30)
+    with pytest.raises(SystemExit, match="far gone"):
+        worse.result(30)
     assert torch.equal(good.result(30).tokens, alone(gpt, 2, 2, Sampling()))
     with pytest.raises(ValueError, match=r"the embedding has shape \(1, 7\); this transformer takes \(1, 16\)"):
         batcher.sample(gpt, torch.zeros(1, 7), 1, 0, Sampling())
@@ -284,6 +288,66 @@ def test_nobody_waits_for_a_thread_that_is_gone(
         batcher.sample(gpt, embedding(1), 1, 1, Sampling())
     with pytest.raises(RuntimeError, match="closed"):
         batcher.run(lambda: 7)
+
+
+def test_a_thread_that_broke_is_not_handed_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    broken = shared_batcher(cpu)
+    assert shared_batcher(cpu) is broken
+    monkeypatch.setattr(broken, "_begin", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        broken.sample(GPT(TINY.gpt).eval(), embedding(1), 1, 1, Sampling())
+    assert shared_batcher(cpu).run(lambda: 7) == 7
+
+
+def test_who_draws_waits_for_one_call_at_a_time_and_for_prompts_that_are_read(
+    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    drawn: dict[bool, list[int]] = {False: [], True: []}
+
+    def call(leads_up: bool) -> None:
+        batcher.run(lambda: drawn[leads_up].append(batcher._under_way[0].batch.drawn), leads_up)
+
+    def others_come() -> bool:
+        if batcher._under_way and batcher._under_way[0].batch.drawn == 3:
+            for leads_up in (False, False, False, True, True):
+                threads.submit(call, leads_up)
+            while len(batcher._calls) < 5:
+                pass
+        return False
+
+    ask(threads, batcher, gpt, 1, should_stop=others_come).result(30)
+    assert drawn == {False: [4, 5, 6], True: [4, 4]}
+
+
+def test_its_thread_has_all_cores_whatever_is_being_loaded() -> None:
+    def threads_of(batcher: Batcher) -> int:
+        try:
+            return batcher.run(torch.get_num_threads)
+        finally:
+            batcher.close()
+
+    def loading(inside: threading.Event, go_on: threading.Event) -> None:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            inside.set()
+            assert go_on.wait(10)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            events = [(threading.Event(), threading.Event()) for _ in range(2)]
+            loads = [pool.submit(loading, *pair) for pair in events]
+            for inside, _ in events:
+                assert inside.wait(10)
+            assert threads_of(pool.submit(Batcher, 1e9).result(10)) == 2
+            for load, (_, go_on) in zip(loads, events, strict=True):
+                go_on.set()
+                load.result(10)
+            assert threads_of(pool.submit(Batcher, 1e9).result(10)) == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_idle_thread_holds_nothing(batcher: Batcher) -> None:
