@@ -41,7 +41,7 @@ class Sampled:
     """What a request was given, and what it took."""
 
     tokens: Tensor  # (candidates, T)
-    queue_seconds: float  # until its last candidates were begun
+    queue_seconds: float  # until its first candidates were begun
     sampling_seconds: float  # from its first token to its last
     rows_in_batch: float  # candidates, its own and others', in its batches; the mean over them
 
@@ -62,6 +62,7 @@ class _Request:
     uniforms: Tensor  # (candidates, T)
     sampling: Sampling
     should_stop: Callable[[], bool]
+    waits_since: float
     tokens: Tensor  # (candidates, T), filled in as batches end
     result: Future = field(default_factory=Future)
     given_up: bool = False
@@ -69,7 +70,6 @@ class _Request:
     ended_rows: int = 0
     asked: float = field(default_factory=time.monotonic)
     first_begun: float = 0.0
-    last_begun: float = 0.0
     neighbours: list[int] = field(default_factory=list)  # rows in each of its batches
 
     @property
@@ -130,9 +130,11 @@ class Batcher:
         seed: int,
         sampling: Sampling,
         should_stop: Callable[[], bool] | None = None,
+        waits_since: float | None = None,
     ) -> Sampled:
         """The tokens of candidates 0 to `candidates` of a seed for one embedding (1, E).
 
+        waits_since: by time.monotonic(), when who asks began to wait for the device; now, if not given.
         Stopped within a token of should_stop saying so; Busy when too many wait already; ValueError for guidance by a
         transformer without a null condition.
         """
@@ -143,7 +145,8 @@ class Batcher:
         uniforms = candidate_uniforms(seed, range(candidates), gpt.config.block_size)
         with torch.inference_mode(False):  # of an asker who is in it the other thread could not fill them in
             tokens = torch.empty(uniforms.shape, dtype=torch.long)
-        request = _Request(gpt, embedding, uniforms, sampling, should_stop or (lambda: False), tokens)
+        since = time.monotonic() if waits_since is None else waits_since
+        request = _Request(gpt, embedding, uniforms, sampling, should_stop or (lambda: False), since, tokens)
         with self._news:
             self._check_open()
             waiting = sum(other.waiting_rows for other in self._asked)
@@ -298,7 +301,6 @@ class Batcher:
         now = time.monotonic()
         for request, _ in rows:
             request.first_begun = request.first_begun or now
-            request.last_begun = now
         for request in {request for request, _ in rows}:
             request.neighbours.append(len(rows))
         try:
@@ -324,7 +326,7 @@ class Batcher:
                 request.result.set_result(
                     Sampled(
                         request.tokens.to(request.embedding.device),
-                        request.last_begun - request.asked,
+                        request.first_begun - request.waits_since,
                         time.monotonic() - request.first_begun,
                         sum(request.neighbours) / len(request.neighbours),
                     )

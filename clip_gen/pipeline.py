@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,9 @@ class ClipGen:
         if not clip_rerank:
             candidates = num_outputs  # the others would never be looked at
 
-        device = shared_batcher(self.device)
+        device, asked = shared_batcher(self.device), time.monotonic()
         embedding = device.run(lambda: self.read(prompt), leads_up=True)
-        sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop)
+        sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
         images, scores = [], []
         for tokens in sampled.tokens.split(self.at_a_time):
             if should_stop is not None and should_stop():

@@ -409,6 +409,16 @@ def test_an_error_reaches_those_whose_batch_it_was_and_nobody_else(
     assert batcher.run(lambda: 7) == 7
 
 
+def test_a_request_waits_from_when_it_came_until_it_begins_however_many_batches_it_takes(
+    gpt: GPT, batcher: Batcher
+) -> None:
+    started = time.monotonic()
+    large = batcher.sample(gpt, embedding(1), 40 * ROWS, 1, Sampling())
+    assert large.queue_seconds + large.sampling_seconds <= time.monotonic() - started
+    assert large.queue_seconds < large.sampling_seconds / 4
+    assert batcher.sample(gpt, embedding(1), 1, 1, Sampling(), waits_since=started).queue_seconds > large.queue_seconds
+
+
 def test_metrics_tell_what_a_request_took(gpt: GPT, batcher: Batcher) -> None:
     metrics = batcher.sample(gpt, embedding(1), 5, 1, Sampling()).metrics
     assert metrics["rows_in_batch"] == 5
