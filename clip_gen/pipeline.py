@@ -100,23 +100,28 @@ class ClipGen:
         device, asked = shared_batcher(self.device), time.monotonic()
         embedding = device.run(lambda: self.read(prompt), leads_up=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
-        images, scores = [], []
+        scores: list[float] = []
+        best: dict[int, Image.Image] = {}  # of those looked at so far
         for tokens in sampled.tokens.split(self.at_a_time):
             if should_stop is not None and should_stop():
                 raise Stopped
-            looked_at = device.run(lambda tokens=tokens: self.look(tokens, embedding))
-            images += looked_at[0].split(1)
-            scores += looked_at[1]
-        ranked = torch.tensor(scores).argsort(descending=True, stable=True) if clip_rerank else torch.arange(candidates)
-        best = ranked[:num_outputs].tolist()
+            pictures, found = device.run(lambda tokens=tokens: self._pictures(tokens, embedding))
+            best |= enumerate(pictures, len(scores))
+            scores += found
+            ranked = sorted(best, key=scores.__getitem__, reverse=True) if clip_rerank else sorted(best)
+            best = {candidate: best[candidate] for candidate in ranked[:num_outputs]}
         return Generation(
-            device.run(lambda: to_pil(torch.cat([images[i] for i in best]))),
-            [scores[i] for i in best],
-            sampled.tokens[best].cpu(),
+            list(best.values()),
+            [scores[candidate] for candidate in best],
+            sampled.tokens[list(best)].cpu(),
             seed,
             candidates,
             sampled.metrics,
         )
+
+    def _pictures(self, tokens: Tensor, embedding: Tensor) -> tuple[list[Image.Image], list[float]]:
+        images, scores = self.look(tokens, embedding)
+        return to_pil(images), scores
 
     def read(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E) where the bridge puts it: pictures are drawn from there, and ranked by how near
