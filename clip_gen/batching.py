@@ -28,6 +28,10 @@ from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, chec
 Result = TypeVar("Result")
 
 CONTAINER = Path("/sys/fs/cgroup")
+CONTAINER_FILES = (  # limit, usage and what it is made of: in the second version of cgroups, and in the first
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it, from the last to come
 LONGEST = 0.1  # and from the first; ten times that while others' prompts are being read
 
@@ -390,9 +394,12 @@ def available_memory() -> int:
     """Bytes that processes here may still take, as Linux reckons them; in a container, of what it was given."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     room = [int(lines["MemAvailable"].split()[0]) * 1024]
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-        most, held = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
-        room.append(most - held)
+    for limit, usage, statistics in CONTAINER_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+            most, held = (int((CONTAINER / name).read_text()) for name in (limit, usage))
+            kinds = dict(line.split() for line in (CONTAINER / statistics).read_text().splitlines())
+            # What is kept of files, such as weights that were read, is given back where it is wanted.
+            room.append(most - held + sum(int(kinds.get(name, 0)) for name in ("inactive_file", "active_file")))
     return max(0, min(room))
 
 

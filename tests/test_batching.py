@@ -372,14 +372,24 @@ def test_a_forked_child_has_a_batcher_of_its_own(gpt: GPT) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
 
-def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limit", "usage", "statistics"),
+    [
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ],
+)
+def test_memory_is_that_of_the_container_without_what_it_keeps_of_files(
+    limit: str, usage: str, statistics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("clip_gen.batching.CONTAINER", tmp_path)
-    whole = available_memory()
-    assert whole > 1e8
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("2000000\n")
+    assert available_memory() > 1e8
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("5000000\n")
+    (tmp_path / usage).write_text("4800000\n")
+    (tmp_path / statistics).write_text("anon 2000000\nfile 2800000\ninactive_file 1500000\nactive_file 1300000\n")
     assert available_memory() == 3_000_000
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / limit).write_text("max\n")
     assert available_memory() > 1e8
 
 
