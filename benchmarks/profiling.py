@@ -29,7 +29,7 @@ DRAWING, OTHER, REST = "drawing the token", "adding, rotating, cache", "Python a
 GROUPS = {  # what the names of torch's operations have in them
     DRAWING: (DRAWING,),
     "attention": ("attention",),
-    "matrix products": ("linear", "matmul", "addmm", "::mm", "bmm"),
+    "matrix products": ("linear", "matmul", "addmm", "::mm", "bmm", "pack_mm"),
     "normalisation and activation": ("layer_norm", "gelu"),
 }
 KERNELS = {  # and those of a GPU's kernels
