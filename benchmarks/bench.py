@@ -2,9 +2,10 @@
 
     script/bench [--device cpu|cuda|auto] [--size bundled published] [--only NAME ...] [--out results.json]
 
-Prints a table for each part and keeps it in benchmarks/results/, in a file named after the machine. A part that is
-measured again takes its old place there. bundled: checkpoints/shapes. published: HFAiLab's and OpenAI's sizes with
-random weights, for which a folder of 1 GB is written and deleted again. The other parts are of the bundled model alone.
+Prints a table for each part and keeps it in benchmarks/results/, in a file named after the processor or the GPU. A part
+that is measured again takes its old place there. bundled: checkpoints/shapes. published: HFAiLab's and OpenAI's sizes
+with random weights, for which a folder of 1 GB is written and deleted again. The other parts are of the bundled model
+alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     facts = machine(device)
-    out = arguments.out or RESULTS / f"{file_name(facts['device'])}.json"
+    named_after = facts["processor" if device.type == "cpu" else "device"]
+    out = arguments.out or RESULTS / f"{file_name(named_after)}.json"
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     for size in arguments.size:
         parts = [name for name in arguments.only if size == "bundled" or name in ANY_SIZE]
@@ -76,7 +78,7 @@ def measure(parts: list[str], subject: Subject, facts: dict[str, object], out: P
 
 
 def file_name(device: str) -> str:
-    """A device's name as part of a file's: nvidia-h100-80gb-hbm3."""
+    """A processor's or a GPU's name as part of a file's: nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 

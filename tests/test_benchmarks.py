@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,14 +22,17 @@ import pytest
 import sampling
 import serving
 import torch
-from conftest import TINY
+from conftest import FLOAT16, TINY
 from figures import Figure
 from PIL import Image
 from subjects import PROMPT, PUBLISHED, ROOT, Subject, write_published
+from torch import nn
 from torch.nn import functional as F
 
 from clip_gen import ClipGen
+from clip_gen.float16 import Float16Linear, has_products
 from clip_gen.gpt import GPT
+from clip_gen.int8 import Int8Linear
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 
 CPU = torch.device("cpu")
@@ -160,6 +164,8 @@ def test_the_profile_shares_out_a_prediction(subject: Subject) -> None:
     ("name", "work"),
     [
         ("matrix products", lambda x: F.linear(x, x)),
+        ("matrix products", Int8Linear(nn.Linear(512, 512))),
+        pytest.param("matrix products", Float16Linear(nn.Linear(512, 512)) if has_products() else None, marks=FLOAT16),
         ("attention", lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])),
         ("normalisation and activation", lambda x: F.gelu(x)),
         (profiling.OTHER, lambda x: x + x),
@@ -272,8 +278,14 @@ def test_a_run_prints_and_keeps_each_part(
     assert "| loading | " in printed
 
 
-def test_results_are_named_after_the_device() -> None:
+def test_results_are_named_after_what_they_were_measured_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--size", "published", "--only", "loading"])
+    bench.main()  # which is measured at the bundled size alone
+    assert capsys.readouterr().out.endswith(f"{tmp_path / bench.file_name(figures.processor())}.json\n")
 
 
 def test_the_readme_tells_of_every_file() -> None:
