@@ -73,6 +73,23 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
     return pictures
 
 
+def fingerprint(source: Path) -> str:
+    """What tells an archive's content, or a folder's by the names and sizes of its files, from any other. "" for what
+    cannot be read, of which `unpack` will tell.
+    """
+    try:
+        if source.is_dir():
+            files = (path for path in source.rglob("*") if path.is_file())
+            lines = sorted(f"{path.relative_to(source)} {path.stat().st_size}" for path in files)
+            return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+        if source.is_file():
+            with source.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        pass
+    return ""
+
+
 def _check_places(source: Path, folder: Path) -> None:
     if not source.exists():
         raise ArchiveError(f"{source}: there is no such file or folder; {WANTED}")

@@ -11,20 +11,21 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_networks
+from conftest import TINY, picture_bytes, tiny_networks
 from PIL import Image
 from safetensors.torch import load_file
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import save_networks
+from clip_gen.checkpoint import ModelFolderError, save_networks
 from clip_gen.cog_schema import ROOT
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
@@ -186,6 +187,51 @@ def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSetting
         ValueError, match="by another version of this program, which knew no tokens; name another folder"
     ):
         Training(photos, tmp_path, toy)
+
+
+def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelFolderError, match="no such file"):
+        Training(photos, tmp_path, replace(toy, base="nope.tar"))
+    others = tmp_path / "others.zip"
+    write_zip(others, 12)
+    training = Training(others, tmp_path, toy)
+    assert len(training.pictures.paths) == 12
+    assert Training(others, tmp_path, toy).pictures == training.pictures
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_pictures_that_have_changed_are_not_taken_for_those_of_before(
+    toy: TrainSettings, tmp_path: Path, kind: str
+) -> None:
+    images = tmp_path / "album"
+    write = write_zip if kind == "zip" else write_folder
+    write(images, 10)
+    Training(images, tmp_path / "out", toy)
+    write(images, 10)  # the same, written anew
+    assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10
+    write(images, 11)
+    with pytest.raises(ValueError, match=r"album is not what it was when the training in .*out began; name another"):
+        Training(images, tmp_path / "out", toy)
+    write(images, 10)
+    (images.unlink if kind == "zip" else lambda: shutil.rmtree(images))()
+    assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10  # what is unpacked is enough
+
+
+def write_zip(path: Path, count: int) -> None:
+    pictures = RenderedPictures(count, 5, 24)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            archive.writestr(zipfile.ZipInfo(f"{i:02}.png"), picture_bytes(pictures[i]))
+
+
+def write_folder(path: Path, count: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    pictures = RenderedPictures(count, 5, 24)
+    for i in range(count):
+        (path / f"{i:02}.png").write_bytes(picture_bytes(pictures[i]))
 
 
 def test_the_command_line_says_one_sentence_when_the_pictures_will_not_do(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from clip_gen.archives import Pictures, unpack
+from clip_gen.archives import Pictures, fingerprint, unpack
 from clip_gen.checkpoint import Networks, build, load_base, load_part, save_networks, save_part
 from clip_gen.files import whole_or_not
 from clip_gen.findings import unpacked
@@ -96,8 +97,27 @@ class Training:
         self._forget_few_views()
 
     def _pictures(self, images: Path) -> Pictures:
-        folder = self.work / "pictures"
-        return unpacked(folder) if folder.is_dir() else unpack(images, folder)
+        """What is in `images`, unpacked once; ValueError when the folder holds a training on something else.
+
+        Pictures that no training began with, because it was refused its settings, are unpacked anew.
+        """
+        folder, source = self.work / "pictures", self.work / "source"
+        known, begun = source.is_file(), (self.work / "settings.json").is_file()
+        found = fingerprint(images) if images.exists() else source.read_text() if known else ""
+        if folder.is_dir():
+            if (known and source.read_text() == found) or (begun and not known):
+                return unpacked(folder)
+            if begun:
+                raise ValueError(
+                    f"{images} is not what it was when the training in {self.out} began; name another folder for "
+                    "a training on these pictures, or put the earlier ones back to go on"
+                )
+            source.unlink(missing_ok=True)
+            shutil.rmtree(folder)
+        pictures = unpack(images, folder)
+        with whole_or_not(source) as temporary:
+            Path(temporary).write_text(found)
+        return pictures
 
     def _on_gpu(self) -> bool:
         """Whether it is planned for a GPU, which a training taken up again on another machine still is."""
