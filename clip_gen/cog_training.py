@@ -14,6 +14,7 @@ from pathlib import Path
 from clip_gen.cog_cli import named, parse_inputs, parse_options
 from clip_gen.cog_inputs import InputError, checked
 from clip_gen.cog_schema import project_signatures
+from clip_gen.download import URLS
 from clip_gen.files import whole_or_not
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +90,11 @@ def deliver(out: Path) -> Path:
     return target
 
 
+def from_here(weights: str | None) -> str | None:
+    """A path made absolute; a URL, or nothing, as it is."""
+    return weights if not weights or weights.startswith(URLS) else str(Path(weights).expanduser().absolute())
+
+
 def _end_as_by_ctrl_c() -> None:
     """A terminal that closes, or somebody who ends this process, ends the training too, unless told to be ignored."""
     for number in (signal.SIGHUP, signal.SIGTERM):
@@ -106,6 +112,10 @@ def main(arguments: Sequence[str]) -> int:
         images, out = Path(values["images"]).absolute(), Path(given.output or "trained").absolute()
         if not images.exists():
             raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")
+        # Said from where the caller stands; the training runs in the project's folder.
+        values["base"] = from_here(values["base"])
+        if os.environ.get("COG_WEIGHTS"):
+            os.environ["COG_WEIGHTS"] = from_here(os.environ["COG_WEIGHTS"])
         _end_as_by_ctrl_c()
         asyncio.run(run_training(values | {"images": images}, out, terminal=sys.stderr.isatty()))
         print(out / "weights.tar")

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 
+URLS = ("http://", "https://", "data:")  # beginnings of what is no path
 TIMEOUT_SECONDS = 60  # to connect, and without a byte from the server
 DEADLINE_SECONDS = 30 * 60  # for a whole download, from opening to the last read
 ASK_SECONDS = 1  # between two looks at should_stop while the server is silent

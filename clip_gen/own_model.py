@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from clip_gen.checkpoint import CONFIG
+from clip_gen.download import URLS
 from clip_gen.importers import lpips
 from clip_gen.pull import pull_coco
-from clip_gen.weights import URLS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "checkpoints" / "shapes"

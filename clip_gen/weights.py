@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from clip_gen.checkpoint import FILES, TRAINING, ModelFolderError, load_config
-from clip_gen.download import open_url
+from clip_gen.checkpoint import CONFIG, FILES, TRAINING, ModelFolderError, load_config
+from clip_gen.download import URLS, open_url
 from clip_gen.files import whole_or_not
 from clip_gen.tars import tar_files
 
@@ -31,7 +31,6 @@ KEPT = 16  # unpacked weights in the cache: more than a server has slots
 RECENT_SECONDS = 10 * 60  # so long nothing that was asked for is removed: somebody may be about to load it
 LEFT_OVER_SECONDS = 60 * 60  # longer than a download may take
 UNPACKING = ".unpacking-"
-URLS = ("http://", "https://", "data:")
 
 
 def pack(folder: str | Path, path: str | Path) -> None:
@@ -45,14 +44,16 @@ def pack(folder: str | Path, path: str | Path) -> None:
 
 
 def resolve_weights(weights: str, should_stop: Callable[[], bool] | None = None) -> Path:
-    """The model folder behind a local folder, a weights tar, or a URL of one (http, https, data).
+    """The model folder behind a local folder, which may be one that a training left, a weights tar, or a URL of one
+    (http, https, data).
 
     Tars are unpacked once into the cache: $CLIP_GEN_CACHE, or ~/.cache/clip-gen. ModelFolderError when there is
     nothing of use, or soon after should_stop says so during a download.
     """
     try:
         if not weights.startswith(URLS) and Path(weights).is_dir():
-            return Path(weights)
+            folder, trained = Path(weights), Path(weights, "model")
+            return trained if (trained / CONFIG).is_file() and not (folder / CONFIG).is_file() else folder
         key, stream = _open(weights, should_stop)
     except (http.client.HTTPException, OSError, ValueError) as error:
         raise ModelFolderError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -136,6 +137,20 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     said = capfd.readouterr().out
     assert "vqgan 4/4" in said
     assert said.splitlines()[-1] == str(tmp_path / "out" / "weights.tar")
+    # Weights are named from where the caller stands.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    short = {"images": f"@{photos}", "stage": "vqgan", "vqgan_steps": 1, "batch_size": 4}
+    words = [word for name, value in short.items() for word in ("-i", f"{name}={value}")]
+    monkeypatch.setenv("COG_WEIGHTS", "")  # whatever it is set to here is as before afterwards
+    for more in (["-i", "base=out/weights.tar"], ["-e", "COG_WEIGHTS=out"]):
+        assert main([*words, *more, "-o", f"{more[0][1]}-further"]) == 0
+        told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
+        assert Path(told["base"]).is_relative_to(tmp_path)
+    assert main([*words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
+    assert f"{tmp_path / 'checkpoints' / 'shapes'}: cannot be opened" in capfd.readouterr().err
+    assert main(["-i", "images=@"]) == 1
+    assert "images is empty; give the name of a file" in capfd.readouterr().err
     assert main(["-i", "images=@nothing.zip"]) == 1
     assert "nothing.zip: no such file" in capfd.readouterr().err
     assert main(["-i", f"images=@{photos}", "-i", "stage=all"]) == 1

@@ -47,6 +47,11 @@ def test_a_folder_is_itself(tiny_model_folder: Path) -> None:
     assert resolve_weights(str(tiny_model_folder)) == tiny_model_folder
 
 
+def test_a_folder_that_a_training_left_holds_one(tiny_model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_folder, tmp_path / "trained" / "model")
+    assert resolve_weights(str(tmp_path / "trained")) == tmp_path / "trained" / "model"
+
+
 def test_a_tar_is_unpacked_once_and_again_when_it_changes(weights_tar: Path, cache: Path) -> None:
     first = resolve_weights(str(weights_tar))
     assert resolve_weights(str(weights_tar)) == first

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ class Training:
         self.machine.check()
         self.began = time.monotonic()
         self.pictures = self._pictures(images)
-        self.base = base = resolve_weights(settings.base or own_weights()[0])
+        self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
         self.on_gpu = self._on_gpu()
         self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
