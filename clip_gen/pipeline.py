@@ -89,13 +89,13 @@ class ClipGen:
         when too many candidates wait already.
         """
         sampling = Sampling(temperature, top_k, top_p, guidance)
+        if not clip_rerank:
+            candidates = num_outputs  # the others would never be looked at
         check_request(prompt, candidates, num_outputs, seed)
         sampling.check()
         if seed is None:
             seed = secrets.randbelow(MAX_SEED + 1)
         log.info("seed %d", seed)
-        if not clip_rerank:
-            candidates = num_outputs  # the others would never be looked at
 
         device, asked = shared_batcher(self.device), time.monotonic()
         embedding = device.run(lambda: self.read(prompt), leads_up=True)

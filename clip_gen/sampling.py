@@ -39,7 +39,7 @@ class Sampling:
 
     temperature: float = 1.0  # 0: always the likeliest
     top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
+    top_p: float = 1.0  # 1: off; 0: always the likeliest
     guidance: float = 1.0  # 1: off
 
     def check(self) -> None:
@@ -48,8 +48,8 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; give 0 (always the likeliest token) to 10")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; give 0 (off) or how many tokens to choose from")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a share of the probability above 0 and up to 1 (off)")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a share of the probability, 0 to 1 (off)")
         if not 0 <= self.guidance <= 20:
             raise ValueError(f"guidance is {self.guidance}; give 0 to 20, where 1 is off")
 
@@ -81,6 +81,7 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ranked, order = probabilities.sort(dim=1, descending=True)
         # A token stays while those likelier than it have not yet filled the share.
         dropped = ranked.cumsum(dim=1) - ranked >= sampling.top_p
+        dropped[:, 0] = False
         ranked = ranked.masked_fill(dropped, 0.0)
         probabilities = torch.zeros_like(ranked).scatter_(1, order, ranked)
         probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)

@@ -108,6 +108,8 @@ def test_without_reranking_the_first_candidates_come_in_their_order_with_scores(
     ranked = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1)
     assert sorted(plain.scores, reverse=True) == ranked.scores
     assert tiny_model.generate("a", candidates=9, num_outputs=2, clip_rerank=False).candidates == 2
+    # How many there would be to choose from means nothing then.
+    assert tiny_model.generate("a", candidates=1, num_outputs=2, clip_rerank=False).candidates == 2
     assert plain.scores != ranked.scores
 
 

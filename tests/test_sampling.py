@@ -61,7 +61,7 @@ def test_top_k_keeps_the_k_likeliest() -> None:
     assert torch.equal(filtered_probabilities(LOGITS, Sampling(top_k=9)), filtered_probabilities(LOGITS, Sampling()))
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.76, 3), (0.95, 4)])
+@pytest.mark.parametrize(("top_p", "kept"), [(0.0, 1), (0.01, 1), (0.49, 1), (0.51, 2), (0.76, 3), (0.95, 4)])
 def test_top_p_keeps_the_fewest_tokens_that_fill_the_share(top_p: float, kept: int) -> None:
     probabilities = filtered_probabilities(LOGITS, Sampling(top_p=top_p))
     assert (probabilities[0] > 0).sum() == kept
@@ -147,7 +147,7 @@ def test_should_stop_is_asked_before_every_token(gpt: GPT) -> None:
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"guidance": -1.0}, "guidance is -1.0"),
         ({"guidance": 21.0}, "guidance is 21.0"),

@@ -189,7 +189,6 @@ def test_all_wrong_inputs_are_listed(server: Server) -> None:
     [
         ({"num_outputs": 5}, "num_outputs is 5, more than the 4 candidates"),
         ({"prompt": " \n"}, "say what to draw"),
-        ({"top_p": 0}, "top_p is 0"),
         ({"replicate_weights": "/etc/hostname"}, "/etc/hostname"),
         ({"replicate_weights": "absent.tar"}, "absent.tar"),
     ],
