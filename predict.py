@@ -44,7 +44,10 @@ class Predictor(BaseRunner):
             description="Sample from the likeliest tokens that make up this share. 1: all.", default=1.0, ge=0, le=1
         ),
         temperature: float = Input(
-            description="More is wilder; 0 always takes the likeliest token.", default=1.0, ge=0, le=10
+            description="More is wilder; 0 always takes the likeliest token, which is often plain ground.",
+            default=1.0,
+            ge=0,
+            le=10,
         ),
         guidance: float = Input(
             description="How hard to push towards the prompt. 1: as the model learnt it.", default=1.0, ge=0, le=20
@@ -68,6 +71,8 @@ class Predictor(BaseRunner):
         stop = threading.Event()
         try:
             model = await self.models.fetch(weights, stop.is_set)
+            if weights:
+                print(f"model: {model.config.name} from {weights[:100]}: replicate_weights names it")
             draw = functools.partial(model.generate, **values, should_stop=stop.is_set)
             result = await asyncio.get_running_loop().run_in_executor(self.drawing, draw)
             settings = values | {"candidates": result.candidates, "model": model.config.name}

@@ -56,6 +56,7 @@ def test_a_zip_becomes_a_tar_that_predicts(
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
     tar = Training(photos, tmp_path / "out", toy).run()
     model = ClipGen.load(resolve_weights(str(tar)), "cpu")
+    assert model.config.name == "trained"  # and no longer what its base is called
     assert len(model.generate("a red circle", candidates=2, num_outputs=2, seed=0).images) == 2
     for part in ("vqgan", "gpt"):
         before = getattr(tiny_model, part).state_dict()

@@ -36,6 +36,7 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
     "medium": (VQGANConfig(), GPTConfig(n_layer=12, n_head=12, n_embd=768, rotary=True)),
     "published": (VQGANConfig(), GPTConfig(n_layer=24, n_head=16, n_embd=1024, rotary=True)),
 }
+TRAINED = "trained"  # the name of any model that was
 # Up to so many pictures, so many codes.
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
 MOST_CODES = 16384
@@ -125,7 +126,7 @@ class Plan:
 def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False) -> Plan:
     """ValueError where the sizes asked for do not go together."""
     start = "base" if settings.size == "base" else "scratch"
-    model = base if start == "base" else _model(settings, base, pictures)
+    model = replace(base, name=TRAINED) if start == "base" else _model(settings, base, pictures)
     model = replace(model, bridge=replace(model.bridge, mean_shift=settings.mean_shift))
     model.check()
     # More and smaller steps learn more from as many pictures, a VQGAN above all; a GPU takes many as fast as few.
@@ -196,4 +197,4 @@ def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelCo
     if vqgan.attn_resolutions:
         vqgan = replace(vqgan, attn_resolutions=(vqgan.grid,))
     gpt = replace(gpt, block_size=vqgan.grid**2, codebook_size=codes, embed_dim=base.clip.embed_dim)
-    return replace(base, name="trained", vqgan=vqgan, gpt=gpt)
+    return replace(base, name=TRAINED, vqgan=vqgan, gpt=gpt)
