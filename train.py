@@ -35,7 +35,10 @@ async def train(
         choices=["base", "laptop", "small", "medium", "published"],
     ),
     resolution: int = Input(
-        description="Side of the pictures for new networks, a multiple of 16. 0: by the size.", default=0, ge=0, le=1024
+        description="Side of the pictures for new networks; multiples of 16 suit all sizes. 0: by the size.",
+        default=0,
+        ge=0,
+        le=1024,
     ),
     codebook_size: int = Input(
         description="Codes of a new VQGAN. 0: by the number of pictures.", default=0, ge=0, le=16384

@@ -64,6 +64,8 @@ def parse_inputs(texts: dict[str, str], fields: Sequence[InputField]) -> dict[st
     values: dict[str, object] = {}
     for name, text in texts.items():
         if kinds.get(name) == "Path":
+            if not text.removeprefix("@"):
+                raise InputError(f"{name} is empty; give the name of a file")
             values[name] = Path(text.removeprefix("@")).expanduser()
             continue
         if text.startswith("@"):
@@ -87,11 +89,14 @@ def _parse_value(text: str, kind: str | None) -> object:
 
 def _file_input(name: str, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:
         return str(path)
     except OSError as error:
         raise InputError(f"{name}: {path} cannot be read ({error.strerror}); give the name of a file") from error
+    if not text:
+        raise InputError(f"{name}: {path} is empty; give a file with something in it, or leave {name} out")
+    return text
 
 
 def output_target(output: str | None) -> tuple[Path, str | None]:

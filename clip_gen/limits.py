@@ -52,4 +52,4 @@ class Meter:
             raise self._too_much(f"{ratio:g} times its own size, as archive bombs do")
 
     def _too_much(self, what: str) -> ArchiveError:
-        return ArchiveError(f"{self.source}: holds more than {what}; give fewer pictures, or set higher limits")
+        return ArchiveError(f"{self.source}: holds more than {what}; give fewer pictures")

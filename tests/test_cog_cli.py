@@ -15,6 +15,7 @@ import pytest
 from model_files import other_folder, slow_folder
 from PIL import Image
 
+from clip_gen.checkpoint import load_config
 from clip_gen.cog_cli import main
 from clip_gen.cog_inputs import InputError, InputField, Kind, checked
 from clip_gen.cog_schema import ROOT
@@ -191,7 +192,7 @@ def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
         (["-i", "prompt=a", "-i", "prompt=b"], "prompt is given twice; give it once"),
         (["-i", "prompt=@absent.txt"], "prompt: absent.txt cannot be read (No such file or directory)"),
         ([*QUICK, "-i", "num_outputs=5"], "num_outputs is 5, more than the 4 candidates"),
-        ([*QUICK, "-i", "top_p=0"], "top_p is 0.0; give a share"),
+        ([*QUICK, "-i", "replicate_weights=@/dev/null"], "replicate_weights: /dev/null is empty; give a file"),
         (["-i", "prompt=   "], "say what to draw"),
         ([*QUICK, "-e", "COG_WEIGHTS=absent"], "absent"),
         ([*QUICK, "-i", "replicate_weights=absent.tar"], "absent.tar"),
@@ -235,10 +236,14 @@ def test_an_environment_variable_chooses_the_model(folder: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("mark", ["", "@"])
-def test_a_weights_tar_draws_what_its_folder_draws(folder: Path, tmp_path: Path, mark: str) -> None:
+def test_a_weights_tar_draws_what_its_folder_draws(
+    folder: Path, tmp_path: Path, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pack(other_folder(tmp_path / "other"), tar := tmp_path / "other.tar")
     main([*QUICK, "-o", "folder", "-e", f"COG_WEIGHTS={tmp_path / 'other'}"])
     main([*QUICK, "-o", "tar", "-i", f"replicate_weights={mark}{tar}"])
+    name = load_config(tmp_path / "other").name
+    assert f"model: {name} from {tar}: replicate_weights names it" in capsys.readouterr().err
     assert Image.open("folder.0.png").tobytes() == Image.open("tar.0.png").tobytes()
 
 
