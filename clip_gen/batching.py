@@ -22,8 +22,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from clip_gen.cuda_graphs import forget_idle
 from clip_gen.gpt import GPT
-from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, check_guidance, most_rows
+from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, check_guidance, most_rows, rows_of
 
 Result = TypeVar("Result")
 
@@ -110,7 +111,8 @@ class Batcher:
     """Give it requests from any thread; it blocks each until its own is done.
 
     most_bytes: what the batches under way may hold together by batch_bytes, of which there is always one; more wait
-    their turn. most_waiting: candidates that may wait; Busy beyond.
+    their turn. On a GPU recordings kept for batches to come count too, and go where they leave no room. most_waiting:
+    candidates that may wait; Busy beyond.
     """
 
     def __init__(self, most_bytes: float, most_waiting: int = 4096):
@@ -298,6 +300,8 @@ class Batcher:
             begun = {request for request, _ in rows}
             with self._news:  # who has more than a batch of candidates goes behind those who have none yet
                 self._asked = deque(sorted(self._asked, key=begun.__contains__))
+            passes = 1 if first.sampling.guidance == 1 else 2
+            forget_idle(self.most_bytes - held, first.gpt, passes * rows_of(first.gpt, len(rows), passes))
             self._start(rows)
 
     def _start(self, rows: list[tuple[_Request, int]]) -> None:

@@ -102,6 +102,10 @@ class Recording:
         self.logits: Tensor | None = None  # (rows, V), of the last step
         self.graph = self._record(gpt) if device.type == "cuda" else None
 
+    @property
+    def nbytes(self) -> int:
+        return self.cache.keys.nbytes + self.cache.values.nbytes
+
     def work(self, gpt: GPT) -> None:
         """One step: what `token`, or at first `prefix`, makes of `logits`."""
         cache, config = self.cache, gpt.config
@@ -132,6 +136,26 @@ class Recording:
 
 
 _idle: weakref.WeakKeyDictionary[GPT, dict[int, list[Recording]]] = weakref.WeakKeyDictionary()
+
+
+def forget_idle(most_bytes: float, gpt: GPT, rows: int) -> None:
+    """Lets go of recordings that wait for a batch, until they hold no more than this beside the one that the next
+    batch, of so many rows of this transformer, will take.
+    """
+    next_one = _idle.get(gpt, {}).get(rows, [])[-1:]
+    others = [
+        (recordings, recording)
+        for by_rows in _idle.values()
+        for recordings in by_rows.values()
+        for recording in recordings
+        if recording not in next_one
+    ]
+    held = sum(recording.nbytes for _, recording in others)
+    for recordings, recording in others:
+        if held <= most_bytes:
+            return
+        recordings.remove(recording)
+        held -= recording.nbytes
 
 
 class RecordedSteps:

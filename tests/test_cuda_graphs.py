@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_gen import cuda_graphs
+from clip_gen.batching import Batcher, batch_bytes
 from clip_gen.gpt import GPT
-from clip_gen.sampling import Batch, Sampling, candidate_uniforms, rows_of
+from clip_gen.sampling import Batch, Sampling, candidate_uniforms, most_rows, rows_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
@@ -101,6 +103,37 @@ def test_who_stays_when_others_leave_goes_on_in_a_smaller_recording(gpt: GPT) ->
     assert fewer.width == rows_of(gpt, 2)
     assert large in cuda_graphs._idle[gpt][rows_of(gpt, 40)]
     assert torch.equal(finished(fewer), finished(whole)[[3, 39]])
+
+
+def test_idle_recordings_go_where_memory_is_short_but_for_the_one_wanted_next(gpt: GPT) -> None:
+    cuda_graphs._idle.clear()
+    few, many = rows_of(gpt, 4), rows_of(gpt, 40)
+    batches = [begun(gpt, rows, 1) for rows in (4, 4, 40)]
+    small, large = batches[0].steps.recording.nbytes, batches[2].steps.recording.nbytes
+    del batches
+    idle = cuda_graphs._idle[gpt]
+    cuda_graphs.forget_idle(small + large, gpt, few)
+    assert [len(idle[rows]) for rows in (few, many)] == [2, 1]
+    cuda_graphs.forget_idle(2 * small, gpt, many)
+    assert [len(idle[rows]) for rows in (few, many)] == [2, 1]
+    cuda_graphs.forget_idle(large, gpt, few)
+    assert [len(idle[rows]) for rows in (few, many)] == [1, 1]
+    cuda_graphs.forget_idle(-1, gpt, few)
+    assert [len(idle[rows]) for rows in (few, many)] == [1, 0]
+
+
+def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_graphs._idle.clear()
+    monkeypatch.setattr("clip_gen.batching.Batch", partial(Batch, recorded=True))
+    most = batch_bytes(gpt, Sampling(), most_rows(gpt))
+    batcher = Batcher(most)
+    embedding = F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1)
+    for candidates in (1, 40, 1, 20, 40):
+        for guidance in (1.0, 2.0):
+            batcher.sample(gpt, embedding, candidates, 1, Sampling(guidance=guidance))
+    batcher.close()
+    held = sum(recording.nbytes for idle in cuda_graphs._idle[gpt].values() for recording in idle)
+    assert held <= 2 * most  # the one that was under way last, with guidance
 
 
 def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
