@@ -66,6 +66,9 @@ class ClipGen:
         with one_thread():
             networks = load_networks(folder, chosen)
             networks.gpt.work_in(choose_dtype(dtype, chosen))
+            if chosen.type == "cpu" and networks.config.vqgan.patch == 1:
+                # A seventh faster over whole pictures; over patches, whose images are small, a third slower.
+                networks.vqgan.decoder.to(memory_format=torch.channels_last)
         return cls(networks, chosen)
 
     def generate(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT16
+from conftest import FLOAT16, TINY
 
 from clip_gen import ClipGen, pipeline
 from clip_gen.bridge import Bridge
+from clip_gen.checkpoint import build, load_networks, save_networks
 from clip_gen.config import BridgeConfig
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.pipeline import Stopped, choose_device
@@ -191,6 +193,21 @@ def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
     assert types() == {torch.bfloat16}
     with pytest.raises(ValueError, match='dtype is "int4"; give "auto", "float32", "bfloat16", "float16" or "int8"'):
         types("int4")
+
+
+@pytest.mark.parametrize("patch", [1, 4])
+def test_whole_pictures_are_decoded_in_the_order_that_is_quicker_for_them_and_come_out_the_same(
+    tmp_path: Path, patch: int
+) -> None:
+    vqgan = replace(TINY.vqgan, patch=patch, ch_mult=(1, 1, 1) if patch == 1 else (1,))
+    save_networks(build(replace(TINY, vqgan=vqgan)), tmp_path / "model", {})
+    plain = load_networks(tmp_path / "model").vqgan
+    loaded = ClipGen.load(tmp_path / "model", "cpu").vqgan
+    weight = loaded.decoder.mid.block_1.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (patch == 1)
+    tokens = torch.randint(0, vqgan.codebook_size, (2, vqgan.grid**2), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(loaded.decode(tokens), plain.decode(tokens), atol=1e-5)
 
 
 def test_in_bfloat16_the_logits_stay_near(tiny_model_folder: Path) -> None:
