@@ -104,6 +104,7 @@ def _end_as_by_ctrl_c() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """What `cog train` does, in a folder that outlives it. 1 and a sentence on stderr when it cannot be done."""
+    out = None
     try:
         fields = project_signatures()[1].inputs
         given = parse_options(arguments, fields, TRAINS)
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str]) -> int:
         asyncio.run(run_training(values | {"images": images}, out, terminal=sys.stderr.isatty()))
         print(out / "weights.tar")
     except KeyboardInterrupt:
+        if out:
+            print(f"cut off; the same command goes on from {out}", file=sys.stderr)
         return 130
     except (ValueError, OSError, TrainingFailed) as error:
         print(error, file=sys.stderr)

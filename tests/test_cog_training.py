@@ -165,11 +165,13 @@ def test_the_script_ended_from_outside_leaves_no_training_behind(
     out = tmp_path / "out"
     given = {"images": f"@{photos}", "base": tiny_model_folder, "vqgan_steps": 100_000, "batch_size": 4}
     words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
-    script = subprocess.Popen([sys.executable, "-m", "clip_gen.cog_training", *words, "-o", str(out)], cwd=ROOT)
+    command = [sys.executable, "-m", "clip_gen.cog_training", *words, "-o", str(out)]
+    script = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (out / "work" / "vqgan" / "history.jsonl").is_file(), seconds=60)
     assert any(f"train {photos}" in words for words in command_lines().values())
     script.send_signal(number)
     assert script.wait(10) == 130
+    assert f"cut off; the same command goes on from {out}\n" in script.stderr.read()
     wait_for(lambda: not any(str(out) in words for words in command_lines().values()), seconds=2)
 
 

@@ -190,6 +190,13 @@ def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSetting
         Training(photos, tmp_path, toy)
 
 
+def test_minutes_count_stages_that_were_trained_before(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    training = Training(photos, tmp_path, toy)
+    assert training.record({"vqgan": {"minutes": 5.0}, "gpt": {"minutes": 7.5}})["minutes"] == 12.5
+    training.began -= 20 * 60
+    assert training.record({"gpt": {"minutes": 7.5}})["minutes"] == pytest.approx(20, abs=0.5)
+
+
 def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:

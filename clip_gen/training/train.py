@@ -325,12 +325,13 @@ class Training:
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
+        now, before = (time.monotonic() - self.began) / 60, sum(stage["minutes"] for stage in stages.values())
         return {
             "pictures": self.pictures.as_json() | {"held_back": len(self.held_back)},
             "settings": asdict(self.settings),
             "plan": asdict(self.plan),
             "stages": stages,
-            "minutes": round((time.monotonic() - self.began) / 60, 1),
+            "minutes": round(max(now, before), 1),  # of stages that were taken up again, their own
             "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
         }
 
