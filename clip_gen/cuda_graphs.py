@@ -138,6 +138,11 @@ class Recording:
 _idle: weakref.WeakKeyDictionary[GPT, dict[int, list[Recording]]] = weakref.WeakKeyDictionary()
 
 
+def is_ready(gpt: GPT, rows: int) -> bool:
+    """Whether there is an idle recording for so many rows; to make one takes longer than most batches."""
+    return bool(_idle.get(gpt, {}).get(rows))
+
+
 def forget_idle(most_bytes: float, gpt: GPT, rows: int) -> None:
     """Lets go of recordings that wait for a batch, until they hold no more than this beside the one that the next
     batch, of so many rows of this transformer, will take.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_gen.cuda_graphs import RecordedSteps, has_kernels
+from clip_gen.cuda_graphs import RecordedSteps, has_kernels, is_ready
 from clip_gen.gpt import GPT
 
 MAX_SEED = 2**31 - 1
@@ -233,7 +233,7 @@ class Batch:
         """
         rows = rows_of(self.gpt, len(wanted), self.passes)
         width = rows if self.recorded else len(wanted)
-        if width >= self.width or not self.drawn:
+        if width >= self.width or not self.drawn or (self.recorded and not is_ready(self.gpt, rows * self.passes)):
             return False
         kept = torch.tensor(wanted, device=self._tokens.device)
         places = torch.cat([_padded(kept, width) + number * self.width for number in range(self.passes)])

@@ -236,8 +236,13 @@ def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
     embedding, uniforms = F.normalize(torch.randn(30, 16), dim=1), candidate_uniforms(0, range(30), LENGTH)
     whole, fewer = (Batch(gpt, embedding, uniforms, Sampling(guidance=guidance), recorded) for _ in range(2))
     assert not fewer.keep([7])  # nothing is drawn yet
+    fewer.step()
+    whole.step()
+    assert not (recorded and fewer.keep([2, 7]))  # a recording for them would have to be made first
+    for count in (2, 5):  # which it is now, and idle
+        Batch(gpt, embedding[:count], uniforms[:count], Sampling(guidance=guidance), recorded)
     kept = [2, 7, 8, 20, 29]
-    for _ in range(LENGTH):
+    while not fewer.done:
         whole.step()
         fewer.step()
         if fewer.drawn == 3:
