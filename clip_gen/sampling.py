@@ -21,7 +21,7 @@ MAX_SEED = 2**31 - 1
 # there, filled up with the last row: a candidate's bits are then the same whatever stands beside it. Where they are not
 # enough for a batch of ROWS, that, and with guidance twice that, is the only one.
 ROWS = 16
-NUMBERS = (1, 2, 4, 6, 8, 12, 16, 18, 24, 32, 36, 48, 64, 72)  # FBGEMM takes six at a time
+NUMBERS = (1, 2, 4, 5, 6, 8, 10, 12, 16, 18, 20, 24, 32, 36, 40, 48, 64, 72)  # FBGEMM takes six at a time
 SHARED = 32  # candidates in a batch; guidance takes two rows for each
 # A GPU reads all weights for each step, however many rows there are; a batch of up to ROWS is still one of ROWS.
 GPU_ROWS = 64
