@@ -22,7 +22,7 @@ MANY, MOST_SECONDS_OF_MANY = 64, 0.5  # candidates on a GPU
 
 
 def decoding(subject: Subject) -> list[Figure]:
-    """Pictures of sixteen candidates' tokens and their scores: ours one by one as pipeline.py has it, plain in one.
+    """Pictures of sixteen candidates' tokens and their scores: ours as many at a time as pipeline.py has it, plain all.
 
     On a GPU also all that many candidates take, in a warm process.
     """

@@ -54,13 +54,14 @@ def measure(subject: Subject) -> list[Figure]:
 def stages(model: ClipGen, device: torch.device, times: int) -> dict[str, float]:
     """Seconds of each stage."""
     config = model.config.gpt
-    tokens = torch.randint(0, config.codebook_size, (1, config.block_size), device=device)
-    image = model.vqgan.decode(tokens)
-    found = Generation([], [0.0] * 4, tokens.expand(4, -1), 0, ROWS, {})
+    together = min(ROWS, model.at_a_time)
+    tokens = torch.randint(0, config.codebook_size, (together, config.block_size), device=device)
+    images = model.vqgan.decode(tokens)
+    found = Generation([], [0.0] * 4, tokens[:1].expand(4, -1), 0, ROWS, {})
     outputs, settings = Outputs(), {"prompt": PROMPT, "candidates": ROWS, "model": model.config.name}
 
     def save() -> None:
-        found.images[:] = to_pil(image.expand(4, -1, -1, -1))
+        found.images[:] = to_pil(images[:1].expand(4, -1, -1, -1))
         outputs.save(found, settings, "png", 90)
 
     def took(work: Callable[[], object]) -> float:
@@ -69,8 +70,8 @@ def stages(model: ClipGen, device: torch.device, times: int) -> dict[str, float]
     return {
         "reading the prompt": took(lambda: model.read(PROMPT)),
         **{f"sampling: {name}": part for name, part in sampling_stages(model.gpt, device, times).items()},
-        "decoding": ROWS * took(lambda: model.vqgan.decode(tokens)),
-        "ranking": ROWS * took(lambda: model.clip_encoder.encode_image(image)),
+        "decoding": ROWS / together * took(lambda: model.vqgan.decode(tokens)),
+        "ranking": ROWS / together * took(lambda: model.clip_encoder.encode_image(images)),
         "saving": took(save),
     }
 

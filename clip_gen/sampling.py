@@ -166,17 +166,17 @@ class GrowingSteps:
 
     def __call__(self, last: Tensor | None) -> Tensor:
         if last is None:
-            logits = self.gpt.start(_padded(self.prefix, self.rows), self.cache)
+            logits = self.gpt.start(padded(self.prefix, self.rows), self.cache)
         else:
-            logits = self.gpt.step(_padded(last, self.rows), self.cache)
+            logits = self.gpt.step(padded(last, self.rows), self.cache)
         return logits[: len(self.prefix)]
 
     def take(self, other: GrowingSteps, rows: Tensor) -> None:
         """Goes on where these rows (B,) of other steps are."""
         self.cache.take(other.cache, rows)
         if self.gpt.around is not None:
-            self.cache.prefix = _padded(self.prefix, self.rows)
-            self.cache.tokens = _padded(other.cache.tokens[rows], self.rows)
+            self.cache.prefix = padded(self.prefix, self.rows)
+            self.cache.tokens = padded(other.cache.tokens[rows], self.rows)
 
 
 class Batch:
@@ -195,7 +195,7 @@ class Batch:
         self.recorded = device.type == "cuda" if recorded is None else recorded
         self.passes = 1 if sampling.guidance == 1 else 2
         rows = rows_of(gpt, len(uniforms), self.passes)
-        embedding = _padded(embedding, rows)
+        embedding = padded(embedding, rows)
         prefixes = [gpt.prefix(embedding)]
         if self.passes == 2:
             prefixes.append(gpt.prefix(embedding, torch.ones(rows, dtype=torch.bool, device=device)))
@@ -220,7 +220,7 @@ class Batch:
     def step(self) -> None:
         """Draws the next token of every row."""
         t = self.drawn
-        last = _padded(self._tokens[:, t - 1], self.width).repeat(self.passes) if t else None
+        last = padded(self._tokens[:, t - 1], self.width).repeat(self.passes) if t else None
         logits = [rows[: len(self._tokens)].float() for rows in self.steps(last).chunk(self.passes)]
         chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
         self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
@@ -236,7 +236,7 @@ class Batch:
         if width >= self.width or not self.drawn or (self.recorded and not is_ready(self.gpt, rows * self.passes)):
             return False
         kept = torch.tensor(wanted, device=self._tokens.device)
-        places = torch.cat([_padded(kept, width) + number * self.width for number in range(self.passes)])
+        places = torch.cat([padded(kept, width) + number * self.width for number in range(self.passes)])
         steps = self._steps(self.steps.prefix[places], rows)
         steps.take(self.steps, places)
         self.steps, self.width = steps, width
@@ -269,7 +269,7 @@ def sample_tokens(
     return batch.tokens
 
 
-def _padded(rows: Tensor, least: int) -> Tensor:
+def padded(rows: Tensor, least: int) -> Tensor:
     """At least this many rows, the last one repeated."""
     missing = least - len(rows)
     return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])

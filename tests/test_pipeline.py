@@ -53,9 +53,9 @@ def test_the_best_outputs_are_chosen_from_all_candidates(tiny_model: ClipGen) ->
 
 
 def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model: ClipGen) -> None:
-    def first(count: int, **settings: float) -> list[bytes]:
+    def first(count: int, **settings: float) -> list[tuple[bytes, float]]:
         result = tiny_model.generate("a red circle", count, count, seed=9, clip_rerank=False, **settings)
-        return [image.tobytes() for image in result.images]
+        return [(image.tobytes(), score) for image, score in zip(result.images, result.scores, strict=True)]
 
     for settings in ({}, {"guidance": 2.0, "top_p": 0.9, "top_k": 20, "temperature": 0.9}):
         many = first(70, **settings)  # more than one chunk
@@ -159,8 +159,8 @@ def test_stopping_is_asked_all_the_way_through(tiny_model: ClipGen) -> None:
         asked.append(True)
         return False
 
-    tiny_model.generate("a red circle", candidates=2, num_outputs=1, should_stop=never)
-    assert len(asked) == 16 + 2  # every token, every picture decoded
+    tiny_model.generate("a red circle", candidates=5, num_outputs=1, should_stop=never)
+    assert len(asked) == 16 + 2  # every token, and before the first four pictures and the fifth
     for moment in (0, 10, 17):
         left = iter([False] * moment + [True])
         with pytest.raises(Stopped):
