@@ -164,7 +164,7 @@ def test_stopping_is_asked_all_the_way_through(tiny_model: ClipGen) -> None:
     for moment in (0, 10, 17):
         left = iter([False] * moment + [True])
         with pytest.raises(Stopped):
-            tiny_model.generate("a red circle", candidates=2, num_outputs=1, should_stop=lambda: next(left))  # noqa: B023
+            tiny_model.generate("a red circle", candidates=5, num_outputs=1, should_stop=lambda: next(left))  # noqa: B023
 
 
 def test_an_unknown_device_is_refused() -> None:
