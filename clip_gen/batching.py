@@ -98,7 +98,7 @@ class _Shared:
         return not self.batch.done and any(not request.result.done() for request, _ in self.rows)
 
     def free_rows(self) -> None:
-        """Goes on without the rows that nobody waits for any more, where that is less work."""
+        """Goes on without the rows that nobody waits for any more, once they are a quarter."""
         wanted = [row for row, (request, _) in enumerate(self.rows) if not request.result.done()]
         if len(wanted) == len(self.rows):
             return

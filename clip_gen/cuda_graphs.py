@@ -38,6 +38,10 @@ class StaticCache(KVCache):
     def place(self) -> Tensor:
         return self.position
 
+    @property
+    def written(self) -> int:
+        return len(self.places)
+
     def advance(self) -> None:
         self.position += 1
 

@@ -39,6 +39,11 @@ class KVCache:
         """Where the next token goes."""
         return slice(self.length, self.length + 1)
 
+    @property
+    def written(self) -> int:
+        """How many places, from the first, may hold something."""
+        return self.length
+
     def advance(self) -> None:
         self.length += 1
 
@@ -51,9 +56,9 @@ class KVCache:
 
     def take(self, other: KVCache, rows: Tensor) -> None:
         """Becomes what these rows (n,) of another cache are."""
-        for layer in range(len(self.keys)):
-            torch.index_select(other.keys[layer], 0, rows, out=self.keys[layer])
-            torch.index_select(other.values[layer], 0, rows, out=self.values[layer])
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer in range(len(mine)):
+                mine[layer, :, :, : other.written] = theirs[layer, :, :, : other.written][rows]
         self.length = other.length
 
 

@@ -228,12 +228,13 @@ class Batch:
 
     @torch.inference_mode()
     def keep(self, wanted: list[int]) -> bool:
-        """Goes on with these rows alone, which stay what they would have been. False, and nothing happens, where that
-        saves nothing, or before the first token.
+        """Goes on with these rows alone, which stay what they would have been. False, and nothing happens, before the
+        first token, and where that saves little for what it takes: the cache is copied.
         """
         rows = rows_of(self.gpt, len(wanted), self.passes)
         width = rows if self.recorded else len(wanted)
-        if width >= self.width or not self.drawn or (self.recorded and not is_ready(self.gpt, rows * self.passes)):
+        ready = is_ready(self.gpt, rows * self.passes) if self.recorded else True
+        if 4 * width > 3 * self.width or not self.drawn or not ready:
             return False
         kept = torch.tensor(wanted, device=self._tokens.device)
         places = torch.cat([padded(kept, width) + number * self.width for number in range(self.passes)])

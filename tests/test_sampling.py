@@ -239,9 +239,10 @@ def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
     fewer.step()
     whole.step()
     assert not (recorded and fewer.keep([2, 7]))  # a recording for them would have to be made first
-    for count in (2, 5):  # which it is now, and idle
+    assert not fewer.keep(list(range(1, 30)))  # a whole cache copied for one row
+    for count in (2, 9):  # which it is now, and idle
         Batch(gpt, embedding[:count], uniforms[:count], Sampling(guidance=guidance), recorded)
-    kept = [2, 7, 8, 20, 29]
+    kept = [1, 2, 3, 5, 7, 8, 20, 25, 29]
     while not fewer.done:
         whole.step()
         fewer.step()
@@ -252,5 +253,5 @@ def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
         if fewer.drawn == 9:
             fits = fewer.keep([1, 4])
             assert fits != (recorded and dtype == torch.bfloat16)  # which has sixteen rows for two as for five
-            kept = [7, 29] if fits else kept
+            kept = [2, 7] if fits else kept
     assert torch.equal(fewer.tokens, whole.tokens[kept])
