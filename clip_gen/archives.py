@@ -36,6 +36,7 @@ EMPTY = "an empty file"
 
 # zip, gz, bz2, xz, 7z, rar, zstd
 ARCHIVE_STARTS = (b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")
+LEFT_BY_WINDOWS = ("Thumbs.db", "desktop.ini")
 TAR_MARK = slice(257, 262)
 
 
@@ -79,7 +80,8 @@ def fingerprint(source: Path) -> str:
     """
     try:
         if source.is_dir():
-            files = (path for path in source.rglob("*") if path.is_file())
+            # But for what file managers leave there unasked.
+            files = (path for path in source.rglob("[!.]*") if path.is_file() and path.name not in LEFT_BY_WINDOWS)
             lines = sorted(f"{path.relative_to(source)} {path.stat().st_size}" for path in files)
             return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
         if source.is_file():

@@ -218,11 +218,17 @@ def test_pictures_that_have_changed_are_not_taken_for_those_of_before(
     write(images, 10)
     Training(images, tmp_path / "out", toy)
     write(images, 10)  # the same, written anew
+    if kind == "folder":
+        (images / ".DS_Store").write_text("seen by a file manager")
     assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10
     write(images, 11)
     with pytest.raises(ValueError, match=r"album is not what it was when the training in .*out began; name another"):
         Training(images, tmp_path / "out", toy)
+    shutil.rmtree(tmp_path / "out" / "work" / "pictures")
+    with pytest.raises(ValueError, match="is not what it was"):
+        Training(images, tmp_path / "out", toy)
     write(images, 10)
+    Training(images, tmp_path / "out", toy)
     (images.unlink if kind == "zip" else lambda: shutil.rmtree(images))()
     assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10  # what is unpacked is enough
 

@@ -103,16 +103,18 @@ class Training:
         Pictures that no training began with, because it was refused its settings, are unpacked anew.
         """
         folder, source = self.work / "pictures", self.work / "source"
-        known, begun = source.is_file(), (self.work / "settings.json").is_file()
-        found = fingerprint(images) if images.exists() else source.read_text() if known else ""
+        if rank_zero_only.rank and folder.is_dir():
+            return unpacked(folder)  # the first process has looked
+        begun, before = (self.work / "settings.json").is_file(), source.read_text() if source.is_file() else None
+        found = fingerprint(images) if images.exists() else before or ""
+        if begun and before not in (None, found):
+            raise ValueError(
+                f"{images} is not what it was when the training in {self.out} began; name another folder for "
+                "a training on these pictures, or put the earlier ones back to go on"
+            )
         if folder.is_dir():
-            if (known and source.read_text() == found) or (begun and not known):
+            if begun or before == found:
                 return unpacked(folder)
-            if begun:
-                raise ValueError(
-                    f"{images} is not what it was when the training in {self.out} began; name another folder for "
-                    "a training on these pictures, or put the earlier ones back to go on"
-                )
             source.unlink(missing_ok=True)
             shutil.rmtree(folder)
         pictures = unpack(images, folder)
