@@ -92,7 +92,7 @@ def deliver(out: Path) -> Path:
 
 def from_here(weights: str | None) -> str | None:
     """A path made absolute; a URL, or nothing, as it is."""
-    return weights if not weights or weights.startswith(URLS) else str(Path(weights).expanduser().absolute())
+    return weights if not weights or weights.startswith(URLS) else str(Path(os.path.expanduser(weights)).absolute())
 
 
 def _end_as_by_ctrl_c() -> None:

@@ -94,7 +94,7 @@ class ClipGen:
         when too many candidates wait already.
         """
         sampling = Sampling(temperature, top_k, top_p, guidance)
-        if not clip_rerank:
+        if not clip_rerank and 1 <= num_outputs <= MAX_CANDIDATES:
             candidates = num_outputs  # the others would never be looked at
         check_request(prompt, candidates, num_outputs, seed)
         sampling.check()

@@ -142,6 +142,7 @@ def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: Clip
         ({"seed": -1}, "seed is -1; give 0 to 2147483647"),
         ({"seed": 2**31}, "seed is 2147483648"),
         ({"top_p": 2.0}, "top_p is 2.0; give"),
+        ({"num_outputs": 0, "clip_rerank": False}, "num_outputs is 0; give 1 or more"),
         ({"temperature": -1.0}, "temperature is -1.0; give"),
     ],
 )
