@@ -19,13 +19,14 @@ from conftest import TINY, tiny_networks
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from clip_gen import ClipGen
+from clip_gen import ClipGen, pipeline
 from clip_gen.checkpoint import load_networks, save_networks
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
+from clip_gen.pipeline import choose_dtype
 from clip_gen.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs, RenderedPictures
-from clip_gen.training import dataset, stage
+from clip_gen.training import dataset, run, stage
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
 from clip_gen.training.dataset import (
     LIKEST,
@@ -287,7 +288,7 @@ def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is always in bfloat16: without, ours differs by that rounding."""
-    monkeypatch.setattr(stage, "multiplies_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: bfloat16)
     torch.manual_seed(0)
     ours = GPT(TINY.gpt).eval()
     theirs, before = deepcopy(ours), deepcopy(ours.blocks.state_dict())
@@ -303,11 +304,30 @@ def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.Monke
             assert (mine - other).norm() < 0.15 * other.norm(), name
 
 
+@pytest.mark.parametrize(
+    ("able", "learnt_in", "drawn_in"),
+    [
+        ("amx_bf16", "bf16-mixed", torch.bfloat16),
+        ("avx512_bf16", "bf16-mixed", torch.float16),
+        ("avx2", "32-true", None),
+    ],
+)
+def test_cpus_learn_in_bfloat16_where_they_multiply_it(
+    able: str, learnt_in: str, drawn_in: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
+    monkeypatch.setattr(pipeline, "has_products", lambda: drawn_in is not None)
+    assert run._precision("auto") == learnt_in
+    assert run._precision("32-true") == "32-true"
+    assert choose_dtype("auto", torch.device("cpu")) == (drawn_in or torch.float32)
+
+
 @pytest.mark.parametrize("shape", [(2, 12, 12), (2, 12, 40), (2, 40, 12)])
 def test_singular_values_are_brought_near_one_whatever_the_shape(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: False)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = orthogonal(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)

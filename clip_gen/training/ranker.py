@@ -23,9 +23,10 @@ from torch.utils.data import Dataset
 
 from clip_gen.checkpoint import Networks
 from clip_gen.clip_encoder import ClipEncoder
-from clip_gen.gpt import GPT, multiplies_bfloat16
+from clip_gen.gpt import GPT
 from clip_gen.images import for_clip, from_bytes, to_bytes
 from clip_gen.machine import at_work
+from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling import Sampling, candidate_uniforms, draw, sample_tokens
 from clip_gen.shapes.pairs import CaptionedPairs
 from clip_gen.training.dataset import prepared, whole_array
@@ -96,8 +97,7 @@ def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, 
         whole_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
         whole_array(texts, (len(numbers), config.clip.embed_dim), np.float32) as rows,
     ):
-        if multiplies_bfloat16(device):
-            gpt.work_in(torch.bfloat16)
+        gpt.work_in(choose_dtype("auto", device))
         for start, firsts in zip(range(0, len(numbers), TOGETHER), loader, strict=True):
             indices = numbers[start : start + TOGETHER]
             turn, here = indices[0] // TOGETHER, slice(start, start + len(indices))

@@ -28,12 +28,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.files import whole_or_not
-from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.machine import spare_cores
 from clip_gen.training.dataset import Batches, prepared
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.sharding import Sharding, in_one
-from clip_gen.training.stage import FitConfig, Stage
+from clip_gen.training.stage import FitConfig, Stage, learns_in_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -181,11 +180,10 @@ def _quiet_lightning() -> None:
 
 
 def _precision(wanted: str) -> str:
-    """bfloat16 where the hardware multiplies matrices of it: on a GPU, or a CPU with AMX."""
     if wanted != "auto":
         return wanted
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
+    return "bf16-mixed" if learns_in_bfloat16(device) else "32-true"
 
 
 class Samples(pl.LightningDataModule):
