@@ -43,9 +43,9 @@ from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ShapesConfig
-from clip_gen.training.train import LOOKED_AT
 
 ROOT = Path(__file__).resolve().parent.parent
+FURTHER = {"learning_rate": 5e-4, "muon_rate": 2e-3, "ema_decay": 0.995}  # how the model's own transformer goes on
 GUIDANCE = (1.5, 2.0, 3.0, 5.0)
 MEAN_SHIFTS = (0.5, 1.0)
 SEED = 1_000_033  # of pictures that nothing else here is trained on or measured with
@@ -89,9 +89,9 @@ def trained(noise: float, arguments: argparse.Namespace) -> tuple[GPT, float]:
         torch.manual_seed(0)
         gpt, fitting = GPT(planned.model.gpt), planned.transformer
         start_from_codes(gpt, networks.vqgan, 0)
-        seen.places = enough_places(seen.tokens[:LOOKED_AT])
+        seen.places = enough_places(seen.tokens)
     else:
-        gpt, fitting = networks.gpt, replace(config.vague_fit, steps=arguments.steps, compile=False)
+        gpt, fitting = networks.gpt, replace(config.gpt_fit, **FURTHER, steps=arguments.steps, compile=False)
     fitting = replace(fitting, validate_every=arguments.steps)
     trainer = GPTTrainer(gpt.train().requires_grad_(True), fitting)
     record = fit("gpt", trainer, Endless(seen, 0), unseen, out / f"noise-{noise}", seed=0)

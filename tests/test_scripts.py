@@ -8,8 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
+from clip_gen import ClipGen
 from clip_gen.cog_schema import ROOT
+from clip_gen.config import write_config
+from clip_gen.training.shapes import ShapesConfig
+from clip_gen.training.stage import FitConfig
 
 
 @pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "bench"])
@@ -49,6 +54,31 @@ def refused_to_serve(environment: dict[str, str]) -> str:
     )
     assert run.returncode == 1
     return run.stderr
+
+
+def test_the_bundled_models_recipe_is_one_command(tmp_path: Path) -> None:
+    fit = FitConfig(steps=2, batch_size=4, ema_decay=0.5)
+    fits = {f"{name}_fit": fit for name in ("clip", "vqgan", "gpt", "ranker")}
+    write_config(ShapesConfig(TINY, encoded_pictures=16, drawn_pictures=8, **fits), tmp_path / "tiny.yaml")
+    words = ["--config", tmp_path / "tiny.yaml", "--work", tmp_path / "work", "--out", tmp_path / "model"]
+    run = subprocess.run([ROOT / "script" / "train-shapes", *words], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    model = ClipGen.load(tmp_path / "model", "cpu")
+    assert len(model.generate("a red circle", candidates=1, num_outputs=1).images) == 1
+    for name in ("clip", "vqgan", "gpt", "ranker"):
+        assert f"{name} 2/2" in run.stderr
+
+
+def test_a_part_that_fails_takes_the_other_with_it_and_says_why(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [ROOT / "script" / "train-shapes", "--config", tmp_path / "nowhere.yaml", "--work", tmp_path / "work"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    assert "nowhere.yaml" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "script").iterdir()), ids=lambda path: path.name)

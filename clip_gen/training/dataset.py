@@ -36,6 +36,7 @@ ORDER, CHANCE = range(2)  # what a sample's number is turned into by chance: whi
 POOL, NEAREST = 2048, 64  # among so many embeddings, so many of the nearest are looked for
 LIKEST = 16  # of them, one of which is a near miss
 MIDDLE = (1.0, 0.5, 0.5)  # the whole shorter side, as far from either end of the longer one
+LOOKED_AT = 2000  # pictures, for how many places of their tokens tell something
 PLAIN = 12  # levels of 255 by which a plain ground may vary, as JPEG makes it
 
 
@@ -253,7 +254,7 @@ def enough_places(tokens: np.ndarray) -> int:
     """How many places of tokens (N, T) to learn from at a time: about those that tell something and an eighth of all;
     0 for all, where leaving some out would save little.
     """
-    count = -(-(telling(tokens).sum(axis=1).mean() + tokens.shape[1] / 8) // 16) * 16
+    count = -(-(telling(tokens[:LOOKED_AT]).sum(axis=1).mean() + tokens.shape[1] / 8) // 16) * 16
     return int(count) if count <= 0.75 * tokens.shape[1] else 0
 
 

@@ -51,26 +51,29 @@ class GPTTrainer(Stage):
     def training_step(self, batch: Batch) -> Tensor:
         conditions, tokens, unconditional, embeddings, near_misses, *sampled = batch
         count, length = tokens.shape
-        assert not (sampled and (self.contrast or self.embedding_loss)), "these look at whole pictures"
+        assert not (sampled and self.embedding_loss), "it looks at whole pictures"
         if self.gpt.around is None and max(self.global_step / self.config.steps, self.time_spent) >= WHOLE_FROM:
             sampled = []
         rows = torch.arange(count, device=tokens.device)  # whose tokens each row of the network's batch has
         if self.contrast:
             differs = (near_misses != conditions).any(dim=1) & ~unconditional
-            # Always half as many, whoever differs, so that the network is compiled for one shape.
-            missed = differs.float().topk(count // 2).indices
+            # Always a quarter as many, whoever differs, so that the network is compiled for one shape. They stand for
+            # all that differ.
+            missed = differs.float().topk(max(1, count // 4)).indices
+            standing_for = differs.sum() / differs[missed].sum().clamp(min=1)
             rows, conditions = torch.cat([rows, missed]), torch.cat([conditions, near_misses[missed]])
+        sampled = [each[rows] for each in sampled]
         logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows], *sampled)
         if sampled:
             places, chances = sampled
-            nats = token_nats(logits, tokens.gather(1, places)) / chances
+            nats = token_nats(logits, tokens[rows].gather(1, places)) / chances
         else:
             nats = token_nats(logits, tokens[rows])
         loss = nats[:count].sum() / (count * length)
         values = {"loss": loss}
         if self.contrast:
             surer = (nats[count:] - nats[missed]).sum(dim=1)
-            values["contrast"] = (differs[missed] * F.softplus(-surer)).sum() / count
+            values["contrast"] = standing_for * (differs[missed] * F.softplus(-surer)).sum() / count
             loss = loss + self.contrast * values["contrast"] / length
         if self.embedding_loss:
             values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen())

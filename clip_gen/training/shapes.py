@@ -1,11 +1,10 @@
-"""The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, then CLIP as a ranker, and last
-the decoder on what it draws worst and the transformer on what prompts leave unsaid.
+"""The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, and last CLIP as a ranker.
 
     python -m clip_gen train-shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
 Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint. A GPU
-has room for two: one process with --parts vqgan decoder, another with --parts clip gpt bridge ranker vague, and each
-waits for what the other trains.
+has room for two, and so have two cores: one process with --parts vqgan, another with --parts clip gpt bridge ranker,
+which waits for what the first one trains.
 """
 
 from __future__ import annotations
@@ -40,11 +39,12 @@ from clip_gen.training.dataset import (
     Endless,
     encode_embeddings,
     encode_tokens,
+    enough_places,
     find_neighbours,
     prepared,
     wait_for,
 )
-from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.ranker import RankedPictures, RankerTrainer, ranked_pictures
 from clip_gen.training.run import Machine, fit
 from clip_gen.training.stage import FitConfig, compiled
@@ -55,17 +55,11 @@ log = logging.getLogger(__name__)
 # Streams of pictures that never meet: each is a seed of its own.
 PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
 
-ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker", "decoder", "vague")
-NETWORK = {"ranker": "clip", "decoder": "vqgan", "vague": "gpt"}  # that a part goes on with
-RESTS_ON = {
-    "gpt": ("clip", "vqgan"),
-    "bridge": ("clip",),
-    "ranker": ("clip", "vqgan", "gpt"),
-    "decoder": ("vqgan",),
-    "vague": ("clip", "vqgan", "gpt"),
-}
+ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker")
+NETWORK = {"ranker": "clip"}  # that a part goes on with
+RESTS_ON = {"gpt": ("clip", "vqgan"), "bridge": ("clip",), "ranker": ("clip", "vqgan", "gpt")}
 # The work that processes share; the rest is the first one's, and the others wait.
-SHARED = ("vqgan", "gpt", "decoder", "vague")
+SHARED = ("vqgan", "gpt")
 
 
 @dataclass(frozen=True)
@@ -78,12 +72,10 @@ class ShapesConfig:
     encoded_pictures: int = 100_000
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
+    condition_blur: float = 0.25
     contrast: float = 0.0
     ranker_fit: FitConfig = field(default_factory=FitConfig)
     drawn_pictures: int = 8000
-    decoder_fit: FitConfig = field(default_factory=FitConfig)
-    vague_fit: FitConfig = field(default_factory=FitConfig)
-    condition_blur: float = 0.25
 
 
 class Recipe:
@@ -108,13 +100,19 @@ class Recipe:
             values = getattr(self, f"train_{name}")(folder)
             if not rank_zero_only.rank:
                 save_part(network, folder / f"{name}.safetensors")
+                self.load(name)
+                self.encode(name)  # before the record, which other processes wait for
                 with whole_or_not(record) as temporary:
                     Path(temporary).write_text(json.dumps(values | {"told": told}))
         wait_for(record)
         if json.loads(record.read_text())["told"] != told:
             raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
-        # Loaded even when just trained, so that what comes next sees the weights as they will ship: float16.
-        load_part(network, folder / f"{name}.safetensors")
+        self.load(name)
+
+    def load(self, name: str) -> None:
+        """Even when just trained, so that what comes next sees the weights as they will ship: float16."""
+        network = getattr(self.networks, NETWORK.get(name, name))
+        load_part(network, self.work / name / f"{name}.safetensors")
         network.eval().requires_grad_(False)
 
     def told(self, name: str) -> dict[str, object]:
@@ -124,11 +122,9 @@ class Recipe:
             settings["sizes"] = stated(getattr(self.config.model, name))
         if name != "bridge":
             settings["fit"] = stated(getattr(self.config, f"{name}_fit"))
-        if name in ("gpt", "vague"):
-            names = ("encoded_pictures", "embedding_noise", "condition_dropout", "contrast")
+        if name == "gpt":
+            names = ("encoded_pictures", "embedding_noise", "condition_dropout", "condition_blur", "contrast")
             settings |= {name: getattr(self.config, name) for name in names}
-        if name == "vague":
-            settings["condition_blur"] = self.config.condition_blur
         if name == "ranker":
             settings["drawn_pictures"] = self.config.drawn_pictures
         settings |= {part: fingerprint(self.work / part / f"{part}.safetensors") for part in RESTS_ON.get(name, ())}
@@ -152,64 +148,58 @@ class Recipe:
     def train_vqgan(self, folder: Path) -> dict[str, object]:
         config = self.config.vqgan_fit
         trainer = VQGANTrainer(self.networks.vqgan.train(), config)
-        seen, unseen = self.pictures(config.steps * config.batch_size, PICTURES), self.pictures(512, UNSEEN)
+        resolution = self.config.model.vqgan.resolution
+        seen = HardPictures(config.steps * config.batch_size, self.stream(PICTURES), resolution)
+        unseen = self.pictures(512, UNSEEN)
         return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
-        return self.fit_gpt("gpt", folder, self.config.gpt_fit, self.encoded("train"), self.config.seed)
+        config, seed, networks = self.config.gpt_fit, self.config.seed, self.networks
+        seen, unseen = self.encoded("train"), self.encoded("unseen")
+        start_from_codes(networks.gpt, networks.vqgan, seed)
+        trainer = GPTTrainer(networks.gpt.train().requires_grad_(True), config, contrast=self.config.contrast)
+        return fit("gpt", trainer, Endless(seen, seed), unseen, folder, seed=seed, machine=self.machine)
 
-    def train_vague(self, folder: Path) -> dict[str, object]:
-        """The transformer goes on, some of its conditions being what many pictures have in common."""
-        clip = self.networks.clip
-        load_part(clip, self.work / "clip" / "clip.safetensors")  # the ranker's embeddings are not quite the same
-        seen = self.encoded("train", blur=self.config.condition_blur)
-        values = self.fit_gpt("vague", folder, self.config.vague_fit, seen, self.config.seed + 1)
-        load_part(clip, self.work / "ranker" / "ranker.safetensors")
-        return values
-
-    def fit_gpt(
-        self, name: str, folder: Path, config: FitConfig, seen: EncodedPictures, seed: int
-    ) -> dict[str, object]:
-        gpt = self.networks.gpt.train().requires_grad_(True)
-        trainer, unseen = GPTTrainer(gpt, config, contrast=self.config.contrast), self.encoded("unseen")
-        return fit(name, trainer, Endless(seen, seed), unseen, folder, seed=seed, machine=self.machine)
-
-    def train_decoder(self, folder: Path) -> dict[str, object]:
-        """The VQGAN's decoder goes on alone: every picture keeps its tokens."""
-        config, resolution = self.config.decoder_fit, self.config.model.vqgan.resolution
-        trainer = VQGANTrainer(self.networks.vqgan.train(), config, decoder_alone=True)
-        seen = HardPictures(config.steps * config.batch_size, self.stream(PICTURES), resolution)
-        unseen = self.pictures(512, UNSEEN)
-        return fit("decoder", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
-
-    def encoded(self, name: str, blur: float = 0.0) -> EncodedPictures:
-        """The pictures the transformer trains on, or those its loss is watched on, through CLIP and VQGAN."""
-        folder = self.work / "encoded"
-        stream, count = {"train": (ENCODED, self.config.encoded_pictures), "unseen": (UNSEEN, 1024)}[name]
-        pictures, networks, missed, neighbours = self.pictures(count, stream), self.networks, None, None
-        if self.config.gpt_fit.compile:
-            compiled(networks.clip.clip.visual)
-            compiled(networks.vqgan.encoder, dynamic=networks.vqgan.config.local)
+    def encoded(self, name: str) -> EncodedPictures:
+        """The pictures the transformer trains on, "train", or those its loss is watched on, "unseen"."""
+        embeddings, tokens = self.array("clip", name), self.array("vqgan", name)
+        missed, neighbours = None, None
         if self.config.contrast and name == "train":
-            near_misses = NearMisses(count, self.stream(stream), self.config.model.vqgan.resolution)
-            missed = encode_embeddings(near_misses, networks.clip, folder / self.array_name("clip", "missed", count))
-        embeddings = encode_embeddings(pictures, networks.clip, folder / self.array_name("clip", name, count))
-        if blur:
-            path = folder / self.array_name("clip", "neighbours", count)
+            missed = self.array("clip", "missed")
+        if self.config.condition_blur and name == "train":
+            path = embeddings.with_name(embeddings.name.replace(name, "neighbours"))
             neighbours = find_neighbours(embeddings, 0, path, self.config.seed)
         return EncodedPictures(
             embeddings,
-            encode_tokens(pictures, networks.vqgan, folder / self.array_name("vqgan", name, count)),
+            tokens,
             noise=self.config.embedding_noise,
             dropout=self.config.condition_dropout,
             near_misses=missed,
             neighbours=neighbours,
-            blur=blur,
+            blur=self.config.condition_blur,
+            places=enough_places(np.load(tokens, mmap_mode="r")),
         )
 
-    def array_name(self, part: str, name: str, count: int) -> str:
-        """An array is of use only to the network that made it."""
-        return f"{part}-{fingerprint(self.work / part / f'{part}.safetensors')}-{name}-{count}.npy"
+    def encode(self, part: str) -> None:
+        """What the transformer will learn from, while another process may be training the other network."""
+        names = {"clip": ("train", "missed", "unseen"), "vqgan": ("train", "unseen")}.get(part, ())
+        for name in names:
+            if name != "missed" or self.config.contrast:
+                self.array(part, name)
+
+    def array(self, part: str, name: str) -> Path:
+        """These pictures' embeddings by CLIP, or tokens by the VQGAN; made unless they are there."""
+        count, stream = (1024, UNSEEN) if name == "unseen" else (self.config.encoded_pictures, ENCODED)
+        kind, network = NearMisses if name == "missed" else RenderedPictures, getattr(self.networks, part)
+        pictures = kind(count, self.stream(stream), self.config.model.vqgan.resolution)
+        # An array is of use only to the network that made it.
+        mark = fingerprint(self.work / part / f"{part}.safetensors")
+        path = self.work / "encoded" / f"{part}-{mark}-{name}-{count}.npy"
+        if self.config.gpt_fit.compile and part == "clip":
+            compiled(network.clip.visual)
+        elif self.config.gpt_fit.compile:
+            compiled(network.encoder, dynamic=network.config.local)
+        return (encode_embeddings if part == "clip" else encode_tokens)(pictures, network, path)
 
     @torch.no_grad()
     def train_bridge(self, folder: Path) -> dict[str, object]:

@@ -63,7 +63,6 @@ ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it i
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
 GOOD_DB, BETTER_DB = 18.0, 6.0
 JUDGED_BY = 64  # pictures
-LOOKED_AT = 2000  # views, for how many places of their tokens tell something
 
 
 class Training:
@@ -306,7 +305,6 @@ class Training:
         neighbours = None
         if settings.contrast_weight or settings.condition_blur:
             neighbours = find_neighbours(embeddings, len(files), folder / "neighbours-learnt.npy", settings.seed)
-        whole = settings.embedding_loss_weight or settings.contrast_weight  # these look at whole pictures
         return EncodedPictures(
             embeddings,
             tokens,
@@ -315,7 +313,8 @@ class Training:
             dropout=settings.condition_dropout,
             neighbours=neighbours,
             blur=settings.condition_blur,
-            places=0 if whole else enough_places(np.load(tokens, mmap_mode="r")[:LOOKED_AT]),
+            # The second loss looks at whole pictures.
+            places=0 if settings.embedding_loss_weight else enough_places(np.load(tokens, mmap_mode="r")),
         )
 
     @torch.no_grad()
