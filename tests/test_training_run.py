@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import Callback
 
 from clip_gen.gpt import GPT
 from clip_gen.shapes.pairs import RenderedPictures
-from clip_gen.training import run
+from clip_gen.training import run, stage
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import Grids
@@ -350,7 +350,11 @@ def test_a_line_of_history_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("train", ["vqgan"], indirect=True)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
-def test_a_compiled_stage_learns_what_the_plain_one_does(train: Callable, tmp_path: Path) -> None:
+def test_a_compiled_stage_learns_what_the_plain_one_does(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Muon rounds to bfloat16 differs in its last bits, and soon by more.
+    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: False)
     plain, compiled = (
         train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))
         for compile in (False, True)
