@@ -609,7 +609,8 @@ def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy(encoded: E
 def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp_path: Path) -> None:
     embeddings, tokens, missed = (tmp_path / f"{name}.npy" for name in ("embeddings", "tokens", "missed"))
     rows = np.array(encoded.embeddings)
-    np.save(missed, np.where(np.arange(400)[:, None] % 2, -rows, rows))  # of every other picture the very same
+    # Of every other picture the very same, encoded at another time.
+    np.save(missed, np.where(np.arange(400)[:, None] % 2, -rows, rows + np.float32(2e-4)))
     samples = Endless(EncodedPictures(embeddings, tokens, pictures=200, noise=0.5, near_misses=missed), seed=0)
     for n in range(100):
         condition, tokens, _, embedding, near_miss = samples[n]

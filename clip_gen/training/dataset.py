@@ -37,6 +37,7 @@ POOL, NEAREST = 2048, 64  # among so many embeddings, so many of the nearest are
 LIKEST = 16  # of them, one of which is a near miss
 MIDDLE = (1.0, 0.5, 0.5)  # the whole shorter side, as far from either end of the longer one
 LOOKED_AT = 2000  # pictures, for how many places of their tokens tell something
+ROUNDING = 1e-3  # between a picture's embeddings, as float16, of two networks that were compiled differently
 PLAIN = 12  # levels of 255 by which a plain ground may vary, as JPEG makes it
 
 
@@ -218,6 +219,8 @@ class EncodedPictures(Dataset):
         condition = near_miss = embedding
         if self.near_misses is not None:
             near_miss = self._embedding(self.near_misses[row])
+            if torch.allclose(near_miss, embedding, rtol=0, atol=ROUNDING):
+                near_miss = embedding  # the same picture, encoded at another time
         elif self.neighbours is not None:
             near_miss = self._embedding(self.embeddings[rng.choice(self.neighbours[row, :LIKEST])])
         if rng.random() < self.blur:
