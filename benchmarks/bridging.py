@@ -4,7 +4,7 @@
     PYTHONPATH=. .venv/bin/python benchmarks/bridging.py --out /tmp/bridging --noise 0 0.25 0.5 1 [--from-nothing]
 
 In use: mean shifts and guidance, beside the model as it is and beside image embeddings. In training: the model's
-transformer goes on for --steps at each strength of noise, from the same weights, as in the last part of the recipe but
+transformer goes on for --steps at each strength of noise, from the same weights, as the recipe trains it but
 for the contrast with near misses; or new transformers of size laptop learn from the start, as those of own pictures do
 but for blurred conditions.
 Prints the shares all right of a candidate taken blindly (and its 95 % interval either way), of the best of 16 by CLIP

@@ -347,7 +347,9 @@ def with_null_condition(gpt: GPT) -> GPT:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware does it itself: a GPU that can, or a CPU with AMX. Elsewhere float32 is quicker."""
+    """Whether a few rows are quickest so: on a GPU that can, or a CPU with AMX. Trainings have more of them; see
+    training/stage.py.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
