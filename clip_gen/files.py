@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -22,6 +23,18 @@ def whole_or_not(path: Path) -> Iterator[str]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextmanager
+def alone_in(folder: Path, otherwise: str) -> Iterator[None]:
+    """No other process that asks for this works in the folder meanwhile; ValueError(otherwise) when one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(otherwise) from None
+        yield
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from clip_gen.files import alone_in
 from clip_gen.importers.command import DTYPES
 from clip_gen.importers.folder import check_replaceable, import_clip, import_hfailab
 from clip_gen.importers.lpips import check_lpips_folder, import_lpips
@@ -122,12 +122,7 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
     """
     mirror = mirror or os.environ.get("CLIP_GEN_MIRROR")
     folder = out.parent / f".pulling-{out.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is being pulled already; wait for the other to end") from None
+    with alone_in(folder, f"{out} is being pulled already; wait for the other to end"):
         here = sum(path.stat().st_size for path in folder.iterdir())
         check_room(folder, room - here)
         paths = {part: folder / file.name for part, file in files.items()}

@@ -22,6 +22,9 @@ from torch.nn import functional as F
 from clip_gen import ClipGen, pipeline
 from clip_gen.checkpoint import load_networks, save_networks
 from clip_gen.clip_encoder import ClipEncoder
+from clip_gen.cog_schema import ROOT
+from clip_gen.config import read_config
+from clip_gen.files import alone_in
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.pipeline import choose_dtype
@@ -43,7 +46,7 @@ from clip_gen.training.dataset import (
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
 from clip_gen.training.run import fit
-from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig, add_arguments, parts_in_order
+from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig, add_arguments, fingerprint, parts_in_order
 from clip_gen.training.shapes import main as train_shapes
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, orthogonal
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
@@ -172,6 +175,84 @@ def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> 
     other = Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=7)), trained.work)
     with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
         other.part("vqgan")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"vqgan_fit": replace(FIT, learning_rate=0.5)},
+        {"vqgan_fit": replace(FIT, steps=7), "seed": 1},
+        {"model": replace(TINY, vqgan=replace(TINY.vqgan, codebook_dim=8))},
+    ],
+)
+def test_an_unfinished_part_of_another_recipe_is_not_gone_on_with(tmp_path: Path, other: dict[str, object]) -> None:
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    kept = (tmp_path / "vqgan" / "last.ckpt").read_bytes()
+    with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
+        Recipe(replace(RECIPE, **other), tmp_path).part("vqgan")
+    assert (tmp_path / "vqgan" / "last.ckpt").read_bytes() == kept
+
+
+def test_what_was_drawn_by_another_transformer_is_not_ranked(trained: Recipe, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
+    (work / "ranker" / "record.json").unlink()
+    told = json.loads((work / "ranker" / "told.json").read_text())
+    (work / "ranker" / "told.json").write_text(json.dumps(told | {"gpt": "another"}))
+    with pytest.raises(ValueError, match="ranker was trained by another recipe; remove it"):
+        Recipe(RECIPE, work).part("ranker")
+
+
+def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
+    (work / "vqgan" / "record.json").unlink()
+    with alone_in(work / "vqgan", ""), pytest.raises(ValueError, match="vqgan is in use by another training; wait"):
+        Recipe(RECIPE, work).part("vqgan")
+    assert not (work / "vqgan" / "record.json").is_file()
+
+
+def test_a_part_killed_after_its_last_step_still_tells_what_it_measured(trained: Recipe, tmp_path: Path) -> None:
+    again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
+    record = again.work / "vqgan" / "record.json"
+    before = json.loads(record.read_text())
+    record.unlink()
+    again.part("vqgan")
+    assert json.loads(record.read_text()) == before
+    assert before["val_psnr"] > 0
+
+
+def test_the_bundled_models_recipe_teaches_places_that_tell_something_from_like_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_config(ROOT / "configs" / "shapes.yaml", ShapesConfig)
+    whole.model.check()
+    short = replace(whole.gpt_fit, steps=2, batch_size=16, compile=False)
+    recipe = Recipe(replace(whole, gpt_fit=short, encoded_pictures=64), tmp_path)
+    (tmp_path / "encoded").mkdir()
+    for name, unseen in (("clip", np.zeros((4, 128), np.float16)), ("vqgan", np.zeros((4, 256), np.uint16))):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "checkpoints" / "shapes" / f"{name}.safetensors", tmp_path / name)
+        (tmp_path / name / "record.json").write_text(json.dumps({"told": recipe.told(name)}))
+        recipe.part(name)
+        mark = fingerprint(tmp_path / name / f"{name}.safetensors")
+        np.save(tmp_path / "encoded" / f"{name}-{mark}-unseen-1024.npy", unseen)
+
+    batches, step = [], GPTTrainer.training_step
+
+    def watched(self: GPTTrainer, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        batches.append(batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(GPTTrainer, "training_step", watched)
+    recipe.part("gpt")
+    for conditions, tokens, _, _, near_misses, places, chances in batches:
+        assert places.shape == chances.shape
+        assert tokens.shape[1] / 8 < places.shape[1] < tokens.shape[1] / 2
+        assert 0 < (near_misses != conditions).any(dim=1).sum() < len(conditions)
+    codes = F.normalize(recipe.networks.vqgan.quantizer.lookup(torch.arange(1024)[None])[0].float(), dim=1)
+    tokens = F.normalize(recipe.networks.gpt.token_embedding.weight.float(), dim=1)
+    alike = torch.corrcoef(torch.stack([(codes @ codes.T).flatten(), (tokens @ tokens.T).flatten()]))[0, 1]
+    assert alike > 0.9
 
 
 def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Recipe) -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_networks
 
 from clip_gen.checkpoint import load_networks
+from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes, to_bytes, to_tensor
 from clip_gen.shapes.pairs import CaptionedPairs, _first_scene, training_rng
 from clip_gen.shapes.rendering import render
@@ -45,6 +46,19 @@ def test_each_caption_has_its_picture_also_through_the_vqgan_and_touched_and_one
     other = ranked_pictures(networks, PAIRS, 4, tmp_path, "drawn")
     same = [np.array_equal(ranked.pictures[0][:, place], other.pictures[0][:, place]) for place in range(4)]
     assert same == [True, True, False, False]
+
+
+def test_what_is_ranked_is_drawn_as_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_in, sample = [], ranker.sample_tokens
+
+    def watched(gpt: GPT, *given: object) -> torch.Tensor:
+        drawn_in.append(gpt.blocks[0].mlp.fc.weight.dtype)
+        return sample(gpt, *given)
+
+    monkeypatch.setattr(ranker, "sample_tokens", watched)
+    monkeypatch.setattr(ranker, "choose_dtype", lambda wanted, device: torch.bfloat16)
+    ranked_pictures(tiny_networks(), CaptionedPairs(4, 3, 16), 3, tmp_path, "drawn")
+    assert drawn_in == [torch.bfloat16]
 
 
 def test_drawing_that_was_cut_off_goes_on_from_the_last_file_and_comes_out_the_same(

@@ -27,6 +27,7 @@ from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
 from clip_gen.checkpoint import ModelFolderError, save_networks
 from clip_gen.cog_schema import ROOT
+from clip_gen.files import alone_in
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training.dataset import PictureFiles, Views
@@ -188,6 +189,14 @@ def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSetting
         ValueError, match="by another version of this program, which knew no tokens; name another folder"
     ):
         Training(photos, tmp_path, toy)
+
+
+def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    training = Training(photos, tmp_path, toy)
+    busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
+    with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
+        training.run()
+    assert not (tmp_path / "work" / "vqgan").exists()
 
 
 def test_minutes_count_stages_that_were_trained_before(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:

@@ -145,11 +145,13 @@ def _fit(
     )
     if done < config.steps:
         trainer.fit(stage, datamodule=data(done, pieces), ckpt_path=last if done else None, weights_only=True)
-        done = trainer.global_step
+        done, found = trainer.global_step, trainer.callback_metrics
     else:
         # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
         stage.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
-    values = {key: round(float(value), 5) for key, value in trainer.callback_metrics.items()}
+        found = {name: value for entry in read_history(folder / "history.jsonl") for name, value in entry.items()}
+        found.pop("step", None)
+    values = {name: round(float(value), 5) for name, value in found.items()}
     if best and best[0].path.is_file():
         kept = torch.load(best[0].path, weights_only=True)
         stage.load_state_dict(kept["state_dict"])

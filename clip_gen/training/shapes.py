@@ -2,9 +2,9 @@
 
     python -m clip_gen train-shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
-Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint. A GPU
-has room for two, and so have two cores: one process with --parts vqgan, another with --parts clip gpt bridge ranker,
-which waits for what the first one trains.
+Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint. With
+--parts several processes train parts at a time in one work folder, each waiting for what the others train, as
+script/train-shapes has it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import platform
 import time
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
 from clip_gen.config import ModelConfig, read_config
-from clip_gen.files import whole_or_not
+from clip_gen.files import alone_in, whole_or_not
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
 from clip_gen.shapes.captions import caption, describe
@@ -91,22 +92,24 @@ class Recipe:
 
     def part(self, name: str) -> None:
         """Loads the part from the work folder, or trains it and leaves it there."""
-        folder = self.work / name
-        network, told = getattr(self.networks, NETWORK.get(name, name)), self.told(name)
-        record = folder / "record.json"
-        if not record.is_file() and (name in SHARED or not rank_zero_only.rank):
-            folder.mkdir(parents=True, exist_ok=True)
-            pl.seed_everything(self.config.seed)
-            values = getattr(self, f"train_{name}")(folder)
-            if not rank_zero_only.rank:
-                save_part(network, folder / f"{name}.safetensors")
-                self.load(name)
-                self.encode(name)  # before the record, which other processes wait for
-                with whole_or_not(record) as temporary:
-                    Path(temporary).write_text(json.dumps(values | {"told": told}))
+        folder, told = self.work / name, self.told(name)
+        record, first = folder / "record.json", not rank_zero_only.rank
+        other = f"{folder} was trained by another recipe; remove it, or name another --work folder"
+        if not record.is_file() and (name in SHARED or first):
+            busy = f"{folder} is in use by another training; wait for it to end, or name another --work folder"
+            with alone_in(folder, busy) if first else nullcontext():
+                if first and not goes_on(folder / "told.json", told):
+                    raise ValueError(other)
+                pl.seed_everything(self.config.seed)
+                values = getattr(self, f"train_{name}")(folder)
+                if first:
+                    save_part(getattr(self.networks, NETWORK.get(name, name)), folder / f"{name}.safetensors")
+                    self.load(name)
+                    self.encode(name)  # before the record, which other processes wait for
+                    write_json(record, values | {"told": told})
         wait_for(record)
         if json.loads(record.read_text())["told"] != told:
-            raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
+            raise ValueError(other)
         self.load(name)
 
     def load(self, name: str) -> None:
@@ -239,6 +242,24 @@ class Recipe:
         }
 
 
+def goes_on(path: Path, told: dict[str, object]) -> bool:
+    """Notes what a part is told; False where it was begun otherwise. To go on for longer is not otherwise."""
+
+    def lasting(settings: dict[str, object]) -> dict[str, object]:
+        fit = {name: value for name, value in settings.get("fit", {}).items() if name != "steps"}
+        return settings | {"fit": fit}
+
+    if path.is_file() and lasting(json.loads(path.read_text())) != lasting(told):
+        return False
+    write_json(path, told)
+    return True
+
+
+def write_json(path: Path, values: dict[str, object]) -> None:
+    with whole_or_not(path) as temporary:
+        Path(temporary).write_text(json.dumps(values))
+
+
 def stated(config: object) -> dict[str, object]:
     """The fields that differ from their defaults: a setting that is new since then does not make another recipe."""
     values = {spec.name: (getattr(config, spec.name), spec.default) for spec in fields(config)}
@@ -261,11 +282,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work, Machine(arguments.devices))
     for name in parts_in_order(arguments.parts):
-        while name not in arguments.parts and not (arguments.work / name / "record.json").is_file():
-            time.sleep(0.5)
+        if name not in arguments.parts:
+            wait_for_another(arguments.work / name / "record.json")
         recipe.part(name)
     if ORDER[-1] in arguments.parts and not rank_zero_only.rank:
         save_networks(recipe.networks, arguments.out, recipe.training_record())
+
+
+def wait_for_another(record: Path) -> None:
+    if not record.is_file():
+        log.info("waiting for %s, which another process is to train", record.parent)
+    while not record.is_file():
+        time.sleep(0.5)
 
 
 def parts_in_order(wanted: Collection[str]) -> list[str]:

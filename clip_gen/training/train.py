@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from math import inf
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from clip_gen.archives import Pictures, fingerprint, unpack
 from clip_gen.checkpoint import Networks, build, load_base, load_part, save_networks, save_part
-from clip_gen.files import whole_or_not
+from clip_gen.files import alone_in, whole_or_not
 from clip_gen.findings import unpacked
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
@@ -172,7 +173,12 @@ class Training:
         return PictureFiles(paths, resolution, crop, settings.flip, settings.shift)
 
     def run(self) -> Path:
-        """Trains what the settings say, and returns the weights tar."""
+        """Trains what the settings say, and returns the weights tar; ValueError where another process does so."""
+        busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
+        with nullcontext() if rank_zero_only.rank else alone_in(self.work, busy):
+            return self._run()
+
+    def _run(self) -> Path:
         stages = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)}[self.settings.stage]
         if not rank_zero_only.rank:
             self.measure_pictures()
