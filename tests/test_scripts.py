@@ -105,7 +105,7 @@ def test_a_part_that_fails_takes_the_other_with_it_and_says_why(tmp_path: Path) 
         try:
             said = script.communicate(timeout=120)[1]
             assert script.returncode == 1
-            assert f"{tmp_path}/work/vqgan was trained by another recipe" in said
+            assert f"{tmp_path / 'work' / 'vqgan'} was trained by another recipe" in said
             assert "Traceback" not in said
             assert wait_until(lambda: group_is_gone(script.pid), 20)
         finally:
