@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,14 +74,20 @@ def test_the_bundled_models_recipe_is_one_command(tmp_path: Path) -> None:
         assert f"{name} 2/2" in run.stderr
 
 
-def endless_recipe(folder: Path) -> subprocess.Popen:
+@contextmanager
+def endless_recipe(folder: Path) -> Iterator[subprocess.Popen]:
     """script/train-shapes at toy size, with parts that do not end by themselves, in a process group of its own."""
     fits = {f"{name}_fit": FitConfig(steps=10**6, batch_size=4) for name in ("clip", "vqgan")}
     write_config(ShapesConfig(TINY, **fits), folder / "endless.yaml")
     words = ["--config", folder / "endless.yaml", "--work", folder / "work", "--out", folder / "model"]
-    return subprocess.Popen(
+    with subprocess.Popen(
         [ROOT / "script" / "train-shapes", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    ) as script:
+        try:
+            yield script
+        finally:
+            if not group_is_gone(script.pid):
+                os.killpg(script.pid, signal.SIGKILL)
 
 
 def wait_until(done: Callable[[], bool], seconds: float) -> bool:
@@ -102,28 +109,20 @@ def test_a_part_that_fails_takes_the_other_with_it_and_says_why(tmp_path: Path) 
     (tmp_path / "work" / "vqgan").mkdir(parents=True)
     (tmp_path / "work" / "vqgan" / "record.json").write_text(json.dumps({"told": "otherwise"}))
     with endless_recipe(tmp_path) as script:
-        try:
-            said = script.communicate(timeout=120)[1]
-            assert script.returncode == 1
-            assert f"{tmp_path / 'work' / 'vqgan'} was trained by another recipe" in said
-            assert "Traceback" not in said
-            assert wait_until(lambda: group_is_gone(script.pid), 20)
-        finally:
-            if not group_is_gone(script.pid):
-                os.killpg(script.pid, signal.SIGKILL)
+        said = script.communicate(timeout=120)[1]
+        assert script.returncode == 1
+        assert f"{tmp_path / 'work' / 'vqgan'} was trained by another recipe" in said
+        assert "Traceback" not in said
+        assert wait_until(lambda: group_is_gone(script.pid), 20)
 
 
 def test_the_recipes_command_takes_its_trainings_with_it_when_ended(tmp_path: Path) -> None:
     begun = [tmp_path / "work" / part / "history.jsonl" for part in ("clip", "vqgan")]
     with endless_recipe(tmp_path) as script:
-        try:
-            assert wait_until(lambda: all(path.is_file() for path in begun), 120)
-            script.terminate()
-            assert script.wait(20) == 143
-            assert wait_until(lambda: group_is_gone(script.pid), 20)
-        finally:
-            if not group_is_gone(script.pid):
-                os.killpg(script.pid, signal.SIGKILL)
+        assert wait_until(lambda: all(path.is_file() for path in begun), 120)
+        script.terminate()
+        assert script.wait(20) == 143
+        assert wait_until(lambda: group_is_gone(script.pid), 20)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "script").iterdir()), ids=lambda path: path.name)
