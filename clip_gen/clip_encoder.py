@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Tokenizer:
         self.start = self.bpe.encoder["<|startoftext|>"]
         self.end = self.bpe.encoder["<|endoftext|>"]
 
-    def __call__(self, prompts: list[str]) -> Tensor:
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(B, context_length) int64, zeros after the end-of-text token. Logs what a long prompt loses."""
         rows = torch.zeros(len(prompts), self.context_length, dtype=torch.long)
         for row, prompt in zip(rows, prompts, strict=True):
@@ -58,7 +59,7 @@ class ClipEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str]) -> Tensor:
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit-length embeddings, (B, E) float32. One prompt's does not depend on the others beside it."""
         tokens = self.tokenize(prompts).to(self.clip.positional_embedding.device)
         return F.normalize(torch.cat([self.clip.encode_text(row[None]) for row in tokens]), dim=-1)

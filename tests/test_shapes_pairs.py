@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -15,13 +17,15 @@ from clip_gen.shapes.pairs import (
     HardPictures,
     NearMisses,
     RenderedPictures,
+    _first_scene,
     _numbers,
     answers,
     fits,
     near_miss,
+    training_rng,
 )
 from clip_gen.shapes.rendering import render
-from clip_gen.shapes.scenes import HELD_OUT, Item, Scene, sample_scene
+from clip_gen.shapes.scenes import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Item, Scene, sample_scene
 from clip_gen.shapes.spoiling import spoil
 
 
@@ -87,6 +91,22 @@ def test_every_caption_is_true_of_its_own_picture_and_seldom_of_its_near_misses(
     assert all(each.diagonal().all() for each in true)
     others = torch.stack([each[~torch.eye(4, dtype=torch.bool)] for each in true])
     assert 0.05 < others.float().mean() < 0.5
+
+
+def test_a_groups_first_picture_has_another_caption_as_true_that_says_less() -> None:
+    names, pairs = {*SHAPES, *COLOURS, *BACKGROUNDS}, CaptionedPairs(200, 3, 64)
+    said = shown = 0
+    for i in range(200):
+        picture, (caption, shorter) = pairs.first(i)
+        scene = _first_scene(training_rng(3, i))
+        assert np.array_equal(picture, render(scene, 64))
+        assert caption == pairs[i].captions[0]
+        true = {scene.background, *(name for item in scene.items for name in (item.shape, item.colour))}
+        told = {word for word in re.findall("[a-z]+", shorter) if word in names}
+        assert told <= true
+        said, shown = said + len(told), shown + len(true)
+    assert said < 0.4 * shown
+    assert pairs.first(5)[1] == CaptionedPairs(6, 3, 64).first(5)[1]
 
 
 def test_a_caption_fits_a_scene_told_from_either_item() -> None:

@@ -31,6 +31,7 @@ from clip_gen.shapes.scenes import (
 from clip_gen.shapes.spoiling import spoil, wear
 
 TRAINING = 1203  # sets the training streams' randomness apart from everybody else's
+SHORTER = 1  # and that of a second caption from its group's
 
 UNSAID = -1
 ABSENT = -2
@@ -122,9 +123,14 @@ class CaptionedPairs(Dataset):
             spoilt=spoil(scenes[0], rng, self.resolution)[None],
         )
 
-    def first(self, index: int) -> tuple[np.ndarray, str]:
-        """The picture (S, S, 3) uint8 that group `index` begins with, as it was before it wore, and its caption."""
-        return render(_first_scene(training_rng(self.seed, index)), self.resolution), self[index].captions[0]
+    def first(self, index: int) -> tuple[np.ndarray, tuple[str, str]]:
+        """The picture (S, S, 3) uint8 that group `index` begins with, as it was before it wore, its caption, and
+        another that leaves out half or nearly all.
+        """
+        scene = _first_scene(training_rng(self.seed, index))
+        rng = np.random.default_rng([TRAINING, self.seed, index, SHORTER])
+        shorter = vary(leave_unsaid(describe(scene), rng, rng.choice([0.5, 0.85])), rng)
+        return render(scene, self.resolution), (self[index].captions[0], shorter)
 
 
 def _first_scene(rng: np.random.Generator) -> Scene:

@@ -3,8 +3,9 @@
 A caption is to be nearer to the picture it tells of than to one that the generator drew for it, as a GAN's
 discriminator tells the two apart: where the drawn picture is as good the two cancel out, and what is left is what goes
 wrong in drawing. And nearer than to the same picture with some tokens written anew, which has dents and crumbs and
-differs in nothing else. All three come out of the VQGAN, so that its marks give nothing away; how much they spoil a
-picture is learnt apart, from the one before it went in.
+differs in nothing else. So is a shorter caption of the picture, of which what is drawn is more often true: how well it
+is drawn is what is left to tell. All three pictures come out of the VQGAN, so that its marks give nothing away; how
+much they spoil a picture is learnt apart, from the one before it went in.
 
 The text tower is frozen, and so is what prompts become; what true pictures become is held in place.
 """
@@ -44,13 +45,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 class RankedPictures(Dataset):
-    """Caption n's embedding (E,) float32, and four pictures (4, S, S, 3) uint8: its own as it is and through the
-    VQGAN, the same with some tokens written anew, and one drawn for the caption. Without end: every other time they
-    are mirrored, all four of them, so that left and right are as wrong in one as in the next.
+    """The embeddings of caption n and of a shorter one (2, E) float32, and four pictures (4, S, S, 3) uint8: its own as
+    it is and through the VQGAN, the same with some tokens written anew, and one drawn for the caption. Without end:
+    every other time they are mirrored, all four of them, so that left and right are as wrong in one as in the next.
     """
 
     def __init__(self, parts: list[tuple[Path, Path]]):
-        """parts: .npy files of embeddings (KEPT, E) and pictures (KEPT, 4, S, S, 3); the last may have fewer."""
+        """parts: .npy files of embeddings (KEPT, 2, E) and pictures (KEPT, 4, S, S, 3); the last may have fewer."""
         self.texts = np.concatenate([np.load(texts) for texts, _ in parts])
         self.pictures = [np.load(pictures, mmap_mode="r") for _, pictures in parts]
 
@@ -75,7 +76,7 @@ def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder
 
 
 class Firsts(Dataset):
-    """The pictures that groups begin with, and their captions."""
+    """The pictures that groups begin with, and two captions of each."""
 
     def __init__(self, pairs: CaptionedPairs, numbers: range):
         self.pairs, self.numbers = pairs, numbers
@@ -83,7 +84,7 @@ class Firsts(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[str, str]]:
         return self.pairs.first(self.numbers[index])
 
 
@@ -95,15 +96,16 @@ def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, 
     with (
         at_work(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
         whole_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
-        whole_array(texts, (len(numbers), config.clip.embed_dim), np.float32) as rows,
+        whole_array(texts, (len(numbers), 2, config.clip.embed_dim), np.float32) as rows,
     ):
         gpt.work_in(choose_dtype("auto", device))
         for start, firsts in zip(range(0, len(numbers), TOGETHER), loader, strict=True):
             indices = numbers[start : start + TOGETHER]
             turn, here = indices[0] // TOGETHER, slice(start, start + len(indices))
-            true = torch.from_numpy(np.stack([picture for picture, _ in firsts]))
-            text = networks.clip.encode_text([caption for _, caption in firsts])
-            condition, tokens = networks.bridge(text), networks.vqgan.encode(from_bytes(true.to(device)))
+            shows, told = zip(*firsts, strict=True)
+            true = torch.from_numpy(np.stack(shows))
+            text = torch.stack([networks.clip.encode_text(captions) for captions in zip(*told, strict=True)], dim=1)
+            condition, tokens = networks.bridge(text[:, 0]), networks.vqgan.encode(from_bytes(true.to(device)))
             sampling = Sampling(TEMPERATURES[turn % len(TEMPERATURES)])
             drawn = sample_tokens(gpt, condition, candidate_uniforms(seed, indices, length), sampling)
             touched = written_anew(gpt, condition, tokens, np.random.default_rng([seed, turn]))
@@ -147,7 +149,7 @@ class RankerTrainer(Stage):
             wanted = F.normalize(self.before()(self._images(pictures[:, 0])).float(), dim=-1)
         true, through, touched, drawn = self._embed(pictures)
         leads = torch.stack([true - through, through - touched, through - drawn])
-        nearer = F.softplus(-self.scale * (leads * text).sum(dim=2)).mean(dim=1)
+        nearer = F.softplus(-self.scale * (leads[:, :, None] * text).sum(dim=3)).mean(dim=(1, 2))
         moved = (2 - ((true + through) * wanted).sum(dim=1)).mean() / 2
         values = {"through": nearer[0], "touched": nearer[1], "drawn": nearer[2], "moved": moved}
         self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=len(text))
@@ -159,7 +161,7 @@ class RankerTrainer(Stage):
         """
         text, pictures = batch
         _, through, touched, drawn = self._embed(pictures)
-        nearer = ((through - torch.stack([touched, drawn])) * text).sum(dim=2) > 0
+        nearer = ((through - torch.stack([touched, drawn])) * text[:, 0]).sum(dim=2) > 0
         shares = nearer.float().mean(dim=1)
         self.log_dict({"val_touched": shares[0], "val_drawn": shares[1]}, batch_size=len(text))
 
