@@ -15,7 +15,7 @@ from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.evaluation.prompts import cases
-from clip_gen.evaluation.report import Evaluation
+from clip_gen.evaluation.report import TITLES, Evaluation
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.sampling import Sampling
 from clip_gen.shapes.captions import caption, describe
@@ -53,7 +53,7 @@ def test_most_reconstructions_of_fresh_renders_are_still_right(model: ClipGen) -
         satisfies(read(np.asarray(picture)), describe(case.scene))
         for picture, case in zip(to_pil(images), chosen, strict=True)
     ]
-    assert np.mean(right) > 0.85
+    assert np.mean(right) > 0.95
 
 
 def test_clip_knows_which_colour_shape_and_size_belong_to_which(model: ClipGen) -> None:
@@ -83,10 +83,12 @@ def test_every_best_of_16_has_the_colour_and_background_of_its_prompt(model: Cli
         assert background.mean() > 0.6
 
 
-def test_at_least_half_of_the_one_object_prompts_come_out_all_right_best_of_16(model: ClipGen) -> None:
+@pytest.mark.parametrize(("kind", "least"), [("one", 11), ("unsaid", 9)])
+def test_the_best_of_16_is_what_the_prompt_says(model: ClipGen, kind: str, least: int) -> None:
+    """Of 500 prompts 99 % are, and where they leave things out 91."""
     evaluation = Evaluation(model, 12, seed=123, sampling=Sampling())
-    evaluation.grade("one", "text")
-    assert evaluation.rows["one object, best of 16"].value >= 0.5
+    evaluation.grade(kind, "text")
+    assert evaluation.rows[f"{TITLES[kind]}, best of 16"].right >= least
 
 
 def test_the_same_seed_gives_the_same_bytes_alone_and_beside_others(model: ClipGen) -> None:
