@@ -6,6 +6,7 @@ memory order. Nothing here is of use but to be measured against.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -31,8 +32,7 @@ def load(folder: Path, device: torch.device) -> Networks:
 
 def next_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> Tensor:
     """Logits (B, V) of the token after tokens (B, n), from the whole sequence."""
-    assert gpt.around is None, "written for transformers that do not look around"
-    x = torch.cat([gpt.condition(embedding)[:, None], gpt.token_embedding(tokens)], dim=1)  # (B, n + 1, n_embd)
+    x = entering(gpt, gpt.condition(embedding)[:, None], gpt.token_embedding(tokens))
     batch, length, width = x.shape
     x = x + gpt.position_embedding.weight[:length]
     for block in gpt.blocks:
@@ -44,6 +44,21 @@ def next_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> Tensor:
         x = x + block.attn.proj(seen.transpose(1, 2).reshape(batch, length, width))
         x = x + block.mlp.proj(F.gelu(block.mlp.fc(block.ln_2(x))))
     return gpt.head(gpt.ln_f(x))[:, -1]
+
+
+def entering(gpt: GPT, condition: Tensor, before: Tensor) -> Tensor:
+    """(B, n + 1, n_embd) what the blocks read, of the condition (B, 1, n_embd) and n tokens' embeddings."""
+    if gpt.around is None:
+        return torch.cat([condition, before], dim=1)
+    known = torch.cat([before, gpt.outside.expand(len(before), 1, -1)], dim=1)  # the last stands for what is not there
+    side, around = math.isqrt(gpt.config.block_size), []
+    for place in range(known.shape[1]):
+        row, column = divmod(place, side)
+        left, right = row and column, row and column < side - 1
+        above = (place - side - 1 if left else -1, place - side if row else -1, place - side + 1 if right else -1)
+        around.append((place - 1, *above))
+    seen = known[:, around]  # (B, n + 1, 4, n_embd)
+    return condition + seen[:, :, 0] + gpt.around(seen.flatten(2))
 
 
 def turned(x: Tensor, rotation: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def sampling_stages(gpt: GPT, device: torch.device, times: int) -> dict[str, flo
     total = gpt.config.block_size
     lengths = [(2 * step + 1) * total // (2 * STEPS) for step in range(STEPS)]
     cache, sampling = gpt.new_cache(ROWS), Sampling()
+    gpt.start(torch.zeros(ROWS, gpt.config.n_embd, device=device), cache)
     token, uniform = torch.zeros(ROWS, dtype=torch.long, device=device), torch.rand(ROWS, device=device)
 
     def steps() -> None:

@@ -46,7 +46,9 @@ def subject(tiny_model_folder: Path) -> Subject:
 # The plain reference does the same work
 
 
-@pytest.mark.parametrize("changes", [{"rotary": True}, {"head_bias": True, "null_condition": False}])
+@pytest.mark.parametrize(
+    "changes", [{"rotary": True}, {"head_bias": True, "null_condition": False}, {"looks_around": True}]
+)
 def test_the_plain_loop_draws_the_tokens_of_our_sampler(changes: dict[str, bool]) -> None:
     torch.manual_seed(0)
     gpt = GPT(replace(TINY.gpt, **changes)).eval().requires_grad_(False)
@@ -147,6 +149,14 @@ def test_sampling_at_the_published_size_has_bars_one_beside_the_best_batch(
     quickest = "one candidate alone" + (", int8" if in_int8 < 0.1 else "")
     barred = {name: (figure.least_ratio, figure.hoped_ratio) for name, figure in found.items() if figure.least_ratio}
     assert barred == dict(zip([quickest, "each of 16, plain in batches of 4"], bars, strict=bool(bars)))
+
+
+@pytest.mark.parametrize("looks_around", [False, True])
+def test_what_takes_the_time_of_drawing_is_found_for_any_transformer(looks_around: bool) -> None:
+    gpt = GPT(replace(TINY.gpt, looks_around=looks_around)).eval()
+    found = profiling.sampling_stages(gpt, CPU, times=1)
+    assert list(found) == list(profiling.PROFILED)
+    assert min(found.values()) >= 0 < found["matrix products"]
 
 
 def test_the_profile_shares_out_a_prediction(subject: Subject) -> None:
