@@ -3,9 +3,9 @@
 A caption is to be nearer to the picture it tells of than to one that the generator drew for it, as a GAN's
 discriminator tells the two apart: where the drawn picture is as good the two cancel out, and what is left is what goes
 wrong in drawing. And nearer than to the same picture with some tokens written anew, which has dents and crumbs and
-differs in nothing else. So is a shorter caption of the picture, of which what is drawn is more often true: how well it
-is drawn is what is left to tell. All three pictures come out of the VQGAN, so that its marks give nothing away; how
-much they spoil a picture is learnt apart, from the one before it went in.
+differs in nothing else. A shorter caption of the picture is to be nearer too: more of what is drawn is true of it, and
+how well it is drawn is what is left to tell. All three pictures come out of the VQGAN, so that its marks give nothing
+away; how much they spoil a picture is learnt apart, from the one before it went in.
 
 The text tower is frozen, and so is what prompts become; what true pictures become is held in place.
 """
