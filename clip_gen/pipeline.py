@@ -118,7 +118,7 @@ class ClipGen:
         return Generation(
             list(best.values()),
             [scores[candidate] for candidate in best],
-            sampled.tokens[list(best)].cpu(),
+            device.run(lambda: sampled.tokens[list(best)].cpu()),  # not here, as it may take helpers (one_thread)
             seed,
             candidates,
             sampled.metrics,

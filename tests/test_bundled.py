@@ -110,7 +110,8 @@ before = threads()
 model = ClipGen.load(FOLDER, device="cpu")
 print(threads() - before)
 with ThreadPoolExecutor(2) as drawing:
-    asked = [drawing.submit(model.generate, "a red circle", candidates=4, seed=seed) for seed in range(2)]
+    many = {"candidates": 32, "num_outputs": 32}
+    asked = [drawing.submit(model.generate, "a red circle", seed=seed, **many) for seed in range(2)]
     for request in asked:
         request.result()
     print(threads() - before - 2)  # while the two that asked are still there
@@ -118,7 +119,10 @@ with ThreadPoolExecutor(2) as drawing:
 
 
 def test_only_the_batchers_thread_keeps_helpers() -> None:
-    """More helpers than processors, and each is put to sleep between two steps: 2.8 seconds a prediction, not 1.2."""
+    """More helpers than processors, and each is put to sleep between two steps: 2.8 seconds a prediction, not 1.2.
+
+    As many outputs as make the choice of their tokens work for two threads.
+    """
     code = THREADS.replace("FOLDER", repr(str(FOLDER)))
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     run = subprocess.run(
