@@ -344,7 +344,7 @@ class Batcher:
 def batch_bytes(gpt: GPT, sampling: Sampling, rows: int) -> int:
     """What a batch holds, at most: keys and values of every layer, and logits with what they are turned into."""
     config = gpt.config
-    cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.dtype.itemsize
+    cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.cache_dtype.itemsize
     logits = 8 * config.codebook_size * 4
     return rows * (cache + logits) * (1 if sampling.guidance == 1 else 2)
 

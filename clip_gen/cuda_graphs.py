@@ -17,8 +17,9 @@ import weakref
 import torch
 from torch import Tensor
 
+from clip_gen.cache import KVCache
 from clip_gen.config import GPTConfig
-from clip_gen.gpt import GPT, KVCache
+from clip_gen.gpt import GPT
 from clip_gen.machine import tensor_float32
 
 WARM_UPS = 2  # before recording, so that libraries have set themselves up and kernels are built

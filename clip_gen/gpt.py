@@ -1,4 +1,4 @@
-"""The transformer that writes tokens from a CLIP embedding, with its key-value cache.
+"""The transformer that writes tokens from a CLIP embedding.
 
 A pre-norm decoder after GPT-2. The condition takes position 0, so token t is predicted from tokens < t.
 """
@@ -12,54 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clip_gen.cache import KVCache, SummedCache
 from clip_gen.config import GPTConfig
 from clip_gen.float16 import Float16Linear
 from clip_gen.int8 import Int8Linear
-
-
-class KVCache:
-    """Keys and values of every layer for the positions seen so far, allocated once for the whole picture.
-
-    rows: of a batch whose later rows are there to fill it up; those attend to nothing, and what comes of them means
-    nothing.
-    """
-
-    def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
-        head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, rows, config.n_head, config.block_size, head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows, self.length = rows, 0
-        self.prefix: Tensor | None = None  # for a transformer that looks around: (B, n_embd), and the tokens so far,
-        self.tokens: Tensor | None = None  # (B, T + 1), as GPT.surrounded wants them
-        self.mask: Tensor | None = None  # which of what `extend` returns may be looked at, where not all of it
-
-    @property
-    def place(self) -> slice | Tensor:
-        """Where the next token goes."""
-        return slice(self.length, self.length + 1)
-
-    @property
-    def written(self) -> int:
-        """How many places, from the first, may hold something."""
-        return self.length
-
-    def advance(self) -> None:
-        self.length += 1
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (rows, H, D) behind what is there; returns all so far. `advance` when the step is over."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.select(2, self.length).copy_(key)
-        values.select(2, self.length).copy_(value)
-        return keys.narrow(2, 0, self.length + 1), values.narrow(2, 0, self.length + 1)
-
-    def take(self, other: KVCache, rows: Tensor) -> None:
-        """Becomes what these rows (n,) of another cache are."""
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for layer in range(len(mine)):
-                mine[layer, :, :, : other.written] = theirs[layer, :, :, : other.written][rows]
-        self.length = other.length
 
 
 def grid_rotation(side: int, head_size: int) -> Tensor:
@@ -116,8 +72,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = heads.unbind(1)  # (rows, H, D) each
         if rotation is not None:
             q, k = rotate(heads[:, :2], rotation).unbind(1)
-        keys, values = cache.extend(layer, k, v)
-        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, cache.mask).reshape(cache.rows, -1)
+        y = cache.attend(layer, q, k, v).reshape(cache.rows, -1)
         return self.proj(y if len(y) == len(x) else F.pad(y, (0, 0, 0, len(x) - len(y))))
 
 
@@ -277,7 +232,12 @@ class GPT(nn.Module):
         return self.head(self.ln_f(x))
 
     def new_cache(self, rows: int) -> KVCache:
-        return KVCache(self.config, rows, device=self.device, dtype=self.dtype)
+        kind = SummedCache if self.cache_dtype == torch.float16 else KVCache
+        return kind(self.config, rows, device=self.device, dtype=self.cache_dtype)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float16 if isinstance(self.head, Float16Linear) else self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -285,7 +245,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the blocks multiply in, and the cache holds."""
+        """What goes between the blocks' matrices."""
         return self.blocks[0].attn.qkv.bias.dtype
 
     @property
@@ -296,9 +256,9 @@ class GPT(nn.Module):
     def work_in(self, dtype: torch.dtype) -> GPT:
         """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is.
 
-        float16 and int8: the head's too, and the cache in float32, or with int8 in bfloat16 where the CPU multiplies
-        that; elsewhere attention is twice as fast in float32. What was made of them cannot be trained, saved, moved or
-        made into another type.
+        float16 and int8: the head's too. With float16 the cache is float16; with int8 bfloat16 where the CPU multiplies
+        that, else float32, in which torch's attention is twice as fast. What was made of them cannot be trained, saved,
+        moved or made into another type.
         """
         between = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
 
