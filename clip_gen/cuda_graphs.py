@@ -121,7 +121,7 @@ class Recording:
             # At first there is no token yet: what is written goes to where the outside is looked up.
             place = torch.where(first, config.block_size, cache.position - 1)
             self.tokens.index_copy_(1, place, torch.where(first, config.codebook_size, self.token)[:, None])
-            x = gpt.surrounded(self.prefix, self.tokens, gpt.places_around[cache.position])[:, 0]
+            x = gpt.surrounded_at(cache.position, self.prefix, self.tokens)
         self.logits = self.step(gpt, x, cache)
 
     def _record(self, gpt: GPT) -> torch.cuda.CUDAGraph:

@@ -110,6 +110,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.around = nn.Linear(4 * config.n_embd, config.n_embd, bias=False) if config.looks_around else None
         self.outside = nn.Parameter(torch.zeros(config.n_embd)) if config.looks_around else None
+        self.neighbours: Tensor | None = None  # work_in's
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -202,20 +203,28 @@ class GPT(nn.Module):
         known = torch.where(inside[..., None], known, self.outside)  # (B, K, 4, n_embd)
         return prefix[:, None] + known[:, :, 0] + self.around(known.flatten(2))
 
+    def surrounded_at(self, place: slice | Tensor, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """`surrounded` for a single place, (B, n_embd)."""
+        around = self.places_around[place]  # (1, 4)
+        if self.neighbours is None:
+            return self.surrounded(prefix, tokens, around)[:, 0]
+        found = tokens.index_select(1, around[0]) + self.neighbour_starts
+        return prefix + F.embedding(found, self.neighbours).sum(dim=1)
+
     def start(self, prefix: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the first token, from prefix (B, n_embd)."""
         if self.around is None:
             return self.next(prefix, cache)
         shape, outside = (len(prefix), self.config.block_size + 1), self.config.codebook_size
         cache.prefix, cache.tokens = prefix, torch.full(shape, outside, device=prefix.device)
-        return self.next(self.surrounded(prefix, cache.tokens, self.places_around[cache.place])[:, 0], cache)
+        return self.next(self.surrounded_at(cache.place, prefix, cache.tokens), cache)
 
     def step(self, token: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after `token` (B,), which follows what the cache holds."""
         if self.around is None:
             return self.next(self.token_embedding(token), cache)
         cache.tokens[:, cache.length - 1] = token
-        return self.next(self.surrounded(cache.prefix, cache.tokens, self.places_around[cache.place])[:, 0], cache)
+        return self.next(self.surrounded_at(cache.place, cache.prefix, cache.tokens), cache)
 
     def next(self, x: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the token after x (B, n_embd), what goes in next.
@@ -272,8 +281,18 @@ class GPT(nn.Module):
             block.mlp.fc, block.mlp.proj = kept(block.mlp.fc), kept(block.mlp.proj)
         if dtype in (torch.float16, torch.int8):  # int8: else rows would not be apart; float16 costs it nothing
             self.head = kept(self.head)
-            self.around = self.around and kept(self.around)
+        if self.around is not None:
+            self._know_neighbours()
         return self
+
+    @torch.no_grad()
+    def _know_neighbours(self) -> None:
+        """What each of the four tokens around adds, whichever it is: (4 · (V + 1), n_embd)."""
+        known = torch.cat([self.token_embedding.weight, self.outside[None]])
+        added = torch.stack([F.linear(known, part) for part in self.around.weight.chunk(4, dim=1)])
+        added[0] += known
+        self.neighbours = added.flatten(0, 1)
+        self.neighbour_starts = torch.arange(4, device=self.device) * len(known)
 
     def _logits(self, x: Tensor, places: slice | Tensor, mask: Tensor | None = None) -> Tensor:
         length = x.shape[1]

@@ -142,7 +142,8 @@ _alike: WeakKeyDictionary[GPT, dict[tuple[torch.dtype, type], set[int]]] = WeakK
 def _found_alike(gpt: GPT) -> set[int]:
     """Those of NUMBERS with which rows have the bits that they have in products of ROWS."""
     block, alike = gpt.blocks[0], set(NUMBERS)
-    linears = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, gpt.around, gpt.head
+    around = gpt.around if gpt.neighbours is None else None
+    linears = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, around, gpt.head
     for linear in filter(None, linears):
         x = torch.randn(5 * ROWS, linear.in_features, generator=torch.Generator().manual_seed(0))
         usual = torch.cat([linear(rows) for rows in x.split(ROWS)])

@@ -52,8 +52,12 @@ def test_every_logit_depends_on_the_embedding(gpt: GPT, embedding: Tensor, token
     assert ((gpt(embedding, tokens[:, :-1]) - other).abs().amax(dim=(0, 2)) > 1e-4).all()
 
 
-def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+@pytest.mark.parametrize("at_work", [False, True])
+def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: Tensor, at_work: bool) -> None:
     whole = gpt(embedding, tokens[:, :-1])
+    if at_work:
+        gpt.work_in(torch.float32)
+        assert (gpt.neighbours is not None) == gpt.config.looks_around
     cache = gpt.new_cache(3)
     stepwise = [gpt.start(gpt.prefix(embedding), cache)]
     stepwise += [gpt.step(tokens[:, t], cache) for t in range(15)]
