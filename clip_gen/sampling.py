@@ -72,7 +72,8 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """(B, V) logits to probabilities after temperature, then top-k, then top-p. The likeliest token always stays."""
     if sampling.temperature < GREEDY:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
         least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -95,11 +96,11 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
         return cuda_kernels.draw(probabilities, uniform)
     total = probabilities.cumsum(dim=1)
+    whole = total[:, -1:].contiguous()
     # Scaled by the last sum, which rounding leaves a little off one.
-    token = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
-    # Past the end or onto a token of probability zero only by rounding: then the last that could be drawn.
-    last = probabilities.shape[1] - 1 - (probabilities > 0).flip(1).int().argmax(dim=1)
-    return torch.minimum(token, last)
+    token = torch.searchsorted(total, uniform[:, None] * whole, right=True)
+    # Past the end only by rounding: then the token at which the sum is whole.
+    return torch.minimum(token, torch.searchsorted(total, whole))[:, 0]
 
 
 def most_rows(gpt: GPT) -> int:
@@ -221,7 +222,9 @@ class Batch:
     def step(self) -> None:
         """Draws the next token of every row."""
         t = self.drawn
-        last = padded(self._tokens[:, t - 1], self.width).repeat(self.passes) if t else None
+        last = padded(self._tokens[:, t - 1], self.width) if t else None
+        if last is not None and self.passes > 1:
+            last = last.repeat(self.passes)
         logits = [rows[: len(self._tokens)].float() for rows in self.steps(last).chunk(self.passes)]
         chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
         self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
