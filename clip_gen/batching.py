@@ -13,11 +13,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from clip_gen.cuda_graphs import forget_idle
 from clip_gen.gpt import GPT
 from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, check_guidance, most_rows, rows_of
 
-Result = TypeVar("Result")
+Row, Result = TypeVar("Row"), TypeVar("Result")
 
 CONTAINER = Path("/sys/fs/cgroup")
 CONTAINER_FILES = (  # limit, usage and what it is made of: in the second version of cgroups, and in the first
@@ -58,6 +58,17 @@ class Sampled:
             "tokens_per_second": round(self.tokens.numel() / max(self.sampling_seconds, 1e-6), 1),
             "rows_in_batch": round(self.rows_in_batch, 2),
         }
+
+
+@dataclass(eq=False)
+class _Call:
+    """Work for the thread that has the device."""
+
+    work: Callable
+    leads_up: bool = False
+    row: object = None
+    most: int = 0  # rows that the work takes at a time; 0 for what takes none
+    result: Future = field(default_factory=Future)
 
 
 @dataclass(eq=False)
@@ -118,7 +129,7 @@ class Batcher:
     def __init__(self, most_bytes: float, most_waiting: int = 4096):
         self.most_bytes, self.most_waiting = most_bytes, most_waiting
         self._asked: deque[_Request] = deque()
-        self._calls: deque[tuple[Callable[[], object], Future, bool]] = deque()
+        self._calls: list[_Call] = []
         self._under_way: list[_Shared] = []
         self._led_up = 0.0  # when the last call was over whose caller is about to ask for candidates
         self._news = threading.Condition()
@@ -175,12 +186,20 @@ class Batcher:
 
         leads_up: the caller will ask for candidates next, and is worth waiting for.
         """
-        result: Future = Future()
+        return self._called([_Call(work, leads_up)])[0]
+
+    def share(self, work: Callable[[list[Row]], list[Result]], rows: Iterable[Row], most: int) -> list[Result]:
+        """What `work` makes of these rows, done as by `run`, `most` of them at a time; with fewer left, those of others
+        who ask for the same work are done along with them.
+        """
+        return self._called([_Call(work, row=row, most=most) for row in rows])
+
+    def _called(self, calls: list[_Call]) -> list[Any]:
         with self._news:
             self._check_open()
-            self._calls.append((work, result, leads_up))
+            self._calls += calls
             self._news.notify()
-        return result.result()
+        return [call.result.result() for call in calls]
 
     @property
     def closed(self) -> bool:
@@ -208,7 +227,7 @@ class Batcher:
             error = unforeseen
         with self._news:
             self._closed = True
-            waiting = [result for _, result, _ in self._calls]
+            waiting = [call.result for call in self._calls]
             waiting += [request.result for request in self._requests()]
             self._under_way = []
         for result in waiting:
@@ -222,15 +241,10 @@ class Batcher:
                 self._news.wait(patience)
             if self._closed:
                 return False
-            # Those that lead up to more are short, and one token waits for no more than one of the others.
-            calls = [call for call in self._calls if call[2]]
-            others = deque(call for call in self._calls if not call[2])
-            if others:
-                calls.append(others.popleft())
-            self._calls = others
-        for work, result, leads_up in calls:
-            _fulfil(result, work)
-            if leads_up:
+            calls = self._next_calls()
+        for together in calls:
+            _fulfil(together)
+            if together[0].leads_up:
                 self._led_up = time.monotonic()
         self._drop_stopped()
         self._begin()
@@ -238,6 +252,18 @@ class Batcher:
             self._step(shared)
         self._under_way = [shared for shared in self._under_way if shared.wanted]
         return True
+
+    def _next_calls(self) -> list[list[_Call]]:
+        """Those that come before the next token, of which those in one list are done in one: all that lead up to more,
+        which are short, and of the others the first.
+        """
+        others = [call for call in self._calls if not call.leads_up]
+        first = others[:1]
+        if first and first[0].most:
+            first = [call for call in others if call.work == first[0].work][: first[0].most]
+        leading = [[call] for call in self._calls if call.leads_up]
+        self._calls = [call for call in others if call not in first]
+        return leading + ([first] if first else [])
 
     def _requests(self) -> set[_Request]:
         return {request for shared in self._under_way for request, _ in shared.rows} | set(self._asked)
@@ -423,8 +449,13 @@ def _fail(rows: list[tuple[_Request, int]], error: Exception) -> None:
             request.result.set_exception(error)
 
 
-def _fulfil(result: Future, work: Callable[[], object]) -> None:
+def _fulfil(calls: list[_Call]) -> None:
+    first = calls[0]
     try:
-        result.set_result(work())
-    except BaseException as error:
-        result.set_exception(error)
+        found = first.work([call.row for call in calls]) if first.most else [first.work()]
+        for call, answer in zip(calls, found, strict=True):
+            call.result.set_result(answer)
+    except BaseException as error:  # theirs to hear of, whatever it is
+        for call in calls:
+            if not call.result.done():
+                call.result.set_exception(error)

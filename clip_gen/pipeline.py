@@ -110,9 +110,9 @@ class ClipGen:
         for tokens in sampled.tokens.split(self.at_a_time):
             if should_stop is not None and should_stop():
                 raise Stopped
-            pictures, found = device.run(lambda tokens=tokens: self._pictures(tokens, embedding))
-            best |= enumerate(pictures, len(scores))
-            scores += found
+            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], self.at_a_time)
+            best |= enumerate((picture for picture, _ in found), len(scores))
+            scores += [score for _, score in found]
             ranked = sorted(best, key=scores.__getitem__, reverse=True) if clip_rerank else sorted(best)
             best = {candidate: best[candidate] for candidate in ranked[:num_outputs]}
         return Generation(
@@ -124,10 +124,13 @@ class ClipGen:
             sampled.metrics,
         )
 
-    def _pictures(self, tokens: Tensor, embedding: Tensor) -> tuple[list[Image.Image], list[float]]:
-        count = len(tokens)
-        images, scores = self.look(tokens if self.device.type == "cuda" else padded(tokens, self.at_a_time), embedding)
-        return to_pil(images[:count]), scores[:count]
+    def _pictures(self, rows: list[tuple[Tensor, Tensor]]) -> list[tuple[Image.Image, float]]:
+        """Pictures and scores of candidates, each given by its tokens (T,) and its prompt's embedding (E,)."""
+        tokens, embeddings = map(torch.stack, zip(*rows, strict=True))
+        if self.device.type == "cpu":
+            tokens, embeddings = (padded(part, self.at_a_time) for part in (tokens, embeddings))
+        images, scores = self.look(tokens, embeddings)
+        return list(zip(to_pil(images[: len(rows)]), scores, strict=False))
 
     def read(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E) where the bridge puts it: pictures are drawn from there, and ranked by how near
@@ -137,10 +140,12 @@ class ClipGen:
 
     @torch.inference_mode()
     def look(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, list[float]]:
-        """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with the prompt's embedding (1, E)."""
+        """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with their prompts' embeddings, (B, E), or
+        with that of one prompt, (1, E).
+        """
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
             images = self.vqgan.decode(tokens)
-            return images, (self.clip_encoder.encode_image(images) @ embedding[0]).tolist()
+            return images, (self.clip_encoder.encode_image(images) * embedding).sum(dim=1).tolist()
 
 
 def choose_device(device: str) -> torch.device:

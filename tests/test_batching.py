@@ -320,6 +320,39 @@ def test_who_draws_waits_for_one_call_at_a_time_and_for_prompts_that_are_read(
     assert drawn == {False: [4, 5, 6], True: [4, 4]}
 
 
+def test_rows_of_several_who_ask_for_the_same_work_are_done_together(
+    batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    done: list[list[int]] = []
+
+    def tenfold(rows: list[int]) -> list[int]:
+        done.append(rows)
+        if 13 in rows:
+            raise ValueError("13 is not multiplied")
+        return [10 * row for row in rows]
+
+    def negative(rows: list[int]) -> list[int]:
+        return [-row for row in rows]
+
+    asked: list[Future] = []
+    held, go_on = threading.Event(), threading.Event()
+    threads.submit(batcher.run, lambda: (held.set(), go_on.wait(10)))
+    assert held.wait(10)
+    for work, rows in ((tenfold, [1, 2, 3]), (negative, [4, 5]), (tenfold, [6]), (tenfold, [7, 8]), (tenfold, [13, 9])):
+        waiting = len(batcher._calls) + len(rows)
+        asked.append(threads.submit(batcher.share, work, rows, 4))
+        while len(batcher._calls) < waiting:
+            pass
+    go_on.set()
+    assert [future.result(10) for future in asked[:3]] == [[10, 20, 30], [-4, -5], [60]]
+    for future in asked[3:]:  # who shared with what went wrong
+        with pytest.raises(ValueError, match="13 is not multiplied"):
+            future.result(10)
+    assert done == [[1, 2, 3, 6], [7, 8, 13, 9]]
+    assert batcher.share(tenfold, [], 4) == []
+    assert batcher.share(tenfold, range(5), 2) == [0, 10, 20, 30, 40]
+
+
 def test_its_thread_has_all_cores_whatever_is_being_loaded() -> None:
     def threads_of(batcher: Batcher) -> int:
         try:

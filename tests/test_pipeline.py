@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model
             assert first(count, **settings) == many[:count]
 
 
+def test_pictures_and_scores_are_the_same_beside_others(tiny_model: ClipGen) -> None:
+    def drawn(number: int) -> list[tuple[bytes, float]]:
+        count = 1 + number % 5
+        result = tiny_model.generate(f"a red circle, {number} times", count, count, seed=number, clip_rerank=False)
+        return [(image.tobytes(), score) for image, score in zip(result.images, result.scores, strict=True)]
+
+    alone = [drawn(number) for number in range(10)]
+    with ThreadPoolExecutor(10) as threads:
+        assert list(threads.map(drawn, range(10))) == alone
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=FLOAT16)])
 def test_logits_of_a_row_do_not_depend_on_the_others_at_full_width_on_any_processor(dtype: str) -> None:
     """Matrix products of other numbers of rows round differently on older processors; batches have one that does not.
@@ -72,6 +84,7 @@ def test_logits_of_a_row_do_not_depend_on_the_others_at_full_width_on_any_proces
     """
     code = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 import torch
 from clip_gen.config import GPTConfig
 from clip_gen.gpt import GPT
