@@ -28,7 +28,7 @@ PROFILED_RUNS = 3  # of these steps
 DRAWING, OTHER, REST = "drawing the token", "adding, rotating, cache", "Python and the rest"
 GROUPS = {  # what the names of torch's operations have in them
     DRAWING: (DRAWING,),
-    "attention": ("attention",),
+    "attention": ("attention", "embedding_bag", "softmax"),
     "matrix products": ("linear", "matmul", "addmm", "::mm", "bmm", "pack_mm"),
     "normalisation and activation": ("layer_norm", "gelu"),
 }

@@ -30,6 +30,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from clip_gen import ClipGen
+from clip_gen.cache import SummedCache
+from clip_gen.config import GPTConfig
 from clip_gen.float16 import Float16Linear, has_products
 from clip_gen.gpt import GPT
 from clip_gen.int8 import Int8Linear
@@ -170,6 +172,14 @@ def test_the_profile_shares_out_a_prediction(subject: Subject) -> None:
     assert all(figure.ours >= 0 for figure in found)
 
 
+def summed_attention(x: torch.Tensor) -> torch.Tensor:
+    config = GPTConfig(n_layer=1, n_head=4, n_embd=256, block_size=256)
+    cache = SummedCache(config, len(x) // 4, device=CPU, dtype=torch.float16)
+    cache.length = 255
+    part = x.view(cache.rows, 4, -1)[:, :, :64]
+    return [cache.attend(0, part, part, part) for _ in range(20)][-1]
+
+
 @pytest.mark.parametrize(
     ("name", "work"),
     [
@@ -177,6 +187,7 @@ def test_the_profile_shares_out_a_prediction(subject: Subject) -> None:
         ("matrix products", Int8Linear(nn.Linear(512, 512))),
         pytest.param("matrix products", Float16Linear(nn.Linear(512, 512)) if has_products() else None, marks=FLOAT16),
         ("attention", lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])),
+        ("attention", lambda x: summed_attention(x)),
         ("normalisation and activation", lambda x: F.gelu(x)),
         (profiling.OTHER, lambda x: x + x),
         (profiling.REST, lambda x: time.sleep(0.1)),
