@@ -119,7 +119,6 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.around = nn.Linear(4 * config.n_embd, config.n_embd, bias=False) if config.looks_around else None
         self.outside = nn.Parameter(torch.zeros(config.n_embd)) if config.looks_around else None
-        self.neighbours: Tensor | None = None  # work_in's
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -130,6 +129,8 @@ class GPT(nn.Module):
         self.register_buffer("rotation", rotation, persistent=False)
         places = places_around(math.isqrt(config.block_size)) if config.looks_around else None
         self.register_buffer("places_around", places, persistent=False)
+        self.register_buffer("neighbours", None, persistent=False)  # work_in's, and where the four begin in it
+        self.register_buffer("neighbour_starts", None, persistent=False)
         self.apply(self._start)
 
     def _start(self, module: nn.Module) -> None:
@@ -272,11 +273,12 @@ class GPT(nn.Module):
         return isinstance(self.head, Int8Linear)
 
     def work_in(self, dtype: torch.dtype) -> GPT:
-        """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is.
+        """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is. It
+        draws from then on, and is not to be trained.
 
         float16 and int8: the head's too. With float16 the cache is float16; with int8 bfloat16 where the CPU multiplies
-        that, else float32, in which torch's attention is twice as fast. What was made of them cannot be trained, saved,
-        moved or made into another type.
+        that, else float32, in which torch's attention is twice as fast. What was made of them cannot be saved, moved or
+        made into another type.
         """
         between = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
 
