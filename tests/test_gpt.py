@@ -56,8 +56,10 @@ def test_every_logit_depends_on_the_embedding(gpt: GPT, embedding: Tensor, token
 def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: Tensor, at_work: bool) -> None:
     whole = gpt(embedding, tokens[:, :-1])
     if at_work:
+        names = set(gpt.state_dict())
         gpt.work_in(torch.float32)
         assert (gpt.neighbours is not None) == gpt.config.looks_around
+        assert set(gpt.state_dict()) == names
     cache = gpt.new_cache(3)
     stepwise = [gpt.start(gpt.prefix(embedding), cache)]
     stepwise += [gpt.step(tokens[:, t], cache) for t in range(15)]
