@@ -99,8 +99,8 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     whole = total[:, -1:].contiguous()
     # Scaled by the last sum, which rounding leaves a little off one.
     token = torch.searchsorted(total, uniform[:, None] * whole, right=True)
-    # Past the end only by rounding: then the token at which the sum is whole.
-    return torch.minimum(token, torch.searchsorted(total, whole))[:, 0]
+    # Past the end only by rounding: then the token at which the sum is whole. What is no number has none.
+    return torch.minimum(token, torch.searchsorted(total, whole))[:, 0].clamp_(max=probabilities.shape[1] - 1)
 
 
 def most_rows(gpt: GPT) -> int:

@@ -86,6 +86,15 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     assert draw(probabilities, torch.tensor([0.0, 0.5, 1.0])).tolist() == [1, 2, 2]
 
 
+def test_a_row_that_is_no_number_gives_some_token_and_is_nobody_elses_trouble() -> None:
+    probabilities = LOGITS.exp()
+    spoilt = torch.stack([probabilities[0], torch.full((4,), torch.nan), probabilities[1]])
+    uniform = torch.tensor([0.6, 0.6, 0.6])
+    tokens = draw(spoilt, uniform)
+    assert torch.equal(tokens[[0, 2]], draw(probabilities, uniform[:2]))
+    assert 0 <= tokens[1] < 4
+
+
 def test_a_candidates_randomness_depends_on_seed_and_number_alone() -> None:
     many = candidate_uniforms(5, range(40), 16)
     assert torch.equal(many[7:9], candidate_uniforms(5, range(7, 9), 16))
