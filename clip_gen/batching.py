@@ -190,7 +190,8 @@ class Batcher:
 
     def share(self, work: Callable[[list[Row]], list[Result]], rows: Iterable[Row], most: int) -> list[Result]:
         """What `work` makes of these rows, done as by `run`, `most` of them at a time; with fewer left, those of others
-        who ask for the same work are done along with them.
+        who ask for the same work are done along with them. Each row alone once they fail together: an error is for
+        those to hear of whose row it was.
         """
         return self._called([_Call(work, row=row, most=most) for row in rows])
 
@@ -260,7 +261,8 @@ class Batcher:
         others = [call for call in self._calls if not call.leads_up]
         first = others[:1]
         if first and first[0].most:
-            first = [call for call in others if call.work == first[0].work][: first[0].most]
+            kind = first[0].work, first[0].most
+            first = [call for call in others if (call.work, call.most) == kind][: first[0].most]
         leading = [[call] for call in self._calls if call.leads_up]
         self._calls = [call for call in others if call not in first]
         return leading + ([first] if first else [])
@@ -453,9 +455,12 @@ def _fulfil(calls: list[_Call]) -> None:
     first = calls[0]
     try:
         found = first.work([call.row for call in calls]) if first.most else [first.work()]
+    except BaseException as error:  # theirs to hear of, whatever it is
+        if len(calls) == 1:
+            first.result.set_exception(error)
+        else:
+            for call in calls:
+                _fulfil([call])
+    else:
         for call, answer in zip(calls, found, strict=True):
             call.result.set_result(answer)
-    except BaseException as error:  # theirs to hear of, whatever it is
-        for call in calls:
-            if not call.result.done():
-                call.result.set_exception(error)

@@ -290,6 +290,23 @@ def test_nobody_waits_for_a_thread_that_is_gone(
         batcher.run(lambda: 7)
 
 
+def test_who_waits_for_a_call_hears_that_the_batcher_was_closed(threads: ThreadPoolExecutor) -> None:
+    batcher, held, go_on = Batcher(most_bytes=1e9), threading.Event(), threading.Event()
+    threads.submit(batcher.run, lambda: (held.set(), go_on.wait(10)))
+    assert held.wait(10)
+    asked = [threads.submit(batcher.share, list, range(3), 2), threads.submit(batcher.run, lambda: 7)]
+    while len(batcher._calls) < 4:
+        pass
+    closing = threads.submit(batcher.close)
+    while not batcher.closed:
+        pass
+    go_on.set()
+    for future in asked:
+        with pytest.raises(Stopped):
+            future.result(10)
+    closing.result(10)
+
+
 def test_a_thread_that_broke_is_not_handed_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     broken = shared_batcher(cpu)
@@ -344,11 +361,11 @@ def test_rows_of_several_who_ask_for_the_same_work_are_done_together(
         while len(batcher._calls) < waiting:
             pass
     go_on.set()
-    assert [future.result(10) for future in asked[:3]] == [[10, 20, 30], [-4, -5], [60]]
-    for future in asked[3:]:  # who shared with what went wrong
-        with pytest.raises(ValueError, match="13 is not multiplied"):
-            future.result(10)
-    assert done == [[1, 2, 3, 6], [7, 8, 13, 9]]
+    assert [future.result(10) for future in asked[:4]] == [[10, 20, 30], [-4, -5], [60], [70, 80]]
+    with pytest.raises(ValueError, match="13 is not multiplied"):
+        asked[4].result(10)
+    assert done[:2] == [[1, 2, 3, 6], [7, 8, 13, 9]]
+    assert done[2:6] == [[7], [8], [13], [9]]  # so that the others do not hear of it
     assert batcher.share(tenfold, [], 4) == []
     assert batcher.share(tenfold, range(5), 2) == [0, 10, 20, 30, 40]
 

@@ -132,6 +132,28 @@ def test_only_the_batchers_thread_keeps_helpers() -> None:
     assert run.stdout.split() == ["0", str(batcher + helper)]
 
 
+ANYWHERE = """
+import torch
+from clip_gen import ClipGen
+
+model = ClipGen.load(FOLDER, device="cpu")
+tokens = torch.randint(0, 1024, (4, 256), generator=torch.Generator().manual_seed(0))
+text = model.read("a red circle")
+for threads in (1, 2, 3, 5, 8):
+    torch.set_num_threads(threads)
+    images, scores = model.look(tokens, text)
+    for order in ([1, 2, 3, 0], [3, 2, 1, 0], [2, 0, 3, 1]):
+        moved, their_scores = model.look(tokens[order], text)
+        assert torch.equal(moved, images[order]), (threads, order)
+        assert their_scores == [scores[place] for place in order], (threads, order)
+"""
+
+
+def test_a_picture_is_the_same_wherever_it_stands_among_those_it_is_decoded_with() -> None:
+    """For those of other requests may come before it."""
+    subprocess.run([sys.executable, "-c", ANYWHERE.replace("FOLDER", repr(str(FOLDER)))], cwd=ROOT, check=True)
+
+
 def test_script_predict_writes_numbered_pictures_where_the_caller_stands(tmp_path: Path) -> None:
     words = ["-i", "prompt=a large red circle on a white background", "-i", "num_outputs=2", "-i", "seed=1"]
     run = subprocess.run([ROOT / "script/predict", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120)

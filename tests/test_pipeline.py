@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FLOAT16, TINY
+from PIL import Image
 
 from clip_gen import ClipGen, pipeline
 from clip_gen.bridge import Bridge
@@ -65,15 +66,26 @@ def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model
             assert first(count, **settings) == many[:count]
 
 
-def test_pictures_and_scores_are_the_same_beside_others(tiny_model: ClipGen) -> None:
+def test_pictures_and_scores_are_the_same_beside_others(tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    whose: list[set[bytes]] = []
+    pictures = tiny_model._pictures
+
+    def seen(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[Image.Image, float]]:
+        whose.append({embedding.numpy().tobytes() for _, embedding in rows})
+        return pictures(rows)
+
+    monkeypatch.setattr(tiny_model, "_pictures", seen)
+
     def drawn(number: int) -> list[tuple[bytes, float]]:
         count = 1 + number % 5
         result = tiny_model.generate(f"a red circle, {number} times", count, count, seed=number, clip_rerank=False)
         return [(image.tobytes(), score) for image, score in zip(result.images, result.scores, strict=True)]
 
     alone = [drawn(number) for number in range(10)]
+    assert max(map(len, whose)) == 1
     with ThreadPoolExecutor(10) as threads:
         assert list(threads.map(drawn, range(10))) == alone
+    assert max(map(len, whose)) > 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=FLOAT16)])
@@ -84,7 +96,6 @@ def test_logits_of_a_row_do_not_depend_on_the_others_at_full_width_on_any_proces
     """
     code = """
 import sys
-from concurrent.futures import ThreadPoolExecutor
 import torch
 from clip_gen.config import GPTConfig
 from clip_gen.gpt import GPT
