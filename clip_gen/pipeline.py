@@ -118,7 +118,7 @@ class ClipGen:
         return Generation(
             list(best.values()),
             [scores[candidate] for candidate in best],
-            device.run(lambda: sampled.tokens[list(best)].cpu()),  # not here, as it may take helpers (one_thread)
+            torch.from_numpy(sampled.tokens.cpu().numpy()[list(best)]),  # torch might take helpers for it (one_thread)
             seed,
             candidates,
             sampled.metrics,
