@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
 
-BLOCK = 64  # places whose keys lie transposed together: fewer, more sums; more, more scores that nobody asked for
+BLOCK = 64  # places, at most, whose keys lie transposed together: fewer, more sums; more, more scores nobody asks for
 
 
 class KVCache:
@@ -71,15 +71,15 @@ class SummedCache(KVCache):
 
     What a query finds is the sum of all values, each by its share. And its scores are the sum of a row for every
     channel, where keys lie transposed, each by what the query has there. Such sums are what embedding_bag is for; it
-    adds up in float32.
+    adds up in float32, and gives float16, which ends at 65504.
     """
 
     def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
-        super().__init__(config, rows, device=device, dtype=dtype)
+        blocks = -(-config.block_size // BLOCK)
+        self.block = -(-config.block_size // blocks)
+        super().__init__(replace(config, block_size=blocks * self.block), rows, device=device, dtype=dtype)
         layers, _, heads, places, size = self.keys.shape
-        self.block = math.gcd(BLOCK, places)
-        blocks = places // self.block
-        self.keys = self.keys.view(layers, rows, heads, blocks, size, self.block)  # (L, B, H, blocks, D, block)
+        self.keys = self.keys.view(layers, rows, heads, blocks, size, self.block)
         self.tables = [(k.view(-1, self.block), v.view(-1, size)) for k, v in zip(self.keys, self.values, strict=True)]
         # The tables' rows, for each head of each row of the batch.
         self.channels = torch.arange(rows * heads * blocks * size, dtype=torch.int32).view(-1, blocks, size)

@@ -10,7 +10,7 @@ from clip_gen.cache import KVCache, SummedCache
 from clip_gen.config import GPTConfig
 
 CPU = torch.device("cpu")
-SIZES = [(256, 4, 64), (64, 1, 16), (36, 3, 8)]  # places, heads, channels of a head
+SIZES = [(256, 4, 64), (64, 1, 16), (36, 3, 8), (225, 2, 8)]  # places, heads, channels of a head
 LAYERS = 2
 
 
