@@ -130,7 +130,7 @@ class ClipGen:
         if self.device.type == "cpu":
             tokens, embeddings = (padded(part, self.at_a_time) for part in (tokens, embeddings))
         images, scores = self.look(tokens, embeddings)
-        return list(zip(to_pil(images[: len(rows)]), scores, strict=False))
+        return list(zip(to_pil(images[: len(rows)]), scores[: len(rows)], strict=True))
 
     def read(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E) where the bridge puts it: pictures are drawn from there, and ranked by how near
