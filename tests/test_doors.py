@@ -37,6 +37,7 @@ LAYERS = [
         "unfilled",
         "float16",
         "int8",
+        "cache",
         "machine",
     ],
     ["zips", "entries", "findings", "archives"],
