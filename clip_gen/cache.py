@@ -20,6 +20,8 @@ class KVCache:
     nothing.
     """
 
+    block = 1  # places whose keys lie together
+
     def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
         head_size = config.n_embd // config.n_head
         shape = (config.n_layer, rows, config.n_head, config.block_size, head_size)
@@ -59,9 +61,10 @@ class KVCache:
 
     def take(self, other: KVCache, rows: Tensor) -> None:
         """Becomes what these rows (n,) of another cache are."""
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for layer in range(len(mine)):
-                mine[layer, :, :, : other.written] = theirs[layer, :, :, : other.written][rows]
+        blocks = -(-other.written // self.block)
+        for layer in range(len(self.keys)):
+            self.keys[layer, :, :, :blocks] = other.keys[layer, :, :, :blocks][rows]
+            self.values[layer, :, :, : other.written] = other.values[layer, :, :, : other.written][rows]
         self.length = other.length
 
 
@@ -111,13 +114,6 @@ class SummedCache(KVCache):
         self.place_rows = self.places[:, :places].flatten()
         self.place_starts = torch.arange(0, len(self.place_rows), places, dtype=torch.int32)
         self.summed = places
-
-    def take(self, other: SummedCache, rows: Tensor) -> None:
-        blocks = -(-other.written // self.block)
-        for layer in range(len(self.keys)):
-            self.keys[layer, :, :, :blocks] = other.keys[layer, :, :, :blocks][rows]
-            self.values[layer, :, :, : other.written] = other.values[layer, :, :, : other.written][rows]
-        self.length = other.length
 
 
 def _sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
