@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import TINY
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from clip_gen import cuda_graphs
+from clip_gen import sampling as sampling_module
 from clip_gen.batching import Batcher, batch_bytes
 from clip_gen.gpt import GPT
 from clip_gen.sampling import Batch, Sampling, candidate_uniforms, most_rows, rows_of
@@ -145,6 +147,27 @@ def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
     del own
     gc.collect()
     assert recording() is None
+
+
+@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 5, 0.9, guidance=3.0), Sampling(temperature=0)])
+def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
+    looks_around: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors that say they are on a GPU and hold nothing: whoever asks what is in them, or mixes devices, hears of it.
+    monkeypatch.setattr(cuda_graphs.Recording, "_record", lambda *_: None)
+    for module in (cuda_graphs, sampling_module):
+        monkeypatch.setattr(module, "has_kernels", lambda device: False)
+    with FakeTensorMode(), torch.device("cuda"):
+        gpt = GPT(replace(TINY.gpt, rotary=True, looks_around=looks_around)).eval()
+        if looks_around:
+            gpt._know_neighbours()  # as work_in does, which cannot change such parameters
+        embedding = torch.randn(40, gpt.config.embed_dim)
+        batch = Batch(gpt, embedding, torch.rand(40, gpt.config.block_size), sampling)
+        tokens = finished(batch)
+        assert tokens.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            tokens.max().item()
 
 
 def test_where_triton_does_not_work_a_gpu_has_plain_steps(

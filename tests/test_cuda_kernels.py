@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +24,11 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.bfloat16]
 
-pytest.importorskip("triton")
-from clip_gen import cuda_kernels  # noqa: E402, where there is Triton
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402, where there is Triton
+from triton.compiler import ASTSource  # noqa: E402
+
+from clip_gen import cuda_kernels  # noqa: E402
 
 here = pytest.mark.skipif(not INTERPRETED and not GPU, reason="by the interpreter, in a process of its own")
 
@@ -34,6 +38,31 @@ def test_all_of_this_file_passes_by_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+@pytest.mark.parametrize(
+    ("kernel", "arguments"),
+    [  # what each argument is, in order: a type, or a number that is compiled in
+        ("_add_norm", ["*fp32", "*bf16", "*fp32", "*fp32", "*bf16", "fp32", 1024, 1024]),
+        ("_add_norm", ["*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", 192, 256]),
+        ("_add_norm", ["*fp32", None, "*fp32", "*fp32", "*bf16", "fp32", 1024, 1024]),
+        ("_attend", ["*bf16", "*fp32", "*bf16", "*bf16", "*i64", "*bf16", "fp32", 256, 16, 64, 64, 32]),
+        ("_attend", ["*fp32", "*fp32", "*fp32", "*fp32", "*i64", "*fp32", "fp32", 256, 4, 48, 64, 32]),
+        ("_attend", ["*bf16", None, "*bf16", "*bf16", "*i64", "*bf16", "fp32", 256, 16, 64, 64, 32]),
+        ("_draw", ["*fp32", "*fp32", "*i64", "i32", "i32", 16384, 4096]),
+    ],
+)
+def test_triton_compiles_what_its_interpreter_takes(
+    kernel: str, arguments: list[str | int | None], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(cuda_kernels, kernel)
+    named = dict(zip(function.arg_names, arguments, strict=True))
+    constants = {name: what for name, what in named.items() if not isinstance(what, str)}
+    source = ASTSource(function, named | dict.fromkeys(constants, "constexpr"), constants)
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
