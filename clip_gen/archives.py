@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_gen.entries import ENCRYPTED, UNREADABLE, WANTED, Content, UnreadableError, entries, reason_of
+from clip_gen.entries import ENCRYPTED, UNREADABLE, WANTED, Content, UnreadableError, entries, is_litter, reason_of
 from clip_gen.findings import Pictures, Skipped, shown
 from clip_gen.limits import ArchiveError, Limits
 from clip_gen.pictures import NO_PICTURE, PictureError, kind_of, load_picture
@@ -36,7 +36,6 @@ EMPTY = "an empty file"
 
 # zip, gz, bz2, xz, 7z, rar, zstd
 ARCHIVE_STARTS = (b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")
-LEFT_BY_WINDOWS = ("Thumbs.db", "desktop.ini")
 TAR_MARK = slice(257, 262)
 
 
@@ -80,9 +79,8 @@ def fingerprint(source: Path) -> str:
     """
     try:
         if source.is_dir():
-            # But for what file managers leave there unasked.
-            files = (path for path in source.rglob("[!.]*") if path.is_file() and path.name not in LEFT_BY_WINDOWS)
-            lines = sorted(f"{path.relative_to(source)} {path.stat().st_size}" for path in files)
+            sizes = {str(path.relative_to(source)): path.stat().st_size for path in source.rglob("*") if path.is_file()}
+            lines = sorted(f"{name} {size}" for name, size in sizes.items() if not is_litter(name))
             return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
         if source.is_file():
             with source.open("rb") as file:

@@ -86,11 +86,19 @@ def entries(source: Path, limits: Limits) -> Iterator[Entry]:
     else:
         raise ArchiveError(f"{source}: there is no such file or folder; {WANTED}")
     for entry in found:
-        parts = [part.lower() for part in PurePosixPath(entry.name.replace("\\", "/")).parts]
-        if any(part in LITTER or (part.startswith(".") and part != "..") for part in parts):
+        if is_litter(entry.name):
             continue
-        small = THUMBNAIL_FOLDERS.intersection(parts) or entry.name.lower().endswith(".thm")
+        small = THUMBNAIL_FOLDERS.intersection(_parts(entry.name)) or entry.name.lower().endswith(".thm")
         yield Entry(entry.name, reason=THUMBNAIL) if small else entry
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file of this name in an archive was left there by a file manager, or is hidden."""
+    return any(part in LITTER or (part.startswith(".") and part != "..") for part in _parts(name))
+
+
+def _parts(name: str) -> list[str]:
+    return [part.lower() for part in PurePosixPath(name.replace("\\", "/")).parts]
 
 
 def reason_of(error: Exception) -> str:

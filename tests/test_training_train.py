@@ -228,7 +228,9 @@ def test_pictures_that_have_changed_are_not_taken_for_those_of_before(
     Training(images, tmp_path / "out", toy)
     write(images, 10)  # the same, written anew
     if kind == "folder":
-        (images / ".DS_Store").write_text("seen by a file manager")
+        for left in (".DS_Store", "Icon\r", "__MACOSX/00.png", ".git/config"):  # by a file manager, or hidden
+            (images / left).parent.mkdir(exist_ok=True)
+            (images / left).write_text("no picture of anybody's")
     assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10
     write(images, 11)
     with pytest.raises(ValueError, match=r"album is not what it was when the training in .*out began; name another"):
