@@ -159,6 +159,7 @@ def test_pictures_are_told_from_those_like_them_unless_that_is_switched_off(
         history = (out / "work" / "gpt" / "history.jsonl").read_text()
         found = out / "work" / "encoded" / "neighbours-learnt.npy"
         assert ('"contrast"' in history) == found.exists() == (weight > 0)
+        assert ("<figcaption>contrast" in (out / "report.html").read_text()) == (weight > 0)
 
 
 def test_one_stage_alone_leaves_the_other_network_as_it_is(

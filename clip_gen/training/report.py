@@ -12,7 +12,7 @@ from clip_gen.training.run import read_history
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
 CURVES = {
     "vqgan": (("loss",), ("l1",), ("perceptual",), ("val_psnr",), ("codes_in_batch",), ("perplexity",)),
-    "gpt": (("loss", "val_loss"), ("embedding",)),
+    "gpt": (("loss", "val_loss"), ("embedding",), ("contrast",)),
 }
 COLOURS = ("#2563eb", "#dc2626")  # of the curves in one chart: what is learnt from, what was held back
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
