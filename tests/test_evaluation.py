@@ -103,4 +103,5 @@ def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny
 def test_an_untrained_model_gets_no_marks(tiny_model: ClipGen) -> None:
     evaluation = Evaluation(tiny_model, 3, 0, Sampling())
     evaluation.run(["one", "unsaid"])
+    assert [name for name in evaluation.rows if "reconstructions" in name] == ["one object, reconstructions"]
     assert all(share.right == 0 for share in evaluation.rows.values())
