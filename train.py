@@ -27,7 +27,8 @@ async def train(
         choices=["auto", "keep", "learn"],
     ),
     base: str | None = Input(
-        description="Model to start from: URL or path of a weights tar. Leave blank for the one served.", default=None
+        description="Model to start from: URL or path of a weights tar. Leave blank for the one that predicts.",
+        default=None,
     ),
     size: str = Input(
         description="base goes on with the base model; the others train new networks of that size for its CLIP.",

@@ -39,6 +39,9 @@ LAYERS = [
         "int8",
         "cache",
         "machine",
+        "cog_expressions",
+        "cog_inputs",
+        "cog_signature",
     ],
     ["zips", "entries", "findings", "archives"],
     ["gpt", "clip_encoder", "vqgan", "bridge", "cuda_kernels"],
@@ -48,7 +51,7 @@ LAYERS = [
     ["pull", "own_model"],
     ["shapes", "training", "evaluation"],
     ["generate", "__main__"],
-    ["cog_signature", "cog_expressions", "cog_inputs", "cog_openapi", "cog_schema", "cog_cli", "cog_training"],
+    ["cog_openapi", "cog_schema", "cog_cli", "cog_training"],
 ]
 
 

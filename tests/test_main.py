@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from clip_gen.__main__ import COMMANDS, main
+from clip_gen.training import cli
 
 
 def test_generate_writes_numbered_pictures_that_say_how_they_were_made(
@@ -55,3 +57,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert exit_.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+def test_every_setting_of_a_training_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    assert [action.dest for action in parser._actions if not action.help] == []
+    assert "1: by what lies between their means. Default: 1.0." in " ".join(parser.format_help().split())

@@ -6,30 +6,34 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from clip_gen.cog_signature import read_signature
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training
 
-HELP = {
-    "stage": "both, vqgan or transformer",
-    "tokens": "keep, learn, or auto: the base's stay where they tell these pictures well, else they are learnt anew",
-    "precision": "auto, 32-true or bf16-mixed; auto is bfloat16 where the hardware multiplies it",
-    "base": "model to start from: a folder, a weights tar or its URL; the bundled one by default",
+COG_TRAIN = Path(__file__).parents[2] / "train.py"  # where the settings are told of
+MACHINE = {
+    "devices": "How many GPUs, or without any, processes.",
+    "nodes": "Machines that train together, each with so many devices.",
+    "strategy": "ddp: every device holds all weights. fsdp: a share of the transformer's.",
+    "save_seconds": "Between checkpoints.",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="zip, tar or folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights; started again, it goes on")
-    for spec in fields(TrainSettings):
-        name = f"--{spec.name.replace('_', '-')}"
-        if isinstance(spec.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=spec.default)
-        else:
-            parser.add_argument(name, type=type(spec.default), default=spec.default, help=HELP.get(spec.name))
-    for spec in fields(Machine):
-        if spec.name != "max_minutes":
-            parser.add_argument(f"--{spec.name.replace('_', '-')}", type=type(spec.default), default=spec.default)
+    inputs = {one.name: one.arguments for one in read_signature(COG_TRAIN, "train").inputs}
+    specs = {spec.name: spec for spec in (*fields(TrainSettings), *fields(Machine))}
+    for name, spec in specs.items():
+        told, kind = inputs.get(name, {}), type(spec.default)
+        words = told.get("description") or MACHINE[name]
+        words += "" if spec.default == "" else " Default: %(default)s."
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:  # choices are TrainSettings.check's, which names the value and the remedy
+            how = {"type": kind, "metavar": "|".join(told.get("choices", [kind.__name__]))}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=spec.default, help=words, **how)
 
 
 def main(arguments: argparse.Namespace) -> None:
