@@ -13,12 +13,6 @@ from clip_gen.cog_signature import read_signature
 from clip_gen.own_model import own_weights
 from clip_gen.serving import Models, Outputs
 
-# As @concurrent says below, where Cog reads a number and nothing else. More than eight, because Cog frees a slot a
-# moment after its reply is sent: of eight clients that ask again at once, one now and then heard 409 with eight slots.
-# However many there are, Cog 0.23.1 answers 409 to one of two that reach for a slot in the same instant (it tries the
-# lock of its pool and does not wait): some in a thousand on a busy machine, with 32 slots as with 12.
-SLOTS = 12
-
 
 class Predictor(BaseRunner):
     """Draws with the model it was started with, or with one that a request names."""
@@ -26,12 +20,18 @@ class Predictor(BaseRunner):
     async def setup(self, weights: str | None = None) -> None:
         """Loads the model. weights: COG_WEIGHTS as Cog hands it over, the text of a folder, a tar or a URL."""
         source, reason = own_weights(weights)
-        self.inputs = read_signature(pathlib.Path(__file__), "Predictor").inputs
+        signature = read_signature(pathlib.Path(__file__), "Predictor")
+        self.inputs = signature.inputs
         self.models = Models(source)
         self.outputs = Outputs()
-        self.drawing = ThreadPoolExecutor(SLOTS, "drawing")  # asyncio's own has fewer threads on a small machine
+        # asyncio's own has fewer threads on a small machine.
+        self.drawing = ThreadPoolExecutor(signature.slots, "drawing")
         print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}: {reason}")
 
+    # More than eight, because Cog frees a slot a moment after its reply is sent: of eight clients that ask again at
+    # once, one now and then heard 409 with eight slots. However many there are, Cog 0.23.1 answers 409 to one of two
+    # that reach for a slot in the same instant (it tries the lock of its pool and does not wait): some in a thousand on
+    # a busy machine, with 32 slots as with 12.
     @concurrent(max=12)
     async def run(
         self,

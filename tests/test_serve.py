@@ -26,9 +26,8 @@ from cog_server import Server, decoded, running, wait_for
 from model_files import other_folder, slow_folder, web_server
 from PIL import Image
 
-from clip_gen.cog_schema import ROOT, build_schema
+from clip_gen.cog_schema import ROOT, build_schema, project_signatures
 from clip_gen.weights import pack
-from predict import SLOTS
 
 PROMPT = "a large red circle"
 QUICK = {"prompt": PROMPT, "seed": 7, "candidates": 4, "num_outputs": 2}
@@ -301,12 +300,13 @@ def slow_inputs(files: Path) -> dict[str, object]:
 
 def test_cancelling_frees_the_slots_at_once(server: Server, files: Path) -> None:
     server.pictures(**slow_inputs(files) | {"candidates": 4})  # loads the weights
-    for i in range(SLOTS):
+    slots = project_signatures()[0].slots
+    for i in range(slots):
         body = {"input": slow_inputs(files)}
         status, _ = server.request("PUT", f"/predictions/slow-{i}", body, Prefer="respond-async")
         assert status == 202
     wait_for(lambda: server.health()["status"] == "BUSY")
-    for i in range(SLOTS):
+    for i in range(slots):
         assert server.request("POST", f"/predictions/slow-{i}/cancel")[0] == 200
     wait_for(lambda: server.health()["status"] == "READY")
     assert len(server.pictures(**QUICK)) == 2
