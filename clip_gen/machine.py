@@ -29,13 +29,15 @@ def give_back_memory() -> None:
 def at_work(*networks: nn.Module) -> Iterator[torch.device]:
     """Networks on a GPU for as long as they are used, where there is one; yields the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for network in networks:
-        network.to(device)
+    with torch.inference_mode(False):  # what is moved in there could not be trained afterwards
+        for network in networks:
+            network.to(device)
     try:
         yield device
     finally:
-        for network in networks:
-            network.cpu()
+        with torch.inference_mode(False):
+            for network in networks:
+                network.cpu()
 
 
 @contextmanager

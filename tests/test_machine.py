@@ -47,6 +47,25 @@ def test_networks_are_back_on_the_cpu_after_an_error_too() -> None:
     assert network.weight.device.type == "cpu"
 
 
+class Moved(nn.Linear):
+    """Where there is no GPU: elsewhere its numbers are of another type, so that both ways make new tensors."""
+
+    def to(self, device: torch.device) -> nn.Module:
+        return super().to(torch.float64)
+
+    def cpu(self) -> nn.Module:
+        return super().to(torch.float32)
+
+
+def test_networks_that_worked_where_nothing_is_learnt_can_be_trained_afterwards() -> None:
+    network = Moved(2, 2).requires_grad_(False)
+    with torch.inference_mode(), at_work(network):
+        assert network.weight.dtype == torch.float64
+    network.requires_grad_(True)
+    network(torch.ones(1, 2)).sum().backward()
+    assert network.weight.grad.sum() == 4
+
+
 def test_one_core_is_left_to_the_one_who_asks() -> None:
     assert 1 <= spare_cores() <= 16
 
