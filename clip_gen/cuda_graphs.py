@@ -94,12 +94,18 @@ def fused_step(gpt: GPT, x: Tensor, cache: StaticCache) -> Tensor:
     return gpt.head(add_norm(stream, branch, gpt.ln_f, stream.dtype))
 
 
+def addresses(gpt: GPT) -> list[int]:
+    """Where its weights lie. A graph reads them there, and must not once the transformer was moved away and back."""
+    return [tensor.data_ptr() for tensor in (*gpt.parameters(), *gpt.buffers())]
+
+
 class Recording:
     """The memory that one batch of `rows` works in, and the graph of its step. Holds no reference to the GPT."""
 
     def __init__(self, gpt: GPT, rows: int):
         config, device = gpt.config, gpt.device
         self.step = fused_step if has_kernels(device) else plain_step
+        self.weights = addresses(gpt)
         self.cache = StaticCache(config, rows, device=device, dtype=gpt.dtype)
         self.prefix = torch.zeros(rows, config.n_embd, device=device)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
@@ -148,6 +154,11 @@ def is_ready(gpt: GPT, rows: int) -> bool:
     return bool(_idle.get(gpt, {}).get(rows))
 
 
+def forget(gpt: GPT) -> None:
+    """Lets go of the recordings of a transformer that is not to draw again soon."""
+    _idle.pop(gpt, None)
+
+
 def forget_idle(most_bytes: float, gpt: GPT, rows: int) -> None:
     """Lets go of recordings that wait for a batch, until they hold no more than this beside the one that the next
     batch, of so many rows of this transformer, will take.
@@ -177,7 +188,8 @@ class RecordedSteps:
     @torch.inference_mode()
     def __init__(self, gpt: GPT, prefix: Tensor):
         self.gpt = gpt
-        idle = _idle.setdefault(gpt, {}).setdefault(len(prefix), [])
+        idle, weights = _idle.setdefault(gpt, {}).setdefault(len(prefix), []), addresses(gpt)
+        idle[:] = [recording for recording in idle if recording.weights == weights]
         self.recording = idle.pop() if idle else Recording(gpt, len(prefix))
         weakref.finalize(self, idle.append, self.recording)
         self.recording.prefix.copy_(prefix)

@@ -156,6 +156,7 @@ def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
 ) -> None:
     # Tensors that say they are on a GPU and hold nothing: whoever asks what is in them, or mixes devices, hears of it.
     monkeypatch.setattr(cuda_graphs.Recording, "_record", lambda *_: None)
+    monkeypatch.setattr(cuda_graphs, "addresses", lambda gpt: [])
     for module in (cuda_graphs, sampling_module):
         monkeypatch.setattr(module, "has_kernels", lambda device: False)
     with FakeTensorMode(), torch.device("cuda"):
@@ -168,6 +169,23 @@ def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
         assert tokens.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             tokens.max().item()
+
+
+def test_weights_that_were_moved_are_not_drawn_with_where_they_lay(gpt: GPT) -> None:
+    alone = finished(begun(gpt, 4, 1))
+    (used,) = cuda_graphs._idle[gpt][rows_of(gpt, 4)]
+    before = [parameter.data for parameter in gpt.parameters()]  # kept, so that no other tensor gets their places
+    for parameter in gpt.parameters():
+        parameter.data = parameter.data.clone()
+    again = begun(gpt, 4, 1)
+    assert again.steps.recording is not used
+    for data in before:
+        data.zero_()
+    assert torch.equal(finished(again), alone)
+    del again
+    assert len(cuda_graphs._idle[gpt][rows_of(gpt, 4)]) == 1
+    cuda_graphs.forget(gpt)
+    assert gpt not in cuda_graphs._idle
 
 
 def test_where_triton_does_not_work_a_gpu_has_plain_steps(

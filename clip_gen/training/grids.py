@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clip_gen.bridge import Bridge
 from clip_gen.checkpoint import Networks
+from clip_gen.cuda_graphs import forget
 from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes, to_pil
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
@@ -115,6 +116,7 @@ class SampleGrids(Grids):
             bridge: Bridge = self.networks.bridge.to(module.device)
             texts = bridge(self.networks.clip.encode_text(list(self.prompts)))
             rows += [self._drawn(module, text.expand(SHOWN, -1)) for text in texts]
+        forget(module.gpt)  # what was recorded would hold memory until the next time
         return rows
 
     def _drawn(self, module: pl.LightningModule, embeddings: Tensor) -> list[Image.Image]:
