@@ -104,6 +104,24 @@ def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train
     assert legs[-1] == (6, 9) or legs[-1] == (7, 9)
 
 
+def test_a_stage_that_was_on_a_gpu_goes_on_without_one(
+    encoded: EncodedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*callbacks: Callback) -> GPTTrainer:
+        stage, samples = stage_2(replace(CONFIG, patience=9)), Endless(encoded, 3)
+        fit("toy", stage, samples, encoded, tmp_path, seed=4, machine=SAVING, callbacks=callbacks)
+        return stage
+
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as checkpoints say it there
+    with pytest.raises(Cut):
+        trained(CutAfter(7))
+    ended = trained()
+    assert run.checkpointed_steps(tmp_path / "last.ckpt") == 9
+    assert (tmp_path / "best.ckpt").is_file()
+    again = trained()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ended.state_dict().items())
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_transformer_in_shares_is_cut_off_and_goes_on_and_is_that_of_one_process(
     encoded: EncodedPictures, tmp_path: Path, precision: str

@@ -148,12 +148,12 @@ def _fit(
         done, found = trainer.global_step, trainer.callback_metrics
     else:
         # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
-        stage.load_state_dict(torch.load(last, weights_only=True)["state_dict"])
+        stage.load_state_dict(torch.load(last, "cpu", weights_only=True)["state_dict"])
         found = {name: value for entry in read_history(folder / "history.jsonl") for name, value in entry.items()}
         found.pop("step", None)
     values = {name: round(float(value), 5) for name, value in found.items()}
     if best and best[0].path.is_file():
-        kept = torch.load(best[0].path, weights_only=True)
+        kept = torch.load(best[0].path, "cpu", weights_only=True)
         stage.load_state_dict(kept["state_dict"])
         values |= {"val_loss": round(kept["val_loss"], 5), "best_step": kept["step"]}
     stage.to(memory_format=torch.contiguous_format)  # as every network is that comes from a file
@@ -491,4 +491,4 @@ def _save_whole(values: dict, path: Path) -> None:
 
 def checkpointed_steps(path: Path) -> int:
     """How far the checkpoint came; 0 without one."""
-    return int(torch.load(path, weights_only=True, mmap=True)["global_step"]) if path.is_file() else 0
+    return int(torch.load(path, "cpu", weights_only=True, mmap=True)["global_step"]) if path.is_file() else 0
