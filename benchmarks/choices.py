@@ -101,6 +101,8 @@ def second_loss(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         began = time.monotonic()
         trainer = GPTTrainer(gpt, fitting, **parts)
         record = fit("gpt", trainer, Endless(learnt, 0), unseen, arguments.out / f"weight-{weight}", seed=0)
+        for network in (networks.vqgan, networks.clip):
+            network.cpu()  # from the GPU that they were trained with
         results[str(weight)] = {
             "minutes": (time.monotonic() - began) / 60,
             "loss": record["loss"],

@@ -36,6 +36,7 @@ from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.config import ModelConfig, read_config
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
+from clip_gen.machine import at_work
 from clip_gen.shapes.folder import write_pictures
 from clip_gen.training.dataset import (
     EncodedPictures,
@@ -68,8 +69,10 @@ def measure(size: str, clip: ClipEncoder, pictures: int, batch_size: int, steps:
 
     def step(embeddings: torch.Tensor, tokens: torch.Tensor) -> None:
         optimizer.zero_grad()
-        token_loss(gpt(embeddings, tokens[:, :-1]), tokens).backward()
+        loss = token_loss(gpt(embeddings, tokens[:, :-1]), tokens)
+        loss.backward()
         optimizer.step()
+        loss.item()  # so that a GPU is done when the time is taken
 
     embeddings = encode_embeddings(files, clip, folder / f"{size}-embeddings.npy")
     tokens = encode_tokens(files, vqgan, folder / f"{size}-tokens.npy")
@@ -79,16 +82,18 @@ def measure(size: str, clip: ClipEncoder, pictures: int, batch_size: int, steps:
 
     def encoded_once(number: int) -> None:
         conditions, tokens, *_ = default_collate([once[number * batch_size + i] for i in range(batch_size)])
-        step(conditions, tokens)
+        step(conditions.to(device), tokens.to(device))
 
     def encoded_every_time(number: int) -> None:
-        images = from_bytes(default_collate([every[number * batch_size + i] for i in range(batch_size)]))
+        pixels = default_collate([every[number * batch_size + i] for i in range(batch_size)])
+        images = from_bytes(pixels.to(device))
         step(clip.encode_image(images), vqgan.encode(images))
 
-    found = {
-        "every step": speed(encoded_every_time, batch_size, steps),
-        "once": speed(encoded_once, batch_size, steps),
-    }
+    with at_work(gpt, vqgan, clip) as device:
+        found = {
+            "every step": speed(encoded_every_time, batch_size, steps),
+            "once": speed(encoded_once, batch_size, steps),
+        }
     fitting = replace(
         settled.transformer, steps=4 * steps + 4, batch_size=batch_size, compile=shutil.which("g++") is not None
     )

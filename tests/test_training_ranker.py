@@ -38,9 +38,10 @@ def test_each_caption_has_a_shorter_one_its_picture_also_through_the_vqgan_and_t
     assert np.array_equal(ranked[42][0], text)
     true, captions = PAIRS.first(2)
     assert np.array_equal(pictures[0], true)
-    assert np.array_equal(text, networks.clip.encode_text(captions).numpy())
-    through = networks.vqgan.decode(networks.vqgan.encode(to_tensor([true])))
-    assert np.array_equal(pictures[1], to_bytes(through)[0].numpy())
+    # A GPU, where there is one, rounds otherwise.
+    assert np.allclose(text, networks.clip.encode_text(captions).numpy(), atol=1e-3)
+    through = to_bytes(networks.vqgan.decode(networks.vqgan.encode(to_tensor([true]))))[0].numpy()
+    assert np.abs(pictures[1].astype(int) - through).max() <= 1
 
     other = ranked_pictures(networks, PAIRS, 4, tmp_path, "drawn")
     same = [np.array_equal(ranked.pictures[0][:, place], other.pictures[0][:, place]) for place in range(4)]
@@ -102,7 +103,7 @@ def test_the_text_tower_and_what_prompts_become_stay_as_they_are(ranked: RankedP
     networks = tiny_networks()
     prompts = PAIRS[0].captions
     before, text = deepcopy(networks.clip.state_dict()), networks.clip.encode_text(prompts)
-    config = FitConfig(steps=4, batch_size=8, warmup=1, ema_decay=0.5, workers=0)
+    config = FitConfig(steps=4, batch_size=8, warmup=1, ema_decay=0.5)
     fit("toy", RankerTrainer(networks.clip, config), ranked, ranked, tmp_path, seed=0)
     networks.clip.eval()
     assert torch.equal(networks.clip.encode_text(prompts), text)
@@ -143,7 +144,7 @@ def test_a_fault_of_the_drawings_comes_to_cost_them_their_place(tmp_path: Path, 
         return float(((right - wrong) * text[:, which]).sum(dim=1).mean())
 
     before = lead()
-    config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5, workers=0)
+    config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5)
     trainer = RankerTrainer(networks.clip, config)
     ranked = RankedPictures([(tmp_path / "texts.npy", tmp_path / "pictures.npy")])
     fit("toy", trainer, ranked, ranked, tmp_path / "work", seed=0)
@@ -159,7 +160,7 @@ def test_true_pictures_stay_where_they_were(tmp_path: Path) -> None:
     np.save(tmp_path / "texts.npy", text.numpy())
     np.save(tmp_path / "pictures.npy", np.repeat(whole[:, None], 4, axis=1))
     before = networks.clip.encode_image(to_tensor(list(whole)))
-    config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5, workers=0)
+    config = FitConfig(steps=16, batch_size=8, learning_rate=5e-4, warmup=2, ema_decay=0.5)
     trainer = RankerTrainer(networks.clip, config)
     ranked = RankedPictures([(tmp_path / "texts.npy", tmp_path / "pictures.npy")])
     fit("toy", trainer, ranked, ranked, tmp_path / "work", seed=0)

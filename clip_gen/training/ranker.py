@@ -172,7 +172,9 @@ class RankerTrainer(Stage):
 
     def _images(self, pictures: Tensor) -> Tensor:
         images = for_clip(from_bytes(pictures), self.resolution)
-        return images.contiguous(memory_format=torch.channels_last)  # a quarter faster on a CPU
+        if images.device.type == "cpu":  # a quarter faster there
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
     def configure_optimizers(self) -> dict[str, object]:
         return self.learning(adamw(self.visual, self.config, betas=(0.9, 0.98)))
