@@ -21,7 +21,7 @@ import numpy as np
 from clip_gen import ClipGen
 from clip_gen.evaluation.prompts import KINDS, cases
 from clip_gen.evaluation.report import CANDIDATES, TITLES, TOGETHER, Evaluation, Graded
-from clip_gen.files import whole_or_not
+from clip_gen.files import write_whole
 from clip_gen.float16 import has_products
 from clip_gen.sampling import Sampling
 
@@ -83,8 +83,7 @@ def main() -> None:
         print(f"{title}\n{json.dumps(result, indent=1)}", flush=True)
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_not(arguments.out) as temporary:
-            Path(temporary).write_text(json.dumps(found | {title: result}, indent=1) + "\n")
+        write_whole(arguments.out, json.dumps(found | {title: result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

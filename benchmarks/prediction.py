@@ -31,8 +31,9 @@ def decoding(subject: Subject) -> list[Figure]:
     def work() -> list[Figure]:
         gpt = ours.config.gpt
         tokens = torch.randint(0, gpt.codebook_size, (CANDIDATES, gpt.block_size), device=device)
-        text = ours.read(PROMPT)
-        each = seconds(lambda: [ours.look(some, text) for some in tokens.split(ours.at_a_time)], device, subject.times)
+        text = ours.embed_prompt(PROMPT)
+        parts = tokens.split(ours.at_a_time)
+        each = seconds(lambda: [ours.decode_and_score(some, text) for some in parts], device, subject.times)
         batch = seconds(lambda: plain.look(theirs, tokens, text), device, subject.times)
         return [Figure(f"decoding and ranking {CANDIDATES}", each, batch)]
 

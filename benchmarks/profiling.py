@@ -68,7 +68,7 @@ def stages(model: ClipGen, device: torch.device, times: int) -> dict[str, float]
         return seconds(work, device, times)
 
     return {
-        "reading the prompt": took(lambda: model.read(PROMPT)),
+        "reading the prompt": took(lambda: model.embed_prompt(PROMPT)),
         **{f"sampling: {name}": part for name, part in sampling_stages(model.gpt, device, times).items()},
         "decoding": ROWS / together * took(lambda: model.vqgan.decode(tokens)),
         "ranking": ROWS / together * took(lambda: model.clip_encoder.encode_image(images)),

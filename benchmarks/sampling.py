@@ -25,7 +25,7 @@ from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 16, 64)}  # of the plain loop
 SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the last length, at which it is timed
 MOST_ROWS = 64  # in a batch on a GPU
-# At the published size, in bfloat16, an H200's memory takes 84 ms to hand out the weights and the cache for each token.
+# At the published size, in bfloat16, an H200's memory takes 84 ms to hand out weights and cache for all 256 tokens.
 MOST_SECONDS = {("published", "cuda"): 3 * 0.084}
 BARS = {("published", "cpu"): ((13, 20), (40, 60))}  # least and hoped for: one alone, each of sixteen
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m clip_gen generate | import | pull | shapes | train-shapes | evaluate`."""
+"""The command line: `python -m clip_gen generate | import | pull | shapes | train | train-shapes | evaluate`."""
 
 from __future__ import annotations
 

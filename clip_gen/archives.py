@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_gen.entries import ENCRYPTED, UNREADABLE, WANTED, Content, UnreadableError, entries, is_litter, reason_of
+from clip_gen.files import digest_of
 from clip_gen.findings import Pictures, Skipped, shown
 from clip_gen.limits import ArchiveError, Limits
 from clip_gen.pictures import NO_PICTURE, PictureError, kind_of, load_picture
@@ -83,8 +84,7 @@ def fingerprint(source: Path) -> str:
             lines = sorted(f"{name} {size}" for name, size in sizes.items() if not is_litter(name))
             return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
         if source.is_file():
-            with source.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return digest_of(source)
     except OSError:
         pass
     return ""

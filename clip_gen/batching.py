@@ -86,7 +86,7 @@ class _Request:
     ended_rows: int = 0
     asked: float = field(default_factory=time.monotonic)
     first_begun: float = 0.0
-    neighbours: list[int] = field(default_factory=list)  # rows in each of its batches
+    batch_rows: list[int] = field(default_factory=list)  # in each of its batches, its own and others'
 
     @property
     def waiting_rows(self) -> int:
@@ -98,7 +98,7 @@ class _Request:
 
 
 @dataclass(eq=False)
-class _Shared:
+class _UnderWay:
     """A batch under way, and whose its rows are."""
 
     batch: Batch
@@ -130,7 +130,7 @@ class Batcher:
         self.most_bytes, self.most_waiting = most_bytes, most_waiting
         self._asked: deque[_Request] = deque()
         self._calls: list[_Call] = []
-        self._under_way: list[_Shared] = []
+        self._under_way: list[_UnderWay] = []
         self._led_up = 0.0  # when the last call was over whose caller is about to ask for candidates
         self._news = threading.Condition()
         self._closed = False
@@ -149,7 +149,7 @@ class Batcher:
         should_stop: Callable[[], bool] | None = None,
         waits_since: float | None = None,
     ) -> Sampled:
-        """The tokens of candidates 0 to `candidates` of a seed for one embedding (1, E).
+        """The tokens of the first `candidates` candidates of a seed for one embedding (1, E).
 
         waits_since: by time.monotonic(), when who asks began to wait for the device; now, if not given.
         Stopped within a token of should_stop saying so; Busy when too many wait already; ValueError for guidance by a
@@ -328,7 +328,7 @@ class Batcher:
             begun = {request for request, _ in rows}
             with self._news:  # who has more than a batch of candidates goes behind those who have none yet
                 self._asked = deque(sorted(self._asked, key=begun.__contains__))
-            passes = 1 if first.sampling.guidance == 1 else 2
+            passes = first.sampling.passes
             forget_idle(self.most_bytes - held, first.gpt, passes * rows_of(first.gpt, len(rows), passes))
             self._start(rows)
 
@@ -338,15 +338,15 @@ class Batcher:
         for request, _ in rows:
             request.first_begun = request.first_begun or now
         for request in {request for request, _ in rows}:
-            request.neighbours.append(len(rows))
+            request.batch_rows.append(len(rows))
         try:
             embedding = torch.cat([request.embedding for request, _ in rows])
             uniforms = torch.stack([request.uniforms[i] for request, i in rows])
-            self._under_way.append(_Shared(Batch(first.gpt, embedding, uniforms, first.sampling), rows))
+            self._under_way.append(_UnderWay(Batch(first.gpt, embedding, uniforms, first.sampling), rows))
         except Exception as error:  # the requests' to hear of; the thread goes on for the others
             _fail(rows, error)
 
-    def _step(self, shared: _Shared) -> None:
+    def _step(self, shared: _UnderWay) -> None:
         try:
             shared.batch.step()
             if shared.batch.done:
@@ -354,7 +354,7 @@ class Batcher:
         except Exception as error:
             _fail(shared.rows, error)
 
-    def _deliver(self, shared: _Shared) -> None:
+    def _deliver(self, shared: _UnderWay) -> None:
         for (request, candidate), tokens in zip(shared.rows, shared.batch.tokens.cpu(), strict=True):
             request.tokens[candidate] = tokens
             request.ended_rows += 1
@@ -364,7 +364,7 @@ class Batcher:
                         request.tokens.to(request.embedding.device),
                         request.first_begun - request.waits_since,
                         time.monotonic() - request.first_begun,
-                        sum(request.neighbours) / len(request.neighbours),
+                        sum(request.batch_rows) / len(request.batch_rows),
                     )
                 )
 
@@ -374,7 +374,7 @@ def batch_bytes(gpt: GPT, sampling: Sampling, rows: int) -> int:
     config = gpt.config
     cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.cache_dtype.itemsize
     logits = 8 * config.codebook_size * 4
-    return rows * (cache + logits) * (1 if sampling.guidance == 1 else 2)
+    return rows * (cache + logits) * sampling.passes
 
 
 _making = threading.Lock()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clip_gen.cog_openapi import COMMON, components_and_paths
 from clip_gen.cog_signature import Signature, SignatureError, read_signature
-from clip_gen.files import whole_or_not
+from clip_gen.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ("predict.py", "Predictor")
@@ -60,8 +60,7 @@ def write_schema(root: Path = ROOT) -> Path:
     text = json.dumps(build_schema(root), indent=2, ensure_ascii=False) + "\n"
     path = root / SCHEMA_PATH
     path.parent.mkdir(exist_ok=True)
-    with whole_or_not(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from clip_gen.cog_cli import named, parse_inputs, parse_options
 from clip_gen.cog_inputs import InputError, checked
-from clip_gen.cog_schema import project_signatures
+from clip_gen.cog_schema import ROOT, project_signatures
 from clip_gen.download import URLS
 from clip_gen.files import whole_or_not
 
-ROOT = Path(__file__).resolve().parents[1]
 DELIVERED = "trained_model.tar"  # in the project's folder, which `cog train` shares with its host
 TRAINS = (
     "script/train",

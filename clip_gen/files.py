@@ -1,8 +1,9 @@
-"""Files and folders written whole or not at all."""
+"""Files and folders written whole or not at all; what tells a file from others."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -23,6 +24,17 @@ def whole_or_not(path: Path) -> Iterator[str]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    with whole_or_not(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def digest_of(path: Path) -> str:
+    """Its SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

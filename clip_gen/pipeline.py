@@ -103,7 +103,7 @@ class ClipGen:
         log.info("seed %d", seed)
 
         device, asked = shared_batcher(self.device), time.monotonic()
-        embedding = device.run(lambda: self.read(prompt), leads_up=True)
+        embedding = device.run(lambda: self.embed_prompt(prompt), leads_up=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
         scores: list[float] = []
         best: dict[int, Image.Image] = {}  # of those looked at so far
@@ -129,17 +129,17 @@ class ClipGen:
         tokens, embeddings = map(torch.stack, zip(*rows, strict=True))
         if self.device.type == "cpu":
             tokens, embeddings = (padded(part, self.at_a_time) for part in (tokens, embeddings))
-        images, scores = self.look(tokens, embeddings)
+        images, scores = self.decode_and_score(tokens, embeddings)
         return list(zip(to_pil(images[: len(rows)]), scores[: len(rows)], strict=True))
 
-    def read(self, prompt: str) -> Tensor:
+    def embed_prompt(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E) where the bridge puts it: pictures are drawn from there, and ranked by how near
         they come.
         """
         return self.bridge(self.clip_encoder.encode_text([prompt]))
 
     @torch.inference_mode()
-    def look(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, list[float]]:
+    def decode_and_score(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, list[float]]:
         """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with their prompts' embeddings, (B, E), or
         with that of one prompt, (1, E).
         """

@@ -42,6 +42,11 @@ class Sampling:
     top_p: float = 1.0  # 1: off; 0: always the likeliest
     guidance: float = 1.0  # 1: off
 
+    @property
+    def passes(self) -> int:
+        """How many rows a candidate takes: with guidance an unconditional one too."""
+        return 1 if self.guidance == 1 else 2
+
     def check(self) -> None:
         """Raises ValueError naming the value and what it may be."""
         if not 0 <= self.temperature <= 10:
@@ -195,7 +200,7 @@ class Batch:
         self.gpt, self.sampling, self.uniforms, self.drawn = gpt, sampling, uniforms.to(device), 0
         self._tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
         self.recorded = device.type == "cuda" if recorded is None else recorded
-        self.passes = 1 if sampling.guidance == 1 else 2
+        self.passes = sampling.passes
         rows = rows_of(gpt, len(uniforms), self.passes)
         embedding = padded(embedding, rows)
         prefixes = [gpt.prefix(embedding)]
@@ -251,7 +256,7 @@ class Batch:
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:
     """Raises ValueError for guidance by a transformer without a null condition."""
-    if sampling.guidance != 1 and gpt.null_condition is None:
+    if sampling.passes > 1 and gpt.null_condition is None:
         raise ValueError(
             f"guidance is {sampling.guidance}, but this model was trained without a null condition to push away from; "
             "leave guidance at 1, or fine-tune the model, which adds one"

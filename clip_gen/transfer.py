@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import http.client
 import json
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clip_gen.download import open_url
+from clip_gen.files import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
     server does not give the file, or not the one of this sha256.
     """
     part = path.with_name(f"{path.name}.part")
-    if path.is_file() and (sha256 is None or digest(path).startswith(sha256)):
+    if path.is_file() and (sha256 is None or digest_of(path).startswith(sha256)):
         return
     for _ in range(2):  # a part that was damaged on the disk is worth a second download
         if not _by_pget(url, part):
             _transfer(url, part)
-        found = digest(part)
+        found = digest_of(part)
         if sha256 is None or found.startswith(sha256):
             os.replace(part, path)
             _notes(part).unlink(missing_ok=True)
@@ -50,11 +50,6 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
         _forget(part)
     wanted = sha256 if len(sha256) == len(found) else f"one that starts with {sha256}"
     raise ValueError(f"{url}: its sha256 is {found}, wanted is {wanted}; other bytes are sent, try another --mirror")
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_room(folder: Path, wanted: int) -> None:

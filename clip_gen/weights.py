@@ -25,7 +25,7 @@ from clip_gen.download import URLS, open_url
 from clip_gen.files import whole_or_not
 from clip_gen.tars import tar_files
 
-MOST_BYTES = 4 * 2**30  # in one weights tar; the published size is under one GiB
+MOST_BYTES = 4 * 2**30  # in one weights tar; the published model is under two GiB
 LEAST_BYTES = 2**20  # that an entry counts for besides its own, so that there cannot be endless empty ones
 KEPT = 16  # unpacked weights in the cache: more than a server has slots
 RECENT_SECONDS = 10 * 60  # so long nothing that was asked for is removed: somebody may be about to load it

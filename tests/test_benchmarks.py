@@ -64,9 +64,9 @@ def test_the_plain_loop_draws_the_tokens_of_our_sampler(changes: dict[str, bool]
 
 def test_plain_pictures_and_scores_are_ours(subject: Subject) -> None:
     tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(0))
-    text = subject.ours.read(PROMPT)
+    text = subject.ours.embed_prompt(PROMPT)
     for row, image, score in zip(tokens, *plain.look(subject.plain, tokens, text), strict=True):
-        found, [cosine] = subject.ours.look(row[None], text)
+        found, [cosine] = subject.ours.decode_and_score(row[None], text)
         assert torch.allclose(found[0], image, atol=1e-4)
         assert cosine == pytest.approx(float(score), abs=1e-4)
 

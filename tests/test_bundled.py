@@ -138,12 +138,12 @@ from clip_gen import ClipGen
 
 model = ClipGen.load(FOLDER, device="cpu")
 tokens = torch.randint(0, 1024, (4, 256), generator=torch.Generator().manual_seed(0))
-text = model.read("a red circle")
+text = model.embed_prompt("a red circle")
 for threads in (1, 2, 3, 5, 8):
     torch.set_num_threads(threads)
-    images, scores = model.look(tokens, text)
+    images, scores = model.decode_and_score(tokens, text)
     for order in ([1, 2, 3, 0], [3, 2, 1, 0], [2, 0, 3, 1]):
-        moved, their_scores = model.look(tokens[order], text)
+        moved, their_scores = model.decode_and_score(tokens[order], text)
         assert torch.equal(moved, images[order]), (threads, order)
         assert their_scores == [scores[place] for place in order], (threads, order)
 """

@@ -33,7 +33,7 @@ from clip_gen.training.stage import FitConfig, Stage
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.vqgan import VQGAN
 
-CONFIG = FitConfig(steps=9, batch_size=8, warmup=2, ema_decay=0.5, validate_every=4, workers=0)
+CONFIG = FitConfig(steps=9, batch_size=8, warmup=2, ema_decay=0.5, validate_every=4)
 
 
 SAVING = Machine(save_seconds=0)

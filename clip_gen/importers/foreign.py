@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_gen.checkpoint import narrowed
+from clip_gen.files import digest_of
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -183,6 +183,4 @@ def _stand_in(name: str) -> type:
 
 def origin(path: Path) -> dict[str, object]:
     """What training.json says of a file that weights came from."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 from clip_gen.checkpoint import load_part
-from clip_gen.files import whole_or_not
+from clip_gen.files import write_whole
 from clip_gen.own_model import own_lpips
 from clip_gen.training.dataset import wait_for
 from clip_gen.unfilled import Unfilled
@@ -31,11 +31,10 @@ def chosen_lpips(folder: Path, resolution: int) -> nn.Module | None:
     if not note.is_file() and not rank_zero_only.rank:
         folder.mkdir(parents=True, exist_ok=True)
         begun = (folder / "last.ckpt").is_file()  # without a note: before there was LPIPS
-        with whole_or_not(note) as temporary:
-            fits = file.is_file() and resolution >= LEAST_SIDE and not begun
-            if fits:
-                _loaded(file)  # or there is nothing to go on with
-            Path(temporary).write_text("LPIPS" if fits else "CLIP")
+        fits = file.is_file() and resolution >= LEAST_SIDE and not begun
+        if fits:
+            _loaded(file)  # or there is nothing to go on with
+        write_whole(note, "LPIPS" if fits else "CLIP")
     wait_for(note)
     if note.read_text() == "LPIPS":
         return _loaded(file)

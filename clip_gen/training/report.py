@@ -6,7 +6,7 @@ import base64
 import html
 from pathlib import Path
 
-from clip_gen.files import whole_or_not
+from clip_gen.files import write_whole
 from clip_gen.training.run import read_history
 
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
@@ -40,8 +40,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
     body += [f"<h2>Skipped: {len(skipped)} files</h2>", _table(skipped)]
     body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
-    with whole_or_not(path) as temporary:
-        Path(temporary).write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
+    write_whole(path, page + "\n".join(body) + "</html>\n")
 
 
 def _plain(values: dict[str, object]) -> list[tuple[str, object]]:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from clip_gen.files import whole_or_not
+from clip_gen.files import whole_or_not, write_whole
 from clip_gen.machine import spare_cores
 from clip_gen.training.dataset import Batches, prepared
 from clip_gen.training.gpt_trainer import GPTTrainer
@@ -213,7 +213,7 @@ class Samples(pl.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
-        workers = config.workers or max(1, spare_cores() // trainer.num_devices)
+        workers = max(1, spare_cores() // trainer.num_devices)
         return prepared(
             self.samples, workers, batch_sampler=batches, collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
@@ -269,8 +269,7 @@ class History(Callback):
         # What came after the checkpoint will come again.
         kept = [entry for entry in read_history(self.path) if entry["step"] <= trainer.global_step]
         if trainer.is_global_zero:
-            with whole_or_not(self.path) as temporary:
-                Path(temporary).write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         if trainer.global_step % self.every == 0 and trainer.is_global_zero:
@@ -365,8 +364,7 @@ class Ledger(Callback):
             return
         minutes = round((time.perf_counter() - self.began) / 60, 2)
         leg = {"from_step": self.from_step, "to_step": trainer.global_step, "minutes": minutes}
-        with whole_or_not(self.path) as temporary:
-            Path(temporary).write_text(json.dumps([*self.earlier, leg | {"fit": asdict(self.config)}]))
+        write_whole(self.path, json.dumps([*self.earlier, leg | {"fit": asdict(self.config)}]))
 
 
 def read_ledger(path: Path) -> list[dict]:

@@ -28,7 +28,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
 from clip_gen.config import ModelConfig, read_config
-from clip_gen.files import alone_in, whole_or_not
+from clip_gen.files import alone_in, write_whole
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
 from clip_gen.shapes.captions import caption, describe
@@ -256,8 +256,7 @@ def goes_on(path: Path, told: dict[str, object]) -> bool:
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
-    with whole_or_not(path) as temporary:
-        Path(temporary).write_text(json.dumps(values))
+    write_whole(path, json.dumps(values))
 
 
 def stated(config: object) -> dict[str, object]:

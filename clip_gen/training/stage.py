@@ -33,8 +33,7 @@ class FitConfig:
     validate_every: int = 1000  # steps
     patience: int = 0  # so many validations without a better one end the stage, and the best is kept; 0: the last is
     precision: str = "auto"  # as Lightning's; auto: bfloat16 where the hardware has it, else float32
-    workers: int = 0  # processes that prepare samples; 0: as many as there are cores to spare
-    compile: bool = False  # torch.compile the network: a minute at the start, then faster; needs a C compiler
+    compile: bool = False  # torch.compile the network: a minute at the start, then faster; needs a C++ compiler
 
 
 class Stage(pl.LightningModule):
@@ -172,10 +171,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
             x = 3.4445 * x + (-4.7750 * squares + 2.0315 * squares @ squares) @ x
     else:
         # A round makes p x of x and p s p of its squares s: the squares are enough to go on with, and small.
-        squares, whole = x @ x.mT, torch.eye(rows, device=x.device)
-        one = whole
+        squares, one = x @ x.mT, torch.eye(rows, device=x.device)
+        product = one
         for _ in range(5):
             p = 3.4445 * one - 4.7750 * squares + 2.0315 * squares @ squares
-            whole, squares = p @ whole, p @ squares @ p
-        x = whole @ x
+            product, squares = p @ product, p @ squares @ p
+        x = product @ x
     return (x.mT if tall else x).to(matrices.dtype)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from clip_gen.archives import Pictures, fingerprint, unpack
 from clip_gen.checkpoint import Networks, build, load_base, load_part, save_networks, save_part
-from clip_gen.files import alone_in, whole_or_not
+from clip_gen.files import alone_in, write_whole
 from clip_gen.findings import unpacked
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
@@ -118,8 +118,7 @@ class Training:
             source.unlink(missing_ok=True)
             shutil.rmtree(folder)
         pictures = unpack(images, folder)
-        with whole_or_not(source) as temporary:
-            Path(temporary).write_text(found)
+        write_whole(source, found)
         return pictures
 
     def _on_gpu(self) -> bool:
@@ -146,8 +145,7 @@ class Training:
                         f"{self.out} holds a training with {name} {before[name]!r}, not {value!r}; "
                         "say the same to go on with it, or name another folder"
                     )
-        with whole_or_not(path) as temporary:
-            Path(temporary).write_text(json.dumps(told, indent=1))
+        write_whole(path, json.dumps(told, indent=1))
 
     def _split(self) -> tuple[list[Path], list[Path]]:
         """The pictures to learn from, and a twentieth to watch the losses on; at least 2, at most 512."""
@@ -205,8 +203,7 @@ class Training:
             values = getattr(self, f"train_{name}")(folder)
             if not rank_zero_only.rank:
                 save_part(network.cpu(), weights)
-                with whole_or_not(record) as temporary:
-                    Path(temporary).write_text(json.dumps(values))
+                write_whole(record, json.dumps(values))
         wait_for(record)
         load_part(network, weights)
         network.eval().requires_grad_(False)
@@ -255,8 +252,7 @@ class Training:
             "its tokens are kept and its decoder learns" if keeps else "it learns other tokens",
         )
         decision.parent.mkdir(parents=True, exist_ok=True)
-        with whole_or_not(decision) as temporary:
-            Path(temporary).write_text(json.dumps(keeps))
+        write_whole(decision, json.dumps(keeps))
         return keeps
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
