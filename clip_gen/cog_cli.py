@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import mimetypes
 import os
 import re
 import shutil
@@ -58,27 +59,33 @@ def main(arguments: Sequence[str]) -> int:
 def parse_inputs(texts: dict[str, str], fields: Sequence[InputField]) -> dict[str, object]:
     """The texts of the command line as the types the fields want; what cannot be read stays text and is refused later.
 
-    `@file` gives what the file says, or its path when it is no text: weights are named, not read.
+    `@file` gives what the file says. Nothing after the `=` leaves an input out that may be left out.
     """
-    kinds = {field.name: field.kind.name for field in fields}
+    known = {field.name: field for field in fields}
     values: dict[str, object] = {}
     for name, text in texts.items():
-        if kinds.get(name) == "Path":
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{name} is no UTF-8 text; say it in the characters of a terminal set to UTF-8")
+        field = known.get(name)
+        if field and field.kind.nullable and not text:
+            values[name] = None
+            continue
+        if field and field.kind.name == "Path":
             if not text.removeprefix("@"):
                 raise InputError(f"{name} is empty; give the name of a file")
             values[name] = Path(text.removeprefix("@")).expanduser()
             continue
         if text.startswith("@"):
-            text = _file_input(name, Path(text[1:]).expanduser())
+            text = _file_input(name, Path(text[1:]).expanduser(), named=field is not None and field.kind.nullable)
         elif len(text) > 1 and text[0] == text[-1] == '"':
             text = text[1:-1]  # as `cog predict` does
-        values[name] = _parse_value(text, kinds.get(name))
+        values[name] = _parse_value(text, field and field.kind.name)
     return values
 
 
 def _parse_value(text: str, kind: str | None) -> object:
-    if kind == "bool" and text in ("true", "false"):
-        return text == "true"
+    if kind == "bool" and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     with contextlib.suppress(ValueError):
         if kind == "int" and re.fullmatch(r"[+-]?\d+", text):
             return int(text)
@@ -87,11 +94,14 @@ def _parse_value(text: str, kind: str | None) -> object:
     return text
 
 
-def _file_input(name: str, path: Path) -> str:
+def _file_input(name: str, path: Path, named: bool) -> str:
+    """What the file says; its path when it is no text and the input may be `named`, as weights are."""
     try:
         text = path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        return str(path)
+    except UnicodeDecodeError as error:
+        if named:
+            return str(path)
+        raise InputError(f"{name}: {path} is no UTF-8 text; save it as UTF-8") from error
     except OSError as error:
         raise InputError(f"{name}: {path} cannot be read ({error.strerror}); give the name of a file") from error
     if not text:
@@ -102,6 +112,8 @@ def _file_input(name: str, path: Path) -> str:
 def output_target(output: str | None) -> tuple[Path, str | None]:
     """Where the files go, as a path still without number and suffix, and the format its suffix asks for, if any."""
     path = Path(output or "output").expanduser()
+    if output and output.endswith("/") and not path.is_dir():
+        raise InputError(f"-o {output}: there is no such folder; create it or choose another")
     if output and path.is_dir():
         path = path / "output"
     folder = path.parent
@@ -109,6 +121,8 @@ def output_target(output: str | None) -> tuple[Path, str | None]:
         shown = f"-o {output}: {folder}" if output else folder.absolute()
         raise InputError(f"{shown} is no folder that can be written to; create it or choose another")
     suffix = FORMATS.get(path.suffix[1:].lower())
+    if suffix is None and (mimetypes.guess_type(path.name)[0] or "").startswith("image/"):
+        raise InputError(f"-o {output}: {path.suffix} is not written here; give .png, .webp or .jpg")
     return (path.with_suffix("") if suffix else path), suffix
 
 
@@ -126,7 +140,8 @@ def parse_options(
 ) -> argparse.Namespace:
     """-i, -e and -o. words: the command, what it does, an example, what -o names. SystemExit(1) when it is misused."""
     command, purpose, example, output = words
-    described = [f"  {field.name:<18} {field.arguments['description']} [{_limits(field)}]" for field in fields]
+    width = max(len(field.name) for field in fields)
+    described = [f"  {field.name:<{width}}  {field.arguments['description']} [{_limits(field)}]" for field in fields]
     parser = argparse.ArgumentParser(
         prog=command,
         description=purpose,
@@ -149,7 +164,7 @@ def parse_options(
 
 def _limits(field: InputField) -> str:
     default = field.arguments.get("default")
-    if default is None:
+    if default in (None, ""):
         return field.wanted() + ("; required" if field.required else "")
     return f"{field.wanted()}; default {str(default).lower() if isinstance(default, bool) else default}"
 

@@ -20,7 +20,8 @@ from clip_gen.files import whole_or_not
 DELIVERED = "trained_model.tar"  # in the project's folder, which `cog train` shares with its host
 TRAINS = (
     "script/train",
-    "Trains on pictures without captions and leaves weights.tar, for script/predict -e COG_WEIGHTS=weights.tar.",
+    "Trains on a zip, a tar or a folder of pictures without captions and leaves weights.tar, for script/predict -e "
+    "COG_WEIGHTS=weights.tar.",
     "script/train -i images=@photos.zip",
     "folder for the weights, `trained` by default; the same command started again goes on where it was cut off",
 )
@@ -123,7 +124,11 @@ def main(arguments: Sequence[str]) -> int:
         if out:
             print(f"cut off; the same command goes on from {out}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, TrainingFailed) as error:
+    except TrainingFailed as error:
+        if not sys.stderr.isatty():  # where the training said it itself
+            print(error, file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -194,12 +194,25 @@ def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
         ([*QUICK, "-i", "num_outputs=5"], "num_outputs is 5, more than the 4 candidates"),
         ([*QUICK, "-i", "replicate_weights=@/dev/null"], "replicate_weights: /dev/null is empty; give a file"),
         (["-i", "prompt=   "], "say what to draw"),
+        (["-i", "prompt=\udcff\udcfe"], "prompt is no UTF-8 text; say it"),
+        (["-i", "prompt=@../no_text"], "prompt: ../no_text is no UTF-8 text; save it as UTF-8"),
+        ([*QUICK, "-o", "absent/"], "-o absent/: there is no such folder; create it"),
+        ([*QUICK, "-o", "cat.gif"], "-o cat.gif: .gif is not written here; give .png, .webp or .jpg"),
         ([*QUICK, "-e", "COG_WEIGHTS=absent"], "absent"),
         ([*QUICK, "-i", "replicate_weights=absent.tar"], "absent.tar"),
     ],
 )
 def test_what_will_not_do_is_said_in_a_sentence(refused: Refuse, arguments: list[str], sentence: str) -> None:
+    Path("../no_text").write_bytes(bytes(range(256)))
     assert sentence in refused(*arguments)
+
+
+def test_what_may_be_left_out_may_be_empty_and_truth_may_be_capital(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["prompt=a star", "candidates=4", "seed=", "replicate_weights=", "clip_rerank=True"]
+    assert main([word for one in given for word in ("-i", one)]) == 0
+    assert "model tiny" in capsys.readouterr().out
 
 
 def test_an_unknown_option_exits_with_1_like_any_other_mistake(folder: Path) -> None:
