@@ -185,6 +185,7 @@ def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
     assert 1 <= stage.record["steps"] < 100_000
     assert any("minutes are over at step" in line for line in caplog.messages)
     assert run.checkpointed_steps(tmp_path / "last.ckpt") == stage.record["steps"]
+    assert [leg["to_step"] for leg in stage.record["legs"]] == [stage.record["steps"]]
 
 
 class Sketches(Grids):

@@ -31,7 +31,7 @@ from clip_gen.files import alone_in
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training.dataset import PictureFiles, Views
-from clip_gen.training.plan import SIZES, TrainSettings, plan
+from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training, knows_its_tokens
 from clip_gen.weights import resolve_weights
@@ -100,7 +100,9 @@ def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
     grids = [list((tmp_path / "work" / stage / "grids").iterdir()) for stage in ("vqgan", "gpt")]
     assert all(grids)
     assert page.count("data:image/png;base64") == sum(map(len, grids))
-    for words in ("album/notes.txt", "a duplicate", "A training on 24 pictures", "sample_prompts", "val_psnr"):
+    prompts = "what is drawn from their embeddings; “{}”; “{}”.".format(*prompts_of(toy.sample_prompts))
+    shown = ("Pictures that were held back, above what the VQGAN makes of them.", prompts)
+    for words in ("album/notes.txt", "a duplicate", "A training on 24 pictures", "val_psnr", *shown):
         assert words in page, words
     assert "http" not in page.replace("http-equiv", "")
     with Image.open(tmp_path / "work" / "vqgan" / "grids" / "0000008.png") as grid:
@@ -373,11 +375,18 @@ def test_settings_that_do_not_go_together_are_refused(
         planned()
 
 
-def test_other_strategies_that_share_out_the_weights_are_refused(
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match='strategy is "fsdp_cpu_offload", but weights are averaged'):
-        Training(photos, tmp_path / "out", toy, Machine(strategy="fsdp_cpu_offload"))
+    refused = {
+        'strategy is "fsdp_cpu_offload", but weights are averaged': Machine(strategy="fsdp_cpu_offload"),
+        'strategy is "foo", which there is not; give auto, ddp or fsdp': Machine(strategy="foo"),
+        "devices is 0; give how many": Machine(devices="0"),
+        "nodes is 0; give how many": Machine(nodes=0),
+    }
+    for sentence, machine in refused.items():
+        with pytest.raises(ValueError, match=sentence):
+            Training(photos, tmp_path / "out", toy, machine)
     assert not (tmp_path / "out").exists()
 
 

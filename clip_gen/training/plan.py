@@ -198,3 +198,8 @@ def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelCo
         vqgan = replace(vqgan, attn_resolutions=(vqgan.grid,))
     gpt = replace(gpt, block_size=vqgan.grid**2, codebook_size=codes, embed_dim=base.clip.embed_dim)
     return replace(base, name=TRAINED, vqgan=vqgan, gpt=gpt)
+
+
+def prompts_of(sample_prompts: str) -> list[str]:
+    """The setting's prompts, which stand with | between them."""
+    return [prompt.strip() for prompt in sample_prompts.split("|") if prompt.strip()]

@@ -7,6 +7,7 @@ import html
 from pathlib import Path
 
 from clip_gen.files import write_whole
+from clip_gen.training.plan import prompts_of
 from clip_gen.training.run import read_history
 
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
@@ -35,9 +36,10 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
     for name, title in STAGES.items():
         if name in record["stages"]:
             body += [f"<h2>{title}</h2>", _table(_plain(record["stages"][name])), *_curves(work / name, name)]
-            body += _grids(work / name / "grids")
+            body += _grids(work / name / "grids", _rows(name, record["settings"]["sample_prompts"]))
     skipped = [(one["name"], f"{one['reason']} {one['detail']}".strip()) for one in pictures["skipped"]]
-    body += [f"<h2>Skipped: {len(skipped)} files</h2>", _table(skipped)]
+    if skipped:
+        body += [f"<h2>Skipped: {len(skipped)} files</h2>", _table(skipped)]
     body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
     write_whole(path, page + "\n".join(body) + "</html>\n")
@@ -92,8 +94,17 @@ def _chart(lines: dict[str, list[tuple[int, float]]]) -> str:
     return f"<svg width={WIDTH} height={HEIGHT} role=img>{drawn}{words}</svg>"
 
 
-def _grids(folder: Path) -> list[str]:
-    figures = []
+def _rows(name: str, sample_prompts: str) -> str:
+    """What the rows of a stage's grids are, from above."""
+    if name == "vqgan":
+        return "Pictures that were held back, above what the VQGAN makes of them."
+    rows = ["pictures that were held back, as their tokens have them", "what is drawn from their embeddings"]
+    rows += [f"“{prompt}”" for prompt in prompts_of(sample_prompts)]
+    return f"From above: {'; '.join(rows)}."
+
+
+def _grids(folder: Path, rows: str) -> list[str]:
+    figures = [f"<p>{html.escape(rows)}</p>"]
     for path in sorted(folder.glob("*.png"))[-MOST_GRIDS:]:
         data = base64.b64encode(path.read_bytes()).decode()
         step = int(path.stem)

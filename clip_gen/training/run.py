@@ -22,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import StrategyRegistry
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -48,12 +49,20 @@ class Machine:
     save_seconds: float = 60.0  # between checkpoints
 
     def check(self) -> None:
-        """Raises ValueError for a strategy that shares out the weights in another way than `fsdp` does."""
+        """Raises ValueError for what Lightning has not, and for a strategy that shares out the weights in another way
+        than `fsdp` does.
+        """
+        if self.devices.isdecimal() and int(self.devices) < 1:
+            raise ValueError(f"devices is {self.devices}; give how many, 1 or more, or auto")
+        if self.nodes < 1:
+            raise ValueError(f"nodes is {self.nodes}; give how many machines train together, 1 or more")
         if self.strategy.lower().startswith(("fsdp_", "deepspeed", "model_parallel")):
             raise ValueError(
                 f'strategy is "{self.strategy}", but weights are averaged here, and Muon takes them whole, which only '
                 "fsdp is made for: give fsdp, or ddp"
             )
+        if self.strategy.lower() not in ("auto", *StrategyRegistry.available_strategies()):
+            raise ValueError(f'strategy is "{self.strategy}", which there is not; give auto, ddp or fsdp')
 
     def strategy_for(self, stage: Stage) -> str | Sharding:
         """fsdp is for transformers; what else is trained fits one device, and is shared out by batch alone."""
@@ -360,7 +369,14 @@ class Ledger(Callback):
         self.from_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        if not trainer.is_global_zero or (trainer.global_step % 50 and trainer.global_step != trainer.max_steps):
+        if trainer.global_step % 50 == 0:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if not trainer.is_global_zero:
             return
         minutes = round((time.perf_counter() - self.began) / 60, 2)
         leg = {"from_step": self.from_step, "to_step": trainer.global_step, "minutes": minutes}

@@ -49,7 +49,7 @@ from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.losses import psnr
 from clip_gen.training.perceptual import chosen_lpips
-from clip_gen.training.plan import Plan, TrainSettings, plan
+from clip_gen.training.plan import Plan, TrainSettings, plan, prompts_of
 from clip_gen.training.report import write_report
 from clip_gen.training.run import Machine, checkpointed_steps, fit
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -64,6 +64,7 @@ ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it i
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
 GOOD_DB, BETTER_DB = 18.0, 6.0
 JUDGED_BY = 64  # pictures
+FEW_STEPS = 50
 
 
 class Training:
@@ -74,9 +75,9 @@ class Training:
         settings.check()
         self.machine.check()
         self.began = time.monotonic()
-        self.pictures = self._pictures(images)
         self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
+        self.pictures = self._pictures(images)
         self.on_gpu = self._on_gpu()
         self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
         self._same_settings(images, base)
@@ -270,9 +271,10 @@ class Training:
         )
         spent = (time.monotonic() - self.began) / 60
         minutes = max(0.1, settings.max_minutes - spent) if settings.max_minutes else 0.0
-        prompts = [prompt.strip() for prompt in settings.sample_prompts.split("|") if prompt.strip()]
-        grids = SampleGrids(networks, held_back, prompts, folder, settings.seed)
+        grids = SampleGrids(networks, held_back, prompts_of(settings.sample_prompts), folder, settings.seed)
         values = self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
+        if minutes and values["steps"] < FEW_STEPS:
+            log.warning("in %d steps a transformer learns next to nothing; give more minutes", values["steps"])
         return values | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
 
     def fit(
