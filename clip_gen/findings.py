@@ -34,8 +34,9 @@ class Pictures:
     def summary(self) -> str:
         """Half a sentence: how many are used, and how many not for which reason."""
         reasons = Counter(skipped.reason for skipped in self.skipped).most_common()
-        rest = ", ".join(f"{count} {reason}" for reason, count in reasons)
-        return f"{len(self.paths)} pictures of use" + (f"; skipped: {rest}" if rest else "")
+        rest = ", ".join(f"{reason}: {count}" for reason, count in reasons)
+        of_use = "1 picture" if len(self.paths) == 1 else f"{len(self.paths)} pictures"
+        return f"{of_use} of use" + (f"; skipped: {rest}" if rest else "")
 
     def write_index(self, folder: Path) -> None:
         """Notes all of this in the folder that holds the files, for unpacked()."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import time
@@ -23,8 +22,6 @@ from clip_gen.machine import tensor_float32
 from clip_gen.sampling import MAX_SEED, Sampling, Stopped, padded
 
 __all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
-
-log = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 1024
 AT_A_TIME = 32  # pictures decoded and ranked together on a GPU
@@ -100,7 +97,6 @@ class ClipGen:
         sampling.check()
         if seed is None:
             seed = secrets.randbelow(MAX_SEED + 1)
-        log.info("seed %d", seed)
 
         device, asked = shared_batcher(self.device), time.monotonic()
         embedding = device.run(lambda: self.embed_prompt(prompt), leads_up=True)
@@ -180,8 +176,11 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 def check_request(prompt: str, candidates: int, num_outputs: int, seed: int | None) -> None:
     """Raises ValueError with the value and the remedy."""
-    if not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt is {prompt!r}; say what to draw, for example: a large red circle")
+    for name, value in {"candidates": candidates, "num_outputs": num_outputs, "seed": seed}.items():
+        if not isinstance(value, int) and not (name == "seed" and value is None):
+            raise ValueError(f"{name} is {value!r}; give a whole number")
     if not 1 <= candidates <= MAX_CANDIDATES:
         raise ValueError(f"candidates is {candidates}; give 1 to {MAX_CANDIDATES}")
     if num_outputs < 1:

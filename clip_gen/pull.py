@@ -70,7 +70,11 @@ LPIPS_BYTES = 700_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["coco", "clip", "lpips"])
+    parser.add_argument(
+        "what",
+        choices=["coco", "clip", "lpips"],
+        help="coco: HFAiLab's model of photographs and its CLIP; clip: one of OpenAI's; lpips: for training stage 1",
+    )
     parser.add_argument("name", nargs="?", help=f"of the CLIP: {', '.join(CLIPS)}".replace("%", "%%"))
     parser.add_argument("--out", type=Path, help="the folder to write; checkpoints/<name> if not given")
     parser.add_argument(
@@ -91,7 +95,8 @@ def main(arguments: argparse.Namespace) -> None:
         pull(arguments.out or CHECKPOINTS / arguments.what, arguments.mirror, dtype)
         return
     if arguments.name not in CLIPS:
-        raise ValueError(f"there is no CLIP {arguments.name}; name one of {', '.join(CLIPS)}")
+        which = f"there is no CLIP {arguments.name}" if arguments.name else "which CLIP is wanted"
+        raise ValueError(f"{which}; name one of {', '.join(CLIPS)}")
     clip = CLIPS[arguments.name]
     out = arguments.out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
     check_replaceable(out)
@@ -121,6 +126,8 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
     After an error they are kept, so that the same command goes on; but not a file that proved to be of no use.
     """
     mirror = mirror or os.environ.get("CLIP_GEN_MIRROR")
+    if mirror and not mirror.startswith(("http://", "https://")):
+        raise ValueError(f'mirror is "{mirror}"; give an address that begins with http:// or https://')
     folder = out.parent / f".pulling-{out.name}"
     with alone_in(folder, f"{out} is being pulled already; wait for the other to end"):
         here = sum(path.stat().st_size for path in folder.iterdir())

@@ -159,6 +159,9 @@ def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: Clip
     [
         ({"prompt": ""}, "prompt is ''; say what to draw"),
         ({"prompt": " \n"}, "say what to draw"),
+        ({"prompt": 5}, "prompt is 5; say what to draw"),
+        ({"candidates": "16"}, "candidates is '16'; give a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; give a whole number"),
         ({"candidates": 0}, "candidates is 0; give 1 to 1024"),
         ({"candidates": 1025}, "candidates is 1025"),
         ({"num_outputs": 0}, "num_outputs is 0; give 1 or more"),

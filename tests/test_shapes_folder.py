@@ -114,7 +114,8 @@ def test_held_out_pairs_are_written_only_when_asked_for(tmp_path, zipped):
         ({"count": 0}, "count is 0; ask for at least 1 picture"),
         ({"count": -2}, "count is -2; ask for at least 1 picture"),
         ({"seed": -1}, "seed is -1; it takes 0 or more"),
-        ({"resolution": 4}, "resolution is 4; it takes 16 or more"),
+        ({"resolution": 4}, "resolution is 4; it takes 16 to 4096"),
+        ({"resolution": 100_000}, "resolution is 100000; it takes 16 to 4096"),
         ({"captions": True, "zipped": True}, "captions and zip are both asked for.*drop one"),
     ],
 )

@@ -193,6 +193,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance)
     sampling.check()
+    if arguments.prompts < 1:
+        raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")
     model = ClipGen.load(arguments.folder, arguments.device)
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
     evaluation.run(arguments.kinds)

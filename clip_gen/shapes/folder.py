@@ -22,6 +22,7 @@ from clip_gen.shapes.scenes import Scene, sample_scene
 log = logging.getLogger(__name__)
 
 LEAST_RESOLUTION = 16  # below, a small star is a blot
+MOST_RESOLUTION = 4096
 
 
 def write_pictures(
@@ -36,8 +37,8 @@ def write_pictures(
         raise ValueError(f"count is {count}; ask for at least 1 picture")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it takes 0 or more")
-    if resolution < LEAST_RESOLUTION:
-        raise ValueError(f"resolution is {resolution}; it takes {LEAST_RESOLUTION} or more")
+    if not LEAST_RESOLUTION <= resolution <= MOST_RESOLUTION:
+        raise ValueError(f"resolution is {resolution}; it takes {LEAST_RESOLUTION} to {MOST_RESOLUTION}")
     if captions and zipped:
         raise ValueError("captions and zip are both asked for, but the zip holds pictures only; drop one of the two")
     scenes = _scenes(count, seed, held_out)
