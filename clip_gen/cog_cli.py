@@ -64,8 +64,10 @@ def parse_inputs(texts: dict[str, str], fields: Sequence[InputField]) -> dict[st
     known = {field.name: field for field in fields}
     values: dict[str, object] = {}
     for name, text in texts.items():
-        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"{name} is no UTF-8 text; say it in the characters of a terminal set to UTF-8")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name} is no UTF-8 text; say it in the characters of a terminal set to UTF-8") from error
         field = known.get(name)
         if field and field.kind.nullable and not text:
             values[name] = None

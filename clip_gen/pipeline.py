@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -179,7 +180,7 @@ def check_request(prompt: str, candidates: int, num_outputs: int, seed: int | No
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt is {prompt!r}; say what to draw, for example: a large red circle")
     for name, value in {"candidates": candidates, "num_outputs": num_outputs, "seed": seed}.items():
-        if not isinstance(value, int) and not (name == "seed" and value is None):
+        if not isinstance(value, Integral) and not (name == "seed" and value is None):
             raise ValueError(f"{name} is {value!r}; give a whole number")
     if not 1 <= candidates <= MAX_CANDIDATES:
         raise ValueError(f"candidates is {candidates}; give 1 to {MAX_CANDIDATES}")
