@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from clip_gen.images import save_image
@@ -25,8 +26,8 @@ class Models:
     def __init__(self, own_weights: str, others: int = 2):
         self.own = ClipGen.load(resolve_weights(own_weights))
         self._most = others
-        self._loaded: OrderedDict[tuple[Path, int], ClipGen] = OrderedDict()
-        self._loading = threading.Lock()
+        self._loaded: OrderedDict[tuple[Path, int], Future[ClipGen]] = OrderedDict()
+        self._lock = threading.Lock()
         self._fetching = ThreadPoolExecutor(FETCHING_THREADS, "fetching")
 
     async def fetch(self, weights: str | None, should_stop: Callable[[], bool]) -> ClipGen:
@@ -46,12 +47,20 @@ class Models:
         folder = resolve_weights(weights, should_stop)
         # A folder trained anew is another model.
         key = (folder, max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0))
-        with self._loading:
-            model = self._loaded.pop(key, None) or ClipGen.load(folder)
-            self._loaded[key] = model
+        with self._lock:  # but not while loading, or who wants what is loaded already would wait for that
+            known = self._loaded.pop(key, None)
+            model = self._loaded[key] = known or Future()
             while len(self._loaded) > self._most:
                 self._loaded.popitem(last=False)
-        return model
+        if known is None:
+            try:
+                model.set_result(ClipGen.load(folder))
+            except BaseException as error:
+                with self._lock:
+                    if self._loaded.get(key) is model:
+                        del self._loaded[key]
+                model.set_exception(error)
+        return model.result()
 
 
 class Outputs:
@@ -68,6 +77,7 @@ class Outputs:
 
     def save(self, generation: Generation, settings: dict[str, object], output_format: str, quality: int) -> list[Path]:
         """Writes out-0, out-1, ... best first, all of them or none, each with its settings, seed and score inside."""
+        os.makedirs(self._root.name, exist_ok=True)  # whoever clears up /tmp may have taken it from an idle server
         folder = Path(tempfile.mkdtemp(dir=self._root.name))
         try:
             paths = []

@@ -7,10 +7,13 @@ test_cog_schema.py.
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -224,6 +227,12 @@ def test_pictures_that_cannot_be_saved_leave_nothing_behind(tiny_model: ClipGen,
     assert len(list(root.iterdir())) == 1
 
 
+def test_pictures_are_saved_though_somebody_took_away_their_folder(tiny_model: ClipGen) -> None:
+    outputs, generation = Outputs(), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
+    shutil.rmtree(outputs.save(generation, {}, "png", 90)[0].parents[1])
+    assert outputs.save(generation, {}, "png", 90)[0].is_file()
+
+
 @pytest.mark.parametrize("weights", [None, ""])
 def test_no_weights_mean_the_servers_own_model(tiny_model_folder: Path, weights: str | None) -> None:
     models = Models(str(tiny_model_folder))
@@ -235,6 +244,39 @@ def test_weights_asked_for_twice_load_once(tiny_model_folder: Path, tmp_path: Pa
     found = in_threads(lambda: models.get(other), 4)
     assert len({id(model) for model in found}) == 1
     assert found[0] is not models.own
+
+
+def test_weights_that_take_long_to_load_keep_nobody_from_those_that_are_loaded(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Models(str(tiny_model_folder))
+    quick, slow = str(other_folder(tmp_path / "quick")), other_folder(tmp_path / "slow")
+    known, load, may_end = models.get(quick), ClipGen.load, threading.Event()
+
+    def loaded(folder: Path) -> ClipGen:
+        assert folder != slow or may_end.wait(60)
+        return load(folder)
+
+    monkeypatch.setattr(ClipGen, "load", loaded)
+    with ThreadPoolExecutor(2) as pool:
+        loading = pool.submit(models.get, str(slow))
+        assert pool.submit(models.get, quick).result(30) is known
+        assert not loading.done()
+        may_end.set()
+        assert loading.result(60) is models.get(str(slow))
+
+
+def test_weights_that_would_not_load_are_tried_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
+    models, folder = Models(str(tiny_model_folder)), other_folder(tmp_path / "other")
+    whole = (folder / "gpt.safetensors").read_bytes()
+    times = (folder / "config.yaml").stat()
+    (folder / "gpt.safetensors").write_bytes(whole[:-100])
+    os.utime(folder / "gpt.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match="damaged"):
+        models.get(str(folder))
+    (folder / "gpt.safetensors").write_bytes(whole)
+    os.utime(folder / "gpt.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert models.get(str(folder)) is models.get(str(folder))
 
 
 def test_the_weights_asked_for_longest_ago_leave_memory_first(
