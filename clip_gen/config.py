@@ -13,6 +13,8 @@ from yaml import YAMLError
 Config = TypeVar("Config")
 
 MOST = 2**18  # of any one size; the largest codebook known has as many codes
+MOST_LAYERS = 256
+CLIP_TOKENS = 49408  # of OpenAI's CLIP, whose tokenizer is the only one here
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class ModelConfig:
         for part in ("clip", "vqgan", "gpt"):
             for name, value in vars(getattr(self, part)).items():
                 for size in value if isinstance(value, tuple) else [value]:
-                    if isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= MOST:
-                        raise ValueError(f"{part}.{name} is {size}; give 1 to {MOST}")
+                    most = MOST_LAYERS if "layer" in name else MOST
+                    if isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= most:
+                        raise ValueError(f"{part}.{name} is {size}; give 1 to {most}")
         pairs = {
             "gpt.block_size and the VQGAN's tokens per picture": (gpt.block_size, vqgan.grid**2),
             "gpt.codebook_size and vqgan.codebook_size": (gpt.codebook_size, vqgan.codebook_size),
@@ -108,6 +111,13 @@ class ModelConfig:
         for names, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
+        if clip.vocab_size < CLIP_TOKENS:
+            raise ValueError(f"clip.vocab_size is {clip.vocab_size}; CLIP's tokenizer has {CLIP_TOKENS}")
+        if clip.context_length < 3:
+            raise ValueError(f"clip.context_length is {clip.context_length}; a word between two marks takes 3")
+        least = clip.vision_patch_size or 32
+        if clip.image_resolution < least:
+            raise ValueError(f"clip.image_resolution is {clip.image_resolution}; this CLIP sees nothing below {least}")
         if not 0 < vqgan.norm_eps < 1:
             raise ValueError(f"vqgan.norm_eps is {vqgan.norm_eps}; give a small share of one, such as 1.0e-06")
         if gpt.n_embd % gpt.n_head:

@@ -67,6 +67,22 @@ def test_a_file_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: 
         read_config(tmp_path / "config.yaml", ModelConfig)
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"vocab_size": 100}, "clip.vocab_size is 100; CLIP's tokenizer has 49408"),
+        ({"context_length": 2}, "clip.context_length is 2; a word between two marks takes 3"),
+        ({"image_resolution": 31}, "clip.image_resolution is 31; this CLIP sees nothing below 32"),
+        ({"image_resolution": 31, "vision_patch_size": 40}, "sees nothing below 40"),
+        ({"transformer_layers": 257}, "clip.transformer_layers is 257; give 1 to 256"),
+        ({"vision_layers": (1, 1, 999, 1)}, "clip.vision_layers is 999; give 1 to 256"),
+    ],
+)
+def test_a_clip_that_could_embed_nothing_is_refused(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        replace(TINY, clip=replace(TINY.clip, **values)).check()
+
+
 @pytest.mark.parametrize("size", [0, -3, 10**9])
 def test_sizes_out_of_reason_are_refused_by_name(size: int) -> None:
     with pytest.raises(ValueError, match=rf"gpt\.n_layer is {size}; give 1 to"):
