@@ -51,7 +51,7 @@ class Sampling:
         """Raises ValueError naming the value and what it may be."""
         if not 0 <= self.temperature <= 10:
             raise ValueError(f"temperature is {self.temperature}; give 0 (always the likeliest token) to 10")
-        if self.top_k < 0:
+        if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; give 0 (off) or how many tokens to choose from")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a share of the probability, 0 to 1 (off)")
@@ -89,8 +89,9 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         dropped = ranked.cumsum(dim=1) - ranked >= sampling.top_p
         dropped[:, 0] = False
         ranked = ranked.masked_fill(dropped, 0.0)
+        # Not the sum: of a single row it is another than beside others, where several threads share it out.
+        ranked = ranked / ranked.cumsum(dim=1)[:, -1:]
         probabilities = torch.zeros_like(ranked).scatter_(1, order, ranked)
-        probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
     return probabilities
 
 

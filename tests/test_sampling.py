@@ -61,6 +61,18 @@ def test_top_k_keeps_the_k_likeliest() -> None:
     assert torch.equal(filtered_probabilities(LOGITS, Sampling(top_k=9)), filtered_probabilities(LOGITS, Sampling()))
 
 
+def test_a_row_has_the_same_probabilities_alone_and_beside_others_whatever_the_codebook() -> None:
+    logits = torch.randn(4, 65536, generator=torch.Generator().manual_seed(0))
+    sampling, threads = Sampling(top_p=0.9), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = filtered_probabilities(logits, sampling)
+        alone = [filtered_probabilities(row[None], sampling)[0] for row in logits]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.stack(alone), together)
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.0, 1), (0.01, 1), (0.49, 1), (0.51, 2), (0.76, 3), (0.95, 4)])
 def test_top_p_keeps_the_fewest_tokens_that_fill_the_share(top_p: float, kept: int) -> None:
     probabilities = filtered_probabilities(LOGITS, Sampling(top_p=top_p))
