@@ -373,7 +373,7 @@ def batch_bytes(gpt: GPT, sampling: Sampling, rows: int) -> int:
     """What a batch holds, at most: keys and values of every layer, and logits with what they are turned into."""
     config = gpt.config
     cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.cache_dtype.itemsize
-    logits = 8 * config.codebook_size * 4
+    logits = 12 * config.codebook_size * 4
     return rows * (cache + logits) * sampling.passes
 
 

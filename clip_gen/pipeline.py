@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 
@@ -51,9 +53,6 @@ class ClipGen:
         self.gpt = networks.gpt
         self.bridge = networks.bridge
         self.device = device
-        # On a CPU always as many, so that a picture's bytes and its score do not depend on the ones beside it.
-        small = networks.config.vqgan.patch > 1
-        self.at_a_time = AT_A_TIME if device.type == "cuda" else SMALL_AT_A_TIME if small else 1
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", dtype: str | None = None) -> ClipGen:
@@ -70,6 +69,30 @@ class ClipGen:
                 # A seventh faster over whole pictures; over patches, whose images are small, a third slower.
                 networks.vqgan.decoder.to(memory_format=torch.channels_last)
         return cls(networks, chosen)
+
+    @cached_property
+    def at_a_time(self) -> int:
+        """How many pictures are decoded and ranked together. On a CPU always as many, so that a picture's bytes and its
+        score do not depend on the ones beside it; to be asked first in the thread that decodes.
+        """
+        if self.device.type == "cuda":
+            return AT_A_TIME
+        small = self.config.vqgan.patch > 1
+        return SMALL_AT_A_TIME if small and self._alike_in_every_place(SMALL_AT_A_TIME) else 1
+
+    def _alike_in_every_place(self, count: int) -> bool:
+        """Whether each of so many pictures has the same bits in each place. Of what several threads share out, torch
+        rounds the last few numbers of each thread's otherwise, where they do not fill its vectors.
+        """
+        gpt, generator = self.config.gpt, torch.Generator().manual_seed(0)
+        tokens = torch.randint(gpt.codebook_size, (count, gpt.block_size), generator=generator)
+        text = torch.ones(1, gpt.embed_dim)
+        images, scores = self.decode_and_score(tokens, text)
+        for turn in range(1, count):
+            turned, their_scores = self.decode_and_score(tokens.roll(turn, dims=0), text)
+            if not torch.equal(turned.roll(-turn, dims=0), images) or their_scores != scores[-turn:] + scores[:-turn]:
+                return False
+        return True
 
     def generate(
         self,
@@ -100,14 +123,14 @@ class ClipGen:
             seed = secrets.randbelow(MAX_SEED + 1)
 
         device, asked = shared_batcher(self.device), time.monotonic()
-        embedding = device.run(lambda: self.embed_prompt(prompt), leads_up=True)
+        at_a_time, embedding = device.run(lambda: (self.at_a_time, self.embed_prompt(prompt)), leads_up=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
         scores: list[float] = []
         best: dict[int, Image.Image] = {}  # of those looked at so far
-        for tokens in sampled.tokens.split(self.at_a_time):
+        for tokens in sampled.tokens.split(at_a_time):
             if should_stop is not None and should_stop():
                 raise Stopped
-            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], self.at_a_time)
+            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], at_a_time)
             best |= enumerate((picture for picture, _ in found), len(scores))
             scores += [score for _, score in found]
             ranked = sorted(best, key=scores.__getitem__, reverse=True) if clip_rerank else sorted(best)
@@ -142,7 +165,10 @@ class ClipGen:
         """
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
             images = self.vqgan.decode(tokens)
-            return images, (self.clip_encoder.encode_image(images) * embedding).sum(dim=1).tolist()
+            scores = (self.clip_encoder.encode_image(images) * embedding).sum(dim=1).tolist()
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(f"the scores are {scores[:4]}: what this model's CLIP or VQGAN was saved with is damaged")
+        return images, scores
 
 
 def choose_device(device: str) -> torch.device:

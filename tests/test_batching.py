@@ -448,7 +448,7 @@ def test_memory_is_predicted_from_the_rows(dtype: torch.dtype) -> None:
     gpt = GPT(TINY.gpt).work_in(dtype)
     for passes, sampling in ((1, Sampling()), (2, Sampling(guidance=2.0))):
         cache = gpt.new_cache(passes * 5)
-        logits = passes * 5 * TINY.gpt.codebook_size * 32
+        logits = passes * 5 * TINY.gpt.codebook_size * 48
         assert batch_bytes(gpt, sampling, 5) == cache.keys.nbytes + cache.values.nbytes + logits
 
 

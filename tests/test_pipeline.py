@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FLOAT16, TINY
+from conftest import FLOAT16, TINY, tiny_networks
 from PIL import Image
 
 from clip_gen import ClipGen, pipeline
@@ -171,6 +171,7 @@ def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: Clip
         ({"top_p": 2.0}, "top_p is 2.0; give"),
         ({"num_outputs": 0, "clip_rerank": False}, "num_outputs is 0; give 1 or more"),
         ({"temperature": -1.0}, "temperature is -1.0; give"),
+        ({"top_k": 2.0}, "top_k is 2.0; give"),
     ],
 )
 def test_bad_input_is_a_sentence_with_the_value_and_the_remedy(
@@ -178,6 +179,14 @@ def test_bad_input_is_a_sentence_with_the_value_and_the_remedy(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         tiny_model.generate(**{"prompt": "a red circle", **values})
+
+
+def test_scores_that_are_no_numbers_are_an_error_and_no_success() -> None:
+    networks = tiny_networks()
+    networks.clip.clip.text_projection.fill_(torch.nan)
+    model = ClipGen(networks, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"the scores are \[nan, .*damaged"):
+        model.generate("a red circle", candidates=1, num_outputs=1)
 
 
 def test_stopping_is_asked_all_the_way_through(tiny_model: ClipGen) -> None:
