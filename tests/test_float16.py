@@ -55,7 +55,7 @@ def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
     assert len(packed) == 4 * gpt.config.n_layer + 1
     cache = gpt.new_cache(16)
     assert cache.keys.dtype == torch.float16
-    logits = 16 * gpt.config.codebook_size * 32
+    logits = 16 * gpt.config.codebook_size * 48
     assert batch_bytes(gpt, Sampling(), 16) == cache.keys.nbytes + cache.values.nbytes + logits
 
     embedding = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)

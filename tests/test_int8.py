@@ -79,7 +79,7 @@ def test_a_model_draws_in_it(tiny_model_folder: Path, monkeypatch: pytest.Monkey
     assert {block.attn.qkv.weight.dtype for block in gpt.blocks} == {gpt.head.weight.dtype} == {torch.int8}
     cache = gpt.new_cache(16)
     assert cache.keys.dtype == (torch.bfloat16 if multiplies_bfloat16(model.device) else torch.float32)
-    logits = 16 * gpt.config.codebook_size * 32
+    logits = 16 * gpt.config.codebook_size * 48
     assert batch_bytes(gpt, Sampling(), 16) == cache.keys.nbytes + cache.values.nbytes + logits
 
     embedding = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
