@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from clip_gen.cog_schema import ROOT
 from clip_gen.files import alone_in
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.training import train
 from clip_gen.training.dataset import PictureFiles, Views
 from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
 from clip_gen.training.run import Machine
@@ -177,6 +179,17 @@ def test_one_stage_alone_leaves_the_other_network_as_it_is(
     after = load_file(tmp_path / "vqgan" / "model" / "gpt.safetensors")
     assert all(torch.equal(base[name], after[name]) for name in base)
     assert "the transformer does not know these tokens yet" in caplog.text
+
+
+def test_time_for_a_few_steps_alone_is_said_to_be_too_little(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Training(photos, tmp_path / "all", replace(toy, stage="transformer")).run()
+    assert "next to nothing" not in caplog.text  # as many as were asked for
+    monkeypatch.setattr(train, "FEW_STEPS", 10**6)
+    hurried = replace(toy, stage="transformer", transformer_steps=10**6, max_minutes=1e-3)
+    Training(photos, tmp_path / "few", hurried).run()
+    assert re.search(r"in \d+ steps a transformer learns next to nothing; give more minutes", caplog.text)
 
 
 def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ class Training:
         minutes = max(0.1, settings.max_minutes - spent) if settings.max_minutes else 0.0
         grids = SampleGrids(networks, held_back, prompts_of(settings.sample_prompts), folder, settings.seed)
         values = self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
-        if minutes and values["steps"] < FEW_STEPS:
+        if values["steps"] < min(FEW_STEPS, self.plan.transformer.steps):  # stopped by time
             log.warning("in %d steps a transformer learns next to nothing; give more minutes", values["steps"])
         return values | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
 
