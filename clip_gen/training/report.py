@@ -39,7 +39,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
             body += _grids(work / name / "grids", _rows(name, record["settings"]["sample_prompts"]))
     skipped = [(one["name"], f"{one['reason']} {one['detail']}".strip()) for one in pictures["skipped"]]
     if skipped:
-        body += [f"<h2>Skipped: {len(skipped)} files</h2>", _table(skipped)]
+        body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
     body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
     write_whole(path, page + "\n".join(body) + "</html>\n")
