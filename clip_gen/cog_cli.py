@@ -78,7 +78,7 @@ def parse_inputs(texts: dict[str, str], fields: Sequence[InputField]) -> dict[st
             values[name] = Path(text.removeprefix("@")).expanduser()
             continue
         if text.startswith("@"):
-            text = _file_input(name, Path(text[1:]).expanduser(), named=field is not None and field.kind.nullable)
+            text = _file_input(name, Path(text[1:]).expanduser(), named=bool(field) and field.kind.nullable)
         elif len(text) > 1 and text[0] == text[-1] == '"':
             text = text[1:-1]  # as `cog predict` does
         values[name] = _parse_value(text, field and field.kind.name)

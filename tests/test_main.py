@@ -62,7 +62,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "--" in capsys.readouterr().out
 
 
-def test_every_setting_of_a_training_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_of_a_training_is_told_of() -> None:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     assert [action.dest for action in parser._actions if not action.help] == []

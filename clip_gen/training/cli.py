@@ -7,11 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from clip_gen.cog_signature import read_signature
+from clip_gen.own_model import ROOT
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training
 
-COG_TRAIN = Path(__file__).parents[2] / "train.py"  # where the settings are told of
 MACHINE = {
     "devices": "How many GPUs, or without any, processes.",
     "nodes": "Machines that train together, each with so many devices.",
@@ -23,7 +23,7 @@ MACHINE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="zip, tar or folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights; started again, it goes on")
-    inputs = {one.name: one.arguments for one in read_signature(COG_TRAIN, "train").inputs}
+    inputs = {one.name: one.arguments for one in read_signature(ROOT / "train.py", "train").inputs}
     specs = {spec.name: spec for spec in (*fields(TrainSettings), *fields(Machine))}
     for name, spec in specs.items():
         told, kind = inputs.get(name, {}), type(spec.default)
