@@ -317,6 +317,29 @@ def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Pat
     assert not list(tmp_path.glob("*.npy"))
 
 
+def test_encoding_goes_on_with_fewer_pictures_at_a_time_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures, networks = RenderedPictures(70, 0, 16), tiny_networks()
+    whole = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "whole.npy"))
+    encode, sizes, room = VQGAN.encode, [], 20
+
+    def short(vqgan: VQGAN, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(images))
+        return encode(vqgan, images)
+
+    monkeypatch.setattr(VQGAN, "encode", short)
+    assert np.array_equal(np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "short.npy")), whole)
+    assert sizes == [16, 16, 16, 16, 6]
+    assert caplog.messages[-1] == "short.npy: out of memory; going on with 16 pictures at a time"
+
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encode_tokens(pictures, networks.vqgan, tmp_path / "none.npy")
+
+
 def test_encoding_ends_with_its_time_and_keeps_what_it_has(tmp_path: Path) -> None:
     pictures, networks = RenderedPictures(150, 0, 16), tiny_networks()
     whole = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "whole.npy"))

@@ -272,6 +272,48 @@ def test_out_of_memory_halves_what_is_worked_on_at_once_and_goes_on(
     ]
 
 
+class Learns(Callback):
+    """That of every step the network learns in training mode, as it forgets to after an error in a validation."""
+
+    def on_train_batch_start(self, trainer: object, module: Stage, batch: object, index: int) -> None:
+        assert module.training
+        assert all(part.training for part in (getattr(module, "vqgan", None) or module.gpt).modules())
+
+
+def test_out_of_memory_in_a_validation_or_a_grid_leaves_the_network_learning(train: Callable, tmp_path: Path) -> None:
+    class Full(Callback):
+        once = True
+
+        def on_validation_batch_start(self, *_: object) -> None:
+            if self.once:
+                self.once = False
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class NoRoom(Grids):
+        tried = 0
+
+        def rows(self, module: Stage) -> list[list[Image.Image]]:
+            self.tried += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full, no_room = Full(), NoRoom(tmp_path)
+    assert train(tmp_path, callbacks=[full, no_room, Learns()]).record["steps"] == 9
+    assert not full.once
+    assert no_room.tried > 2
+
+
+def test_out_of_memory_in_one_of_several_processes_ends_all_with_what_to_do(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "processes", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"toy: out of memory .* batch_size, which is 8"):
+        train(tmp_path, callbacks=[Full()])
+
+
 def test_out_of_memory_before_the_first_step_is_heard_as_such(train: Callable, tmp_path: Path) -> None:
     class Full(Callback):
         def on_fit_start(self, trainer: object, module: object) -> None:

@@ -349,7 +349,8 @@ def _encoded_once(
     unfinished = path.with_suffix(".rows")  # how many there will be is known at the end
     with unfinished.open("wb") as file, at_work(network) as device:
         for batch in prepared(pictures, batch_size=batch_size):
-            file.write(encode(from_bytes(batch.to(device))).cpu().numpy().astype(dtype).tobytes())
+            rows, batch_size = _encoded(batch, encode, device, batch_size, path.name)
+            file.write(rows.numpy().astype(dtype).tobytes())
             done += len(batch)
             passed = time.perf_counter() - began
             if passed >= seconds and done < count:
@@ -362,6 +363,22 @@ def _encoded_once(
         rows[:] = np.memmap(unfinished, dtype, "r", shape=rows.shape)
     unfinished.unlink()
     return path
+
+
+def _encoded(
+    batch: Tensor, encode: Callable[[Tensor], Tensor], device: torch.device, most: int, name: str
+) -> tuple[Tensor, int]:
+    """A row for each picture of the batch, and how many at a time there was memory for, of `most` at first."""
+    while True:
+        try:
+            return torch.cat([encode(from_bytes(part.to(device))).cpu() for part in batch.split(most)]), most
+        except torch.OutOfMemoryError:
+            if most == 1:
+                raise
+        # Out here nothing holds on to what there was no room for.
+        torch.cuda.empty_cache()
+        most //= 2
+        log.warning("%s: out of memory; going on with %d pictures at a time", name, most)
 
 
 @contextmanager

@@ -71,10 +71,12 @@ class Grids(Callback, ABC):
     def _draw_here(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         began, training = time.monotonic(), module.training
         module.eval()
-        # To compile for these few would take longer than to draw them.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            rows = self.rows(module)
-        module.train(training)
+        try:
+            # To compile for these few would take longer than to draw them.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                rows = self.rows(module)
+        finally:
+            module.train(training)
         self.folder.mkdir(exist_ok=True)
         with whole_or_not(self.folder / f"{trainer.global_step:07d}.png") as temporary:
             grid(rows).save(temporary, "png")
@@ -111,12 +113,14 @@ class SampleGrids(Grids):
         _, tokens, _, embeddings, _ = zip(*(self.pictures[i] for i in range(count)), strict=True)
         vqgan = self.networks.vqgan
         rows = [to_pil(vqgan.decode(torch.stack(tokens).to(module.device)))]
-        rows.append(self._drawn(module, torch.stack(embeddings)))
-        if self.prompts:
-            bridge: Bridge = self.networks.bridge.to(module.device)
-            texts = bridge(self.networks.clip.encode_text(list(self.prompts)))
-            rows += [self._drawn(module, text.expand(SHOWN, -1)) for text in texts]
-        forget(module.gpt)  # what was recorded would hold memory until the next time
+        try:
+            rows.append(self._drawn(module, torch.stack(embeddings)))
+            if self.prompts:
+                bridge: Bridge = self.networks.bridge.to(module.device)
+                texts = bridge(self.networks.clip.encode_text(list(self.prompts)))
+                rows += [self._drawn(module, text.expand(SHOWN, -1)) for text in texts]
+        finally:
+            forget(module.gpt)  # what was recorded would hold memory until the next time
         return rows
 
     def _drawn(self, module: pl.LightningModule, embeddings: Tensor) -> list[Image.Image]:

@@ -95,16 +95,28 @@ def fit(
     while True:
         try:
             return _fit(name, stage, data, folder, seed, machine, callbacks, pieces)
-        except torch.OutOfMemoryError:
-            if stage.config.batch_size % (2 * pieces):
+        except torch.OutOfMemoryError as error:
+            size = stage.config.batch_size
+            if processes() > 1:  # the others are in the middle of a step, and wait for this one's part of it
+                raise RuntimeError(
+                    f"{name}: out of memory in one of {processes()} processes ({error}); give a smaller batch_size, "
+                    f"which is {size}"
+                ) from error
+            if size % (2 * pieces):
                 raise
         # Out here nothing holds on to what there was no room for.
         torch.cuda.empty_cache()
+        stage.train()  # which Lightning leaves to itself after an error in a validation
         if network is not None:
             stage.gpt = network  # not the shares of it that were in training
         pieces *= 2
         size = stage.config.batch_size // pieces
         log.warning("%s: out of memory; going on with %d pictures at a time, %d times a step", name, size, pieces)
+
+
+def processes() -> int:
+    """How many train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _fit(
