@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from figures import machine
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import Subset, default_collate
 
@@ -37,6 +37,7 @@ from clip_gen.config import ModelConfig, read_config
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
+from clip_gen.pipeline import choose_device
 from clip_gen.shapes.folder import write_pictures
 from clip_gen.training.dataset import (
     EncodedPictures,
@@ -150,9 +151,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    results = {}
-    print(f"pictures a second, {machine['threads']} threads")
+    facts, results = machine(choose_device("auto")), {}
+    print(f"pictures a second on {facts['device']}, {facts['threads']} threads")
     for size, clip in product(arguments.size, arguments.clip):
         with tempfile.TemporaryDirectory() as folder:
             batch_size, steps = arguments.batch_size, arguments.steps
@@ -164,7 +164,7 @@ def main() -> None:
         ]
         print(f"{size:10} {clip:9} {'   '.join(words)}, from {found['places']} places", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+        arguments.json.write_text(json.dumps({"machine": facts, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from clip_gen.checkpoint import PARTS, Networks, build, load_config
 from clip_gen.gpt import GPT
 from clip_gen.images import for_clip, to_pil
+from clip_gen.machine import tensor_float32
 from clip_gen.sampling import candidate_uniforms
 
 
@@ -89,8 +90,9 @@ def look(networks: Networks, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tens
     vqgan, clip = networks.vqgan, networks.clip
     codes = vqgan.quantizer.lookup(tokens).transpose(1, 2)  # (B, C, T)
     codes = codes.unflatten(2, (vqgan.config.grid, vqgan.config.grid)).contiguous()
-    images = F.pixel_shuffle(vqgan.decoder(vqgan.post_quant_conv(codes)), vqgan.config.patch).clamp(-1, 1)
-    embeddings = clip.clip.encode_image(for_clip(images, clip.config.image_resolution))
+    with tensor_float32(tokens.device, False):  # else a GPU's convolutions are rounded
+        images = F.pixel_shuffle(vqgan.decoder(vqgan.post_quant_conv(codes)), vqgan.config.patch).clamp(-1, 1)
+        embeddings = clip.clip.encode_image(for_clip(images, clip.config.image_resolution))
     return images, F.normalize(embeddings, dim=1) @ text[0]
 
 

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from clip_gen.gpt import GPT
 from clip_gen.images import to_pil
+from clip_gen.machine import tensor_float32
 from clip_gen.pipeline import ClipGen, Generation
 from clip_gen.sampling import ROWS, Sampling, candidate_uniforms, draw, filtered_probabilities, sample_tokens
 from clip_gen.serving import Outputs
@@ -67,11 +68,15 @@ def stages(model: ClipGen, device: torch.device, times: int) -> dict[str, float]
     def took(work: Callable[[], object]) -> float:
         return seconds(work, device, times)
 
+    def as_predicted(work: Callable[[], object]) -> Callable[[], object]:
+        """As ClipGen.decode_and_score does it."""
+        return tensor_float32(device, model.gpt.dtype != torch.float32)(work)
+
     return {
         "reading the prompt": took(lambda: model.embed_prompt(PROMPT)),
         **{f"sampling: {name}": part for name, part in sampling_stages(model.gpt, device, times).items()},
-        "decoding": ROWS / together * took(lambda: model.vqgan.decode(tokens)),
-        "ranking": ROWS / together * took(lambda: model.clip_encoder.encode_image(images)),
+        "decoding": ROWS / together * took(as_predicted(lambda: model.vqgan.decode(tokens))),
+        "ranking": ROWS / together * took(as_predicted(lambda: model.clip_encoder.encode_image(images))),
         "saving": took(save),
     }
 

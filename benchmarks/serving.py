@@ -43,11 +43,15 @@ def http(subject: Subject) -> list[Figure]:
 
         ask(0)
         sixteen = median(elapsed(lambda: predict(address, candidates=16)) for _ in range(subject.times))
-        return [at_once(ask, subject.times), Figure("one request of 16 candidates", sixteen)]
+        # On a GPU rounding depends on how many rows there are, and some pictures are others then.
+        exact = subject.device.type == "cpu"
+        return [at_once(ask, subject.times, exact), Figure("one request of 16 candidates", sixteen)]
 
 
-def at_once(ask: Callable[[int], object], times: int) -> Figure:
-    """Medians of several rounds; RuntimeError if a request is answered differently with others beside it."""
+def at_once(ask: Callable[[int], object], times: int, exact: bool = True) -> Figure:
+    """Medians of several rounds. exact: RuntimeError if a request is answered differently with others beside it; else
+    how many were is printed.
+    """
     numbers, answers = range(REQUESTS), []
 
     def alone() -> None:
@@ -58,8 +62,11 @@ def at_once(ask: Callable[[int], object], times: int) -> Figure:
             answers.append(list(pool.map(ask, numbers)))
 
     rounds = [(elapsed(together), elapsed(alone)) for _ in range(times)]
-    if any(answer != answers[0] for answer in answers):
+    differing = sum(answer != first for row in answers for answer, first in zip(row, answers[0], strict=True))
+    if differing and exact:
         raise RuntimeError("a request was answered differently at once with others than alone")
+    if differing:
+        print(f"answers that differ from the first to the same request: {differing} of {len(answers) * REQUESTS}")
     name = f"{REQUESTS} requests at once, plain one after another"
     return Figure(name, *(median(column) for column in zip(*rounds, strict=True)), LEAST_RATIO)
 

@@ -38,6 +38,11 @@ class Subject:
     device: torch.device
     times: int = 3  # how often a thing is measured
 
+    @property
+    def on_h200(self) -> bool:
+        """Whether it is measured on the GPU that the bars for GPUs are for."""
+        return self.device.type == "cuda" and "H200" in torch.cuda.get_device_name()
+
     @cached_property
     def plain(self) -> Networks:
         return self.run(lambda: plain.load(self.folder, self.device))

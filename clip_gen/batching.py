@@ -458,9 +458,10 @@ def _fulfil(calls: list[_Call]) -> None:
     except BaseException as error:  # theirs to hear of, whatever it is
         if len(calls) == 1:
             first.result.set_exception(error)
-        else:
-            for call in calls:
-                _fulfil([call])
+            return
     else:
         for call, answer in zip(calls, found, strict=True):
             call.result.set_result(answer)
+        return
+    for call in calls:  # out here nothing holds on to what all of them together took
+        _fulfil([call])

@@ -370,6 +370,23 @@ def test_rows_of_several_who_ask_for_the_same_work_are_done_together(
     assert batcher.share(tenfold, range(5), 2) == [0, 10, 20, 30, 40]
 
 
+def test_what_failed_together_is_let_go_of_before_its_rows_are_tried_alone(batcher: Batcher) -> None:
+    class Held(list):
+        """A list that may be pointed at weakly."""
+
+    held = []
+
+    def work(rows: list[int]) -> list[int]:
+        if held:
+            assert held[0]() is None
+            return rows
+        much = Held(rows)
+        held.append(weakref.ref(much))
+        raise RuntimeError(f"no memory for {len(much)}")
+
+    assert batcher.share(work, [1, 2], 2) == [1, 2]
+
+
 def test_its_thread_has_all_cores_whatever_is_being_loaded() -> None:
     def threads_of(batcher: Batcher) -> int:
         try:

@@ -234,6 +234,12 @@ def test_an_answer_that_depends_on_the_others_is_an_error() -> None:
         serving.at_once(lambda number: next(asked), times=1)
 
 
+def test_on_a_gpu_answers_that_differ_are_counted(capsys: pytest.CaptureFixture) -> None:
+    asked = iter(range(100))
+    assert serving.at_once(lambda number: next(asked), times=1, exact=False).ratio > 0
+    assert capsys.readouterr().out == "answers that differ from the first to the same request: 8 of 16\n"
+
+
 def test_an_import_is_timed_beyond_an_empty_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serving.interpreter_seconds("import time; time.sleep(0.1)") > 0.1
     taken = {"pass": iter([0.02, 0.5, 0.02]), "import x": iter([9.0, 0.12, 0.12, 0.7])}

@@ -405,10 +405,11 @@ class Averaging(WeightAveraging):
     """
 
     def __init__(self, decay: float):
-        def averaged(mean: Tensor, weights: Tensor, steps: Tensor) -> Tensor:
-            return mean.lerp(weights, (9 / (10 + steps)).clamp(min=1 - decay).to(mean.dtype))
+        def average(means: list[Tensor], weights: list[Tensor], steps: Tensor) -> None:
+            # All at once: one after another they are hundreds of kernels for a GPU to start.
+            torch._foreach_lerp_(means, weights, max(9 / (10 + int(steps)), 1 - decay))
 
-        super().__init__(use_buffers=False, avg_fn=averaged)
+        super().__init__(use_buffers=False, multi_avg_fn=average)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Where the weights are going, or only shares of them.
@@ -458,7 +459,8 @@ class Best(Callback):
 
 
 class Checkpoints(Callback):
-    """last.ckpt every so many seconds, and at the end.
+    """last.ckpt every so many seconds, and at the end; where it takes long to write, less often, but no less than every
+    ten times as many.
 
     At a step with a validation it waits for what that finds: a run taken up from there would not validate again.
     """
@@ -467,7 +469,7 @@ class Checkpoints(Callback):
         self.path, self.seconds, self.validate_every = path, seconds, validate_every
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.saved = time.monotonic()
+        self.saved, self.took = time.monotonic(), 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: object, index: int
@@ -480,7 +482,7 @@ class Checkpoints(Callback):
         self._save_when_due(trainer)
 
     def _save_when_due(self, trainer: pl.Trainer) -> None:
-        due = time.monotonic() - self.saved >= self.seconds
+        due = time.monotonic() - self.saved >= max(self.seconds, min(19 * self.took, 10 * self.seconds))
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save(trainer)
 
@@ -488,8 +490,10 @@ class Checkpoints(Callback):
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        began = time.monotonic()
         trainer.save_checkpoint(self.path, weights_only=False)
         self.saved = time.monotonic()
+        self.took = self.saved - began
 
 
 class WholeCheckpoints(TorchCheckpointIO):
