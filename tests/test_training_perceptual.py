@@ -91,7 +91,7 @@ def trainer(weight: float) -> VQGANTrainer:
         tiny_networks().vqgan.requires_grad_(True), FitConfig(), VQGANLoss(perceptual=weight), lpips=loaded()
     )
     made.logged = {}
-    made.log_dict = lambda values, **_: made.logged.update(values)
+    made.log_means = lambda values, _: made.logged.update(values)
     return made
 
 

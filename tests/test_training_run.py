@@ -314,6 +314,15 @@ def test_out_of_memory_in_one_of_several_processes_ends_all_with_what_to_do(
         train(tmp_path, callbacks=[Full()])
 
 
+@pytest.mark.parametrize(("there", "nodes", "shared_by"), [(0, 1, "auto"), (3, 1, "2"), (8, 1, "8"), (8, 4, "4")])
+def test_as_many_gpus_take_part_as_can_share_every_batch(
+    monkeypatch: pytest.MonkeyPatch, there: int, nodes: int, shared_by: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert Machine(nodes=nodes).sharing(16, 32).devices == shared_by
+    assert Machine("5").sharing(16, 32).devices == "5"
+
+
 def test_out_of_memory_before_the_first_step_is_heard_as_such(train: Callable, tmp_path: Path) -> None:
     class Full(Callback):
         def on_fit_start(self, trainer: object, module: object) -> None:

@@ -78,7 +78,7 @@ class GPTTrainer(Stage):
         if self.embedding_loss:
             values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen())
             loss = loss + self.embedding_loss * values["embedding"]
-        self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=count, sync_dist=True)
+        self.log_means(values, count)
         return loss
 
     def validation_step(self, batch: Batch) -> None:

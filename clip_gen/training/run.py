@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from clip_gen.machine import spare_cores
 from clip_gen.training.dataset import Batches, prepared
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.sharding import Sharding, in_one
-from clip_gen.training.stage import FitConfig, Stage, learns_in_bfloat16
+from clip_gen.training.stage import FitConfig, Stage, learns_in_bfloat16, processes
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,12 @@ class Machine:
             )
         if self.strategy.lower() not in ("auto", *StrategyRegistry.available_strategies()):
             raise ValueError(f'strategy is "{self.strategy}", which there is not; give auto, ddp or fsdp')
+
+    def sharing(self, *batch_sizes: int) -> Machine:
+        """With as many of the GPUs, where that is left to it, as can share each of these batches."""
+        there = torch.cuda.device_count() if self.devices == "auto" else 0
+        counts = [n for n in range(1, there + 1) if not any(size % (n * self.nodes) for size in batch_sizes)]
+        return replace(self, devices=str(counts[-1])) if counts else self
 
     def strategy_for(self, stage: Stage) -> str | Sharding:
         """fsdp is for transformers; what else is trained fits one device, and is shared out by batch alone."""
@@ -112,11 +118,6 @@ def fit(
         pieces *= 2
         size = stage.config.batch_size // pieces
         log.warning("%s: out of memory; going on with %d pictures at a time, %d times a step", name, size, pieces)
-
-
-def processes() -> int:
-    """How many train together."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _fit(

@@ -55,6 +55,16 @@ class Stage(pl.LightningModule):
         """
         torch._inductor.config.cpp.threads = torch.get_num_threads()
 
+    def log_means(self, values: dict[str, Tensor], count: int) -> None:
+        """What a step found on `count` samples, each value the mean over all processes, which wait for one another
+        once.
+        """
+        means = torch.stack([value.detach().float() for value in values.values()])
+        if processes() > 1:
+            torch.distributed.all_reduce(means)
+            means = means / processes()
+        self.log_dict(dict(zip(values, means, strict=True)), batch_size=count)
+
     def learning(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """What configure_optimizers returns: the rate goes up in `warmup` steps, or in a twentieth of the time there
         is, then along a cosine to a hundredth.
@@ -70,6 +80,11 @@ class Stage(pl.LightningModule):
             return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def processes() -> int:
+    """How many train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def learns_in_bfloat16(device: torch.device) -> bool:

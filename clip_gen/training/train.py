@@ -80,6 +80,7 @@ class Training:
         self.pictures = self._pictures(images)
         self.on_gpu = self._on_gpu()
         self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
+        self.machine = self.machine.sharing(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
         self._same_settings(images, base)
         if settings.size != "base":
             torch.manual_seed(settings.seed)

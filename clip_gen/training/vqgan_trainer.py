@@ -85,7 +85,7 @@ class VQGANTrainer(Stage):
         loss = reconstruction + out.loss
         if self.discriminator is not None:
             loss = loss + self._adversarial(images, out.images, reconstruction, values)
-        self.log_dict({"loss": loss.detach(), **values}, batch_size=len(batch), sync_dist=True)
+        self.log_means({"loss": loss, **values}, len(batch))
         return loss
 
     def _perceptual(self, fakes: Tensor, images: Tensor) -> Tensor:
