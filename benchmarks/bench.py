@@ -4,8 +4,8 @@
 
 Prints a table for each part and keeps it in benchmarks/results/, in a file named after the processor or the GPU. A part
 that is measured again takes its old place there. bundled: checkpoints/shapes. published: HFAiLab's and OpenAI's sizes
-with random weights, for which a folder of 1 GB is written and deleted again. The other parts are of the bundled model
-alone.
+with random weights, for which a folder of 1 GB is written and deleted again. Loading, prediction, http and start are
+measured of the bundled model alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, help="another JSON file")
     arguments = parser.parse_args()
+    if arguments.size == ["published"] and not ANY_SIZE.keys() & set(arguments.only):
+        parser.error(f"{' '.join(arguments.only)}: of the bundled model alone; leave out --size published")
     device = choose_device(arguments.device)
     facts = machine(device)
     named_after = facts["processor" if device.type == "cpu" else "device"]

@@ -27,6 +27,15 @@ FILES = (CONFIG, TRAINING, *(f"{part}.safetensors" for part in PARTS))
 DISCRIMINATOR = "discriminator.safetensors"  # of a published VQGAN, for fine-tuning; predicting never looks at it
 
 
+def knows_its_tokens(folder: Path) -> bool:
+    """Whether a model folder has a transformer, and one that learnt the tokens of the VQGAN beside it."""
+    record = folder / TRAINING
+    told = json.loads(record.read_text()) if record.is_file() else {}
+    stages = told.get("stages", {})
+    lost = told.get("settings", {}).get("stage") == "vqgan" and not stages.get("vqgan", {}).get("tokens_kept")
+    return (folder / "gpt.safetensors").is_file() and not lost
+
+
 _REMEDIES = {
     "clip": ", or add a CLIP to it by: python -m clip_gen import clip",
     "gpt": ", or train its transformer (stage 2)",

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 
 from clip_gen.cog_inputs import InputError, InputField, checked
-from clip_gen.cog_schema import PREDICT, ROOT, project_signatures
+from clip_gen.cog_schema import PREDICT, project_signatures
+from clip_gen.files import ROOT
 
 PREDICTS = (
     "script/predict",

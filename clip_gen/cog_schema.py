@@ -14,9 +14,8 @@ from pathlib import Path
 
 from clip_gen.cog_openapi import COMMON, components_and_paths
 from clip_gen.cog_signature import Signature, SignatureError, read_signature
-from clip_gen.files import write_whole
+from clip_gen.files import ROOT, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
 PREDICT = ("predict.py", "Predictor")
 TRAIN = ("train.py", "train")
 SCHEMA_PATH = Path(".cog/openapi_schema.json")

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from clip_gen.cog_cli import named, parse_inputs, parse_options
 from clip_gen.cog_inputs import InputError, checked
-from clip_gen.cog_schema import ROOT, project_signatures
+from clip_gen.cog_schema import project_signatures
 from clip_gen.download import URLS
-from clip_gen.files import whole_or_not
+from clip_gen.files import ROOT, whole_or_not
 
-DELIVERED = "trained_model.tar"  # in the project's folder, which `cog train` shares with its host
+DELIVERED = {"weights.tar": "trained_model.tar", "report.html": "trained_model.html"}
 TRAINS = (
     "script/train",
-    "Trains on a zip, a tar or a folder of pictures without captions and leaves weights.tar, for script/predict -e "
-    "COG_WEIGHTS=weights.tar.",
+    "Trains on a zip, a tar or a folder of pictures without captions and leaves trained/weights.tar, for "
+    "script/predict -e COG_WEIGHTS=trained/weights.tar.",
     "script/train -i images=@photos.zip",
     "folder for the weights, `trained` by default; the same command started again goes on where it was cut off",
 )
@@ -83,11 +83,14 @@ async def run_training(values: dict[str, object], out: Path, terminal: bool = Fa
 
 
 def deliver(out: Path) -> Path:
-    """Copies the tar out of the training's folder, into the project's folder, and says where it is."""
-    target = ROOT / DELIVERED
-    with whole_or_not(target) as temporary:
-        shutil.copyfile(out / "weights.tar", temporary)
-    return target
+    """Copies the weights and the report out of the training's folder, into the project's folder, which `cog train`
+    shares with its host; returns where the weights are.
+    """
+    for made, name in DELIVERED.items():
+        with whole_or_not(ROOT / name) as temporary:
+            shutil.copyfile(out / made, temporary)
+    print(f"kept: {' and '.join(str(ROOT / name) for name in DELIVERED.values())}")
+    return ROOT / DELIVERED["weights.tar"]
 
 
 def from_here(weights: str | None) -> str | None:
@@ -109,7 +112,10 @@ def main(arguments: Sequence[str]) -> int:
         fields = project_signatures()[1].inputs
         given = parse_options(arguments, fields, TRAINS)
         os.environ.update(named(given.env, "-e"))
-        values = checked(parse_inputs(named(given.input, "-i"), fields), fields)
+        texts = named(given.input, "-i")
+        if texts.get("images", "").removeprefix("@").startswith(URLS):
+            raise InputError(f"images is {texts['images']}; download it first, and give the file or folder")
+        values = checked(parse_inputs(texts, fields), fields)
         images, out = Path(values["images"]).absolute(), Path(given.output or "trained").absolute()
         if not images.exists():
             raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent  # the project's folder
+SAVING = ".saving-"  # how the names of files that are not whole yet begin
+
 
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[str]:
     """A temporary name beside `path` that takes its place when all went well, and is gone when not."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".saving-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=SAVING)
     os.close(handle)
     try:
         yield temporary
@@ -53,7 +56,7 @@ def alone_in(folder: Path, otherwise: str) -> Iterator[None]:
 def whole_folder_or_not(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when all went well, and is gone when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".saving-"))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=SAVING))
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp's folders are for their owner's eyes only

@@ -18,7 +18,7 @@ PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt")
-    parser.add_argument("--model", type=Path, help="the model folder; else the one that script/predict takes")
+    parser.add_argument("--model", help="a model folder, or a weights tar or its URL; else what script/predict takes")
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder the pictures go to; default this one")
     parser.add_argument("--preset", choices=PRESETS, help="settings known to suit a model; others given here go before")
     for name, value in DEFAULTS.items():
@@ -35,8 +35,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"output_quality is {arguments.output_quality}; give 0 to 100")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"{arguments.out} is a file; name a folder for the pictures")
-    folder = arguments.model or resolve_weights(own_weights(os.environ.get("COG_WEIGHTS"))[0])
-    model = ClipGen.load(folder, arguments.device)
+    weights = arguments.model or own_weights(os.environ.get("COG_WEIGHTS"))[0]
+    model = ClipGen.load(resolve_weights(weights), arguments.device)
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
     settings = {**DEFAULTS, **PRESETS.get(arguments.preset, {}), **given, "seed": arguments.seed}
     settings["clip_rerank"] = arguments.clip_rerank

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from clip_gen.checkpoint import CONFIG
 from clip_gen.download import URLS
+from clip_gen.files import ROOT
 from clip_gen.importers import lpips
-from clip_gen.pull import pull_coco
+from clip_gen.pull import CHECKPOINTS, pull_coco
 
-ROOT = Path(__file__).resolve().parent.parent
-BUNDLED = ROOT / "checkpoints" / "shapes"
-COCO = ROOT / "checkpoints" / "coco"
+BUNDLED = CHECKPOINTS / "shapes"
+COCO = CHECKPOINTS / "coco"
 
 
 def own_weights(given: str | None = None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -17,12 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from clip_gen.batching import Busy, one_thread, shared_batcher
-from clip_gen.checkpoint import Networks, load_networks
+from clip_gen.checkpoint import Networks, knows_its_tokens, load_networks
 from clip_gen.float16 import has_products
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
 from clip_gen.machine import tensor_float32
 from clip_gen.sampling import MAX_SEED, Sampling, Stopped, padded
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
 
@@ -68,6 +71,12 @@ class ClipGen:
             if chosen.type == "cpu" and networks.config.vqgan.patch == 1:
                 # A seventh faster over whole pictures; over patches, whose images are small, a third slower.
                 networks.vqgan.decoder.to(memory_format=torch.channels_last)
+        if not knows_its_tokens(Path(folder)):
+            log.warning(
+                "%s: its transformer does not know its VQGAN's tokens, so that it draws noise; train stage transformer "
+                "from these weights",
+                folder,
+            )
         return cls(networks, chosen)
 
     @cached_property

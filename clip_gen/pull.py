@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from clip_gen.files import alone_in
+from clip_gen.files import ROOT, alone_in
 from clip_gen.importers.command import DTYPES
 from clip_gen.importers.folder import check_replaceable, import_clip, import_hfailab
 from clip_gen.importers.lpips import check_lpips_folder, import_lpips
 from clip_gen.transfer import check_room, fetch
 
-CHECKPOINTS = Path("checkpoints")
+CHECKPOINTS = ROOT / "checkpoints"
 HFAILAB = "https://github.com/HFAiLab/clip-gen/releases/download/v0.1.0"
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 

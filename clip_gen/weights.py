@@ -51,6 +51,8 @@ def resolve_weights(weights: str, should_stop: Callable[[], bool] | None = None)
     nothing of use, or soon after should_stop says so during a download.
     """
     try:
+        if not weights.startswith(URLS):
+            weights = os.path.expanduser(weights)
         if not weights.startswith(URLS) and Path(weights).is_dir():
             folder, trained = Path(weights), Path(weights, "model")
             return trained if (trained / CONFIG).is_file() and not (folder / CONFIG).is_file() else folder

@@ -18,7 +18,7 @@ from PIL import Image
 from clip_gen.checkpoint import load_config
 from clip_gen.cog_cli import main
 from clip_gen.cog_inputs import InputError, InputField, Kind, checked
-from clip_gen.cog_schema import ROOT
+from clip_gen.files import ROOT
 from clip_gen.weights import pack
 
 QUICK = ["-i", "prompt=a large red circle", "-i", "seed=7", "-i", "candidates=4"]

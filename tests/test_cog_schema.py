@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from clip_gen.cog_schema import PREDICT, ROOT, build_schema, project_signatures
+from clip_gen.cog_schema import PREDICT, build_schema, project_signatures
 from clip_gen.cog_signature import SignatureError
+from clip_gen.files import ROOT
 
 PREDICT_SOURCE = """
 from cog import BaseRunner, Input, Path, concurrent

@@ -17,9 +17,12 @@ import pytest
 from cog_server import Server, running, wait_for
 
 from clip_gen.cog_inputs import InputField, checked
-from clip_gen.cog_schema import ROOT, project_signatures, write_schema
+from clip_gen.cog_schema import project_signatures, write_schema
 from clip_gen.cog_training import TrainingFailed, main, options, run_training
+from clip_gen.files import ROOT
+from clip_gen.training.train import contents_of
 
+TRAINING_SERVER = [str(ROOT / "script" / "serve"), "--x-mode", "train"]
 SERVER = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
 BAKED = {  # what Cog's command line bakes into an image
     "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
@@ -146,13 +149,15 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     for more in (["-i", "base=out/weights.tar"], ["-e", "COG_WEIGHTS=out"]):
         assert main([*words, *more, "-o", f"{more[0][1]}-further"]) == 0
         told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
-        assert Path(told["base"]).is_relative_to(tmp_path)
+        assert told["base"] == contents_of(tmp_path / "out" / "model")
     assert main([*words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
     assert f"{tmp_path / 'checkpoints' / 'shapes'}: cannot be opened" in capfd.readouterr().err
     assert main(["-i", "images=@"]) == 1
     assert "images is empty; give the name of a file" in capfd.readouterr().err
     assert main(["-i", "images=@nothing.zip"]) == 1
     assert "nothing.zip: no such file" in capfd.readouterr().err
+    assert main(["-i", "images=https://somewhere/photos.zip"]) == 1
+    assert "images is https://somewhere/photos.zip; download it first" in capfd.readouterr().err
     assert main(["-i", f"images=@{photos}", "-i", "stage=all"]) == 1
     assert "stage" in capfd.readouterr().err
 
@@ -180,12 +185,14 @@ def trained(photos: Path, tiny_model_folder: Path, tmp_path_factory: pytest.Temp
     """The reply to a training over HTTP, and the tar that it left in the project's folder."""
     scratch = tmp_path_factory.mktemp("server")
     write_schema()
-    with running([*SERVER, "--x-mode", "train"], ROOT, scratch, **BAKED) as server:
+    with running(TRAINING_SERVER, scratch, scratch) as server:
         server.wait_until_set_up()
         given = {"images": data_url(photos), "base": str(tiny_model_folder), **STEPS}
         status, reply = server.request("POST", "/trainings", {"input": given})
         assert status == 200, reply
+        wait_for(lambda: server.health()["status"] == "READY")
         bad = server.request("POST", "/trainings", {"input": {"images": "data:text/plain;base64,bm8=", **STEPS}})
+        wait_for(lambda: server.health()["status"] == "READY")
         few = server.request("POST", "/trainings", {"input": {"stage": "all"}})
     return {"good": reply, "bad": bad, "few": few}, ROOT / "trained_model.tar"
 
@@ -196,6 +203,9 @@ def test_a_zip_becomes_weights_over_the_real_server(trained: tuple[dict, Path]) 
     assert "gpt 4/4" in replies["good"]["logs"]
     sent = base64.b64decode(replies["good"]["output"]["weights"].partition(",")[2])
     assert sent == tar.read_bytes()
+    report = tar.with_suffix(".html")
+    assert replies["good"]["logs"].splitlines()[-1] == f"kept: {tar} and {report}"
+    assert "vqgan" in report.read_text()
     assert replies["bad"][1]["status"] == "failed"
     assert "archive" in replies["bad"][1]["error"]
     assert replies["few"][0] == 422
@@ -213,12 +223,13 @@ def test_the_weights_predict_over_the_real_server(trained: tuple[dict, Path], tm
 def test_a_training_over_the_server_is_cancelled_within_two_seconds(
     photos: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    with running([*SERVER, "--x-mode", "train"], ROOT, tmp_path, **BAKED) as server:
+    with running(TRAINING_SERVER, tmp_path, tmp_path) as server:
         server.wait_until_set_up()
         given = {"images": data_url(photos), "base": str(tiny_model_folder), "vqgan_steps": 100_000, "batch_size": 4}
         status, _ = server.request("PUT", "/trainings/one", {"input": given}, Prefer="respond-async")
         assert status == 202
         wait_for(lambda: "vqgan 100/" in server.log.read_text() or bool(trainings(server)), seconds=60)
+        assert server.request("POST", "/trainings", {"input": given})[0] == 409  # one at a time
         server.request("POST", "/trainings/one/cancel")
         wait_for(lambda: not trainings(server), seconds=2)
         wait_for(lambda: server.health()["status"] == "READY")

@@ -17,9 +17,10 @@ from importer_files import VIT, clip_state, hfailab_files
 from safetensors.torch import load_file
 from torchvision.models import VGG16_Weights
 
-from clip_gen import ClipGen, download, pull, transfer
+from clip_gen import ClipGen, download, own_model, pull, transfer
 from clip_gen.__main__ import main
 from clip_gen.checkpoint import load_config
+from clip_gen.files import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,13 @@ def _small(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(transfer, "BACK_OFF_SECONDS", 0.001)
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setenv("PATH", "/nowhere")  # no pget
+    monkeypatch.setattr(pull, "CHECKPOINTS", Path("checkpoints"))
     monkeypatch.chdir(tmp_path)
+
+
+def test_what_is_pulled_lies_where_predictions_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert own_model.COCO == pull.CHECKPOINTS / "coco" == ROOT / "checkpoints" / "coco"
 
 
 def test_pull_coco_makes_a_folder_that_predicts_and_leaves_nothing_else(

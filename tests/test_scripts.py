@@ -16,8 +16,8 @@ import pytest
 from conftest import TINY
 
 from clip_gen import ClipGen
-from clip_gen.cog_schema import ROOT
 from clip_gen.config import write_config
+from clip_gen.files import ROOT
 from clip_gen.training.shapes import ShapesConfig
 from clip_gen.training.stage import FitConfig
 

@@ -26,7 +26,8 @@ from cog_server import Server, decoded, running, wait_for
 from model_files import other_folder, slow_folder, web_server
 from PIL import Image
 
-from clip_gen.cog_schema import ROOT, build_schema, project_signatures
+from clip_gen.cog_schema import build_schema, project_signatures
+from clip_gen.files import ROOT
 from clip_gen.weights import pack
 
 PROMPT = "a large red circle"

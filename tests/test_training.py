@@ -22,9 +22,8 @@ from torch.nn import functional as F
 from clip_gen import ClipGen, pipeline
 from clip_gen.checkpoint import load_networks, save_networks
 from clip_gen.clip_encoder import ClipEncoder
-from clip_gen.cog_schema import ROOT
 from clip_gen.config import read_config
-from clip_gen.files import alone_in
+from clip_gen.files import ROOT, alone_in
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.pipeline import choose_dtype

@@ -21,21 +21,20 @@ import pytest
 import torch
 from conftest import TINY, picture_bytes, tiny_networks
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import ModelFolderError, save_networks
-from clip_gen.cog_schema import ROOT
-from clip_gen.files import alone_in
+from clip_gen.checkpoint import ModelFolderError, knows_its_tokens, save_networks
+from clip_gen.files import ROOT, alone_in
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training import train
 from clip_gen.training.dataset import PictureFiles, Views
 from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
 from clip_gen.training.run import Machine
-from clip_gen.training.train import Training, knows_its_tokens
+from clip_gen.training.train import Training
 from clip_gen.weights import resolve_weights
 
 TOY = TrainSettings(
@@ -179,6 +178,9 @@ def test_one_stage_alone_leaves_the_other_network_as_it_is(
     after = load_file(tmp_path / "vqgan" / "model" / "gpt.safetensors")
     assert all(torch.equal(base[name], after[name]) for name in base)
     assert "the transformer does not know these tokens yet" in caplog.text
+    assert "draws noise" not in caplog.text
+    ClipGen.load(tmp_path / "vqgan" / "model", "cpu")
+    assert "its transformer does not know its VQGAN's tokens, so that it draws noise" in caplog.text
 
 
 def test_time_for_a_few_steps_alone_is_said_to_be_too_little(
@@ -197,22 +199,90 @@ def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSetting
     Training(photos, tmp_path, replace(toy, max_minutes=5))
     with pytest.raises(ValueError, match="holds a training with vqgan_steps 8, not 9; say the same to go on"):
         Training(photos, tmp_path, replace(toy, vqgan_steps=9))
+
+
+def test_a_training_goes_on_wherever_its_base_and_its_pictures_lie(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path / "out", toy)
+    moved = Path(shutil.copytree(toy.base, tmp_path / "base"))
+    Training(Path(shutil.copy(photos, tmp_path)), tmp_path / "out", replace(toy, base=str(moved)))
+    gpt = moved / "gpt.safetensors"
+    weights = load_file(gpt)
+    save_file({**weights, "head.weight": weights["head.weight"] + 1}, gpt)
+    with pytest.raises(ValueError, match=r"holds a training from another base than .*/base; give the same model"):
+        Training(photos, tmp_path / "out", replace(toy, base=str(moved)))
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_was_what_it_is_by_default(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path, toy)
     told = tmp_path / "work" / "settings.json"
-    told.write_text(
-        json.dumps({name: value for name, value in json.loads(told.read_text()).items() if name != "tokens"})
-    )
-    with pytest.raises(
-        ValueError, match="by another version of this program, which knew no tokens; name another folder"
-    ):
-        Training(photos, tmp_path, toy)
+    told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "tokens"}))
+    with pytest.raises(ValueError, match="holds a training with tokens 'auto', not 'learn'"):
+        Training(photos, tmp_path, replace(toy, tokens="learn"))
+    Training(photos, tmp_path, toy)
 
 
 def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
-    training = Training(photos, tmp_path, toy)
     busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
+    with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
+        Training(photos, tmp_path, toy)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
+    training = Training(photos, tmp_path, toy)
     with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
         training.run()
     assert not (tmp_path / "work" / "vqgan").exists()
+
+
+def test_only_the_first_of_several_processes_unpacks(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    """As under torchrun, which starts all of them at once."""
+    code = f"""
+import sys
+from pathlib import Path
+from clip_gen.training.train import Training, TrainSettings
+print("begun", flush=True)
+training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), TrainSettings(base={toy.base!r}))
+print(len(training.pictures.paths), flush=True)
+"""
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as second:
+        assert second.stdout.readline() == "begun\n"
+        time.sleep(1)
+        assert second.poll() is None
+        assert not (tmp_path / "work").exists()
+        first = Training(photos, tmp_path, replace(TrainSettings(), base=toy.base))
+        assert second.stdout.readline() == f"{len(first.pictures.paths)}\n"
+
+
+def test_what_was_half_written_when_a_training_was_killed_does_not_stay(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path, toy)
+    left = tmp_path / "work" / "vqgan" / ".saving-x1y2"
+    left.parent.mkdir()
+    left.write_text("half a checkpoint")
+    Training(photos, tmp_path, toy)
+    assert not left.exists()
+
+
+def test_a_training_cut_off_before_its_first_checkpoint_ends_with_the_very_weights_too(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = replace(toy, stage="vqgan", adversarial_weight=1.0)
+    Training(photos, tmp_path / "whole", toy).run()
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "fit", cut)
+        with pytest.raises(KeyboardInterrupt):
+            Training(photos, tmp_path / "cut", toy).run()
+    Training(photos, tmp_path / "cut", toy).run()
+    whole, found = (load_file(tmp_path / out / "model" / "vqgan.safetensors") for out in ("whole", "cut"))
+    assert all(torch.equal(value, found[name]) for name, value in whole.items())
 
 
 def test_minutes_count_stages_that_were_trained_before(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:

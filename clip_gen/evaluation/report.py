@@ -27,6 +27,7 @@ from clip_gen.pipeline import ClipGen
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.shapes.judge import Reading, grade, read, satisfies
 from clip_gen.shapes.rendering import render
+from clip_gen.weights import resolve_weights
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class Evaluation:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="the model folder")
+    parser.add_argument("model", help="a model folder, or a weights tar or its URL")
     parser.add_argument("--prompts", type=int, default=500, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -195,7 +196,7 @@ def main(arguments: argparse.Namespace) -> None:
     sampling.check()
     if arguments.prompts < 1:
         raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")
-    model = ClipGen.load(arguments.folder, arguments.device)
+    model = ClipGen.load(resolve_weights(arguments.model), arguments.device)
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
     evaluation.run(arguments.kinds)
     print(evaluation.table())

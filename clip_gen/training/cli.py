@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from clip_gen.cog_signature import read_signature
-from clip_gen.own_model import ROOT
+from clip_gen.files import ROOT
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.training.stage import FitConfig
@@ -86,6 +87,12 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} is {value}; give 0 or more")
+        if self.codebook_size > MOST_CODES:
+            raise ValueError(f"codebook_size is {self.codebook_size}; give {MOST_CODES} or fewer")
         choices = {"stage": STAGES, "tokens": TOKENS, "size": ("base", *SIZES), "precision": PRECISIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -103,12 +110,8 @@ class TrainSettings:
             raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
         if self.stage == "transformer" and self.tokens != "auto":
             raise ValueError(f"tokens is {self.tokens}, but stage transformer leaves the VQGAN as it is: leave it out")
-        weights = ("perceptual_weight", "adversarial_weight", "contrast_weight", "embedding_loss_weight")
-        for name in ("embedding_noise", "mean_shift", "max_minutes", *weights):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 0 or more")
         for name in ("condition_dropout", "condition_blur"):
-            if not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 up to, but not, 1")
 
 

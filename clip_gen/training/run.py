@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import sys
 import time
 import warnings
@@ -52,8 +53,8 @@ class Machine:
         """Raises ValueError for what Lightning has not, and for a strategy that shares out the weights in another way
         than `fsdp` does.
         """
-        if self.devices.isdecimal() and int(self.devices) < 1:
-            raise ValueError(f"devices is {self.devices}; give how many, 1 or more, or auto")
+        if not re.fullmatch(r"auto|0*[1-9]\d*|\d+(,\d+)+", self.devices):
+            raise ValueError(f"devices is {self.devices}; give how many, 1 or more, which, as 0,2, or auto")
         if self.nodes < 1:
             raise ValueError(f"nodes is {self.nodes}; give how many machines train together, 1 or more")
         if self.strategy.lower().startswith(("fsdp_", "deepspeed", "model_parallel")):

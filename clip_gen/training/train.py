@@ -8,13 +8,14 @@ started again goes on where it was cut off.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from math import inf
@@ -27,9 +28,18 @@ from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from clip_gen.archives import Pictures, fingerprint, unpack
-from clip_gen.checkpoint import Networks, build, load_base, load_part, save_networks, save_part
-from clip_gen.files import alone_in, write_whole
-from clip_gen.findings import unpacked
+from clip_gen.checkpoint import (
+    FILES,
+    Networks,
+    build,
+    knows_its_tokens,
+    load_base,
+    load_part,
+    save_networks,
+    save_part,
+)
+from clip_gen.files import SAVING, alone_in, digest_of, write_whole
+from clip_gen.findings import INDEX, unpacked
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
 from clip_gen.own_model import own_weights
@@ -77,11 +87,15 @@ class Training:
         self.began = time.monotonic()
         self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
-        self.pictures = self._pictures(images)
-        self.on_gpu = self._on_gpu()
-        self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
-        self.machine = self.machine.sharing(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
-        self._same_settings(images, base)
+        with self._alone():
+            self._forget_unfinished()
+            self.pictures = self._pictures(images)
+            self.on_gpu = self._on_gpu()
+            self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
+            self.machine = self.machine.sharing(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
+            self._same_settings()
+            self.learnt, self.held_back = self._split()
+            self._forget_few_views()
         if settings.size != "base":
             torch.manual_seed(settings.seed)
             self.networks = build(self.plan.model)
@@ -96,8 +110,16 @@ class Training:
         self.networks = replace(self.networks, config=self.plan.model)
         self.networks.bridge.config = self.plan.model.bridge
         self.networks.clip.requires_grad_(False)
-        self.learnt, self.held_back = self._split()
-        self._forget_few_views()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No other training works in the folder meanwhile; ValueError when one does."""
+        busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
+        return nullcontext() if rank_zero_only.rank else alone_in(self.work, busy)
+
+    def _forget_unfinished(self) -> None:
+        """Files that were being written when a training here was killed."""
+        for path in () if rank_zero_only.rank else self.work.rglob(f"{SAVING}*"):
+            path.unlink(missing_ok=True)
 
     def _pictures(self, images: Path) -> Pictures:
         """What is in `images`, unpacked once; ValueError when the folder holds a training on something else.
@@ -105,7 +127,8 @@ class Training:
         Pictures that no training began with, because it was refused its settings, are unpacked anew.
         """
         folder, source = self.work / "pictures", self.work / "source"
-        if rank_zero_only.rank and folder.is_dir():
+        if rank_zero_only.rank:
+            wait_for(folder / INDEX)
             return unpacked(folder)  # the first process has looked
         begun, before = (self.work / "settings.json").is_file(), source.read_text() if source.is_file() else None
         found = fingerprint(images) if images.exists() else before or ""
@@ -129,19 +152,23 @@ class Training:
         before = json.loads(path.read_text()) if path.is_file() else {}
         return before.get("on_gpu", torch.cuda.is_available())
 
-    def _same_settings(self, images: Path, base: Path) -> None:
+    def _same_settings(self) -> None:
         """Notes what this training was told; ValueError when the folder holds one that was told otherwise."""
+        if rank_zero_only.rank:
+            return
         path = self.work / "settings.json"
-        told = asdict(self.settings) | {"images": str(images), "base": str(base), "on_gpu": self.on_gpu}
+        told = asdict(self.settings) | {"base": contents_of(self.base), "on_gpu": self.on_gpu}
         told.pop("max_minutes")  # may be given anew, to go on for longer
         if path.is_file():
-            before = json.loads(path.read_text())
-            for name, value in told.items():
-                if name not in before:
-                    raise ValueError(
-                        f"{self.out} holds a training by another version of this program, which knew no {name}; "
-                        "name another folder"
-                    )
+            # A setting that an earlier version of this program did not know was what it is now by default.
+            before = asdict(TrainSettings()) | json.loads(path.read_text())
+            if before.pop("base") != told["base"]:
+                raise ValueError(
+                    f"{self.out} holds a training from another base than {self.settings.base or self.base}; "
+                    "give the same model to go on with it, or name another folder"
+                )
+            for name in told.keys() & before.keys():
+                value = told[name]
                 if before[name] != value:
                     raise ValueError(
                         f"{self.out} holds a training with {name} {before[name]!r}, not {value!r}; "
@@ -174,8 +201,7 @@ class Training:
 
     def run(self) -> Path:
         """Trains what the settings say, and returns the weights tar; ValueError where another process does so."""
-        busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
-        with nullcontext() if rank_zero_only.rank else alone_in(self.work, busy):
+        with self._alone():
             return self._run()
 
     def _run(self) -> Path:
@@ -201,7 +227,6 @@ class Training:
         folder, network = self.work / name, getattr(self.networks, name)
         record, weights = folder / "record.json", folder / f"{name}.safetensors"
         if not record.is_file():
-            torch.manual_seed(self.settings.seed)  # for networks that start anew, such as the discriminator
             values = getattr(self, f"train_{name}")(folder)
             if not rank_zero_only.rank:
                 save_part(network.cpu(), weights)
@@ -217,8 +242,9 @@ class Training:
         vqgan = self.networks.vqgan.train().requires_grad_(True)
         compares = self.plan.vqgan_loss.perceptual > 0
         lpips = chosen_lpips(folder, vqgan.config.resolution) if compares else None
-        plan = self.plan
-        trainer = VQGANTrainer(vqgan, plan.vqgan, plan.vqgan_loss, self.networks.clip, lpips, decoder_alone=keeps)
+        fitting, loss = self.plan.vqgan, self.plan.vqgan_loss
+        torch.manual_seed(seed)  # for the discriminator, which starts anew
+        trainer = VQGANTrainer(vqgan, fitting, loss, self.networks.clip, lpips, decoder_alone=keeps)
         minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
         samples = Endless(self.files(self.learnt), seed)
         grids = ReconstructionGrids(held_back, folder)
@@ -342,10 +368,7 @@ class Training:
         }
 
 
-def knows_its_tokens(base: Path) -> bool:
-    """Whether the base has a transformer, and one that learnt the tokens of the VQGAN beside it."""
-    record = base / "training.json"
-    told = json.loads(record.read_text()) if record.is_file() else {}
-    stages = told.get("stages", {})
-    lost = told.get("settings", {}).get("stage") == "vqgan" and not stages.get("vqgan", {}).get("tokens_kept")
-    return (base / "gpt.safetensors").is_file() and not lost
+def contents_of(model: Path) -> str:
+    """What tells a model folder from any other, wherever it lies."""
+    digests = [f"{name} {digest_of(model / name)}" for name in FILES if (model / name).is_file()]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
