@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from clip_gen.config import ModelConfig, read_config, write_config
 from clip_gen.files import whole_folder_or_not, whole_or_not
 from clip_gen.gpt import GPT, with_null_condition
 from clip_gen.unfilled import Unfilled
-from clip_gen.vqgan import VQGAN
+from clip_gen.vqgan import VQGAN, build_discriminator
 
 CONFIG = "config.yaml"
 TRAINING = "training.json"
@@ -127,6 +127,19 @@ def load_config(folder: Path) -> ModelConfig:
     except ValueError as error:
         raise ModelFolderError(f"{error}. Copy the model folder again, or mend {path}") from error
     return config
+
+
+def load_discriminator(folder: Path) -> nn.Module | None:
+    """The one that a VQGAN was published with, to go on with in fine-tuning; None where there is none."""
+    path = folder / DISCRIMINATOR
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:  # it may have other sizes than ours
+        layers = sum(name.endswith(".running_mean") for name in file.keys())  # noqa: SIM118, for it is no dictionary
+        channels = file.get_slice("main.0.weight").get_shape()[0]
+    network = build_discriminator(channels, layers)
+    load_part(network, path)
+    return network
 
 
 def load_part(network: nn.Module, path: Path) -> None:

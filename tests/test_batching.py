@@ -370,6 +370,28 @@ def test_rows_of_several_who_ask_for_the_same_work_are_done_together(
     assert batcher.share(tenfold, range(5), 2) == [0, 10, 20, 30, 40]
 
 
+def test_candidates_of_a_caller_who_was_interrupted_are_dropped(
+    gpt: GPT, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def should_stop() -> bool:
+        asked.append(1)
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batcher.sample(gpt, embedding(0), 4000, 0, Sampling(), should_stop)
+    batcher.sample(gpt, embedding(1), 1, 1, Sampling())  # begins when the others are gone, or stand behind it
+    seen = len(asked)
+    batcher.sample(gpt, embedding(1), 1, 1, Sampling())
+    assert len(asked) == seen
+
+
 def test_what_failed_together_is_let_go_of_before_its_rows_are_tried_alone(batcher: Batcher) -> None:
     class Held(list):
         """A list that may be pointed at weakly."""

@@ -51,10 +51,13 @@ def test_kinds_are_what_they_say() -> None:
 def test_the_command_writes_the_table_as_json_and_a_sheet(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["evaluate", str(tiny_model_folder), "--prompts", "3", "--out", str(tmp_path)]) == 0
+    sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.75, "guidance": 1.5}
+    options = [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["evaluate", str(tiny_model_folder), "--prompts", "3", "--out", str(tmp_path), *options]) == 0
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["prompts"] == 3
+    assert report["sampling"] == sampling
     for name, row in report["rows"].items():
         assert name in table
         # Of what a prompt leaves unsaid there is nothing to grade.

@@ -133,6 +133,7 @@ def test_who_looks_around_sees_what_is_there_at_once(embedding: Tensor, tokens: 
 
 def test_a_null_condition_can_be_added_for_fine_tuning(embedding: Tensor, tokens: Tensor) -> None:
     bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True, looks_around=True)).eval()
+    torch.nn.init.normal_(bare.condition.bias)
     assert "null_condition" not in bare.state_dict()
     grown = with_null_condition(bare)
     assert grown.config == replace(bare.config, null_condition=True)

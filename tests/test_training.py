@@ -448,6 +448,18 @@ def test_muon_takes_a_convolutions_weights_as_a_matrix_and_leaves_a_vqgans_rest_
     assert others.issuperset(map(id, trainer.discriminator.parameters()))
 
 
+def test_each_networks_gradients_are_cut_back_for_themselves() -> None:
+    trainer = VQGANTrainer(VQGAN(TINY.vqgan).train(), FIT, VQGANLoss(adversarial=1.0))
+    for network, size in ((trainer.vqgan, 1e-4), (trainer.discriminator, 1e2)):
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+    small = trainer.vqgan.decoder.conv_in.weight.grad.clone()
+    trainer.configure_gradient_clipping(None, 1.0, None)
+    assert torch.equal(trainer.vqgan.decoder.conv_in.weight.grad, small)
+    norms = torch.stack([parameter.grad.norm() for parameter in trainer.discriminator.parameters()])
+    assert float(norms.norm()) == pytest.approx(1, abs=1e-3)
+
+
 def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> None:
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()

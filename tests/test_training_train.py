@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import ModelFolderError, knows_its_tokens, save_networks
+from clip_gen.checkpoint import ModelFolderError, knows_its_tokens, save_networks, save_part
 from clip_gen.files import ROOT, alone_in
 from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
@@ -35,6 +36,8 @@ from clip_gen.training.dataset import PictureFiles, Views
 from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training
+from clip_gen.training.vqgan_trainer import VQGANTrainer
+from clip_gen.vqgan import build_discriminator
 from clip_gen.weights import resolve_weights
 
 TOY = TrainSettings(
@@ -285,6 +288,52 @@ def test_a_training_cut_off_before_its_first_checkpoint_ends_with_the_very_weigh
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
 
 
+def test_of_the_minutes_the_first_stage_gets_a_fifth(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(*_: object, machine: Machine, **__: object) -> None:
+        raise KeyboardInterrupt(machine.max_minutes)
+
+    monkeypatch.setattr(train, "fit", given)
+    for stage, minutes in (("both", 2.0), ("vqgan", 10.0)):
+        with pytest.raises(KeyboardInterrupt) as told:
+            Training(photos, tmp_path / stage, replace(toy, stage=stage, max_minutes=10)).run()
+        assert told.value.args == (minutes,)
+
+
+def test_tokens_that_the_bases_transformer_does_not_know_are_not_kept(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(toy.base, tmp_path / "base"))
+    record = {"settings": {"stage": "vqgan"}, "stages": {"vqgan": {"tokens_kept": False}}}
+    (base / "training.json").write_text(json.dumps(record))
+    assert Training(photos, tmp_path / "out", replace(toy, base=str(base))).keeps_tokens(tmp_path / "x") is False
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_published_discriminator_is_gone_on_with(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(toy.base, tmp_path / "base"))
+    published = build_discriminator(channels=8, layers=1).half().float()  # as it is saved
+    save_part(published, base / "discriminator.safetensors")
+
+    class Begun(Exception):
+        pass
+
+    def begun(name: str, trainer: VQGANTrainer, *_: object, **__: object) -> None:
+        raise Begun(trainer.discriminator)
+
+    monkeypatch.setattr(train, "fit", begun)
+    told = replace(toy, adversarial_weight=1.0, base=str(base))
+    with pytest.raises(Begun) as found:
+        Training(photos, tmp_path / "further", told).run()
+    assert torch.equal(found.value.args[0].main[0].weight, published.main[0].weight)
+    with pytest.raises(Begun) as found:
+        Training(photos, tmp_path / "anew", replace(told, size="laptop")).run()
+    assert len(found.value.args[0].main[0].weight) == 64
+
+
 def test_minutes_count_stages_that_were_trained_before(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     training = Training(photos, tmp_path, toy)
     assert training.record({"vqgan": {"minutes": 5.0}, "gpt": {"minutes": 7.5}})["minutes"] == 12.5
@@ -439,8 +488,13 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
         ({"mean_shift": -1.0}, "mean_shift is -1.0; give 0 or more"),
         ({"size": "laptop", "stage": "transformer"}, "needs the base model's VQGAN"),
         ({"size": "laptop", "resolution": 30}, "resolution is 30; size laptop takes multiples of 4"),
-        ({"condition_dropout": 1.0}, "condition_dropout is 1.0"),
-        ({"condition_blur": -0.1}, "condition_blur is -0.1; give 0 up to, but not, 1"),
+        ({"condition_dropout": 1.0}, "condition_dropout is 1.0; give less than 1"),
+        ({"condition_blur": -0.1}, "condition_blur is -0.1; give 0 or more"),
+        ({"batch_size": -3}, "batch_size is -3; give 0 or more"),
+        ({"seed": -1}, "seed is -1; give 0 or more"),
+        ({"vqgan_learning_rate": math.nan}, "vqgan_learning_rate is nan; give 0 or more"),
+        ({"max_minutes": math.inf}, "max_minutes is inf; give 0 or more"),
+        ({"size": "laptop", "codebook_size": 16385}, "codebook_size is 16385; give 16384 or fewer"),
         ({"contrast_weight": -1.0}, "contrast_weight is -1.0; give 0 or more"),
         ({"precision": "8"}, 'precision is "8"; it takes one of auto, 32-true, bf16-mixed'),
         ({"max_minutes": -1.0}, "max_minutes is -1.0; give 0 or more"),
@@ -465,6 +519,7 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
         'strategy is "fsdp_cpu_offload", but weights are averaged': Machine(strategy="fsdp_cpu_offload"),
         'strategy is "foo", which there is not; give auto, ddp or fsdp': Machine(strategy="foo"),
         "devices is 0; give how many": Machine(devices="0"),
+        "devices is all; give how many": Machine(devices="all"),
         "nodes is 0; give how many": Machine(nodes=0),
     }
     for sentence, machine in refused.items():

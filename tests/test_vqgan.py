@@ -114,6 +114,19 @@ def test_commitment_pulls_the_encoder_a_quarter_as_hard_as_the_codebook_is_pulle
     assert torch.allclose(features.grad, 0.25 * 2 * difference / difference.numel(), atol=1e-7)
 
 
+@pytest.mark.parametrize("quantizer", ["taming", "cosine", "gumbel"])
+def test_the_nearest_code_is_looked_for_in_float32(quantizer: str) -> None:
+    vqgan, seen = VQGAN(replace(TINY.vqgan, quantizer=quantizer, codebook_dim=TINY.vqgan.z_channels)), []
+
+    def note(_: object, features: tuple[torch.Tensor, ...]) -> None:
+        seen.append((features[0].dtype, torch.is_autocast_enabled("cpu")))
+
+    vqgan.quantizer.register_forward_pre_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        vqgan.encode(torch.rand(4, 3, 16, 16) * 2 - 1)
+    assert seen == [(torch.float32, False)]
+
+
 def test_unit_length_codes_in_the_cosine_codebook() -> None:
     vqgan = started(TINY.vqgan)
     codes = vqgan.quantizer.lookup(torch.arange(32)[None])

@@ -112,7 +112,7 @@ class TrainSettings:
             raise ValueError(f"tokens is {self.tokens}, but stage transformer leaves the VQGAN as it is: leave it out")
         for name in ("condition_dropout", "condition_blur"):
             if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 0 up to, but not, 1")
+                raise ValueError(f"{name} is {getattr(self, name)}; give less than 1")
 
 
 @dataclass(frozen=True)

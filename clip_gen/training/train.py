@@ -34,6 +34,7 @@ from clip_gen.checkpoint import (
     build,
     knows_its_tokens,
     load_base,
+    load_discriminator,
     load_part,
     save_networks,
     save_part,
@@ -243,8 +244,16 @@ class Training:
         compares = self.plan.vqgan_loss.perceptual > 0
         lpips = chosen_lpips(folder, vqgan.config.resolution) if compares else None
         fitting, loss = self.plan.vqgan, self.plan.vqgan_loss
-        torch.manual_seed(seed)  # for the discriminator, which starts anew
-        trainer = VQGANTrainer(vqgan, fitting, loss, self.networks.clip, lpips, decoder_alone=keeps)
+        torch.manual_seed(seed)  # for a discriminator that starts anew
+        trainer = VQGANTrainer(
+            vqgan,
+            fitting,
+            loss,
+            self.networks.clip,
+            lpips,
+            discriminator=load_discriminator(self.base) if self.settings.size == "base" else None,
+            decoder_alone=keeps,
+        )
         minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
         samples = Endless(self.files(self.learnt), seed)
         grids = ReconstructionGrids(held_back, folder)

@@ -26,6 +26,7 @@ class VQGANLoss:
 class VQGANTrainer(Stage):
     """Batches are pictures, (B, S, S, 3) uint8. What looks alike is LPIPS's to say where it is given, else CLIP's.
 
+    discriminator: one to go on with; else a new one.
     decoder_alone: the encoder and the codes stay as they are, and with them every picture's tokens.
     """
 
@@ -37,6 +38,7 @@ class VQGANTrainer(Stage):
         clip: ClipEncoder | None = None,
         lpips: nn.Module | None = None,
         *,
+        discriminator: nn.Module | None = None,
         decoder_alone: bool = False,
     ):
         super().__init__(config)
@@ -56,7 +58,7 @@ class VQGANTrainer(Stage):
         self.clip, self.lpips = lambda: clip, lambda: lpips
         # One layer fewer where pictures are too small for three.
         layers = 3 if vqgan.config.resolution >= 32 else 2
-        self.discriminator = build_discriminator(layers=layers) if loss.adversarial else None
+        self.discriminator = (discriminator or build_discriminator(layers=layers)) if loss.adversarial else None
 
     def on_fit_start(self) -> None:
         if self.clip() is not None:
