@@ -22,12 +22,12 @@ async def train(
         choices=["both", "vqgan", "transformer"],
     ),
     tokens: str = Input(
-        description="keep: what the base's tokens mean, so that its transformer goes on. auto: where they tell well.",
+        description="keep: train the decoder alone, so the base's transformer still fits. learn: all. auto: as suits.",
         default="auto",
         choices=["auto", "keep", "learn"],
     ),
     base: str | None = Input(
-        description="Model to start from: URL or path of a weights tar. Leave blank for the one that predicts.",
+        description="Model to start from: URL or path of a weights tar, or a folder. Blank: the one that predicts.",
         default=None,
     ),
     size: str = Input(
@@ -68,7 +68,7 @@ async def train(
         description="How much reconstructions should look real to a discriminator.", default=0.1, ge=0, le=100
     ),
     embedding_noise: float = Input(
-        description="Greatest push on a picture's embedding: more forgives prompts that fit it loosely.",
+        description="Most noise added to a picture's embedding; with more, looser prompts work.",
         default=0.5,
         ge=0,
         le=10,
@@ -89,13 +89,13 @@ async def train(
         le=4,
     ),
     contrast_weight: float = Input(
-        description="How surely to tell each picture from another much like it; half as much time again. 0: without.",
+        description="Weight of a loss that tells each picture from a similar one; takes half as long again. 0: off.",
         default=0.0,
         ge=0,
         le=100,
     ),
     embedding_loss_weight: float = Input(
-        description="Weight of CLIP-GEN's second loss; slow. 0: without.", default=0.0, ge=0, le=100
+        description="Weight of CLIP-GEN's second loss; slow. 0: off.", default=0.0, ge=0, le=100
     ),
     crop: bool = Input(description="Learn from random crops too.", default=True),
     flip: bool = Input(description="Learn from mirrored pictures too. Off for text and faces.", default=True),
@@ -104,7 +104,7 @@ async def train(
         description="Prompts to draw now and then for the report, with | between them.", default="", max_length=2000
     ),
     precision: str = Input(
-        description="Of the arithmetic. auto: bfloat16 where the hardware multiplies it.",
+        description="Number format of the arithmetic. auto: bfloat16 where the hardware multiplies it.",
         default="auto",
         choices=["auto", "32-true", "bf16-mixed"],
     ),

@@ -5,6 +5,7 @@ Nothing in an archive chooses where a byte is written: files get names of ours, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -51,7 +52,7 @@ class _Staged:
 def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
     """Copies the usable pictures of a zip, a tar (plain, gz, bz2, xz) or a folder into a new or empty `folder`.
 
-    They are called 000001.jpg and so on in the order of their original names, so what is made depends on the names and
+    They are called 000001.jpeg and so on in the order of their original names, so what is made depends on the names and
     contents alone. Of pictures with the same pixels the first is used, whatever kind of file they come in. The folder
     is there whole or not at all. ArchiveError when it cannot be made, or fewer than limits.least_pictures are of use.
     """
@@ -107,8 +108,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{folder}: cannot be written to ({reason_of(error)})"
-        raise ArchiveError(f"{reason}; make room, or name another folder") from error
+        full = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise ArchiveError(f"{folder}: cannot be written to ({reason_of(error)}); {full}name another folder") from error
 
 
 def _stage(source: Path, part: Path, folder: Path, limits: Limits) -> tuple[list[_Staged], list[Skipped]]:

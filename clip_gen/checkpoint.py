@@ -81,7 +81,7 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
         with torch.device("meta"):  # shapes without memory: a config may ask for more than there is
             planned = build(config)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
-        raise ModelFolderError(f"{folder / CONFIG}: its sizes make no network ({error}); mend it") from error
+        raise ModelFolderError(f"{folder / CONFIG}: its sizes describe no network ({error}); mend it") from error
     files = {part: folder / f"{part}.safetensors" for part in PARTS}
     missing = [part for part in fresh if not files[part].is_file()]
     tensors = {part: read_part(getattr(planned, part), files[part]) for part in PARTS if part not in missing}

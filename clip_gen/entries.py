@@ -164,7 +164,9 @@ def _tar_entries(source: Path, meter: Meter) -> Iterator[Entry]:
         except (tarfile.TarError, OSError) as error:
             if found:
                 raise _damaged(source, error) from error
-            raise ArchiveError(f"{source}: is no archive that is read ({reason_of(error)}); {WANTED}") from error
+            raise ArchiveError(
+                f"{source}: is not an archive that can be read ({reason_of(error)}); {WANTED}"
+            ) from error
 
 
 def _zip_entries(source: Path, meter: Meter) -> Iterator[Entry]:

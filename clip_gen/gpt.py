@@ -80,11 +80,12 @@ class CausalSelfAttention(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """GELU of few rows (B, n). On a CPU oneDNN's takes longer to begin than torch's own for all there is, and torch
-    takes its own for what is not contiguous.
+    """GELU of few rows (B, n), without oneDNN's on a CPU, which takes longer to begin than torch's own takes for all of
+    it. Torch takes its own for what is not contiguous, so it is given a view that is not.
 
-    That rounds otherwise where numbers do not fill a vector, at the end of what each thread has. So that no row hangs
-    on how many there are, only rows that do fill some are taken apart, and never as many as more threads would share.
+    That rounds otherwise at the end of what each thread has, where numbers do not fill a vector. So only rows that fill
+    vectors go this way, and never so many at a time that threads would share them: then no row's bits depend on how
+    many there are.
     """
     width = x.shape[1]
     if x.device.type != "cpu" or x.dtype != torch.float32 or width % VECTORS:

@@ -18,7 +18,7 @@ def spare_cores() -> int:
 
 
 def give_back_memory() -> None:
-    """To the system, what was freed and kept for later, as KEEP_MEMORY has it."""
+    """Returns to the system what malloc holds on to once it is freed (cog_training.KEEP_MEMORY)."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:

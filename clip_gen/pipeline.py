@@ -123,7 +123,7 @@ class ClipGen:
         ValueError when a value is out of its range; Stopped when should_stop, asked before every token, says so; Busy
         when too many candidates wait already.
         """
-        sampling = Sampling(temperature, top_k, top_p, guidance)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
         if not clip_rerank and 1 <= num_outputs <= MAX_CANDIDATES:
             candidates = num_outputs  # the others would never be looked at
         check_request(prompt, candidates, num_outputs, seed)

@@ -18,8 +18,8 @@ MAX_SEED = 2**31 - 1
 
 # Matrix products over other numbers of rows may take other code paths and round differently (by 1e-6 on a CPU with
 # AVX2), which now and then flips a token. So on a CPU products have one of those NUMBERS of rows that round alike
-# there, filled up with the last row: a candidate's bits are then the same whatever stands beside it. Where they are not
-# enough for a batch of ROWS, that, and with guidance twice that, is the only one.
+# there, filled up with the last row: a candidate's bits are then the same whatever stands beside it. Where none that
+# round alike reach ROWS, every batch is filled up to ROWS, and with guidance to twice that.
 ROWS = 16
 NUMBERS = (1, 2, 4, 5, 6, 8, 10, 12, 16, 18, 20, 24, 32, 36, 40, 48, 64, 72)  # FBGEMM takes six at a time
 SHARED = 32  # candidates in a batch; guidance takes two rows for each
@@ -33,7 +33,7 @@ class Stopped(Exception):
     """Somebody no longer wants the picture."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn."""
 

@@ -237,7 +237,7 @@ def test_an_empty_archive_is_an_error(tmp_path: Path, out: Path, kind: str) -> N
 )
 def test_what_is_no_archive_is_an_error(tmp_path: Path, out: Path, content: bytes) -> None:
     (tmp_path / "photos.zip").write_bytes(content)
-    assert "is no archive that is read" in refused(tmp_path / "photos.zip", out)
+    assert "is not an archive that can be read" in refused(tmp_path / "photos.zip", out)
 
 
 def test_an_empty_file_and_a_missing_one_are_errors(tmp_path: Path, out: Path) -> None:
@@ -275,7 +275,7 @@ def test_an_archive_cut_off_is_an_error(tmp_path: Path, out: Path, kind: str, sh
     source = MAKERS[kind](tmp_path / f"photos.{kind}", {f"{i}.png": picture(i, side=60) for i in range(10)})
     data = source.read_bytes().rstrip(b"\0")
     source.write_bytes(data[: int(len(data) * share)])
-    assert any(words in refused(source, out) for words in ("damaged or cut off", "is no archive that is read"))
+    assert any(words in refused(source, out) for words in ("damaged or cut off", "is not an archive that can be read"))
 
 
 def test_a_tar_cut_off_between_two_files_is_an_error(tmp_path: Path, out: Path) -> None:

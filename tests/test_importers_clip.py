@@ -104,7 +104,7 @@ def test_the_sizes_of_every_published_model_are_read_off_its_shapes(name: str) -
         ("text_projection", None, "has no key text_projection"),
         ("visual.layer3.0.bn1.running_var", None, "has no key visual.layer3.0.bn1.running_var"),
         ("visual.attnpool.c_proj.bias", torch.zeros(3), "visual.attnpool.c_proj.bias has shape (3,), wanted is (24,)"),
-        ("visual.layer5.0.conv1.weight", torch.zeros(3), "nothing asks for its key visual.layer5.0.conv1.weight"),
+        ("visual.layer5.0.conv1.weight", torch.zeros(3), "has an unexpected key visual.layer5.0.conv1.weight"),
         ("vocab_size", torch.tensor(5), "vocab_size is 5, but its tensors are for 49408"),
         ("ln_final.bias", torch.full((64,), torch.inf), "ln_final.bias holds numbers"),
     ],

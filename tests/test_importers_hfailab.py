@@ -176,7 +176,7 @@ def test_a_misshapen_key_is_named_with_both_shapes(part: str, name: str) -> None
 def test_an_unknown_key_is_named(name: str) -> None:
     found = foreign("gpt" if "blocks" in name else "vqgan")
     found.tensors[name] = torch.zeros(1)
-    with pytest.raises(ValueError, match=rf"nothing asks for its key {name};"):
+    with pytest.raises(ValueError, match=rf"has an unexpected key {name};"):
         convert(found)
 
 

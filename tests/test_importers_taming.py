@@ -184,7 +184,7 @@ def test_it_is_a_base_for_a_transformer_of_its_codes_and_a_clip_can_join_it(tmp_
         ("quantize.embedding.weight", None, "has no key quantize.embedding.weight"),
         ("loss.discriminator.main.3.bias", None, "has no key loss.discriminator.main.3.bias"),
         ("quant_conv.bias", torch.zeros(7), "quant_conv.bias has shape (7,), wanted is (32,)"),
-        ("model_ema.decay", torch.zeros(1), "nothing asks for its key model_ema.decay"),
+        ("model_ema.decay", torch.zeros(1), "has an unexpected key model_ema.decay"),
         ("encoder.conv_in.bias", torch.full((32,), torch.nan), "encoder.conv_in.bias holds numbers"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
         ({"target": "taming.models.cond_transformer.Net2NetTransformer"}, "its model is Net2NetTransformer"),
         ({"ddconfig": {"double_z": True}}, "double_z is True"),
         ({"ddconfig": {"in_channels": 182}}, "channels (182, 3)"),
-        ({"ddconfig": {"ch": 33}}, "its sizes make no network"),
+        ({"ddconfig": {"ch": 33}}, "its sizes describe no network"),
         ({"n_embed": None}, "has no 'n_embed'"),
         ({"remap": "indices.npy"}, "remap indices.npy"),
     ],

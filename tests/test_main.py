@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from clip_gen import generate
 from clip_gen.__main__ import COMMANDS, main
+from clip_gen.cog_schema import project_signatures
+from clip_gen.sampling import Sampling
 from clip_gen.training import cli
 
 
@@ -60,6 +64,12 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert exit_.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+def test_generate_takes_what_predict_takes_to_draw_with() -> None:
+    inputs = {one.name: one.arguments.get("default") for one in project_signatures()[0].inputs}
+    assert {name: inputs[name] for name in generate.DEFAULTS} == generate.DEFAULTS
+    assert {field.name for field in fields(Sampling)} < generate.DEFAULTS.keys()
 
 
 def test_every_setting_of_a_training_is_told_of() -> None:

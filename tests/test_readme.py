@@ -27,6 +27,9 @@ def test_the_file_map_names_every_module_and_script() -> None:
 def test_what_the_file_map_names_exists() -> None:
     for name in re.findall(r"`(clip_gen/[\w./*]+|script/\w+|tests/|configs/|checkpoints/|docs/[\w.]+)`", README):
         assert list(ROOT.glob(name.rstrip("/"))), name
+    for row in re.findall(r"^\| (`clip_gen/\w+\.py`, `.+?) \| ", README, re.MULTILINE):
+        for name in re.findall(r"`(\w+\.py)`", row):  # beside the first
+            assert (ROOT / "clip_gen" / name).is_file(), name
 
 
 def test_the_input_table_has_every_input_with_its_default() -> None:
@@ -45,5 +48,14 @@ def test_the_input_table_has_every_input_with_its_default() -> None:
 
 
 def test_pictures_and_links_point_at_files() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
+    for page in (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "quality.md"):
+        for target, _, heading in re.findall(r"\]\((?!http)([^)#]*)(#([^)]+))?\)", page.read_text()):
+            linked = page.parent / target if target else page
+            assert linked.is_file(), target
+            assert not heading or heading in headings(linked), (target, heading)
+
+
+def headings(page: Path) -> set[str]:
+    """Those of a page, as links name them."""
+    titles = re.findall(r"^#+ (.+)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

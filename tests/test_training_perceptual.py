@@ -153,7 +153,7 @@ def test_a_file_that_is_no_lpips_is_refused_in_a_sentence(tmp_path: Path, monkey
     (tmp_path / "lpips.safetensors").write_bytes(b"something else")
     monkeypatch.setenv("CLIP_GEN_LPIPS", str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"lpips\.safetensors: is no LPIPS of ours .* get it again by python -m clip_gen"
+        ValueError, match=r"lpips\.safetensors: is not LPIPS as pull leaves it .* get it again by python -m clip_gen"
     ):
         chosen_lpips(tmp_path / "stage", 16)
 

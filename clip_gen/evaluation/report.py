@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance)
+    sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
     sampling.check()
     if arguments.prompts < 1:
         raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")

@@ -106,7 +106,7 @@ class Foreign:
             made[ours] = source.take(found, wanted.shape)
         left = sorted(set(self.tensors) - {sources[ours].name for ours in made})
         if left:
-            raise ValueError(f"{self.path}: nothing asks for its key {self.prefix}{left[0]}; it is of another format")
+            raise ValueError(f"{self.path}: has an unexpected key {self.prefix}{left[0]}; it is of another format")
         try:
             return narrowed(made, dict(network.named_parameters()), dtype)
         except ValueError as error:
@@ -119,7 +119,7 @@ def planned(build: Callable[[], Network], path: Path) -> Network:
         with torch.device("meta"):
             return build()
     except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
-        raise ValueError(f"{path}: its sizes make no network ({error}); it is of another format") from error
+        raise ValueError(f"{path}: its sizes describe no network ({error}); it is of another format") from error
 
 
 def read_checkpoint(path: Path) -> Foreign:

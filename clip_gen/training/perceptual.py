@@ -58,6 +58,6 @@ def _loaded(file: Path) -> nn.Module:
     try:
         load_part(lpips, file)
     except ValueError as error:
-        raise ValueError(f"{file}: is no LPIPS of ours ({error}); get it again by {PULL}") from error
+        raise ValueError(f"{file}: is not LPIPS as pull leaves it ({error}); get it again by {PULL}") from error
     log.info("perceptual loss: LPIPS, of %s", file)
     return lpips

@@ -106,7 +106,7 @@ def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, 
             true = torch.from_numpy(np.stack(shows))
             text = torch.stack([networks.clip.encode_text(captions) for captions in zip(*told, strict=True)], dim=1)
             condition, tokens = networks.bridge(text[:, 0]), networks.vqgan.encode(from_bytes(true.to(device)))
-            sampling = Sampling(TEMPERATURES[turn % len(TEMPERATURES)])
+            sampling = Sampling(temperature=TEMPERATURES[turn % len(TEMPERATURES)])
             drawn = sample_tokens(gpt, condition, candidate_uniforms(seed, indices, length), sampling)
             touched = written_anew(gpt, condition, tokens, np.random.default_rng([seed, turn]))
             rows[here] = text.cpu().numpy()

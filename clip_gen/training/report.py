@@ -7,12 +7,21 @@ import html
 from pathlib import Path
 
 from clip_gen.files import write_whole
+from clip_gen.pictures import PictureError
 from clip_gen.training.plan import prompts_of
 from clip_gen.training.run import read_history
 
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
 CURVES = {
-    "vqgan": (("loss",), ("l1",), ("perceptual",), ("val_psnr",), ("codes_in_batch",), ("perplexity",)),
+    "vqgan": (
+        ("loss",),  # which rises where the discriminator comes in
+        ("fooled", "told_apart"),  # the generator's loss for that, and the discriminator's
+        ("l1",),
+        ("perceptual",),
+        ("val_psnr",),
+        ("codes_in_batch",),
+        ("perplexity",),
+    ),
     "gpt": (("loss", "val_loss"), ("embedding",), ("contrast",)),
 }
 COLOURS = ("#2563eb", "#dc2626")  # of the curves in one chart: what is learnt from, what was held back
@@ -37,7 +46,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
         if name in record["stages"]:
             body += [f"<h2>{title}</h2>", _table(_plain(record["stages"][name])), *_curves(work / name, name)]
             body += _grids(work / name / "grids", _rows(name, record["settings"]["sample_prompts"]))
-    skipped = [(one["name"], f"{one['reason']} {one['detail']}".strip()) for one in pictures["skipped"]]
+    skipped = [(one["name"], str(PictureError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
     if skipped:
         body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
     body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]
@@ -69,7 +78,8 @@ def _curves(folder: Path, name: str) -> list[str]:
         lines = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in group}
         lines = {key: points for key, points in lines.items() if len(points) > 1}
         if lines:
-            figures.append(f"<figure>{_chart(lines)}<figcaption>{', '.join(lines)}</figcaption></figure>")
+            words = [f'<span style="color:{colour}">{key}</span>' for colour, key in zip(COLOURS, lines, strict=False)]
+            figures.append(f"<figure>{_chart(lines)}<figcaption>{', '.join(words)}</figcaption></figure>")
     return figures
 
 

@@ -63,7 +63,7 @@ class Machine:
                 "fsdp is made for: give fsdp, or ddp"
             )
         if self.strategy.lower() not in ("auto", *StrategyRegistry.available_strategies()):
-            raise ValueError(f'strategy is "{self.strategy}", which there is not; give auto, ddp or fsdp')
+            raise ValueError(f'strategy is "{self.strategy}", which does not exist; give auto, ddp or fsdp')
 
     def sharing(self, *batch_sizes: int) -> Machine:
         """With as many of the GPUs, where that is left to it, as can share each of these batches."""
@@ -180,6 +180,9 @@ def _fit(
         stage.load_state_dict(kept["state_dict"])
         values |= {"val_loss": round(kept["val_loss"], 5), "best_step": kept["step"]}
     stage.to(memory_format=torch.contiguous_format)  # as every network is that comes from a file
+    if trainer.is_global_zero:
+        validated = "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("val_"))
+        log.info("%s: %d steps done  %s", name, done, validated)
     legs = read_ledger(folder / "ledger.json")
     return {
         "steps": done,
