@@ -91,11 +91,16 @@ def fingerprint(source: Path) -> str:
     return ""
 
 
+def check_outside(source: Path, folder: Path) -> None:
+    """ArchiveError for a folder inside the one whose pictures it is to hold."""
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise ArchiveError(f"{folder}: is inside {source}, whose pictures it is to hold; name a folder elsewhere")
+
+
 def _check_places(source: Path, folder: Path) -> None:
     if not source.exists():
         raise ArchiveError(f"{source}: there is no such file or folder; {WANTED}")
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise ArchiveError(f"{folder}: is inside {source}, whose pictures it is to hold; name a folder elsewhere")
+    check_outside(source, folder)
     with _writing(folder):
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken:

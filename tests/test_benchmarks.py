@@ -310,9 +310,21 @@ def test_results_are_named_after_what_they_were_measured_on(
 ) -> None:
     assert bench.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--size", "published", "--only", "loading"])
-    bench.main()  # which is measured at the bundled size alone
-    assert capsys.readouterr().out.endswith(f"{tmp_path / bench.file_name(figures.processor())}.json\n")
+    monkeypatch.setitem(bench.PARTS, "loading", lambda subject: [Figure("loading", 1.0)])
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--size", "bundled", "--only", "loading"])
+    bench.main()
+    out = tmp_path / f"{bench.file_name(figures.processor())}.json"
+    assert capsys.readouterr().out.endswith(f"{out}\n")
+    assert list(json.loads(out.read_text())) == ["loading, bundled"]
+
+
+def test_what_is_measured_of_the_bundled_model_alone_is_refused_for_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--size", "published", "--only", "loading", "http"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "loading http: of the bundled model alone; leave out --size published" in capsys.readouterr().err
 
 
 def test_the_readme_tells_of_every_file() -> None:

@@ -150,7 +150,11 @@ def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
 
 
 @pytest.mark.parametrize("looks_around", [False, True])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 5, 0.9, guidance=3.0), Sampling(temperature=0)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9, guidance=3.0), Sampling(temperature=0)],
+    ids=["plain", "filtered", "greedy"],
+)
 def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
     looks_around: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -718,3 +718,10 @@ def test_the_log_tells_how_far_it_is(
     said = "\n".join(caplog.messages)
     for words in ("24 pictures of use; skipped:", "vqgan 8/8  ", "gpt 8/8  ", "pictures/s", "weights: "):
         assert words in said, words
+
+
+def test_a_folder_inside_that_of_the_pictures_is_refused_before_it_is_there(toy: TrainSettings, tmp_path: Path) -> None:
+    write_folder(tmp_path / "album", 10)
+    with pytest.raises(ValueError, match=r"trained: is inside .*album, whose pictures it is to hold"):
+        Training(tmp_path / "album", tmp_path / "album" / "trained", toy)
+    assert not (tmp_path / "album" / "trained").exists()

@@ -27,7 +27,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from clip_gen.archives import Pictures, fingerprint, unpack
+from clip_gen.archives import Pictures, check_outside, fingerprint, unpack
 from clip_gen.checkpoint import (
     FILES,
     Networks,
@@ -85,6 +85,7 @@ class Training:
         self.settings, self.machine, self.out, self.work = settings, machine or Machine(), out, out / "work"
         settings.check()
         self.machine.check()
+        check_outside(images, out)  # before there is anything in it
         self.began = time.monotonic()
         self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
