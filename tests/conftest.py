@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import zipfile
 from collections.abc import Iterator
@@ -49,6 +50,15 @@ TINY = ModelConfig(
     ),
     gpt=GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, codebook_size=32, embed_dim=16),
 )
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a training with several processes leaves there, such as its port, would be taken up by the next test's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

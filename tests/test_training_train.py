@@ -460,7 +460,9 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
             assert main(words[3:]) == 0
         else:
             words += ["--strategy", strategy]
-            said = subprocess.run(words, check=True, capture_output=True, timeout=300, text=True).stderr
+            run = subprocess.run(words, capture_output=True, timeout=300, text=True)
+            assert run.returncode == 0, run.stderr
+            said = run.stderr
             assert ("50 % of the transformer's weights are in this process" in said) == (strategy == "fsdp")
     part = "gpt" if stage == "transformer" else "vqgan"
     one, two = (
