@@ -78,12 +78,13 @@ def _curves(folder: Path, name: str) -> list[str]:
         lines = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in group}
         lines = {key: points for key, points in lines.items() if len(points) > 1}
         if lines:
-            words = [f'<span style="color:{colour}">{key}</span>' for colour, key in zip(COLOURS, lines, strict=False)]
-            figures.append(f"<figure>{_chart(lines)}<figcaption>{', '.join(words)}</figcaption></figure>")
+            colours = dict(zip(lines, COLOURS, strict=False))  # there may be fewer lines than colours
+            words = ", ".join(f'<span style="color:{colours[key]}">{key}</span>' for key in lines)
+            figures.append(f"<figure>{_chart(lines, colours)}<figcaption>{words}</figcaption></figure>")
     return figures
 
 
-def _chart(lines: dict[str, list[tuple[int, float]]]) -> str:
+def _chart(lines: dict[str, list[tuple[int, float]]], colours: dict[str, str]) -> str:
     """Step across, value up, as SVG."""
     every = [point for points in lines.values() for point in points]
     last, low, high = max(x for x, _ in every), min(y for _, y in every), max(y for _, y in every)
@@ -94,8 +95,8 @@ def _chart(lines: dict[str, list[tuple[int, float]]]) -> str:
         return f"{across:.1f},{(HEIGHT - BOTTOM) * (1 - (y - low) / span) + 6:.1f}"
 
     drawn = "".join(
-        f'<polyline fill=none stroke="{colour}" stroke-width=1.5 points="{" ".join(place(*p) for p in points)}"/>'
-        for colour, points in zip(COLOURS, lines.values(), strict=False)  # there may be fewer lines than colours
+        f'<polyline fill=none stroke="{colours[key]}" stroke-width=1.5 points="{" ".join(place(*p) for p in points)}"/>'
+        for key, points in lines.items()
     )
     words = (
         f"<text x=0 y=14>{high:.4g}</text><text x=0 y={HEIGHT - BOTTOM + 6}>{low:.4g}</text>"
