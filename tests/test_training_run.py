@@ -310,7 +310,7 @@ def test_out_of_memory_in_one_of_several_processes_ends_all_with_what_to_do(
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "processes", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"toy: out of memory .* batch_size, which is 8"):
+    with pytest.raises(ValueError, match=r"toy: out of memory .* batch_size, which is 8"):
         train(tmp_path, callbacks=[Full()])
 
 

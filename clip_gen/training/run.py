@@ -105,7 +105,7 @@ def fit(
         except torch.OutOfMemoryError as error:
             size = stage.config.batch_size
             if processes() > 1:  # the others are in the middle of a step, and wait for this one's part of it
-                raise RuntimeError(
+                raise ValueError(
                     f"{name}: out of memory in one of {processes()} processes ({error}); give a smaller batch_size, "
                     f"which is {size}"
                 ) from error
