@@ -15,10 +15,10 @@ from clip_gen import ClipGen
 from clip_gen.batching import shared_batcher
 from clip_gen.checkpoint import Networks, build, save_networks
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
+from clip_gen.files import ROOT
 
 Result = TypeVar("Result")
 
-ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "checkpoints" / "shapes"
 PROMPT = "a large red circle on a white background"
 # HFAiLab's, with OpenAI's ViT-B/32.

@@ -18,7 +18,7 @@ from clip_gen.config import ModelConfig, read_config, write_config
 from clip_gen.files import whole_folder_or_not, whole_or_not
 from clip_gen.gpt import GPT, with_null_condition
 from clip_gen.unfilled import Unfilled
-from clip_gen.vqgan import VQGAN, build_discriminator
+from clip_gen.vqgan import VQGAN, build_discriminator, discriminator_layers
 
 CONFIG = "config.yaml"
 TRAINING = "training.json"
@@ -135,7 +135,7 @@ def load_discriminator(folder: Path) -> nn.Module | None:
     if not path.is_file():
         return None
     with safe_open(path, "pt") as file:  # it may have other sizes than ours
-        layers = sum(name.endswith(".running_mean") for name in file.keys())  # noqa: SIM118, for it is no dictionary
+        layers = discriminator_layers(file.keys())
         channels = file.get_slice("main.0.weight").get_shape()[0]
     network = build_discriminator(channels, layers)
     load_part(network, path)

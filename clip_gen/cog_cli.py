@@ -19,7 +19,7 @@ from types import ModuleType
 
 from clip_gen.cog_inputs import InputError, InputField, checked
 from clip_gen.cog_schema import PREDICT, project_signatures
-from clip_gen.files import ROOT
+from clip_gen.files import ROOT, SAVING
 
 PREDICTS = (
     "script/predict",
@@ -214,7 +214,7 @@ def _deliver(files: Sequence[Path], paths: Sequence[Path]) -> None:
     """Copies the files to these paths, all of them or, when one cannot be written, none: then all is as before."""
     path = paths[0]
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder, contextlib.ExitStack() as undo:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=SAVING) as folder, contextlib.ExitStack() as undo:
             for path, file in zip(paths, files, strict=True):
                 shutil.copyfile(file, Path(folder, path.name))
             for path in paths:

@@ -7,6 +7,7 @@ codes: "Vector-quantized Image Modeling with Improved VQGAN", arXiv 2110.04627.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from typing import NamedTuple
 
@@ -188,6 +189,11 @@ class VQGAN(nn.Module):
 def build_discriminator(channels: int = 64, layers: int = 3) -> nn.Module:
     """taming's discriminator of patches with its own start; `channels` in its first layer."""
     return NLayerDiscriminator(ndf=channels, n_layers=layers).apply(weights_init)
+
+
+def discriminator_layers(names: Iterable[str]) -> int:
+    """How many layers one has, by the names of its tensors."""
+    return sum(name.endswith(".running_mean") for name in names)
 
 
 def build_lpips() -> nn.Module:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from clip_gen.cog_schema import project_signatures
+from clip_gen.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from clip_gen.importers.foreign import Foreign, Source, planned
-from clip_gen.vqgan import build_discriminator
+from clip_gen.vqgan import build_discriminator, discriminator_layers
 
 
 def convert_discriminator(found: Foreign, body: str, head: str | None = None) -> dict[str, Tensor]:
@@ -15,7 +15,7 @@ def convert_discriminator(found: Foreign, body: str, head: str | None = None) ->
     """
     if not found.tensors:
         return {}
-    layers = sum(name.endswith(".running_mean") for name in found.tensors)
+    layers = discriminator_layers(found.tensors)
     channels = found.size(f"{body}0.weight")
     network = planned(lambda: build_discriminator(channels, layers), found.path)
     last = f"main.{3 * layers + 2}."
