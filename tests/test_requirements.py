@@ -1,0 +1,51 @@
+"""requirements*.txt and constraints.txt: every installed version is pinned."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+from packaging.requirements import Requirement
+
+from clip_gen.files import ROOT
+
+CUDA = re.compile("nvidia-|cuda-|triton$")
+
+
+def pins(name: str) -> dict[str, str]:
+    """The exact versions in a file, by normalised package name."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    pairs = [line.split("==") for line in lines if line and not line.startswith("-r")]
+    return {normalised(package): version for package, version in pairs}
+
+
+def normalised(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def with_dependencies(packages: list[str]) -> set[str]:
+    """These packages and all that they install on this platform."""
+    found, remaining = set(), [(package, frozenset()) for package in packages]
+    while remaining:
+        package, extras = remaining.pop()
+        if (package, extras) in found:
+            continue
+        found.add((package, extras))
+        for text in importlib.metadata.requires(package) or []:
+            needed = Requirement(text)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+                remaining.append((normalised(needed.name), frozenset(needed.extras)))
+    return {package for package, _ in found}
+
+
+def test_all_that_the_image_installs_is_pinned_but_the_cuda_packages() -> None:
+    image = pins("requirements.txt")
+    needed = with_dependencies([*image, "cog"]) - {"cog"}  # cog.yaml pins cog
+    assert {package for package in needed if not CUDA.match(package)} == set(image)
+
+
+def test_all_that_setup_installs_is_pinned_to_what_is_installed() -> None:
+    files = ("requirements.txt", "requirements-dev.txt", "constraints.txt")
+    pinned = {package: version for name in files for package, version in pins(name).items()}
+    assert with_dependencies(list(pinned)) == set(pinned)
+    assert {package: importlib.metadata.version(package) for package in pinned} == pinned
