@@ -418,6 +418,7 @@ def test_a_line_of_history_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert read_history(path) == [{"step": 1, "loss": 2.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["vqgan"], indirect=True)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
 def test_a_compiled_stage_learns_what_the_plain_one_does(

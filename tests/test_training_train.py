@@ -410,6 +410,7 @@ def command(photos: Path, out: Path, base: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "clip_gen", *words.split(), "--save-seconds", "0", *more]
 
 
+@pytest.mark.slow
 def test_a_training_killed_again_and_again_ends_with_the_very_weights_of_one_that_was_not(
     photos: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -444,7 +445,10 @@ def steps_done(out: Path, stage: str) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-@pytest.mark.parametrize(("stage", "strategy"), [("vqgan", "auto"), ("transformer", "auto"), ("transformer", "fsdp")])
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    [("vqgan", "auto"), ("transformer", "auto"), pytest.param("transformer", "fsdp", marks=pytest.mark.slow)],
+)
 def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage: str, strategy: str) -> None:
     # taming's quantiser: the other one draws new codes for dead ones by chance, which processes do each for themselves.
     # Neither do they drop the same neurons.
