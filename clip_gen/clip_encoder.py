@@ -16,7 +16,7 @@ from clip_gen.images import for_clip
 with warnings.catch_warnings():
     # The package asks setuptools for pkg_resources on every start; requirements.txt has seen to that.
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-    from clip.model import CLIP
+    from clip.model import CLIP, ResidualAttentionBlock
     from clip.simple_tokenizer import SimpleTokenizer
 
 log = logging.getLogger(__name__)
@@ -95,4 +95,11 @@ def build_clip(config: ClipConfig) -> CLIP:
     """OpenAI's class at these sizes, with its own random start."""
     layers = config.vision_layers
     # The config has the names of CLIP's own arguments.
-    return CLIP(**vars(config) | {"vision_layers": layers[0] if len(layers) == 1 else layers})
+    sizes = vars(config) | {"vision_layers": layers[0] if len(layers) == 1 else layers}
+    activation = sizes.pop("activation")
+    clip = CLIP(**sizes)
+    if activation == "gelu":
+        for block in clip.modules():
+            if isinstance(block, ResidualAttentionBlock):
+                block.mlp.gelu = nn.GELU()
+    return clip

@@ -14,12 +14,13 @@ Config = TypeVar("Config")
 
 MOST = 2**18  # of any one size; the largest codebook known has as many codes
 MOST_LAYERS = 256
+ACTIVATIONS = ("quick_gelu", "gelu")  # of a CLIP's transformers: OpenAI's approximation, the function itself
 CLIP_TOKENS = 49408  # of OpenAI's CLIP, whose tokenizer is the only one here
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The sizes OpenAI's CLIP class takes. `vision_layers` is four numbers for a ResNet, one for a ViT."""
+    """The sizes OpenAI's CLIP class takes, and the activation. `vision_layers`: four for a ResNet, one for a ViT."""
 
     embed_dim: int = 512
     image_resolution: int = 224
@@ -31,6 +32,7 @@ class ClipConfig:
     transformer_width: int = 512
     transformer_heads: int = 8
     transformer_layers: int = 12
+    activation: str = "quick_gelu"  # or "gelu", with which most models of open_clip were trained
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class ModelConfig:
                 raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
         if clip.vocab_size < CLIP_TOKENS:
             raise ValueError(f"clip.vocab_size is {clip.vocab_size}; CLIP's tokenizer has {CLIP_TOKENS}")
+        if clip.activation not in ACTIVATIONS:
+            raise ValueError(f'clip.activation is "{clip.activation}"; give {" or ".join(ACTIVATIONS)}')
         if clip.context_length < 3:
             raise ValueError(f"clip.context_length is {clip.context_length}; a word between two marks takes 3")
         least = clip.vision_patch_size or 32
@@ -147,12 +151,15 @@ def read_config(path: Path, kind: type[Config]) -> Config:
 
 def read_settings(path: Path) -> dict[str, object]:
     """Somebody else's YAML file as plain dicts and lists; ValueError when it is not there or no mapping."""
+    remedy = "give the YAML file that came with the checkpoint"
+    if not path.is_file():
+        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; {remedy}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not a YAML file of settings; {remedy}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no settings; give the YAML file that came with the checkpoint")
+        raise ValueError(f"{path}: holds no settings; {remedy}")
     return values
 
 

@@ -34,6 +34,11 @@ def write_whole(path: Path, text: str) -> None:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
+def is_web_page(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is HTML or XML. No archive and no weights begin with a "<"."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+
+
 def digest_of(path: Path) -> str:
     """Its SHA-256, in hexadecimal."""
     with path.open("rb") as file:

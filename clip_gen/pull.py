@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from clip_gen.files import ROOT, alone_in
+from clip_gen.importers import openai_clip
 from clip_gen.importers.command import DTYPES
 from clip_gen.importers.folder import check_replaceable, import_clip, import_hfailab
 from clip_gen.importers.lpips import check_lpips_folder, import_lpips
@@ -36,20 +37,9 @@ class Published:
         return self.url.rpartition("/")[2]
 
 
-def _openai(sha256: str, name: str) -> Published:
-    return Published(f"{OPENAI}/{sha256}/{name}.pt", sha256)
-
-
 CLIPS = {
-    "RN50": _openai("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50"),
-    "RN101": _openai("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101"),
-    "RN50x4": _openai("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4"),
-    "RN50x16": _openai("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16"),
-    "RN50x64": _openai("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "RN50x64"),
-    "ViT-B/32": _openai("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32"),
-    "ViT-B/16": _openai("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16"),
-    "ViT-L/14": _openai("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14"),
-    "ViT-L/14@336px": _openai("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px"),
+    name: Published(f"{OPENAI}/{sha256}/{name.replace('/', '-').replace('@', '-')}.pt", sha256)
+    for name, sha256 in openai_clip.SHA256.items()
 }
 COCO = {
     "vqgan": Published(f"{HFAILAB}/vqgan_coco.pt"),

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clip_gen.download import open_url
-from clip_gen.files import digest_of
+from clip_gen.files import digest_of, is_web_page
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
     for _ in range(2):  # a part that was damaged on the disk is worth a second download
         if not _by_pget(url, part):
             _transfer(url, part)
+        _refuse_web_page(url, part)
         found = digest_of(part)
         if sha256 is None or found.startswith(sha256):
             os.replace(part, path)
@@ -50,6 +51,17 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
         _forget(part)
     wanted = sha256 if len(sha256) == len(found) else f"one that starts with {sha256}"
     raise ValueError(f"{url}: its sha256 is {found}, wanted is {wanted}; other bytes are sent, try another --mirror")
+
+
+def _refuse_web_page(url: str, part: Path) -> None:
+    with part.open("rb") as file:
+        page = is_web_page(file.read(512))
+    if page:
+        _forget(part)
+        raise ValueError(
+            f"{url}: the server sends a web page, not the file; open the address in a browser to see why (a login, a "
+            "proxy, a changed address), or give another --mirror"
+        )
 
 
 def check_room(folder: Path, wanted: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from conftest import TINY
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_gen.clip_encoder import build_clip
 from clip_gen.config import ClipConfig
@@ -52,3 +53,29 @@ def clip_state(config: ClipConfig, seed: int = 0) -> dict[str, Tensor]:
         if name.endswith("bn3.weight"):
             tensor.fill_(0.5)
     return state
+
+
+class Archive(nn.Module):
+    """The shape of an official file: the network's tensors, and three sizes as tensors beside them."""
+
+    def __init__(self, state: dict[str, Tensor], resolution: int):
+        super().__init__()
+        sizes = {"input_resolution": resolution, "context_length": 77, "vocab_size": 49408}
+        for name, tensor in (state | {name: torch.tensor(size) for name, size in sizes.items()}).items():
+            *path, last = name.split(".")
+            module = self
+            for step in path:
+                if not hasattr(module, step):
+                    module.add_module(step, nn.Module())
+                module = getattr(module, step)
+            module.register_buffer(last, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def write_archive(state: dict[str, Tensor], path: Path) -> None:
+    """TorchScript, in the shape of OpenAI's files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Archive(state, 32)).save(str(path))

@@ -11,68 +11,146 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from importer_files import RESNET, VIT, clip_state
+from importer_files import RESNET, VIT, clip_state, write_archive
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.__main__ import main
 from clip_gen.bridge import Bridge
 from clip_gen.checkpoint import build, load_config, load_networks, load_part, save_networks, save_part
-from clip_gen.clip_encoder import ClipEncoder
+from clip_gen.clip_encoder import ClipEncoder, build_clip
 from clip_gen.config import BridgeConfig, ClipConfig
+from clip_gen.files import digest_of
 from clip_gen.images import CLIP_MEAN, CLIP_STD, for_clip, to_tensor
+from clip_gen.importers import openai_clip
 from clip_gen.importers.foreign import Foreign
-from clip_gen.importers.openai_clip import clip_config
+from clip_gen.importers.openai_clip import clip_config, convert_clip, read_clip
 
 PHOTOS = Path(__file__).parent / "fixtures" / "photos"
 
 
-class Archive(nn.Module):
-    """The shape of an official file: the network's tensors, and three sizes as tensors beside them."""
-
-    def __init__(self, state: dict[str, Tensor], resolution: int):
-        super().__init__()
-        sizes = {"input_resolution": resolution, "context_length": 77, "vocab_size": 49408}
-        for name, tensor in (state | {name: torch.tensor(size) for name, size in sizes.items()}).items():
-            *path, last = name.split(".")
-            module = self
-            for step in path:
-                if not hasattr(module, step):
-                    module.add_module(step, nn.Module())
-                module = getattr(module, step)
-            module.register_buffer(last, tensor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def write(state: dict[str, Tensor], form: str, path: Path, resolution: int = 32) -> None:
-    if form == "archive":
-        torch.jit.script(Archive(state, resolution)).save(str(path))
-    else:
-        torch.save({"state dict": state, "wrapped": {"state_dict": state, "epoch": 3}}[form], path)
-
-
-@pytest.mark.parametrize("form", ["archive", "state dict", "wrapped"])
-@pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
-def test_embeddings_are_those_of_the_clip_package(sizes: ClipConfig, form: str, tmp_path: Path) -> None:
-    state = clip_state(sizes)
-    theirs = clip.model.build_model({name: tensor.clone() for name, tensor in state.items()})
-    # Official files are what build_model makes of them: float16, but for the layer norms.
-    write({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, form, tmp_path / "clip.pt")
-    assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 0
-    config = load_config(tmp_path / "out")
-    assert config.clip == sizes
-    assert config.gpt.embed_dim == 24
-    ours = ClipEncoder(config.clip)
-    load_part(ours, tmp_path / "out" / "clip.safetensors")
+def check_embeddings(ours: ClipEncoder, theirs: clip.model.CLIP) -> None:
     images, prompts = torch.rand(2, 3, 32, 32) * 2 - 1, ["a cat", "two dogs on a hill"]
     theirs = theirs.float().eval()
     with torch.no_grad():
         wanted = theirs.encode_image(for_clip(images, 32)), theirs.encode_text(clip.tokenize(prompts))
     for found, embedding in zip((ours.encode_image(images), ours.encode_text(prompts)), wanted, strict=True):
         assert torch.allclose(found, embedding / embedding.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+FORMS = {
+    "state dict": torch.save,
+    "wrapped": lambda state, path: torch.save({"state_dict": state, "epoch": 3}, path),
+    "safetensors": lambda state, path: save_file({name: t.contiguous() for name, t in state.items()}, path),
+    "open_clip, trained": lambda state, path: torch.save(
+        {"epoch": 1, "name": "run", "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path
+    ),
+    "open_clip, CustomTextCLIP": lambda state, path: torch.save(
+        {name if name.startswith(("visual.", "logit")) else f"text.{name}": t for name, t in state.items()}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
+def test_embeddings_are_those_of_the_clip_package(sizes: ClipConfig, form: str, tmp_path: Path) -> None:
+    state = clip_state(sizes)
+    theirs = clip.model.build_model({name: tensor.clone() for name, tensor in state.items()})
+    # Official files are what build_model makes of them: float16, but for the layer norms.
+    FORMS[form]({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, tmp_path / "clip.pt")
+    assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 0
+    config = load_config(tmp_path / "out")
+    assert config.clip == sizes
+    assert config.gpt.embed_dim == 24
+    ours = ClipEncoder(config.clip)
+    load_part(ours, tmp_path / "out" / "clip.safetensors")
+    check_embeddings(ours, theirs)
+
+
+@pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
+def test_an_archive_as_openai_publishes_gives_the_embeddings_of_the_clip_package(
+    sizes: ClipConfig, tmp_path: Path
+) -> None:
+    theirs = clip.model.build_model({name: tensor.clone() for name, tensor in clip_state(sizes).items()})
+    write_archive({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, tmp_path / "clip.pt")
+    config, tensors = convert_clip(read_clip(tmp_path / "clip.pt", {digest_of(tmp_path / "clip.pt")}))
+    assert config == sizes
+    ours = ClipEncoder(config)
+    ours.load_state_dict(tensors)
+    check_embeddings(ours, theirs)
+
+
+def import_clip(folder: Path, *words: str) -> int:
+    return main(["import", "clip", "--checkpoint", str(folder / "clip.pt"), "--out", str(folder / "out"), *words])
+
+
+@pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("activation", [None, "quick_gelu", "gelu"])
+def test_the_activation_that_a_clip_was_trained_with_is_kept_in_the_folder(
+    activation: str | None, sizes: ClipConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(clip_state(sizes), tmp_path / "clip.pt")
+    assert import_clip(tmp_path, *(["--activation", activation] if activation else [])) == 0
+    assert ("weights do not tell the activation" in caplog.text) == (activation is None)
+    config = load_config(tmp_path / "out").clip
+    assert config.activation == (activation or "quick_gelu")
+    ours, theirs = ClipEncoder(config), build_clip(VIT if sizes == VIT else RESNET)
+    load_part(ours, tmp_path / "out" / "clip.safetensors")
+    theirs.load_state_dict(clip_state(sizes))
+    if activation == "gelu":  # open_clip's
+        for tower in [theirs.transformer, *([theirs.visual.transformer] if sizes == VIT else [])]:
+            for block in tower.resblocks:
+                block.mlp[1] = nn.GELU()
+    check_embeddings(ours, theirs)
+
+
+def test_a_folder_from_before_the_activation_was_kept_has_quick_gelu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(clip_state(VIT), tmp_path / "clip.pt")
+    assert import_clip(tmp_path) == 0
+    path = tmp_path / "out" / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("  activation: quick_gelu\n", ""))
+    assert path.read_text() != text
+    assert load_config(tmp_path / "out").clip == VIT
+    path.write_text(text.replace("quick_gelu", "relu"))
+    assert import_clip(tmp_path) == 1
+    assert 'clip.activation is "relu"; give quick_gelu or gelu' in capsys.readouterr().err
+
+
+def test_openais_own_files_have_their_activation_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "clip.pt").write_bytes(b"as published")
+    monkeypatch.setitem(openai_clip.SHA256, "ViT-B/32", digest_of(tmp_path / "clip.pt"))
+    for asked in (None, "quick_gelu"):
+        assert openai_clip.chosen_activation(tmp_path / "clip.pt", asked) == "quick_gelu"
+    with pytest.raises(
+        ValueError, match=r"--activation is gelu, but .* is OpenAI's, trained with quick_gelu; leave it"
+    ):
+        openai_clip.chosen_activation(tmp_path / "clip.pt", "gelu")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"text_model.embeddings.token_embedding.weight": torch.ones(1)}, "give the open_clip file of the same model"),
+        ({"visual.conv1.weight": torch.ones(1280, 3, 8, 8)}, "its image tower has width 1280. Published ViTs wider"),
+        ({"visual.conv1.weight": torch.ones(())}, "visual.conv1.weight has shape ()"),
+        ({"visual.positional_embedding": torch.ones(0, 64)}, "visual.positional_embedding has shape (0, 64)"),
+        ({"vocab_size": torch.ones(9)}, "vocab_size has shape (9,)"),
+    ],
+)
+def test_a_clip_of_another_kind_is_refused_with_the_remedy(
+    changed: dict[str, Tensor], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(clip_state(VIT) | changed, tmp_path / "clip.pt")
+    assert import_clip(tmp_path) == 1
+    assert sentence in capsys.readouterr().err
 
 
 # From the published architectures (width, layers, patch, resolution, embedding, text width).
@@ -106,7 +184,7 @@ def test_the_sizes_of_every_published_model_are_read_off_its_shapes(name: str) -
         ("visual.attnpool.c_proj.bias", torch.zeros(3), "visual.attnpool.c_proj.bias has shape (3,), wanted is (24,)"),
         ("visual.layer5.0.conv1.weight", torch.zeros(3), "has an unexpected key visual.layer5.0.conv1.weight"),
         ("vocab_size", torch.tensor(5), "vocab_size is 5, but its tensors are for 49408"),
-        ("ln_final.bias", torch.full((64,), torch.inf), "ln_final.bias holds numbers"),
+        ("ln_final.bias", torch.full((64,), torch.inf), "ln_final.bias holds numbers that are not finite: the file"),
     ],
 )
 def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
@@ -119,17 +197,15 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.pt"]
 
 
-def test_a_damaged_archive_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(clip_state(VIT), "archive", tmp_path / "clip.pt")
+def test_a_damaged_archive_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    write_archive(clip_state(VIT), tmp_path / "clip.pt")
     with zipfile.ZipFile(tmp_path / "clip.pt") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(tmp_path / "clip.pt", "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content[: len(content) // 2] if name.endswith("/data.pkl") else content)
-    assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert "clip.pt: cannot be read as a TorchScript archive" in error
-    assert len(error.splitlines()) == 1
+    with pytest.raises(ValueError, match=r"clip\.pt: PyTorch .* cannot load this TorchScript archive$"):
+        read_clip(tmp_path / "clip.pt", {digest_of(tmp_path / "clip.pt")})
 
 
 def test_a_clip_of_another_embedding_size_does_not_join_a_transformer(

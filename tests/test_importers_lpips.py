@@ -101,7 +101,7 @@ def test_a_place_that_no_filter_answers_to_has_a_gradient_of_zero_and_not_none_a
         ("features.0.weight", torch.zeros(64, 1, 3, 3), "a.pth: features.0.weight has shape (64, 1, 3, 3), wanted is"),
         ("features.30.weight", torch.zeros(1), "a.pth: has an unexpected key features.30.weight"),
         ("classifier.7.weight", torch.zeros(1), "a.pth: has an unexpected key classifier.7.weight"),
-        ("features.2.bias", torch.full((64,), torch.nan), "a.pth: slice1.2.bias holds numbers that float16 cannot"),
+        ("features.2.bias", torch.full((64,), torch.nan), "a.pth: features.2.bias holds numbers that are not finite"),
         ("lin3.model.1.weight", None, "b.pth: has no key lin3.model.1.weight"),
         ("lin0.model.1.weight", torch.zeros(64), "b.pth: lin0.model.1.weight has shape (64,), wanted is (1, 64, 1, 1)"),
         ("lin5.model.1.weight", torch.zeros(1), "b.pth: has an unexpected key lin5.model.1.weight"),

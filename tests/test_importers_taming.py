@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from importer_files import VIT, clip_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.discriminator.model import NLayerDiscriminator
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
@@ -184,7 +184,8 @@ def test_it_is_a_base_for_a_transformer_of_its_codes_and_a_clip_can_join_it(tmp_
         ("quantize.embedding.weight", None, "has no key quantize.embedding.weight"),
         ("loss.discriminator.main.3.bias", None, "has no key loss.discriminator.main.3.bias"),
         ("quant_conv.bias", torch.zeros(7), "quant_conv.bias has shape (7,), wanted is (32,)"),
-        ("model_ema.decay", torch.zeros(1), "has an unexpected key model_ema.decay"),
+        ("more.weight", torch.zeros(1), "has an unexpected key more.weight"),
+        ("model_ema.more", torch.zeros(1), "model_ema.more is the average of no key in the file"),
         ("encoder.conv_in.bias", torch.full((32,), torch.nan), "encoder.conv_in.bias holds numbers"),
     ],
 )
@@ -203,12 +204,18 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"target": "taming.models.cond_transformer.Net2NetTransformer"}, "its model is Net2NetTransformer"),
+        ({"target": "taming.models.vqgan.VQSegmentationModel"}, "its model is VQSegmentationModel"),
         ({"ddconfig": {"double_z": True}}, "double_z is True"),
-        ({"ddconfig": {"in_channels": 182}}, "channels (182, 3)"),
-        ({"ddconfig": {"ch": 33}}, "its sizes describe no network"),
-        ({"n_embed": None}, "has no 'n_embed'"),
-        ({"remap": "indices.npy"}, "remap indices.npy"),
+        ({"ddconfig": {"in_channels": 182}}, "in_channels is 182; only VQGANs whose in_channels is 3"),
+        ({"ddconfig": {"attn_type": "none"}}, "attn_type is none; only VQGANs whose attn_type is vanilla"),
+        ({"ddconfig": {"ch": 33}}, "model.yaml: its sizes describe no network"),
+        ({"ddconfig": {"ch": "wide"}}, "ch is wide, but must be a whole number from 1 to 262144; give the YAML file"),
+        ({"ddconfig": {"ch_mult": 4}}, "ch_mult is 4, but must be a list of whole numbers"),
+        ({"ddconfig": {"ch_mult": []}}, "ch_mult is [], but must be a list of whole numbers"),
+        ({"ddconfig": {"num_res_blocks": 10**9}}, "num_res_blocks is 1000000000, but must be a whole number"),
+        ({"n_embed": None}, "has no n_embed, as a VQGAN"),
+        ({"n_embed": [5]}, "n_embed is [5], but must be"),
+        ({"remap": "indices.npy"}, "remap is indices.npy"),
     ],
 )
 def test_a_configuration_that_cannot_be_imported_is_told_why(
@@ -229,6 +236,102 @@ def test_a_configuration_that_cannot_be_imported_is_told_why(
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(configuration))
     assert main(command) == 1
     assert sentence in capsys.readouterr().err
+
+
+STRANGE = {
+    "1": "is not a YAML file of settings",
+    "- 1": "holds no settings",
+    "words": "has no settings under model, as a VQGAN",
+    "model: 5": "has no settings under model, as a VQGAN",
+    "model: {target: taming.models.vqgan.VQModel}": "has no settings under model.params",
+    "model: {params: 5}": "has no settings under model.params",
+    "model: {target: a.VQModel, params: {ddconfig: 5}}": "has no settings under ddconfig",
+    "model: {target: a.VQModel, params: {ddconfig: {}}}": "has no resolution",
+    "model: {target: 7, params: {}}": "its model is",
+    "model: {params: {first_stage_config: [1]}}": "has no settings under model.params.first_stage_config",
+    "[": "is not a YAML file of settings",
+    "\0": "is not a YAML file of settings",
+}
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_a_strange_yaml_file_is_refused_in_a_sentence(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, command = published(tmp_path, "f4")
+    (tmp_path / "model.yaml").write_text(text)
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert STRANGE[text] in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_folder_in_the_place_of_the_yaml_file_is_called_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, command = published(tmp_path, "f4")
+    (tmp_path / "model.yaml").unlink()
+    assert main(command) == 1
+    assert "model.yaml: no such file; give the YAML file that came with the checkpoint" in capsys.readouterr().err
+    (tmp_path / "model.yaml").mkdir()
+    assert main(command) == 1
+    assert "model.yaml: is a folder; give the YAML file that came with the checkpoint" in capsys.readouterr().err
+
+
+def imported(command: list[str], folder: Path) -> dict[str, Tensor]:
+    assert main(command) == 0
+    return load_file(folder / "base" / "vqgan.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["VQModelInterface", "VQNoDiscModel"])
+def test_the_same_network_under_another_class_gives_the_same_weights(kind: str, tmp_path: Path) -> None:
+    _, command = published(tmp_path, "f4")
+    wanted = imported(command, tmp_path)
+    text = (tmp_path / "model.yaml").read_text()
+    (tmp_path / "model.yaml").write_text(text.replace("taming.models.vqgan.VQModel", f"ldm.models.autoencoder.{kind}"))
+    found = imported(command, tmp_path)
+    assert {name: tensor.sum() for name, tensor in found.items()} == {n: t.sum() for n, t in wanted.items()}
+
+
+@pytest.mark.parametrize("yaml_of", ["transformer", "vqgan"])
+def test_a_vqgan_is_taken_out_of_a_transformers_checkpoint(
+    yaml_of: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, command = published(tmp_path, "f4")
+    wanted = imported(command, tmp_path)
+    state = {f"first_stage_model.{name}": tensor for name, tensor in reference.state_dict().items()}
+    # The averages are of the transformer here.
+    state |= {"transformer.head.weight": torch.ones(2), "model_ema.transformerheadweight": torch.ones(2)}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    if yaml_of == "transformer":
+        inner = settings(*KINDS["f4"])["model"]
+        params = {"transformer_config": {"target": "GPT", "params": {}}, "first_stage_config": inner}
+        outer = {"model": {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}}
+        (tmp_path / "model.yaml").write_text(yaml.safe_dump(outer))
+    with caplog.at_level("INFO"):
+        found = imported(command, tmp_path)
+    assert {name: tensor.sum() for name, tensor in found.items()} == {n: t.sum() for n, t in wanted.items()}
+    assert "takes first_stage_model.* and leaves out 2 other tensors" in caplog.text
+    assert (tmp_path / "base" / "discriminator.safetensors").is_file()
+
+
+def test_the_averages_of_a_vqgan_are_what_it_is_imported_with(tmp_path: Path) -> None:
+    reference, command = published(tmp_path, "f4")
+    wanted = imported(command, tmp_path)
+    names = [name for name, _ in reference.named_parameters()]
+    averages = {"model_ema." + name.replace(".", ""): reference.state_dict()[name] * 2 for name in names}
+    torch.save({"state_dict": reference.state_dict() | averages}, tmp_path / "last.ckpt")
+    found = imported(command, tmp_path)
+    assert all(torch.equal(tensor, wanted[name] * 2) for name, tensor in found.items())
+    discriminator = load_file(tmp_path / "base" / "discriminator.safetensors")
+    assert torch.equal(discriminator["main.0.weight"], reference.loss.discriminator.main[0].weight)
+
+
+def test_a_vqgan_in_safetensors_is_one_too(tmp_path: Path) -> None:
+    reference, command = published(tmp_path, "f4")
+    wanted = imported(command, tmp_path)
+    save_file(reference.state_dict(), tmp_path / "last.ckpt")  # by its content, whatever its name
+    assert imported(command, tmp_path).keys() == wanted.keys()
 
 
 def test_the_published_sizes_make_the_grids_they_are_named_for() -> None:

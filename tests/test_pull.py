@@ -78,7 +78,7 @@ def test_pull_clip_by_its_published_name(files: dict[str, bytes], monkeypatch: p
         ([404], "the server answers 404"),
         ([500] * 6, "cannot be downloaded"),
         (["well", "well", "wrong", "wrong"], "its sha256 is"),
-        (["wrong"], "vqgan_coco.pt: cannot be read as a checkpoint"),
+        (["wrong"], "vqgan_coco.pt: is damaged, or not a file of torch.save or safetensors; download it again"),
     ],
 )
 def test_a_pull_that_fails_leaves_no_model_folder_and_the_next_one_succeeds(

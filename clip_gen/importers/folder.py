@@ -18,7 +18,7 @@ from clip_gen.checkpoint import CONFIG, DISCRIMINATOR, FILES, TRAINING, load_con
 from clip_gen.config import BridgeConfig, ClipConfig, GPTConfig, ModelConfig
 from clip_gen.files import whole_folder_or_not
 from clip_gen.importers import hfailab_gpt, hfailab_vqgan, openai_clip, taming
-from clip_gen.importers.foreign import origin, read_checkpoint
+from clip_gen.importers.reader import origin, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ def import_hfailab(
     clip: Path | None = None,
     n_head: int | None = None,
     dtype: torch.dtype | None = None,
+    activation: str | None = None,
 ) -> None:
     """HFAiLab's files to a model folder; without CLIP it lacks only that."""
     check_replaceable(out)
@@ -41,7 +42,7 @@ def import_hfailab(
     parts["bridge"] = Bridge(gpt_config.embed_dim, BridgeConfig()).state_dict()
     clip_config, files = ClipConfig(embed_dim=gpt_config.embed_dim), {"vqgan": vqgan, "gpt": gpt}
     if clip is not None:
-        clip_config, parts["clip"] = openai_clip.convert_clip(openai_clip.read_clip(clip), dtype)
+        clip_config, parts["clip"] = _read_clip(clip, dtype, activation)
         files["clip"] = clip
     config = ModelConfig(name=out.resolve().name, clip=clip_config, vqgan=vqgan_config, gpt=gpt_config)
     log.info(
@@ -57,18 +58,22 @@ def import_taming(settings: Path, checkpoint: Path, out: Path, dtype: torch.dtyp
     """A VQGAN of taming's to a model folder that holds it alone: a base to train a transformer on."""
     check_replaceable(out)
     vqgan_config = taming.read_vqgan_config(settings)
-    vqgan_tensors, discriminator = taming.convert_vqgan(read_checkpoint(checkpoint), vqgan_config, dtype)
+    found = read_checkpoint(checkpoint, inside=taming.FIRST_STAGE)
+    vqgan_tensors, discriminator = taming.convert_vqgan(found, vqgan_config, dtype)
     gpt_config = GPTConfig(block_size=vqgan_config.grid**2, codebook_size=vqgan_config.codebook_size)
     config = ModelConfig(name=out.resolve().name, vqgan=vqgan_config, gpt=gpt_config)
     parts = {"vqgan": vqgan_tensors, "discriminator": discriminator}
     _write(out, config, parts, {"imported": _origins({"vqgan": checkpoint}, "taming")})
 
 
-def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """A CLIP of OpenAI's into a model folder, which is made where there is none."""
+def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, activation: str | None = None) -> None:
+    """A CLIP into a model folder, which is made where there is none.
+
+    activation: "quick_gelu" or "gelu"; None takes OpenAI's quick_gelu, with a warning when the file is not OpenAI's.
+    """
     check_replaceable(out)
     config = load_config(out) if (out / CONFIG).exists() else ModelConfig(name=out.resolve().name)
-    clip_config, tensors = openai_clip.convert_clip(openai_clip.read_clip(checkpoint), dtype)
+    clip_config, tensors = _read_clip(checkpoint, dtype, activation)
     old, new = config.gpt.embed_dim, clip_config.embed_dim
     if old != new and (out / "gpt.safetensors").exists():
         raise ValueError(
@@ -81,6 +86,11 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -
     # The bridge's means are of the CLIP that was there.
     kept = [path for path in out.glob("*.safetensors") if old == new or path.name != "bridge.safetensors"]
     _write(out, config, {"clip": tensors}, record, kept)
+
+
+def _read_clip(path: Path, dtype: torch.dtype | None, activation: str | None) -> tuple[ClipConfig, dict[str, Tensor]]:
+    found = openai_clip.read_clip(path)
+    return openai_clip.convert_clip(found, dtype, openai_clip.chosen_activation(path, activation))
 
 
 def check_replaceable(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from clip_gen.checkpoint import write_part
 from clip_gen.files import whole_folder_or_not
 from clip_gen.importers.folder import check_replaceable
-from clip_gen.importers.foreign import Foreign, Source, origin, planned, read_checkpoint
+from clip_gen.importers.foreign import Foreign, Source, planned
+from clip_gen.importers.reader import origin, read_checkpoint
 from clip_gen.vqgan import build_lpips
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""VQGANs published with taming-transformers: a Lightning checkpoint and the YAML file beside it."""
+"""VQGANs of taming-transformers and latent-diffusion: a Lightning checkpoint and the YAML file beside it."""
 
 from __future__ import annotations
 
@@ -7,42 +7,72 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_gen.config import VQGANConfig, read_settings
+from clip_gen.config import MOST, MOST_LAYERS, VQGANConfig, read_settings
 from clip_gen.importers.discriminator import convert_discriminator
 from clip_gen.importers.foreign import Foreign, Source, planned
 from clip_gen.vqgan import VQGAN
 
-QUANTIZERS = {"VQModel": "taming", "GumbelVQ": "gumbel"}  # their class, the quantiser we give it
+# Their class, the quantiser we give it. The second and third are the first without its discriminator.
+QUANTIZERS = {"VQModel": "taming", "VQNoDiscModel": "taming", "VQModelInterface": "taming", "GumbelVQ": "gumbel"}
 # Ours is one of these with the same name inside; the codebook sits one module deeper.
 CODEBOOK = "quantizer.quantize."
 SIZES = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
+LISTS = ("ch_mult", "attn_resolutions")
+# What else a file may say of the encoder and the decoder: the value when it says nothing, and the only one that fits.
+FIXED = {
+    "double_z": (True, False),
+    **{"in_channels": (3, 3), "out_ch": (3, 3), "attn_type": ("vanilla", "vanilla"), "use_linear_attn": (False, False)},
+    **{"resamp_with_conv": (True, True), "tanh_out": (False, False), "give_pre_end": (False, False)},
+}
 # What the checkpoint holds of the training's losses. LPIPS is a published network of its own that nothing was added to.
 DISCRIMINATOR, PERCEPTUAL = "loss.discriminator.", "loss.perceptual_loss."
+FIRST_STAGE = "first_stage_model."  # a VQGAN's name inside a Net2NetTransformer or a LatentDiffusion
+REMEDY = "give the YAML file that came with the checkpoint"
 
 
 def read_vqgan_config(path: Path) -> VQGANConfig:
     """The sizes in a YAML file of taming's; ValueError for a model that is not one of its VQGANs of RGB pictures."""
     settings = read_settings(path)
-    try:
-        model = settings["model"]
-        params, kind = model["params"], str(model["target"]).rpartition(".")[2]
-        sizes = {name: params["ddconfig"][name] for name in SIZES}
-        codes = {"codebook_size": params["n_embed"], "codebook_dim": params["embed_dim"]}
-        extras = {name: params["ddconfig"].get(name, 3) for name in ("in_channels", "out_ch")}
-        doubled, remap = params["ddconfig"].get("double_z", True), params.get("remap")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: has no {error} of a VQGAN of taming's; give the file beside the checkpoint"
-        ) from error
+    model = _mapping(path, settings, "model")
+    if "first_stage_config" in _mapping(path, settings, "model.params"):
+        model = _mapping(path, settings, "model.params.first_stage_config")
+    kind = str(model.get("target")).rpartition(".")[2]
     if kind not in QUANTIZERS:
-        raise ValueError(f"{path}: its model is {kind}; only {' and '.join(QUANTIZERS)} can be imported")
-    if doubled or remap or extras != {"in_channels": 3, "out_ch": 3}:
-        raise ValueError(
-            f"{path}: double_z is {doubled}, remap {remap}, channels {tuple(extras.values())}; only VQGANs of RGB "
-            "pictures with double_z false and no remap can be imported"
-        )
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in (sizes | codes).items()}
-    return VQGANConfig(**values, quantizer=QUANTIZERS[kind])
+        raise ValueError(f"{path}: its model is {kind}; only {', '.join(QUANTIZERS)} can be imported")
+    params = _mapping(path, model, "params")
+    encoder = _mapping(path, params, "ddconfig")
+    values = {name: _sizes(path, encoder, name) for name in SIZES}
+    values |= {"codebook_size": _sizes(path, params, "n_embed"), "codebook_dim": _sizes(path, params, "embed_dim")}
+    stated = {name: (encoder.get(name, unsaid), wanted) for name, (unsaid, wanted) in FIXED.items()}
+    for name, (value, wanted) in (stated | {"remap": (params.get("remap"), None)}).items():
+        if value != wanted:
+            raise ValueError(f"{path}: {name} is {value}; only VQGANs whose {name} is {wanted} can be imported")
+    config = VQGANConfig(**values, quantizer=QUANTIZERS[kind])
+    planned(lambda: VQGAN(config), path, REMEDY)
+    return config
+
+
+def _mapping(path: Path, settings: dict[str, object], names: str) -> dict[str, object]:
+    """The settings under these names, which dots separate."""
+    for name in names.split("."):
+        settings = settings.get(name)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: has no settings under {names}, as a VQGAN of taming-transformers has; {REMEDY}")
+    return settings
+
+
+def _sizes(path: Path, settings: dict[str, object], name: str) -> int | tuple[int, ...]:
+    """A size, or for the names in LISTS several."""
+    if name not in settings:
+        raise ValueError(f"{path}: has no {name}, as a VQGAN of taming-transformers has; {REMEDY}")
+    value, several = settings[name], name in LISTS
+    sizes = value if isinstance(value, list) else [value]
+    most = MOST_LAYERS if name == "num_res_blocks" else MOST
+    whole = all(type(size) is int and 1 <= size <= most for size in sizes)
+    if isinstance(value, list) != several or not whole or (name == "ch_mult" and not sizes):
+        wanted = f"{'a list of whole numbers' if several else 'a whole number'} from 1 to {most}"
+        raise ValueError(f"{path}: {name} is {str(value)[:60]}, but must be {wanted}; {REMEDY}")
+    return tuple(sizes) if several else value
 
 
 def convert_vqgan(
