@@ -130,15 +130,26 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_discriminator(folder: Path) -> nn.Module | None:
-    """The one that a VQGAN was published with, to go on with in fine-tuning; None where there is none."""
+    """The one that a VQGAN was published with, to continue fine-tuning from; None where there is none.
+
+    ModelFolderError when the file is damaged or holds something else.
+    """
     path = folder / DISCRIMINATOR
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
-    with safe_open(path, "pt") as file:  # it may have other sizes than ours
-        layers = discriminator_layers(file.keys())
-        channels = file.get_slice("main.0.weight").get_shape()[0]
+    try:
+        with safe_open(path, "pt") as file:  # it may have other sizes than ours
+            layers = discriminator_layers(file.keys())
+            channels = file.get_slice("main.0.weight").get_shape()[0]
+        with torch.device("meta"):  # a damaged file may describe a network larger than the memory
+            planned = build_discriminator(channels, layers)
+        tensors = read_part(planned, path)
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
+        raise ModelFolderError(
+            f"{path}: is damaged or not a discriminator; copy it again, or remove it to train with a new one"
+        ) from error
     network = build_discriminator(channels, layers)
-    load_part(network, path)
+    network.load_state_dict(tensors)
     return network
 
 

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, tiny_networks
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from clip_gen.checkpoint import PARTS, ModelFolderError, all_finite, load_networks, save_networks
+from clip_gen.checkpoint import (
+    PARTS,
+    ModelFolderError,
+    all_finite,
+    load_discriminator,
+    load_networks,
+    save_networks,
+)
+from clip_gen.vqgan import build_discriminator
 
 
 @pytest.fixture
@@ -62,6 +70,41 @@ def test_a_truncated_file_is_named_with_the_remedy(folder: Path, part: str, kept
     path.write_bytes(whole[: int(kept if kept >= 1 else kept * len(whole))])
     with pytest.raises(ModelFolderError, match=rf"{part}.safetensors: damaged.*copy it again"):
         load_networks(folder)
+
+
+def damaged_discriminators() -> dict[str, bytes]:
+    whole = {name: tensor.contiguous() for name, tensor in build_discriminator(8, 1).state_dict().items()}
+    return {
+        "empty": b"",
+        "cut off": save(whole)[:-1],
+        "of other names": save({"weight": torch.ones(1)}),
+        "a scalar": save(whole | {"main.0.weight": torch.ones(())}),
+        "of no channels": save(whole | {"main.0.weight": torch.ones(0, 3, 4, 4)}),
+        "of another shape": save(whole | {"main.2.weight": torch.ones(7)}),
+        "of more layers than it holds": save(whole | {f"{i}.running_mean": torch.ones(1) for i in range(300)}),
+        "not finite": save(whole | {"main.0.bias": torch.full((8,), torch.nan)}),
+    }
+
+
+@pytest.mark.parametrize("damage", damaged_discriminators())
+def test_a_damaged_discriminator_is_named_with_the_remedy(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "discriminator.safetensors").write_bytes(damaged_discriminators()[damage])
+    with pytest.raises(
+        ModelFolderError, match=r"discriminator\.safetensors: is damaged .* copy it again, or remove it"
+    ):
+        load_discriminator(tmp_path)
+
+
+def test_a_discriminator_is_loaded_whole_and_a_folder_need_not_have_one(tmp_path: Path) -> None:
+    assert load_discriminator(tmp_path) is None
+    (tmp_path / "discriminator.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(ModelFolderError, match=r"discriminator\.safetensors: is damaged"):
+        load_discriminator(tmp_path)
+    (tmp_path / "discriminator.safetensors").unlink()
+    published = build_discriminator(8, 1).state_dict()
+    save_file(published, tmp_path / "discriminator.safetensors")
+    for name, tensor in load_discriminator(tmp_path).state_dict().items():
+        assert torch.equal(tensor, published[name])
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path) -> None:
