@@ -70,11 +70,11 @@ class Predictor(BaseRunner):
         form, quality, weights = map(values.pop, ("output_format", "output_quality", "replicate_weights"))
         stop = threading.Event()
         try:
-            model = await self.models.fetch(weights, stop.is_set)
-            if weights:
-                print(f"model: {model.config.name} from {weights[:100]}: replicate_weights names it")
-            draw = functools.partial(model.generate, **values, should_stop=stop.is_set)
-            result = await asyncio.get_running_loop().run_in_executor(self.drawing, draw)
+            async with self.models.borrow(weights, stop.is_set) as model:
+                if weights:
+                    print(f"model: {model.config.name} from {weights[:100]}: replicate_weights names it")
+                draw = functools.partial(model.generate, **values, should_stop=stop.is_set)
+                result = await asyncio.get_running_loop().run_in_executor(self.drawing, draw)
             settings = values | {"candidates": result.candidates, "model": model.config.name}
             files = await asyncio.to_thread(self.outputs.save, result, settings, form, quality)
         finally:

@@ -43,6 +43,7 @@ from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import ShapesConfig
+from clip_gen.weights import resolve_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 FURTHER = {"learning_rate": 5e-4, "muon_rate": 2e-3, "ema_decay": 0.995}  # how the model's own transformer goes on
@@ -67,7 +68,7 @@ def trained(noise: float, arguments: argparse.Namespace) -> tuple[GPT, float]:
     """The model's transformer after so many steps more, or a new one's, its conditions pushed by up to `noise`; and
     nats a token on pictures never seen.
     """
-    networks, config = load_networks(arguments.model), read_config(arguments.config, ShapesConfig)
+    networks, config = load_networks(resolve_weights(arguments.model)), read_config(arguments.config, ShapesConfig)
     side, new = networks.config.vqgan.resolution, arguments.from_nothing
     out = arguments.out / f"{arguments.model.name}-{arguments.pictures}-{arguments.steps}{'-new' if new else ''}"
 

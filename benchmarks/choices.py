@@ -39,6 +39,7 @@ from clip_gen.training.run import fit
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.vqgan import VQGAN
+from clip_gen.weights import resolve_weights
 
 PICTURES, UNSEEN = RenderedPictures(2000, 4, 64), RenderedPictures(500, 1_000_003, 64)
 
@@ -80,7 +81,7 @@ def reconstructions(vqgan: VQGAN) -> dict[str, float]:
 
 
 def second_loss(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    networks, results = load_networks(arguments.model), {}
+    networks, results = load_networks(resolve_weights(arguments.model)), {}
     learnt, unseen = (
         EncodedPictures(
             encode_embeddings(pictures, networks.clip, arguments.out / f"embeddings-{name}.npy"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,15 +27,10 @@ TRAINING = "training.json"
 PARTS = ("clip", "vqgan", "gpt", "bridge")
 FILES = (CONFIG, TRAINING, *(f"{part}.safetensors" for part in PARTS))
 DISCRIMINATOR = "discriminator.safetensors"  # of a published VQGAN, for fine-tuning; predicting never looks at it
-
-
-def knows_its_tokens(folder: Path) -> bool:
-    """Whether a model folder has a transformer, and one that learnt the tokens of the VQGAN beside it."""
-    record = folder / TRAINING
-    told = json.loads(record.read_text()) if record.is_file() else {}
-    stages = told.get("stages", {})
-    lost = told.get("settings", {}).get("stage") == "vqgan" and not stages.get("vqgan", {}).get("tokens_kept")
-    return (folder / "gpt.safetensors").is_file() and not lost
+DIGESTS = "digests"  # in training.json
+# Tensors that tell one codebook from another, and one transformer from another of the same size.
+TOLD_BY = {"vqgan": "quantizer.", "gpt": "head."}
+MOST_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
 
 
 _REMEDIES = {
@@ -81,7 +78,7 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
         with torch.device("meta"):  # shapes without memory: a config may ask for more than there is
             planned = build(config)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
-        raise ModelFolderError(f"{folder / CONFIG}: its sizes describe no network ({error}); mend it") from error
+        raise ModelFolderError(f"{folder / CONFIG}: its sizes describe no network ({error}); correct it") from error
     files = {part: folder / f"{part}.safetensors" for part in PARTS}
     missing = [part for part in fresh if not files[part].is_file()]
     tensors = {part: read_part(getattr(planned, part), files[part]) for part in PARTS if part not in missing}
@@ -122,11 +119,97 @@ def load_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise ModelFolderError(f"{path}: missing; a model folder needs it. Copy the whole folder again")
     try:
+        _text(path)
         config = read_config(path, ModelConfig)
         config.check()
-    except ValueError as error:
-        raise ModelFolderError(f"{error}. Copy the model folder again, or mend {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise ModelFolderError(f"{reason}. Copy the model folder again, or correct {path}") from error
     return config
+
+
+def load_record(folder: Path) -> dict[str, object]:
+    """What training.json says of a model; empty where there is none. ModelFolderError if it cannot be read."""
+    path = folder / TRAINING
+    if not path.is_file() and not path.is_symlink():
+        return {}
+    try:
+        record = json.loads(_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
+    if not isinstance(record, dict):
+        raise ModelFolderError(f"{path}: holds {shown(record)}, not a JSON object; copy it again, or remove it")
+    return record
+
+
+def shown(value: object) -> str:
+    """A value from a file in few characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _text(path: Path) -> str:
+    """What a text file of a model folder says. Model folders come from strangers, so it is not read however long."""
+    if path.stat().st_size > MOST_TEXT_BYTES[path.name]:
+        raise ValueError(f"over {MOST_TEXT_BYTES[path.name]:,} bytes long")
+    return path.read_text(encoding="utf-8")
+
+
+def knows_its_tokens(folder: Path) -> bool:
+    """Whether a model folder has a transformer, and one that learnt the tokens of the VQGAN beside it."""
+    return (folder / "gpt.safetensors").is_file() and why_noise(folder) is None
+
+
+def why_noise(folder: Path) -> str | None:
+    """Why the transformer in a model folder writes tokens that mean nothing to the VQGAN beside it, or None."""
+    record = load_record(folder)
+    before, now = _section(record, DIGESTS), digests(folder)
+    for part in now:
+        if part in before and before[part] != now[part]:
+            return (
+                f"{part}.safetensors is not the one that {TRAINING} describes, so the transformer and the VQGAN belong "
+                "to different models and draw noise together; copy the whole folder again, or train stage transformer "
+                "from it"
+            )
+    vqgan = _section(_section(record, "stages"), "vqgan")
+    if _section(record, "settings").get("stage") == "vqgan" and not vqgan.get("tokens_kept"):
+        return (
+            "its transformer does not know its VQGAN's tokens, so that it draws noise; train stage transformer "
+            "from these weights"
+        )
+    return None
+
+
+def _section(record: dict[str, object], name: str) -> dict[str, object]:
+    """A JSON object inside a JSON object; empty where there is none."""
+    section = record.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the codebook and of the transformer's last layer, of those parts that the folder has."""
+    found = {}
+    for part, beginning in TOLD_BY.items():
+        path = folder / f"{part}.safetensors"
+        if not path.is_file():
+            continue
+        with _opened(path) as file:
+            digest = hashlib.sha256()
+            for name in sorted(file.keys()):
+                if name.startswith(beginning):
+                    digest.update(file.get_tensor(name).contiguous().flatten().view(torch.uint8).numpy())
+        found[part] = digest.hexdigest()
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; ModelFolderError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelFolderError(f"{path}: damaged ({error}); copy it again") from error
 
 
 def load_discriminator(folder: Path) -> nn.Module | None:
@@ -176,7 +259,7 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no number of it is infinite or none at all: the extremes tell, ten times as fast as asking each."""
+    """Whether no number is infinite or NaN. Looks at the extremes alone: ten times as fast as asking each number."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
@@ -190,7 +273,7 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
         if wanted[name].shape != found[name].shape:
             return f"{name} has shape {tuple(found[name].shape)}, wanted is {tuple(wanted[name].shape)}"
     extra = sorted(set(found) - set(wanted))
-    return f"has a tensor nothing asks for, {extra[0]}" if extra else None
+    return f"has a tensor that does not belong to this network, {extra[0]}" if extra else None
 
 
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:
@@ -202,8 +285,9 @@ def save_networks(networks: Networks, folder: str | Path, training: dict[str, ob
 
 
 def write_description(folder: Path, config: ModelConfig, training: dict[str, object]) -> None:
-    """The two files of a model folder that people read."""
+    """The two text files of a model folder whose weights are written already."""
     write_config(config, folder / CONFIG)
+    training = {DIGESTS: digests(folder)} | training
     (folder / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
 
 
@@ -221,7 +305,7 @@ def narrowed(tensors: dict[str, Tensor], names: Collection[str], dtype: torch.dt
     kept = {}
     for name, tensor in tensors.items():
         kept[name] = tensor.to(dtype) if dtype and name in names else tensor
-        # Larger numbers than float16 holds, or none at all: a training that went wrong.
+        # Numbers that are too large for float16, or NaN: a training that went wrong.
         if not all_finite(kept[name]):
             raise ValueError(f"{name} holds numbers that {str(kept[name].dtype).removeprefix('torch.')} cannot")
     return kept

@@ -194,6 +194,7 @@ def _predict(values: dict[str, object], paths: Sequence[Path]) -> dict[str, obje
 
     async def run() -> list[Path]:
         await predictor.setup(os.environ.get("COG_WEIGHTS") or None)
+        predictor.models.rules = None  # they are for strangers' requests
         return await predictor.run(**values)
 
     with contextlib.redirect_stdout(sys.stderr):

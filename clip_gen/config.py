@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -15,6 +16,7 @@ Config = TypeVar("Config")
 MOST = 2**18  # of any one size; the largest codebook known has as many codes
 MOST_LAYERS = 256
 ACTIVATIONS = ("quick_gelu", "gelu")  # of a CLIP's transformers: OpenAI's approximation, the function itself
+MOST_NESTED = 20  # lists and mappings inside one another in a YAML file
 CLIP_TOKENS = 49408  # of OpenAI's CLIP, whose tokenizer is the only one here
 
 
@@ -138,6 +140,7 @@ class ModelConfig:
 def read_config(path: Path, kind: type[Config]) -> Config:
     """The YAML file merged onto the dataclass's defaults; ValueError for an unknown name or a wrong type."""
     try:
+        check_nesting(path)
         # OmegaConf would fill in ${oc.env:SECRET}, and model folders come from strangers.
         if "${" in path.read_text(encoding="utf-8"):
             raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
@@ -155,12 +158,22 @@ def read_settings(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; {remedy}")
     try:
+        check_nesting(path)
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not a YAML file of settings; {remedy}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no settings; {remedy}")
     return values
+
+
+def check_nesting(path: Path) -> None:
+    """ValueError for a YAML file so deep that its parser, which calls itself for each level, would crash Python."""
+    depth = 0
+    for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED:
+            raise ValueError(f"has lists or mappings more than {MOST_NESTED} levels deep; give a file without them")
 
 
 def write_config(config: object, path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from clip_gen.images import OUTPUT_FORMATS, save_image
 from clip_gen.own_model import own_weights
 from clip_gen.pipeline import ClipGen
-from clip_gen.weights import resolve_weights
 
 DEFAULTS = {"candidates": 16, "num_outputs": 4, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0}
 # What HFAiLab's demo of the published COCO model draws with.
@@ -18,7 +17,9 @@ PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt")
-    parser.add_argument("--model", help="a model folder, or a weights tar or its URL; else what script/predict takes")
+    parser.add_argument(
+        "--model", help="a model folder, a training's folder, a weights tar or its URL; default: as script/predict"
+    )
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder the pictures go to; default this one")
     parser.add_argument("--preset", choices=PRESETS, help="settings known to suit a model; others given here go before")
     for name, value in DEFAULTS.items():
@@ -36,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"{arguments.out} is a file; name a folder for the pictures")
     weights = arguments.model or own_weights(os.environ.get("COG_WEIGHTS"))[0]
-    model = ClipGen.load(resolve_weights(weights), arguments.device)
+    model = ClipGen.load(weights, arguments.device)
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
     settings = {**DEFAULTS, **PRESETS.get(arguments.preset, {}), **given, "seed": arguments.seed}
     settings["clip_rerank"] = arguments.clip_rerank

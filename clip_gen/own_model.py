@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from clip_gen.checkpoint import CONFIG
-from clip_gen.download import URLS
+from clip_gen.download import is_url
 from clip_gen.files import ROOT
 from clip_gen.importers import lpips
 from clip_gen.pull import CHECKPOINTS, pull_coco
@@ -16,10 +16,10 @@ COCO = CHECKPOINTS / "coco"
 
 
 def own_weights(given: str | None = None) -> tuple[str, str]:
-    """Something for resolve_weights, and why it was chosen.
+    """Something for open_weights, and why it was chosen.
 
-    given: what COG_WEIGHTS says. After it comes CLIP_GEN_MODEL, which cog.yaml may set: a folder, a tar or a URL, or
-    "coco" to pull that model where it is missing. Then the COCO model where it is there, then the bundled one.
+    given: the value of COG_WEIGHTS. After it comes CLIP_GEN_MODEL, which cog.yaml may set: whatever open_weights takes,
+    or "coco" to pull that model where it is missing. Then the COCO model if it was pulled, then the bundled one.
     """
     if given:
         return given, "COG_WEIGHTS names it"
@@ -29,7 +29,7 @@ def own_weights(given: str | None = None) -> tuple[str, str]:
             pull_coco(COCO)
         return str(COCO), "CLIP_GEN_MODEL names it"
     if named:
-        return named if named.startswith(URLS) else str(ROOT / named), "CLIP_GEN_MODEL names it"
+        return named if is_url(named) else str(ROOT / Path(named).expanduser()), "CLIP_GEN_MODEL names it"
     if (COCO / CONFIG).is_file():
         return str(COCO), "it was pulled"
     return str(BUNDLED), "no other was named or pulled; it knows plain shapes only"

@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from clip_gen.batching import Busy, one_thread, shared_batcher
-from clip_gen.checkpoint import Networks, knows_its_tokens, load_networks
+from clip_gen.checkpoint import Networks, load_networks, why_noise
 from clip_gen.float16 import has_products
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
 from clip_gen.machine import tensor_float32
 from clip_gen.sampling import MAX_SEED, Sampling, Stopped, padded
+from clip_gen.weights import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Generation:
 class ClipGen:
     """A loaded model folder: text in, pictures out."""
 
+    source: WeightsFolder | None = None  # kept, since the weights stay in its files
+
     def __init__(self, networks: Networks, device: torch.device):
         self.config = networks.config
         self.clip_encoder = networks.clip
@@ -58,26 +61,28 @@ class ClipGen:
         self.device = device
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto", dtype: str | None = None) -> ClipGen:
-        """Reads a model folder. device: cpu, cuda, or auto for cuda where there is one.
+    def load(cls, weights: str | Path | WeightsFolder, device: str = "auto", dtype: str | None = None) -> ClipGen:
+        """Reads a model. device: cpu, cuda, or auto for cuda where there is one.
 
+        weights: a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of a tar or zip.
         dtype: of the transformer's matrices; float32, bfloat16, on a CPU also float16, or int8 for few candidates at a
-        time; auto for what suits the hardware best. If not given, CLIP_GEN_DTYPE says, else auto.
+        time; auto for what suits the hardware best. If not given, CLIP_GEN_DTYPE says, else auto. ModelFolderError for
+        weights that cannot be used.
         """
         chosen = choose_device(device)
+        source = weights if isinstance(weights, WeightsFolder) else open_weights(weights)
         with one_thread():
-            networks = load_networks(folder, chosen)
+            networks = load_networks(source.path, chosen)
             networks.gpt.work_in(choose_dtype(dtype, chosen))
             if chosen.type == "cpu" and networks.config.vqgan.patch == 1:
                 # A seventh faster over whole pictures; over patches, whose images are small, a third slower.
                 networks.vqgan.decoder.to(memory_format=torch.channels_last)
-        if not knows_its_tokens(Path(folder)):
-            log.warning(
-                "%s: its transformer does not know its VQGAN's tokens, so that it draws noise; train stage transformer "
-                "from these weights",
-                folder,
-            )
-        return cls(networks, chosen)
+        problem = why_noise(source.path)
+        if problem:
+            log.warning("%s: %s", source.path, problem)
+        model = cls(networks, chosen)
+        model.source = source
+        return model
 
     @cached_property
     def at_a_time(self) -> int:

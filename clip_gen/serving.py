@@ -3,64 +3,138 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from clip_gen.checkpoint import ModelFolderError
+from clip_gen.download import is_url
 from clip_gen.images import save_image
 from clip_gen.pipeline import ClipGen, Generation
-from clip_gen.weights import resolve_weights
+from clip_gen.request_weights import BusyError, RequestRules
+from clip_gen.weights import open_weights, shortened
 
 # More than there are slots: a thread whose request was cancelled leaves within a second, but not while it connects.
 FETCHING_THREADS = 32
+WAIT_SECONDS = 60  # for a model in memory to become free for other weights
+
+
+@dataclass
+class _Loaded:
+    """A model in memory, or one that is being loaded, and how many requests use it or wait for it."""
+
+    key: tuple[Path, int]
+    model: Future[ClipGen] = field(default_factory=Future)
+    users: int = 0
 
 
 class Models:
-    """The model a server started with, and the few others that requests named last."""
+    """The model that a server started with, and the few others that requests named last.
 
-    def __init__(self, own_weights: str, others: int = 2):
-        self.own = ClipGen.load(resolve_weights(own_weights))
-        self._most = others
-        self._loaded: OrderedDict[tuple[Path, int], Future[ClipGen]] = OrderedDict()
-        self._lock = threading.Lock()
+    others: how many besides the server's own are in memory at most, those being loaded or used included. A request for
+    more waits wait_seconds at most. rules: which weights requests may name; from the environment if not given. Set the
+    attribute to None where no stranger sends the requests, as in script/predict.
+    """
+
+    def __init__(
+        self,
+        own_weights: str | Path,
+        others: int = 2,
+        rules: RequestRules | None = None,
+        wait_seconds: float = WAIT_SECONDS,
+    ):
+        self.rules: RequestRules | None = rules or RequestRules.from_environment()
+        self.own = ClipGen.load(own_weights)
+        self._most, self._wait_seconds = others, wait_seconds
+        self._loaded: OrderedDict[tuple[Path, int], _Loaded] = OrderedDict()  # used longest ago first
+        self._changed = threading.Condition()
         self._fetching = ThreadPoolExecutor(FETCHING_THREADS, "fetching")
 
-    async def fetch(self, weights: str | None, should_stop: Callable[[], bool]) -> ClipGen:
-        """What get() gives; a download takes none of the threads that asyncio.to_thread draws in."""
-        if not weights:
-            return self.own
-        return await asyncio.get_running_loop().run_in_executor(self._fetching, self.get, weights, should_stop)
+    @contextlib.asynccontextmanager
+    async def borrow(self, weights: str | None, should_stop: Callable[[], bool]) -> AsyncIterator[ClipGen]:
+        """The server's own model for None or "", else that of the weights a request names, which stays in memory
+        meanwhile.
 
-    def get(self, weights: str | None, should_stop: Callable[[], bool] | None = None) -> ClipGen:
-        """The server's own model for None or "", else that of these weights, whatever resolve_weights takes.
-
-        Safe from several threads; a model asked for twice at once loads once. ModelFolderError for unusable weights,
-        and soon after should_stop says so.
+        ModelFolderError for weights that cannot be used, and soon after should_stop says so. A download takes none of
+        the threads that asyncio.to_thread draws in.
         """
         if not weights:
-            return self.own
-        folder = resolve_weights(weights, should_stop)
+            yield self.own
+            return
+        taking = self._fetching.submit(self._take, weights, should_stop)
+        try:
+            loaded = await asyncio.wrap_future(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(self._give_back_late)
+            raise
+        try:
+            yield loaded.model.result()
+        finally:
+            self._give_back(loaded)
+
+    def _take(self, weights: str, should_stop: Callable[[], bool]) -> _Loaded:
+        """The model of these weights, loaded, with one user more."""
+        source = self.rules.open(weights, should_stop) if self.rules else open_weights(weights, should_stop)
         # A folder trained anew is another model.
-        key = (folder, max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0))
-        with self._lock:  # but not while loading, or who wants what is loaded already would wait for that
-            known = self._loaded.pop(key, None)
-            model = self._loaded[key] = known or Future()
-            while len(self._loaded) > self._most:
-                self._loaded.popitem(last=False)
-        if known is None:
-            try:
-                model.set_result(ClipGen.load(folder))
-            except BaseException as error:
-                with self._lock:
-                    if self._loaded.get(key) is model:
-                        del self._loaded[key]
-                model.set_exception(error)
-        return model.result()
+        key = (source.path, max(file.lstat().st_mtime_ns for file in source.path.iterdir()))
+        loaded, is_new = self._place(key, should_stop)
+        try:
+            if is_new:
+                loaded.model.set_result(ClipGen.load(source))
+            loaded.model.result()
+        except BaseException as error:
+            if is_new:
+                with self._changed:
+                    del self._loaded[key]
+                loaded.model.set_exception(error)
+            self._give_back(loaded)
+            if isinstance(error, ModelFolderError) and is_url(weights):  # not where the server keeps them
+                raise ModelFolderError(str(error).replace(str(source.path), shortened(weights))) from None
+            raise
+        return loaded
+
+    def _place(self, key: tuple[Path, int], should_stop: Callable[[], bool]) -> tuple[_Loaded, bool]:
+        """The model of this key with one user more, and whether the caller has to load it.
+
+        Waits until there is room for it; BusyError when there is none in time.
+        """
+        until = time.monotonic() + self._wait_seconds
+        with self._changed:
+            while (known := self._loaded.get(key)) is None and not self._makes_room():
+                if should_stop() or time.monotonic() > until:
+                    raise BusyError("the server is busy with other weights; try again later")
+                self._changed.wait(timeout=0.2)
+            loaded = self._loaded[key] = known or _Loaded(key)
+            self._loaded.move_to_end(key)
+            loaded.users += 1
+        return loaded, known is None
+
+    def _makes_room(self) -> bool:
+        """Whether one more model may be loaded, perhaps in place of one that nobody uses."""
+        if len(self._loaded) >= self._most:
+            unused = next((key for key, loaded in self._loaded.items() if not loaded.users), None)
+            if unused is None:
+                return False
+            del self._loaded[unused]
+        return True
+
+    def _give_back(self, loaded: _Loaded) -> None:
+        with self._changed:
+            loaded.users -= 1
+            self._changed.notify_all()
+
+    def _give_back_late(self, taking: Future[_Loaded]) -> None:
+        """For a request that was cancelled before its model was loaded."""
+        if not taking.cancelled() and taking.exception() is None:
+            self._give_back(taking.result())
 
 
 class Outputs:

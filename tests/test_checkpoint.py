@@ -123,7 +123,7 @@ def test_missing_and_extra_tensors_are_named(folder: Path) -> None:
     tensors = load_file(path)
     moved = {**tensors, "headless": torch.zeros(1)}
     save_file(moved, path)
-    with pytest.raises(ModelFolderError, match="nothing asks for, headless"):
+    with pytest.raises(ModelFolderError, match="does not belong to this network, headless"):
         load_networks(folder)
     del moved["head.weight"], moved["headless"]
     save_file(moved, path)

@@ -26,6 +26,7 @@ from clip_gen.pipeline import ClipGen, Generation, Stopped
 from clip_gen.sampling import most_rows
 from clip_gen.serving import Models, Outputs
 from clip_gen.weights import pack
+from clip_gen.weights_cache import WeightsFolder
 from predict import Predictor
 
 QUICK = {
@@ -40,6 +41,17 @@ def predictor(tiny_model_folder: Path) -> Predictor:
     predictor = Predictor()
     asyncio.run(predictor.setup(str(tiny_model_folder)))
     return predictor
+
+
+def get(models: Models, weights: str | None) -> ClipGen:
+    """The model that a request is lent, given back at once; weights on this disk are allowed."""
+
+    async def borrow() -> ClipGen:
+        async with models.borrow(weights, lambda: False) as model:
+            return model
+
+    models.rules = None
+    return asyncio.run(borrow())
 
 
 def predict(predictor: Predictor, **inputs: object) -> list[Path]:
@@ -163,6 +175,7 @@ def test_cancelled_downloads_from_a_silent_host_keep_nobody_waiting(
         return await asyncio.wait_for(predictor.run(**QUICK), timeout=20)
 
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CLIP_GEN_ALLOW_WEIGHTS", "any")
     with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.tar"
         assert len(asyncio.run(cancel_eight_and_go_on(address))) == 2
@@ -183,6 +196,7 @@ def test_downloads_under_way_keep_no_plain_prediction_waiting(
                 task.cancel()
 
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CLIP_GEN_ALLOW_WEIGHTS", "any")
     with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.tar"
         assert len(asyncio.run(ask_beside_eight(address))) == 2
@@ -236,12 +250,12 @@ def test_pictures_are_saved_though_somebody_took_away_their_folder(tiny_model: C
 @pytest.mark.parametrize("weights", [None, ""])
 def test_no_weights_mean_the_servers_own_model(tiny_model_folder: Path, weights: str | None) -> None:
     models = Models(str(tiny_model_folder))
-    assert models.get(weights) is models.own
+    assert get(models, weights) is models.own
 
 
 def test_weights_asked_for_twice_load_once(tiny_model_folder: Path, tmp_path: Path) -> None:
     models, other = Models(str(tiny_model_folder)), str(other_folder(tmp_path / "other"))
-    found = in_threads(lambda: models.get(other), 4)
+    found = in_threads(lambda: get(models, other), 4)
     assert len({id(model) for model in found}) == 1
     assert found[0] is not models.own
 
@@ -251,19 +265,19 @@ def test_weights_that_take_long_to_load_keep_nobody_from_those_that_are_loaded(
 ) -> None:
     models = Models(str(tiny_model_folder))
     quick, slow = str(other_folder(tmp_path / "quick")), other_folder(tmp_path / "slow")
-    known, load, may_end = models.get(quick), ClipGen.load, threading.Event()
+    known, load, may_end = get(models, quick), ClipGen.load, threading.Event()
 
-    def loaded(folder: Path) -> ClipGen:
-        assert folder != slow or may_end.wait(60)
-        return load(folder)
+    def loaded(source: WeightsFolder) -> ClipGen:
+        assert source.path != slow or may_end.wait(60)
+        return load(source)
 
     monkeypatch.setattr(ClipGen, "load", loaded)
     with ThreadPoolExecutor(2) as pool:
-        loading = pool.submit(models.get, str(slow))
-        assert pool.submit(models.get, quick).result(30) is known
+        loading = pool.submit(get, models, str(slow))
+        assert pool.submit(get, models, quick).result(30) is known
         assert not loading.done()
         may_end.set()
-        assert loading.result(60) is models.get(str(slow))
+        assert loading.result(60) is get(models, str(slow))
 
 
 def test_weights_that_would_not_load_are_tried_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -273,10 +287,10 @@ def test_weights_that_would_not_load_are_tried_anew(tiny_model_folder: Path, tmp
     (folder / "gpt.safetensors").write_bytes(whole[:-100])
     os.utime(folder / "gpt.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(ValueError, match="damaged"):
-        models.get(str(folder))
+        get(models, str(folder))
     (folder / "gpt.safetensors").write_bytes(whole)
     os.utime(folder / "gpt.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert models.get(str(folder)) is models.get(str(folder))
+    assert get(models, str(folder)) is get(models, str(folder))
 
 
 def test_the_weights_asked_for_longest_ago_leave_memory_first(
@@ -288,19 +302,19 @@ def test_the_weights_asked_for_longest_ago_leave_memory_first(
     tars = [str(tmp_path / f"{i}.tar") for i in range(3)]
     for tar in tars:
         pack(folder, tar)
-    a, b = models.get(tars[0]), models.get(tars[1])
-    models.get(tars[0])
-    models.get(tars[2])
-    assert models.get(tars[0]) is a
-    assert models.get(tars[1]) is not b
+    a, b = get(models, tars[0]), get(models, tars[1])
+    get(models, tars[0])
+    get(models, tars[2])
+    assert get(models, tars[0]) is a
+    assert get(models, tars[1]) is not b
 
 
 def test_a_folder_trained_anew_is_loaded_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
     models, folder = Models(str(tiny_model_folder)), other_folder(tmp_path / "other")
-    before = models.get(str(folder))
+    before = get(models, str(folder))
     time.sleep(0.01)
     other_folder(folder)
-    assert models.get(str(folder)) is not before
+    assert get(models, str(folder)) is not before
 
 
 def in_threads(work: Callable[[], ClipGen], count: int) -> list[ClipGen]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import base64
 import errno
+import gzip
 import os
 import pwd
 import shutil
 import tarfile
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from pathlib import Path
+from urllib.parse import quote_from_bytes
 
 import pytest
 from model_files import web_server
 
 from clip_gen import weights as module
-from clip_gen.checkpoint import ModelFolderError, load_config
-from clip_gen.weights import KEPT, pack, resolve_weights
+from clip_gen.checkpoint import ModelFolderError
+from clip_gen.weights import pack, resolve_weights
 
 
 @pytest.fixture
@@ -59,9 +61,86 @@ def test_a_tar_is_unpacked_once_and_again_when_it_changes(weights_tar: Path, cac
     assert resolve_weights(str(weights_tar)) != first
 
 
-def test_a_data_url_holds_a_tar(tiny_model_folder: Path, weights_tar: Path, cache: Path) -> None:
-    url = "data:application/x-tar;base64," + base64.b64encode(weights_tar.read_bytes()).decode()
+@pytest.mark.parametrize("form", ["data:application/x-tar;base64,", "DATA:;BASE64,"])
+def test_a_data_url_holds_a_tar(tiny_model_folder: Path, weights_tar: Path, cache: Path, form: str) -> None:
+    url = form + base64.b64encode(weights_tar.read_bytes()).decode()
     assert contents(resolve_weights(url)) == contents(tiny_model_folder)
+
+
+def test_a_data_url_may_be_percent_encoded(tiny_model_folder: Path, weights_tar: Path, cache: Path) -> None:
+    data = gzip.compress(weights_tar.read_bytes())
+    assert contents(resolve_weights("data:," + quote_from_bytes(data))) == contents(tiny_model_folder)
+
+
+def write_zip(folder: Path, path: Path, inside: str, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in folder.iterdir():
+            archive.write(file, inside + file.name)
+    return path
+
+
+def write_tar(folder: Path, path: Path, inside: str) -> Path:
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, arcname=inside)
+    return path
+
+
+@pytest.mark.parametrize("inside", ["mine", "./mine", "trained/model", "."])
+def test_a_tar_may_hold_the_model_in_a_folder(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path, inside: str
+) -> None:
+    path = write_tar(tiny_model_folder, tmp_path / "weights.tar", inside)
+    assert contents(resolve_weights(str(path))) == contents(tiny_model_folder)
+
+
+@pytest.mark.parametrize("inside", ["", "mine/", "a\\b\\"])
+def test_a_zip_of_a_model_folder_is_as_good_as_a_tar(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path, inside: str
+) -> None:
+    path = write_zip(tiny_model_folder, tmp_path / "model.zip", inside)
+    assert contents(resolve_weights(path)) == contents(tiny_model_folder)
+    with web_server(tmp_path) as address:
+        assert contents(resolve_weights(f"{address}/model.zip")) == contents(tiny_model_folder)
+
+
+def test_parts_of_a_model_elsewhere_in_a_tar_are_passed_over(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    """As a whole training's folder has them."""
+    shutil.copytree(tiny_model_folder, tmp_path / "trained" / "model")
+    (tmp_path / "trained" / "work" / "gpt").mkdir(parents=True)
+    (tmp_path / "trained" / "work" / "gpt" / "gpt.safetensors").write_bytes(b"half-trained")
+    path = write_tar(tmp_path / "trained", tmp_path / "all.tar", "trained")
+    assert contents(resolve_weights(path)) == contents(tiny_model_folder)
+
+
+def test_an_archive_of_two_models_is_refused(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(tiny_model_folder, tmp_path / "both" / name)
+    path = write_tar(tmp_path / "both", tmp_path / "both.tar", "both")
+    with pytest.raises(ModelFolderError, match=r"both\.tar: holds several models, both/a and both/b; pack one of them"):
+        resolve_weights(path)
+    assert not folders(cache)
+
+
+def test_a_zip_that_would_unpack_without_bounds_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    path = write_zip(tiny_model_folder, tmp_path / "model.zip", "", zipfile.ZIP_LZMA)
+    with pytest.raises(ModelFolderError, match=r"model\.zip: .* compressed in an unusual way"):
+        resolve_weights(path)
+    assert not folders(cache)
+
+
+def test_a_zip_with_too_much_in_it_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_zip(tiny_model_folder, tmp_path / "model.zip", "")
+    monkeypatch.setattr(module, "MOST_BYTES", path.stat().st_size + 1000)
+    monkeypatch.setattr(module, "LEAST_BYTES", 0)
+    with pytest.raises(ModelFolderError, match=r"model\.zip: holds more than"):
+        resolve_weights(path)
+    assert not folders(cache)
 
 
 def folders(cache: Path) -> list[Path]:
@@ -70,46 +149,6 @@ def folders(cache: Path) -> list[Path]:
 
 def age(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
-
-
-def test_the_cache_keeps_the_newest_few(weights_tar: Path, cache: Path) -> None:
-    for i in range(KEPT + 4):
-        os.utime(weights_tar, ns=(i, i))
-        age(newest := resolve_weights(str(weights_tar)), 100_000 - i)
-    assert len(folders(cache)) <= KEPT + 1
-    assert newest.is_dir()
-
-
-def test_what_was_asked_for_lately_stays_however_much_there_is(weights_tar: Path, cache: Path) -> None:
-    found = []
-    for i in range(KEPT + 4):
-        os.utime(weights_tar, ns=(i, i))
-        found.append(resolve_weights(str(weights_tar)))
-    assert all(folder.is_dir() for folder in found)
-
-
-def test_eight_threads_with_many_tars_never_lose_a_folder(
-    weights_tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "KEPT", 1)
-    tars = [Path(shutil.copy(weights_tar, weights_tar.with_name(f"{i}.tar"))) for i in range(16)]
-
-    def load(i: int) -> None:
-        for path in (tars[i], tars[i + 8], weights_tar, tars[i]):
-            load_config(resolve_weights(str(path)))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(load, range(8)))
-    assert len(folders(cache)) == 17
-
-
-def test_what_a_killed_process_left_behind_is_removed_after_an_hour(weights_tar: Path, cache: Path) -> None:
-    for name, seconds in (("old", 3700), ("new", 3500)):
-        (left_over := cache / f".unpacking-{name}").mkdir(parents=True)
-        (left_over / "gpt.safetensors").write_bytes(b"half")
-        age(left_over, seconds)
-    resolve_weights(str(weights_tar))
-    assert [path.name for path in cache.glob(".unpacking-*")] == [".unpacking-new"]
 
 
 @pytest.mark.parametrize("name", ["photo.jpg", "gpt.safetensors"])
@@ -136,7 +175,7 @@ def test_a_full_disk_is_called_that(weights_tar: Path, cache: Path, monkeypatch:
     def full(*files: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shutil, "copyfileobj", full)
+    monkeypatch.setattr(module.os, "replace", full)
     with pytest.raises(ModelFolderError, match=r"the disk is full; make room, or set CLIP_GEN_CACHE"):
         resolve_weights(str(weights_tar))
     assert not folders(cache)
@@ -202,19 +241,22 @@ def test_a_named_cache_that_cannot_be_written_to_is_refused(weights_tar: Path, m
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
-        ("/no/such/thing", "/no/such/thing: cannot be opened (no such file)"),
-        ("ftp://example.com/weights.tar", "cannot be opened (no such file)"),
+        ("/no/such/thing", "/no/such/thing: no such file or folder; give a model folder"),
+        ("", "weights: no such file or folder"),
+        ("ftp://example.com/weights.tar", "no such file or folder"),
         ("http://127.0.0.1:9/weights.tar", "http://127.0.0.1:9/weights.tar: cannot be opened (<urlopen error"),
         ("http://[bad/x", "Invalid IPv6 URL"),
         ("http://", "no host given"),
         ("http://exämple.com/weights.tar", "a URL is ASCII"),
         ("http://127.0.0.1:9/" + "x y" * 2000, "URL can't contain control characters"),
-        ("data:application/x-tar;base64,???", "Only base64 data is allowed"),
-        ("data:application/x-tar;base64,ä", "should contain only ASCII characters"),
-        ("data:application/x-tar;base64,aGVsbG8=", "cannot be read as a weights tar"),
+        ("data:application/x-tar;base64,???", "its data is not base64: Only base64 data is allowed"),
+        ("data:application/x-tar;base64,ä", "its data is not base64"),
+        ("data:application/x-tar;base64,aGVsbG8=", "cannot be read (truncated header)"),
+        ("data:,x", "cannot be read (truncated header)"),
+        ("data:x", "a data URL needs a comma before its data"),
         ("long" * 1250, "File name too long"),
-        ("\0", "no such file"),
-        (__file__, "cannot be read as a weights tar"),
+        ("\0", "no such file or folder"),
+        (__file__, "cannot be read (invalid header)"),
     ],
 )
 def test_what_is_no_weights_is_a_short_sentence_and_leaves_nothing(weights: str, sentence: str, cache: Path) -> None:
@@ -222,16 +264,46 @@ def test_what_is_no_weights_is_a_short_sentence_and_leaves_nothing(weights: str,
         resolve_weights(weights)
     assert sentence in str(error.value)
     assert weights[:101] not in str(error.value) or len(weights) <= 100
-    assert len(str(error.value)) < 320
+    assert len(str(error.value)) < 350
     assert not folders(cache)
 
 
 @pytest.mark.parametrize("kept", [5_120, 50_000])  # between two files, and within one
-def test_a_truncated_tar_leaves_nothing(weights_tar: Path, cache: Path, kept: int) -> None:
+def test_a_truncated_tar_is_to_be_downloaded_again_and_leaves_nothing(
+    weights_tar: Path, cache: Path, kept: int
+) -> None:
     weights_tar.write_bytes(weights_tar.read_bytes()[:kept])
-    with pytest.raises(ModelFolderError, match=r"weights\.tar: cannot be read as a weights tar"):
+    with pytest.raises(ModelFolderError, match=r"weights\.tar: is damaged or cut off \(.*\); download or copy it"):
         resolve_weights(str(weights_tar))
     assert not folders(cache)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"<!DOCTYPE html><html>Log in", "is an HTML page, not weights"),
+        (b"\n<html>", "is an HTML page, not weights"),
+        (b"", "is empty"),
+        (b"PK\3\4 and no zip", "cannot be read (File is not a zip file)"),
+        (bytes(10_240), "holds no weights, nothing in it is called config.yaml"),
+    ],
+)
+def test_a_file_that_is_something_else_is_called_that(
+    tmp_path: Path, cache: Path, content: bytes, sentence: str
+) -> None:
+    (tmp_path / "weights.tar").write_bytes(content)
+    with pytest.raises(ModelFolderError) as error:
+        resolve_weights(tmp_path / "weights.tar")
+    assert f"weights.tar: {sentence}" in str(error.value)
+    assert not folders(cache)
+
+
+def test_a_folder_without_a_model_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"holds no model, its config\.yaml is missing"):
+        resolve_weights(tmp_path)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ModelFolderError, match=r"holds a training that has not ended; start the same command again"):
+        resolve_weights(tmp_path)
 
 
 def test_a_hostile_tar_writes_nothing_outside_its_folder(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
@@ -250,11 +322,13 @@ def test_a_hostile_tar_writes_nothing_outside_its_folder(tiny_model_folder: Path
     assert {file.name for file in tmp_path.iterdir()} == {"hostile.tar", "cache"}
 
 
-def test_a_tar_without_a_model_is_named(tmp_path: Path, cache: Path) -> None:
+def test_a_tar_without_a_model_is_named(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(__file__, arcname="photo.jpg")
-    with pytest.raises(
-        ModelFolderError, match=r"photos\.tar: cannot be read as a weights tar \(has no config\.yaml at its root"
-    ):
+    with pytest.raises(ModelFolderError, match=r"photos\.tar: holds no weights, nothing in it is called config\.yaml"):
         resolve_weights(str(tmp_path / "photos.tar"))
+    with tarfile.open(tmp_path / "half.tar", "w") as tar:
+        tar.add(tiny_model_folder / "config.yaml", arcname="config.yaml")
+    with pytest.raises(ModelFolderError, match=r"half\.tar: has no clip\.safetensors; pack the whole model folder"):
+        resolve_weights(str(tmp_path / "half.tar"))
     assert not folders(cache)

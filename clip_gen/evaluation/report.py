@@ -27,7 +27,6 @@ from clip_gen.pipeline import ClipGen
 from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.shapes.judge import Reading, grade, read, satisfies
 from clip_gen.shapes.rendering import render
-from clip_gen.weights import resolve_weights
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +178,7 @@ class Evaluation:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a model folder, or a weights tar or its URL")
+    parser.add_argument("model", help="a model folder, a training's folder, a weights tar or its URL")
     parser.add_argument("--prompts", type=int, default=500, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -196,7 +195,7 @@ def main(arguments: argparse.Namespace) -> None:
     sampling.check()
     if arguments.prompts < 1:
         raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")
-    model = ClipGen.load(resolve_weights(arguments.model), arguments.device)
+    model = ClipGen.load(arguments.model, arguments.device)
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
     evaluation.run(arguments.kinds)
     print(evaluation.table())
