@@ -7,11 +7,14 @@ test_cog_schema.py.
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import shutil
 import socket
+import tarfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +26,7 @@ from PIL import Image
 from clip_gen.checkpoint import ModelFolderError
 from clip_gen.cog_inputs import InputError
 from clip_gen.pipeline import ClipGen, Generation, Stopped
+from clip_gen.request_weights import BusyError, RefusedWeightsError
 from clip_gen.sampling import most_rows
 from clip_gen.serving import Models, Outputs
 from clip_gen.weights import pack
@@ -307,6 +311,78 @@ def test_the_weights_asked_for_longest_ago_leave_memory_first(
     get(models, tars[2])
     assert get(models, tars[0]) is a
     assert get(models, tars[1]) is not b
+
+
+def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    models = Models(str(tiny_model_folder), others=1, wait_seconds=0.3)
+    models.rules = None
+    first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
+
+    async def ask_for_both() -> weakref.ref[ClipGen]:
+        async with models.borrow(first, lambda: False) as model:
+            async with models.borrow(first, lambda: False) as again:
+                assert again is model
+            with pytest.raises(BusyError, match=r"^the server is busy with other weights; try again later$"):
+                async with models.borrow(second, lambda: False):
+                    pass
+            waiting = asyncio.create_task(models.borrow(second, lambda: False).__aenter__())
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            found = weakref.ref(model)
+            del model, again
+        await waiting
+        return found
+
+    assert asyncio.run(ask_for_both())() is None
+
+
+def test_models_that_are_being_loaded_count_and_one_that_nobody_waits_for_makes_way(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Models(str(tiny_model_folder), others=1, wait_seconds=0.3)
+    first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
+    load, loading, may_end = ClipGen.load, threading.Event(), threading.Event()
+
+    def slow_load(source: WeightsFolder) -> ClipGen:
+        loading.set()
+        assert may_end.wait(60)
+        return load(source)
+
+    async def cancel_the_first() -> None:
+        task = asyncio.create_task(models.borrow(first, lambda: False).__aenter__())
+        await asyncio.to_thread(loading.wait, 60)
+        with pytest.raises(BusyError):
+            await models.borrow(second, lambda: False).__aenter__()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    models.rules = None
+    monkeypatch.setattr(ClipGen, "load", slow_load)
+    asyncio.run(cancel_the_first())
+    may_end.set()
+    models._wait_seconds = 60
+    assert get(models, second).config.name == "tiny"
+
+
+def test_weights_of_a_url_that_cannot_be_loaded_are_named_as_the_request_named_them(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    (folder := other_folder(tmp_path / "other")).joinpath("gpt.safetensors").write_bytes(b"damaged")
+    with tarfile.open(tmp_path / "weights.tar.gz", "w:gz") as tar:
+        tar.add(folder, arcname=".")
+    url = "data:;base64," + base64.b64encode((tmp_path / "weights.tar.gz").read_bytes()).decode()
+    with pytest.raises(ModelFolderError, match=r"^data:;base64,.*\.\.\./gpt\.safetensors: damaged") as error:
+        predict(predictor, replicate_weights=url)
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_a_request_names_no_file_of_the_server(predictor: Predictor, tiny_model_folder: Path) -> None:
+    with pytest.raises(RefusedWeightsError):
+        predict(predictor, replicate_weights=str(tiny_model_folder))
 
 
 def test_a_folder_trained_anew_is_loaded_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
