@@ -131,7 +131,7 @@ def load_config(folder: Path) -> ModelConfig:
 def load_record(folder: Path) -> dict[str, object]:
     """What training.json says of a model; empty where there is none. ModelFolderError if it cannot be read."""
     path = folder / TRAINING
-    if not path.is_file() and not path.is_symlink():
+    if not path.exists() and not path.is_symlink():
         return {}
     try:
         record = json.loads(_text(path))

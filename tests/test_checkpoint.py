@@ -10,10 +10,12 @@ import torch
 from conftest import TINY, tiny_networks
 from safetensors.torch import load_file, save, save_file
 
+from clip_gen import ClipGen
 from clip_gen.checkpoint import (
     PARTS,
     ModelFolderError,
     all_finite,
+    knows_its_tokens,
     load_discriminator,
     load_networks,
     save_networks,
@@ -210,3 +212,63 @@ def test_saving_takes_the_place_of_an_older_model(folder: Path) -> None:
     save_networks(tiny_networks(1), folder, {"seed": 1})
     assert torch.equal(load_networks(folder).gpt.head.weight, tiny_networks(1).gpt.head.weight.half().float())
     assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("part", ["vqgan", "gpt"])
+def test_a_transformer_beside_another_vqgan_of_the_same_size_is_noticed(
+    folder: Path, tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_networks(tiny_networks(1), tmp_path / "other", {})
+    for whole in (folder, tmp_path / "other"):
+        ClipGen.load(whole, "cpu")
+    assert not caplog.text
+    shutil.copy(tmp_path / "other" / f"{part}.safetensors", folder)
+    ClipGen.load(folder, "cpu")
+    assert f"{part}.safetensors is not the one that training.json describes" in caplog.text
+    assert not knows_its_tokens(folder)
+
+
+def test_a_folder_without_digests_is_not_suspected(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "training.json").write_text("{}")
+    ClipGen.load(folder, "cpu")
+    assert not caplog.text
+    assert knows_its_tokens(folder)
+
+
+def test_a_decoder_trained_further_still_fits_its_transformer(folder: Path) -> None:
+    tensors = load_file(folder / "vqgan.safetensors")
+    tensors["decoder.conv_in.weight"] *= 2
+    save_file(tensors, folder / "vqgan.safetensors")
+    assert knows_its_tokens(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "null", '"text"', "{", "", "[" * 100_000, "\udcff", '{"settings": 5}', '{"stages": [1]}']
+)
+def test_a_training_record_of_any_content_is_a_sentence_or_taken(folder: Path, text: str) -> None:
+    (folder / "training.json").write_bytes(text.encode(errors="surrogateescape"))
+    if text.startswith('{"'):
+        assert knows_its_tokens(folder)
+        return
+    with pytest.raises(ModelFolderError, match=r"training\.json: .*; copy it again, or remove it$"):
+        ClipGen.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "training.json", *(f"{part}.safetensors" for part in PARTS)])
+@pytest.mark.parametrize("kind", ["dangling link", "folder"])
+def test_something_else_in_a_files_place_is_a_sentence(folder: Path, name: str, kind: str) -> None:
+    (folder / name).unlink()
+    if kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("nowhere")
+    with pytest.raises(ModelFolderError, match=name.partition(".")[0]):
+        ClipGen.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("text", ["[" * 60_000, "a: {" * 10_000, "a: 1\n" * 20_000, "\0", "name: &a [*a]"])
+def test_a_hostile_config_is_a_sentence(folder: Path, text: str) -> None:
+    """Its parser calls itself for each level, and would end the process."""
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(ModelFolderError, match=r"config\.yaml: .*Copy the model folder again"):
+        load_networks(folder)

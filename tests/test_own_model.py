@@ -41,6 +41,7 @@ def test_the_coco_model_goes_before_the_bundled_one_where_it_is_there(tiny_model
         ("checkpoints/mine", str(ROOT / "checkpoints" / "mine")),
         ("/models/mine.tar", "/models/mine.tar"),
         ("https://example.com/mine.tar", "https://example.com/mine.tar"),
+        ("~/mine.tar", str(Path.home() / "mine.tar")),
     ],
 )
 def test_what_cog_yaml_names_goes_before_both(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FLOAT16, TINY, tiny_networks
+from model_files import web_server
 from PIL import Image
 
 from clip_gen import ClipGen, pipeline
@@ -20,6 +22,7 @@ from clip_gen.checkpoint import build, load_networks, save_networks
 from clip_gen.config import BridgeConfig
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.pipeline import Stopped, choose_device
+from clip_gen.weights import pack
 
 
 def test_images_come_best_first_with_the_cosines_clip_gives_them(tiny_model: ClipGen) -> None:
@@ -253,3 +256,20 @@ def test_in_bfloat16_the_logits_stay_near(tiny_model_folder: Path) -> None:
     tokens = torch.randint(0, 32, (4, 15), generator=torch.Generator().manual_seed(1))
     difference = (exact(embedding, tokens) - quick(embedding, tokens)).abs()
     assert 0 < difference.max() < 0.02 * exact(embedding, tokens).std() + 0.01
+
+
+@pytest.mark.parametrize("form", ["model folder", "training's folder", "tar alone in it", "tar", "zip", "url"])
+def test_a_model_is_loaded_from_whatever_people_have_of_it(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    trained = tmp_path / "trained"
+    shutil.copytree(tiny_model_folder, trained / "model")
+    pack(trained / "model", trained / "weights.tar")
+    shutil.make_archive(str(tmp_path / "model"), "zip", trained, "model")
+    if form == "tar alone in it":
+        shutil.rmtree(trained / "model")
+    names = {"model folder": trained / "model", "tar": trained / "weights.tar", "zip": tmp_path / "model.zip"}
+    with web_server(trained) as address:
+        model = ClipGen.load(f"{address}/weights.tar" if form == "url" else names.get(form, trained), "cpu")
+    assert len(model.generate("a star", 1, 1, seed=0).images) == 1
