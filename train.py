@@ -8,6 +8,7 @@ from cog import BaseModel, Input, Path
 from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
 from clip_gen.cog_training import deliver, run_training
+from clip_gen.request_weights import fetched_base
 
 
 class TrainingOutput(BaseModel):
@@ -113,6 +114,8 @@ async def train(
 ) -> TrainingOutput:
     """Trains in a process of its own, which ends with the request. Checks its inputs itself, as predict.py does."""
     values = checked(dict(locals()), read_signature(pathlib.Path(__file__), "train").inputs)
+    base = await fetched_base(values["base"])
+    values["base"] = base and str(base.path)
     with tempfile.TemporaryDirectory(prefix="training-") as folder:
         await run_training(values, pathlib.Path(folder))
         return TrainingOutput(weights=Path(deliver(pathlib.Path(folder))))

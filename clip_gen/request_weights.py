@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import os
@@ -78,6 +79,17 @@ class RequestRules:
             raise NotWeightsError(f"{SETTING} is none")
         if self.allowed == "https" and not is_url(weights):
             raise NotWeightsError(f"{SETTING} is https, and this is a path")
+
+
+async def fetched_base(base: str | None) -> WeightsFolder | None:
+    """The model that a training's request names to start from; None for None or "". Raises as RequestRules.open."""
+    if not base:
+        return None
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(RequestRules.from_environment().open, base, stop.is_set)
+    finally:
+        stop.set()  # for a request that was cancelled
 
 
 class _Turn:

@@ -20,7 +20,9 @@ from clip_gen.cog_inputs import InputField, checked
 from clip_gen.cog_schema import project_signatures, write_schema
 from clip_gen.cog_training import TrainingFailed, main, options, run_training
 from clip_gen.files import ROOT
+from clip_gen.request_weights import REFUSALS
 from clip_gen.training.train import contents_of
+from clip_gen.weights import pack
 
 TRAINING_SERVER = [str(ROOT / "script" / "serve"), "--x-mode", "train"]
 SERVER = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
@@ -40,6 +42,12 @@ def fields() -> tuple[InputField, ...]:
 
 def data_url(path: Path) -> str:
     return f"data:application/zip;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def packed(model: Path, scratch: Path) -> str:
+    """A model as a request may give it."""
+    pack(model, scratch / "base.tar")
+    return data_url(scratch / "base.tar")
 
 
 def command_lines() -> dict[int, str]:
@@ -151,7 +159,7 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
         told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
         assert told["base"] == contents_of(tmp_path / "out" / "model")
     assert main([*words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
-    assert f"{tmp_path / 'checkpoints' / 'shapes'}: cannot be opened" in capfd.readouterr().err
+    assert f"{tmp_path / 'checkpoints' / 'shapes'}: no such file or folder" in capfd.readouterr().err
     assert main(["-i", "images=@"]) == 1
     assert "images is empty; give the name of a file" in capfd.readouterr().err
     assert main(["-i", "images=@nothing.zip"]) == 1
@@ -187,14 +195,18 @@ def trained(photos: Path, tiny_model_folder: Path, tmp_path_factory: pytest.Temp
     write_schema()
     with running(TRAINING_SERVER, scratch, scratch) as server:
         server.wait_until_set_up()
-        given = {"images": data_url(photos), "base": str(tiny_model_folder), **STEPS}
+        given = {"images": data_url(photos), "base": packed(tiny_model_folder, scratch), **STEPS}
         status, reply = server.request("POST", "/trainings", {"input": given})
         assert status == 200, reply
         wait_for(lambda: server.health()["status"] == "READY")
+        outside = []
+        for strange in ({"images": "/etc/passwd"}, {"base": str(tiny_model_folder)}, {"base": "http://127.0.0.1:9/"}):
+            outside.append(server.request("POST", "/trainings", {"input": given | strange})[1])
+            wait_for(lambda: server.health()["status"] == "READY")
         bad = server.request("POST", "/trainings", {"input": {"images": "data:text/plain;base64,bm8=", **STEPS}})
         wait_for(lambda: server.health()["status"] == "READY")
         few = server.request("POST", "/trainings", {"input": {"stage": "all"}})
-    return {"good": reply, "bad": bad, "few": few}, ROOT / "trained_model.tar"
+    return {"good": reply, "bad": bad, "few": few, "outside": outside}, ROOT / "trained_model.tar"
 
 
 def test_a_zip_becomes_weights_over_the_real_server(trained: tuple[dict, Path]) -> None:
@@ -211,6 +223,15 @@ def test_a_zip_becomes_weights_over_the_real_server(trained: tuple[dict, Path]) 
     assert replies["few"][0] == 422
 
 
+def test_a_request_names_no_file_or_address_of_the_servers_own(trained: tuple[dict, Path]) -> None:
+    images, *bases = trained[0]["outside"]
+    assert 'images is "/etc/passwd"; give a file' in images["error"]
+    for reply in bases:
+        assert reply["status"] == "failed"
+        assert reply["error"].endswith(REFUSALS["https"])
+        assert "clip_gen train" not in reply["logs"]
+
+
 def test_the_weights_predict_over_the_real_server(trained: tuple[dict, Path], tmp_path: Path) -> None:
     _, tar = trained
     with running(SERVER, ROOT, tmp_path, **BAKED, COG_WEIGHTS=str(tar)) as server:
@@ -225,7 +246,8 @@ def test_a_training_over_the_server_is_cancelled_within_two_seconds(
 ) -> None:
     with running(TRAINING_SERVER, tmp_path, tmp_path) as server:
         server.wait_until_set_up()
-        given = {"images": data_url(photos), "base": str(tiny_model_folder), "vqgan_steps": 100_000, "batch_size": 4}
+        base = packed(tiny_model_folder, tmp_path)
+        given = {"images": data_url(photos), "base": base, "vqgan_steps": 100_000, "batch_size": 4}
         status, _ = server.request("PUT", "/trainings/one", {"input": given}, Prefer="respond-async")
         assert status == 202
         wait_for(lambda: "vqgan 100/" in server.log.read_text() or bool(trainings(server)), seconds=60)

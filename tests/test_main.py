@@ -37,12 +37,12 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["generate", "a", "--model", "nowhere"], "generate: nowhere: cannot be opened (no such file); give"),
+        (["generate", "a", "--model", "nowhere"], "generate: nowhere: no such file or folder; give"),
         (["generate", " "], "generate: prompt is ' '"),
         (["evaluate", "nowhere", "--prompts", "0"], "evaluate: prompts is 0; give 1 or more"),
         (["generate", "a", "--output-quality", "101"], "generate: output_quality is 101; give 0 to 100"),
         (["generate", "a", "--out", __file__], f"generate: {__file__} is a file; name a folder"),
-        (["evaluate", "nowhere"], "evaluate: nowhere: cannot be opened (no such file); give a model folder"),
+        (["evaluate", "nowhere"], "evaluate: nowhere: no such file or folder; give a model folder"),
         (["train-shapes", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["shapes", "--count", "0", "--out", "x"], "0"),
     ],

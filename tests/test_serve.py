@@ -28,6 +28,7 @@ from PIL import Image
 
 from clip_gen.cog_schema import build_schema, project_signatures
 from clip_gen.files import ROOT
+from clip_gen.request_weights import REFUSALS
 from clip_gen.weights import pack
 
 PROMPT = "a large red circle"
@@ -64,7 +65,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tiny_model_folder: Path, scratch: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """script/serve as a user starts it, with COG_WEIGHTS a folder named from where the user stands."""
     command = [str(ROOT / "script" / "serve")]
-    with running(command, tiny_model_folder.parent, scratch, COG_WEIGHTS=tiny_model_folder.name) as server:
+    environment = {"COG_WEIGHTS": tiny_model_folder.name, "CLIP_GEN_ALLOW_WEIGHTS": "any"}
+    with running(command, tiny_model_folder.parent, scratch, **environment) as server:
         yield server.wait_until_set_up()
 
 
@@ -76,6 +78,7 @@ def bare_server(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactor
     pack(tiny_model_folder, tar := folder / "weights.tar")
     environment = {
         **{"COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "PYTHONPATH": str(ROOT), "COG_WEIGHTS": str(tar)},
+        "CLIP_GEN_ALLOW_WEIGHTS": "any",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # Cog starts its worker as `python`
     }
     command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
@@ -189,8 +192,8 @@ def test_all_wrong_inputs_are_listed(server: Server) -> None:
     [
         ({"num_outputs": 5}, "num_outputs is 5, more than the 4 candidates"),
         ({"prompt": " \n"}, "say what to draw"),
-        ({"replicate_weights": "/etc/hostname"}, "/etc/hostname"),
-        ({"replicate_weights": "absent.tar"}, "absent.tar"),
+        ({"replicate_weights": "/etc/hostname"}, REFUSALS["any"]),
+        ({"replicate_weights": "absent.tar"}, REFUSALS["any"]),
     ],
 )
 def test_what_no_schema_can_say_fails_with_a_sentence(server: Server, inputs: dict, sentence: str) -> None:
@@ -231,20 +234,28 @@ def test_a_weights_tar_named_in_the_request_draws_with_that_model(server: Server
 def test_weights_that_cannot_be_used_fail_with_a_sentence(server: Server, files: Path, website: str) -> None:
     assert "cut.tar" in server.failed(**QUICK, replicate_weights=str(files / "cut.tar"))
     assert "cut.tar" in server.failed(**QUICK, replicate_weights=f"{website}/cut.tar")
-    assert "absent.tar" in server.failed(**QUICK, replicate_weights=f"{website}/absent.tar")
-    assert "127.0.0.1:9" in server.failed(**QUICK, replicate_weights="http://127.0.0.1:9/weights.tar")
+    for weights in (f"{website}/absent.tar", "http://127.0.0.1:9/weights.tar", f"{website}/"):
+        assert server.failed(**QUICK, replicate_weights=weights).endswith(REFUSALS["any"])
 
 
 def test_a_server_started_from_a_tar_draws_the_same(server: Server, bare_server: Server) -> None:
     assert same(server.pictures(**QUICK), bare_server.pictures(**QUICK))
 
 
-def test_a_server_started_from_a_url_uploads_every_file(server: Server, website: str, tmp_path: Path) -> None:
+def test_a_server_started_from_a_url_uploads_every_file_and_takes_no_private_weights(
+    server: Server, files: Path, website: str, tmp_path: Path
+) -> None:
+    """Its own weights may come from anywhere."""
     (uploads := tmp_path / "uploads").mkdir()
     with web_server(uploads) as address:
         command = [str(ROOT / "script" / "serve"), "--upload-url", address]
         with running(command, ROOT, tmp_path, COG_WEIGHTS=f"{website}/other.tar") as other:
             reply = other.wait_until_set_up().predict(**QUICK | {"num_outputs": 4})
+            for weights in (f"{website}/other.tar", "http://127.0.0.1:9/", str(files / "other.tar"), "/etc/shadow"):
+                refused = other.predict(**QUICK, replicate_weights=weights)
+                assert refused["error"].endswith(REFUSALS["https"])
+                assert weights not in refused["logs"]
+                wait_for(lambda weights=weights: f"weights of a request, '{weights}': " in other.log.read_text())
     assert sorted(reply["output"]) == [f"{address}/out-{i}.png" for i in range(4)]
     uploaded = [Image.open(uploads / f"out-{i}.png") for i in range(4)]
     assert not same(uploaded[:2], server.pictures(**QUICK))
