@@ -108,9 +108,10 @@ class Cache:
 
     def _bytes(self) -> int:
         total = 0
-        for path in self.folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # a file that is being unpacked may move
-                total += path.lstat().st_size
+        for folder, _, names in os.walk(self.folder):  # passes over folders that disappear meanwhile
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
         return total
 
     def _remove_unused(self, path: Path) -> None:
