@@ -7,26 +7,43 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 SAVING = ".saving-"  # how the names of files that are not whole yet begin
+LEFT_OVER_SECONDS = 60  # a new file may not have its lock yet
 
 
 @contextmanager
 def whole_or_not(path: Path) -> Iterator[str]:
-    """A temporary name beside `path` that takes its place when all went well, and is gone when not."""
+    """A temporary name beside `path` that takes its place when all went well, and is gone when not.
+
+    What a process that was killed left of this is removed the next time.
+    """
+    remove_left_over(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=SAVING)
-    os.close(handle)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
         os.chmod(temporary, 0o644)  # mkstemp's files are for their owner's eyes only
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    finally:
+        os.close(handle)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Removes files of whole_or_not that no process writes: nobody holds their lock."""
+    for path in folder.glob(f"{SAVING}*"):
+        with suppress(OSError), path.open("rb") as file:  # OSError: in use, a folder, or another user's
+            if time.time() - os.fstat(file.fileno()).st_mtime > LEFT_OVER_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -8,6 +8,8 @@ import gzip
 import os
 import pwd
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -20,6 +22,7 @@ from model_files import web_server
 
 from clip_gen import weights as module
 from clip_gen.checkpoint import ModelFolderError
+from clip_gen.files import ROOT
 from clip_gen.weights import pack, resolve_weights
 
 
@@ -43,6 +46,33 @@ def test_a_packed_folder_comes_back_file_by_file(tiny_model_folder: Path, weight
     with tarfile.open(weights_tar) as tar:
         assert set(tar.getnames()) == {path.name for path in tiny_model_folder.iterdir()}
     assert contents(resolve_weights(str(weights_tar))) == contents(tiny_model_folder)
+
+
+PACKING = """
+import sys, time
+from pathlib import Path
+from clip_gen.files import whole_or_not
+with whole_or_not(Path(sys.argv[1])) as temporary:
+    Path(temporary).write_bytes(b"half")
+    print(temporary, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PACKING, str(tmp_path / "weights.tar")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        temporary = Path(process.stdout.readline().strip())
+        age(temporary, 100)
+        pack(tiny_model_folder, tmp_path / "weights.tar")
+        assert temporary.is_file()  # somebody writes it
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    pack(tiny_model_folder, tmp_path / "weights.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.tar"]
 
 
 def test_a_folder_is_itself(tiny_model_folder: Path) -> None:
