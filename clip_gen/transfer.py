@@ -103,8 +103,8 @@ def _transfer(url: str, part: Path) -> None:
         failures = 1 if _size(part) > before else failures + 1
         if failures >= TRIES:
             raise ValueError(
-                f"{url}: cannot be downloaded ({reason}, {TRIES} times in a row); look after the network or give "
-                "another --mirror; the same command goes on where this one stopped"
+                f"{url}: cannot be downloaded ({reason}, {TRIES} times in a row); check the network or give another "
+                "--mirror; the same command resumes where this one stopped"
             )
         log.info(f"{reason}; trying again")
         time.sleep(BACK_OFF_SECONDS * 2 ** (failures - 1))

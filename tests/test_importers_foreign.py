@@ -89,6 +89,13 @@ def test_tensors_are_found_at_the_top_or_where_trainings_put_them(
     assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in weights().items()}
 
 
+def test_other_tensors_beside_those_that_are_taken_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"ema": weights(), "optimizer": {"state": {}}, "model": weights()}, tmp_path / "a.pt")
+    with caplog.at_level("INFO"):
+        read_checkpoint(tmp_path / "a.pt")
+    assert caplog.messages == [f"{tmp_path / 'a.pt'}: takes the tensors under model and leaves out those under ema"]
+
+
 def test_a_modern_file_is_mapped_and_not_read(tmp_path: Path) -> None:
     torch.save({"big": torch.zeros(2**24)}, tmp_path / "a.pt")
     before = resident()

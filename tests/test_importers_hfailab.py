@@ -183,7 +183,7 @@ def test_an_unknown_key_is_named(name: str) -> None:
 def test_a_mask_that_is_not_causal_is_named() -> None:
     found = foreign("gpt")
     found.tensors["blocks.1.mask"] = torch.zeros(16, 16, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"blocks\.1\.mask is no causal mask"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.mask is not a causal mask of 16 positions"):
         convert(found)
 
 

@@ -92,6 +92,18 @@ def test_a_pull_that_fails_leaves_no_model_folder_and_the_next_one_succeeds(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["coco"]
 
 
+@pytest.mark.parametrize("name", ["gpt_coco.pt", "ViT-B-32.pt"])
+def test_a_web_page_in_the_place_of_weights_is_called_one_and_not_kept(
+    name: str, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bad_server(files | {name: b"\n<!DOCTYPE html><title>Sign in</title>"}) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+        assert f"/{name}: the server sends a web page, not the file; open the address" in capsys.readouterr().err
+        assert len([path for path, _ in server.asked if path == f"/{name}"]) == 1
+        server.files = files
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+
+
 def test_a_pull_that_fails_leaves_the_model_that_was_there(files: dict[str, bytes], tmp_path: Path) -> None:
     with bad_server(files) as server:
         assert main(["pull", "coco", "--mirror", server.address]) == 0

@@ -49,7 +49,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_the_next_run_goes_on_too(tmp_path: Path) -> None:
     with bad_server({"a.pt": CONTENT}, ["truncate", *[500] * 5]) as server:
-        with pytest.raises(ValueError, match=r"answers 500.*goes on where this one stopped"):
+        with pytest.raises(ValueError, match=r"answers 500.*resumes where this one stopped"):
             fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
         assert not (tmp_path / "a.pt").exists()
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clip_gen.config import GPTConfig
 from clip_gen.gpt import GPT
-from clip_gen.importers.foreign import Foreign, Source, planned, weight_and_bias
+from clip_gen.importers.foreign import REMEDY, Foreign, Source, planned, weight_and_bias
 
 HEAD_SIZE = 64  # of the published transformers; the shapes do not tell
 LEAST_HEADS = 4
@@ -66,7 +66,8 @@ def gpt_sources(n_layer: int) -> dict[str, Source]:
 
 def _check_masks(found: Foreign, names: set[str], length: int) -> None:
     """Ours has no mask to load: it is causal, so theirs must be too."""
-    causal = torch.ones(length, length, dtype=torch.bool).triu(1)  # True where a position may not look
     for name in sorted(names):
-        if not torch.equal(found.find(name), causal):
-            raise ValueError(f"{found.path}: {name} is no causal mask of {length} positions; it is of another format")
+        mask = found.find(name)
+        # True where a position may not look.
+        if mask.shape != (length, length) or not torch.equal(mask, torch.ones_like(mask, dtype=torch.bool).triu(1)):
+            raise ValueError(f"{found.path}: {name} is not a causal mask of {length} positions; {REMEDY}")

@@ -197,7 +197,12 @@ def _reason(error: Exception) -> str:
 def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
     """The tensors in what a file holds; ValueError when it is something else."""
     if isinstance(content, dict):
-        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
+        groups = [name for name, value in content.items() if isinstance(value, dict)]
+        wrapper = next((name for name in WRAPPERS if name in groups), None)
+        others = [str(name) for name in groups if name != wrapper and _all_tensors(content[name])]
+        if wrapper and others:
+            log.info(f"{path}: takes the tensors under {wrapper} and leaves out those under {', '.join(others)}")
+        content = content[wrapper] if wrapper else content
     remedy = f"give a state dict: tensors by name, at the top or under {' or '.join(WRAPPERS)}"
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: holds no tensors by name; {remedy}")
@@ -212,6 +217,10 @@ def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
                 f"{tensor.device.type}); give the checkpoint in float32, float16 or bfloat16"
             )
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _all_tensors(group: dict) -> bool:
+    return bool(group) and all(isinstance(value, Tensor) for value in group.values())
 
 
 def _without_prefixes(found: Foreign) -> Foreign:
