@@ -224,6 +224,8 @@ def load_discriminator(folder: Path) -> nn.Module | None:
         with safe_open(path, "pt") as file:  # it may have other sizes than ours
             layers = discriminator_layers(file.keys())
             channels = file.get_slice("main.0.weight").get_shape()[0]
+        if not channels:
+            raise ValueError("its first layer has no channels")
         with torch.device("meta"):  # a damaged file may describe a network larger than the memory
             planned = build_discriminator(channels, layers)
         tensors = read_part(planned, path)

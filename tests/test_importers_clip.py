@@ -219,6 +219,20 @@ def test_a_clip_of_another_embedding_size_does_not_join_a_transformer(
     assert {path.name: path.read_bytes() for path in tiny_model_folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [("[]", "training.json: holds [], not a JSON object"), ("{", "training.json: "), ('{"imported": 5}', None)],
+)
+def test_a_strange_training_record_is_refused_or_kept(
+    record: str, sentence: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(clip_state(VIT), tmp_path / "clip.pt")
+    assert import_clip(tmp_path) == 0
+    (tmp_path / "out" / "training.json").write_text(record)
+    assert import_clip(tmp_path) == (1 if sentence else 0)
+    assert (sentence or "") in capsys.readouterr().err
+
+
 def test_a_clip_takes_the_place_of_another_and_of_its_bridge(tmp_path: Path) -> None:
     for sizes in (VIT, replace(VIT, embed_dim=40)):
         torch.save(clip_state(sizes), tmp_path / "clip.pt")

@@ -224,6 +224,20 @@ def test_only_a_model_folder_is_ever_replaced(tmp_path: Path, capsys: pytest.Cap
     assert main([*words, "--out", str(tmp_path / "out"), "--dtype", "float16"]) == 0
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "training.json", "clip.safetensors"])
+def test_files_of_another_program_with_the_same_names_are_not_replaced(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = hfailab_files(tmp_path) / "out"
+    words = ["import", "hfailab", "--vqgan", str(tmp_path / "vqgan.pt"), "--gpt", str(tmp_path / "gpt.pt")]
+    out.mkdir()
+    (out / name).write_text("theirs: 1\n")
+    assert main([*words, "--out", str(out)]) == 1
+    assert f"holds {name}, but is no model folder" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_text() == "theirs: 1\n"
+
+
 def test_every_published_key_has_its_place_at_the_published_size() -> None:
     published = published_keys()
     gpt, vqgan = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import CONFIG, DISCRIMINATOR, FILES, TRAINING, load_config, write_description, write_part
+from clip_gen.checkpoint import CONFIG, DISCRIMINATOR, FILES, load_config, load_record, write_description, write_part
 from clip_gen.config import BridgeConfig, ClipConfig, GPTConfig, ModelConfig
 from clip_gen.files import whole_folder_or_not
 from clip_gen.importers import hfailab_gpt, hfailab_vqgan, openai_clip, taming
@@ -73,6 +72,7 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, a
     """
     check_replaceable(out)
     config = load_config(out) if (out / CONFIG).exists() else ModelConfig(name=out.resolve().name)
+    record = load_record(out)
     clip_config, tensors = _read_clip(checkpoint, dtype, activation)
     old, new = config.gpt.embed_dim, clip_config.embed_dim
     if old != new and (out / "gpt.safetensors").exists():
@@ -81,8 +81,8 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, a
             "give the CLIP it was trained with"
         )
     config = replace(config, clip=clip_config, gpt=replace(config.gpt, embed_dim=new))
-    record = json.loads((out / TRAINING).read_text(encoding="utf-8")) if (out / TRAINING).exists() else {}
-    record["imported"] = record.get("imported", {}) | _origins({"clip": checkpoint}, "openai")
+    before = record.get("imported")
+    record["imported"] = (before if isinstance(before, dict) else {}) | _origins({"clip": checkpoint}, "openai")
     # The bridge's means are of the CLIP that was there.
     kept = [path for path in out.glob("*.safetensors") if old == new or path.name != "bridge.safetensors"]
     _write(out, config, {"clip": tensors}, record, kept)
@@ -98,10 +98,18 @@ def check_replaceable(
 ) -> None:
     """ValueError when something else than a folder of this kind, which has these files, would be lost."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is no folder; give another --out")
-    strange = sorted(path.name for path in out.glob("*") if path.name not in names)
+        raise ValueError(f"{out}: is a file; give the name of a folder as --out")
+    present = sorted(path.name for path in out.glob("*"))
+    strange = [name for name in present if name not in names]
     if strange:
         raise ValueError(f"{out}: holds {strange[0]}, which is no part of {kind}; give another --out")
+    if present and CONFIG in names:
+        try:
+            load_config(out)  # these names are common, so other programs' files may have them
+        except ValueError as error:
+            raise ValueError(
+                f"{out}: holds {present[0]}, but is no model folder ({error}); give another --out"
+            ) from error
 
 
 def _write(
