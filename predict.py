@@ -61,7 +61,7 @@ class Predictor(BaseRunner):
         output_format: str = Input(description="File type.", default="png", choices=["png", "webp", "jpg"]),
         output_quality: int = Input(description="For webp and jpg; png loses nothing.", default=90, ge=0, le=100),
         replicate_weights: str | None = Input(
-            description="URL or path of a weights tar made by training. Leave blank for the model served.", default=None
+            description="https URL of a weights tar made by training. Leave blank for the model served.", default=None
         ),
     ) -> list[Path]:
         """Draws, scores and saves. Checks its inputs itself: Cog checks none when it finds no schema file."""

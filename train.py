@@ -28,7 +28,7 @@ async def train(
         choices=["auto", "keep", "learn"],
     ),
     base: str | None = Input(
-        description="Model to start from: URL or path of a weights tar, or a folder. Blank: the one that predicts.",
+        description="Model to start from: https URL of a weights tar; in script/train also a path. Blank: the default.",
         default=None,
     ),
     size: str = Input(
