@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 
+import regex
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,30 +19,35 @@ with warnings.catch_warnings():
     from clip.model import CLIP, ResidualAttentionBlock
     from clip.simple_tokenizer import SimpleTokenizer
 
-log = logging.getLogger(__name__)
+# How OpenAI's tokenizer splits a prompt begins with the names of its two control tokens. Prompts are text: no name in
+# one may end it, so these are not matched.
+CONTROL_TOKENS = r"<\|startoftext\|>|<\|endoftext\|>|"
 
 
 class Tokenizer:
-    """OpenAI's byte-pair encoding, cut to a context length without losing the end-of-text token."""
+    """OpenAI's byte-pair encoding of text, cut to a context length without losing the end-of-text token."""
 
     def __init__(self, context_length: int):
         self.bpe = SimpleTokenizer()
+        pattern = self.bpe.pat.pattern
+        assert pattern.startswith(CONTROL_TOKENS), pattern
+        self.bpe.pat = regex.compile(pattern.removeprefix(CONTROL_TOKENS), regex.IGNORECASE)
         self.context_length = context_length
         self.start = self.bpe.encoder["<|startoftext|>"]
         self.end = self.bpe.encoder["<|endoftext|>"]
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, context_length) int64, zeros after the end-of-text token. Logs what a long prompt loses."""
+        """(B, context_length) int64, zeros after the end-of-text token. The end of a long prompt is left out."""
         rows = torch.zeros(len(prompts), self.context_length, dtype=torch.long)
         for row, prompt in zip(rows, prompts, strict=True):
-            # CLIP pools at the end-of-text token, so words are what must give way.
-            words = self.bpe.encode(prompt)
-            kept = words[: self.context_length - 2]
-            if len(kept) < len(words):
-                lost = self.bpe.decode(words[len(kept) :]).strip()
-                log.warning("the prompt is longer than CLIP reads; left out its end: %r", lost)
+            # CLIP pools at the end-of-text token, so it is words that are left out.
+            kept = self.bpe.encode(prompt)[: self.context_length - 2]
             row[: len(kept) + 2] = torch.tensor([self.start, *kept, self.end])
         return rows
+
+    def left_out(self, prompt: str) -> str:
+        """The end of a prompt that does not fit the context; empty when all of it fits."""
+        return self.bpe.decode(self.bpe.encode(prompt)[self.context_length - 2 :]).strip()
 
 
 class ClipEncoder(nn.Module):

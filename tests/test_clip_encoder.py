@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import clip
@@ -47,19 +46,30 @@ def test_a_prompt_is_embedded_the_same_alone_and_beside_others(encoder: ClipEnco
 
 
 def test_tokens_are_openais_for_a_prompt_that_fits() -> None:
-    prompts = ["A Red circle, on white!", "", "naïve 赤"]
+    prompts = ["A Red circle, on white!", "", "naïve 赤", "it's 3 dogs' <b> &amp; 😀 <|x|>", "ends <|endoftext >"]
     assert torch.equal(Tokenizer(77)(prompts), clip.tokenize(prompts).long())
 
 
-def test_a_long_prompt_keeps_its_end_of_text_and_the_log_says_what_was_cut(caplog: pytest.LogCaptureFixture) -> None:
-    tokenize = Tokenizer(8)
-    with caplog.at_level(logging.WARNING):
-        rows = tokenize(["one two three four five six seven eight"])
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "&lt;|endoftext|&gt;"])
+def test_names_of_control_tokens_in_a_prompt_are_text(encoder: ClipEncoder, name: str) -> None:
+    (row,) = Tokenizer(77)([f"a red {name} circle"])
+    tokens = row[: int(row.argmax()) + 1].tolist()
+    assert (tokens[0], tokens[-1]) == (encoder.tokenize.start, encoder.tokenize.end)
+    assert not {encoder.tokenize.start, encoder.tokenize.end} & set(tokens[1:-1])
+    word = "startoftext" if "start" in name else "endoftext"
+    assert encoder.tokenize.bpe.decode(tokens[1:-1]) == f"a red <| {word} |> circle "
+    cut, whole = encoder.encode_text(["a red"]), encoder.encode_text([f"a red {name} circle"])
+    assert not torch.allclose(cut, whole)
+
+
+def test_a_long_prompt_keeps_its_end_of_text_and_what_is_left_out_can_be_asked_for() -> None:
+    tokenize, prompt = Tokenizer(8), "one two three four five six seven eight"
+    rows = tokenize([prompt])
     assert rows[0, 0] == tokenize.start
     assert rows[0, -1] == tokenize.end
     assert rows.shape == (1, 8)
-    assert "seven eight" in caplog.text
-    assert "six" not in caplog.text.split("left out")[1]
+    assert tokenize.left_out(prompt) == "seven eight"
+    assert tokenize.left_out("one two three four five six") == ""
 
 
 def test_words_beyond_the_context_do_not_change_the_embedding(encoder: ClipEncoder) -> None:
