@@ -24,6 +24,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 EXIF_IMAGE_DESCRIPTION = 0x010E
+FULL_COLOR_QUALITY = 90  # of JPEGs: from here on their colors have the resolution of the picture, not half of it
 
 
 def to_tensor(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
@@ -77,12 +78,16 @@ def save_image(
 ) -> None:
     """Writes the picture whole or not at all.
 
-    The metadata goes into PNG text under its own names, or as JSON into the EXIF description of WebP and JPEG.
-    `quality` (0 to 100) does not apply to PNG.
+    The metadata goes into PNG text under its own names, or as JSON into the EXIF description of WebP and JPEG; without
+    metadata nothing but the picture is written. `quality` (0 to 100) does not apply to PNG; WebP is lossless at 100.
     """
     if output_format not in OUTPUT_FORMATS:
         raise ValueError(f'output_format is "{output_format}"; it takes one of {", ".join(OUTPUT_FORMATS)}')
     options: dict[str, object] = {"quality": quality}
+    if output_format == "jpg" and quality >= FULL_COLOR_QUALITY:
+        options["subsampling"] = "4:4:4"
+    elif output_format == "webp" and quality == 100:
+        options["lossless"] = True
     if output_format == "png":
         text = PngImagePlugin.PngInfo()
         for name, value in (metadata or {}).items():

@@ -87,6 +87,31 @@ def test_quality_makes_smaller_files_of_lower_numbers(tmp_path: Path) -> None:
         assert sizes[0] < sizes[1] / 2
 
 
+def psnr(picture: Image.Image, path: Path) -> float:
+    error = np.asarray(Image.open(path).convert("RGB"), np.float64) - np.asarray(picture, np.float64)
+    return 10 * np.log10(255**2 / (error**2).mean()) if error.any() else np.inf
+
+
+def test_jpegs_keep_the_resolution_of_colors_from_quality_90_and_webp_loses_nothing_at_100(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    picture, path = Image.fromarray(pixels), tmp_path / "a"
+    found = {}
+    for output_format, quality in (("jpg", 89), ("jpg", 90), ("jpg", 100), ("webp", 99), ("webp", 100)):
+        save_image(picture, path, output_format, quality)
+        found[output_format, quality] = psnr(picture, path)
+    assert found["jpg", 89] < 20 < 28 < found["jpg", 90] < 45 < found["jpg", 100]
+    assert found["webp", 99] < 50
+    assert found["webp", 100] == np.inf
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpg"])
+def test_without_metadata_a_file_holds_the_picture_alone(tmp_path: Path, output_format: str) -> None:
+    save_image(photo(8), tmp_path / "a", output_format)
+    with Image.open(tmp_path / "a") as picture:
+        assert dict(picture.getexif()) == {}
+        assert getattr(picture, "text", {}) == {}
+
+
 def test_an_unknown_format_is_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'"gif".*png, webp, jpg'):
         save_image(photo(8), tmp_path / "out.gif", "gif")
