@@ -1,17 +1,23 @@
 """What Cog serves: a prompt in, its best pictures out."""
 
 import asyncio
+import contextlib
+import contextvars
 import functools
 import pathlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import coglet
 from cog import BaseRunner, Input, Path, concurrent
 
+from clip_gen.asked import check_request
 from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
 from clip_gen.own_model import own_weights
 from clip_gen.serving import Models, Outputs
+from clip_gen.slots import Slots, longest_prediction
+from clip_gen.watchdog import server_ends_with_worker
 
 
 class Predictor(BaseRunner):
@@ -19,13 +25,16 @@ class Predictor(BaseRunner):
 
     async def setup(self, weights: str | None = None) -> None:
         """Loads the model. weights: COG_WEIGHTS as Cog hands it over, the text of a folder, a tar or a URL."""
-        source, reason = own_weights(weights)
-        signature = read_signature(pathlib.Path(__file__), "Predictor")
-        self.inputs = signature.inputs
-        self.models = Models(source)
         self.outputs = Outputs()
-        # asyncio's own has fewer threads on a small machine.
-        self.drawing = ThreadPoolExecutor(signature.slots, "drawing")
+        served = coglet.server.active  # not script/predict
+        self.slots = Slots(longest_prediction() if served else None)
+        with server_ends_with_worker([self.outputs.folder]) if served else contextlib.nullcontext():
+            source, reason = own_weights(weights)
+            signature = read_signature(pathlib.Path(__file__), "Predictor")
+            self.inputs = signature.inputs
+            self.models = Models(source)
+            # asyncio's own has fewer threads on a small machine.
+            self.drawing = ThreadPoolExecutor(signature.slots, "drawing")
         print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}: {reason}")
 
     # More than eight, because Cog frees a slot a moment after its reply is sent: of eight clients that ask again at
@@ -59,30 +68,43 @@ class Predictor(BaseRunner):
             le=2147483647,
         ),
         output_format: str = Input(description="File type.", default="png", choices=["png", "webp", "jpg"]),
-        output_quality: int = Input(description="For webp and jpg; png loses nothing.", default=90, ge=0, le=100),
+        output_quality: int = Input(
+            description="For webp and jpg; webp loses nothing at 100, png never.", default=90, ge=0, le=100
+        ),
+        output_metadata: bool = Input(description="Write the prompt and the settings into each file.", default=True),
         replicate_weights: str | None = Input(
             description="https URL of a weights tar made by training. Leave blank for the model served.", default=None
         ),
     ) -> list[Path]:
         """Draws, scores and saves. Checks its inputs itself: Cog checks none when it finds no schema file."""
         given = {name: value for name, value in locals().items() if name != "self"}
-        values = checked(given, self.inputs)
-        form, quality, weights = map(values.pop, ("output_format", "output_quality", "replicate_weights"))
+        async with self.slots.one():
+            return await self._answer(checked(given, self.inputs))
+
+    async def _answer(self, values: dict[str, object]) -> list[Path]:
+        outputs = ("output_format", "output_quality", "output_metadata", "replicate_weights")
+        form, quality, metadata, weights = map(values.pop, outputs)
+        check_request(**values)
         stop = threading.Event()
         try:
             async with self.models.borrow(weights, stop.is_set) as model:
                 if weights:
                     print(f"model: {model.config.name} from {weights[:100]}: replicate_weights names it")
-                draw = functools.partial(model.generate, **values, should_stop=stop.is_set)
-                result = await asyncio.get_running_loop().run_in_executor(self.drawing, draw)
-            settings = values | {"candidates": result.candidates, "model": model.config.name}
+                for sentence in model.warnings:
+                    print(f"warning: {sentence}")
+                # In this prediction's context, so that what is logged is part of its logs.
+                run, draw = contextvars.copy_context().run, functools.partial(model.generate, should_stop=stop.is_set)
+                result = await asyncio.get_running_loop().run_in_executor(
+                    self.drawing, functools.partial(run, draw, **values)
+                )
+            settings = values | {"candidates": result.candidates, "model": model.config.name} if metadata else None
             files = await asyncio.to_thread(self.outputs.save, result, settings, form, quality)
         finally:
             stop.set()  # when cancelled, its thread leaves at the next token, or its download within a second
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
         counts = {"image_output_count": len(files), "candidates": result.candidates, "seed": result.seed}
-        best = {"best_score": max(scores), "scores": scores, "model": settings["model"]}
+        best = {"best_score": max(scores), "scores": scores, "model": model.config.name}
         for name, value in {**counts, **best, **result.metrics}.items():
             self.record_metric(name, value)
         return [Path(file) for file in files]

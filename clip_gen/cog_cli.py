@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from clip_gen.asked import check_request
 from clip_gen.cog_inputs import InputError, InputField, checked
 from clip_gen.cog_schema import PREDICT, project_signatures
-from clip_gen.files import ROOT, SAVING
+from clip_gen.files import ROOT, SAVING, is_writable
 
 PREDICTS = (
     "script/predict",
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str]) -> int:
         values = checked(parse_inputs(texts, fields), fields)
         if suffix and values["output_format"] != suffix:
             raise InputError(f"-o {options.output} asks for {suffix}, but output_format is {values['output_format']}")
+        check_request(**values)
         paths = output_paths(target, values["num_outputs"], values["output_format"])
         metrics = _predict(values, paths)
-        for path, score in zip(paths, metrics["scores"], strict=True):
+        for path, score in zip(paths, metrics["scores"], strict=False):
             print(f"{path}  score {score:.4f}")
     except KeyboardInterrupt:
         return 130
@@ -120,7 +122,7 @@ def output_target(output: str | None) -> tuple[Path, str | None]:
     if output and path.is_dir():
         path = path / "output"
     folder = path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+    if not (folder.is_dir() and is_writable(folder)):
         shown = f"-o {output}: {folder}" if output else folder.absolute()
         raise InputError(f"{shown} is no folder that can be written to; create it or choose another")
     suffix = FORMATS.get(path.suffix[1:].lower())
@@ -158,11 +160,14 @@ def parse_options(
     )
     add("-o", "--output", metavar="PATH", help=output)
     try:
-        return parser.parse_args(arguments)
+        options = parser.parse_args(arguments)
     except SystemExit as exit:
         if exit.code:  # argparse leaves with 2
             raise SystemExit(1) from exit
         raise
+    if options.output == "":
+        raise InputError(f"-o is empty; give the {output.partition(';')[0]}")
+    return options
 
 
 def _limits(field: InputField) -> str:
@@ -186,7 +191,9 @@ def named(pairs: Sequence[str], option: str) -> dict[str, str]:
 
 
 def _predict(values: dict[str, object], paths: Sequence[Path]) -> dict[str, object]:
-    """Writes the files of one prediction and returns what the predictor recorded; what it prints goes to stderr."""
+    """Writes the files of one prediction, no more than there are paths, and returns what the predictor recorded; what
+    it prints goes to stderr.
+    """
     predictor = _predict_module().Predictor()
     metrics: dict[str, object] = {}
     # Outside a server nobody receives the metrics.
@@ -199,7 +206,7 @@ def _predict(values: dict[str, object], paths: Sequence[Path]) -> dict[str, obje
 
     with contextlib.redirect_stdout(sys.stderr):
         files = asyncio.run(run())
-    _deliver(files, paths)  # while the predictor lives: its folder of pictures goes with it
+    _deliver(files, paths[: len(files)])  # while the predictor lives: its folder of pictures goes with it
     return metrics
 
 

@@ -56,6 +56,15 @@ def is_web_page(head: bytes) -> bool:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether a folder can be made in this one. Tried, since permissions alone do not tell: root has them all."""
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=SAVING))
+    except OSError:
+        return False
+    return True
+
+
 def digest_of(path: Path) -> str:
     """Its SHA-256, in hexadecimal."""
     with path.open("rb") as file:

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from clip_gen.asked import MAX_CANDIDATES, MAX_SEED, check_number, check_request
+from clip_gen.files import is_writable
 from clip_gen.images import OUTPUT_FORMATS, save_image
 from clip_gen.own_model import own_weights
 from clip_gen.pipeline import ClipGen
@@ -15,38 +17,72 @@ DEFAULTS = {"candidates": 16, "num_outputs": 4, "top_k": 0, "top_p": 1.0, "tempe
 PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0.95}}
 
 
+NUMBERS = {  # what the help says of each
+    "candidates": f"pictures to draw and choose from, 1 to {MAX_CANDIDATES}",
+    "num_outputs": "pictures to write, best first, 1 to the number of candidates",
+    "top_k": "choose from the k likeliest tokens; 0: from all",
+    "top_p": "choose from the likeliest tokens that make up this share, 0 to 1; 1: from all",
+    "temperature": "higher varies more, 0 to 10; 0 always takes the likeliest token",
+    "guidance": "how hard to push towards the prompt, 0 to 20; 1: off",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", help="what to draw")
     parser.add_argument(
         "--model", help="a model folder, a training's folder, a weights tar or its URL; default: as script/predict"
     )
     parser.add_argument("--out", type=Path, default=Path("."), help="the folder the pictures go to; default this one")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
     parser.add_argument("--preset", choices=PRESETS, help="settings known to suit a model; others given here go before")
     for name, value in DEFAULTS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"default {value}")
+        text = f"{NUMBERS[name]}; default {value}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text)
     parser.add_argument("--no-clip-rerank", dest="clip_rerank", action="store_false", help="return the first drawn")
-    parser.add_argument("--seed", type=int, help="the same seed draws the same pictures; default a random one")
+    parser.add_argument(
+        "--seed", type=int, help=f"0 to {MAX_SEED}, draws the same pictures again; default a random one"
+    )
     parser.add_argument("--output-format", choices=OUTPUT_FORMATS, default="png", help="default png")
-    parser.add_argument("--output-quality", type=int, default=90, help="of webp and jpg, 0 to 100; default 90")
+    parser.add_argument(
+        "--output-quality", type=int, default=90, help="of webp and jpg, 0 to 100; webp is lossless at 100; default 90"
+    )
+    parser.add_argument(
+        "--no-output-metadata", dest="output_metadata", action="store_false", help="write no prompt and settings"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for cuda where there is one")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if not 0 <= arguments.output_quality <= 100:
-        raise ValueError(f"output_quality is {arguments.output_quality}; give 0 to 100")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"{arguments.out} is a file; name a folder for the pictures")
-    weights = arguments.model or own_weights(os.environ.get("COG_WEIGHTS"))[0]
-    model = ClipGen.load(weights, arguments.device)
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
     settings = {**DEFAULTS, **PRESETS.get(arguments.preset, {}), **given, "seed": arguments.seed}
     settings["clip_rerank"] = arguments.clip_rerank
+    check_number("output_quality", arguments.output_quality, 0, 100, whole=True)
+    check_request(arguments.prompt, **settings)
+    names = [f"{i}.{arguments.output_format}" for i in range(settings["num_outputs"])]
+    check_folder(arguments.out, names, arguments.overwrite)
+    weights = arguments.model or own_weights(os.environ.get("COG_WEIGHTS"))[0]
+    model = ClipGen.load(weights, arguments.device)
     result = model.generate(arguments.prompt, **settings)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for i, (image, score) in enumerate(zip(result.images, result.scores, strict=True)):
-        path = arguments.out / f"{i}.{arguments.output_format}"
-        metadata = {"prompt": arguments.prompt, **settings, "candidates": result.candidates, "seed": result.seed}
-        metadata["score"] = round(score, 4)
-        save_image(image, path, arguments.output_format, arguments.output_quality, metadata)
+    settings |= {"candidates": result.candidates, "seed": result.seed}
+    for name, image, score in zip(names, result.images, result.scores, strict=False):
+        metadata = {"prompt": arguments.prompt, **settings, "score": round(score, 4)}
+        path = arguments.out / name
+        kept = metadata if arguments.output_metadata else None
+        save_image(image, path, arguments.output_format, arguments.output_quality, kept)
         print(f"{path}  score {score:.4f}")
     print(f"seed {result.seed}, model {model.config.name}")
+
+
+def check_folder(folder: Path, names: list[str], overwrite: bool) -> None:
+    """Raises ValueError for a folder that cannot be written to, and for files of these names unless overwrite."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; name a folder for the pictures")
+    if not is_writable(there):
+        raise ValueError(f"{there} cannot be written to; name another folder with --out")
+    for path in (folder / name for name in names):
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(f"{path} is in the way and no file; move it, or name another folder with --out")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already; give --overwrite, or name another folder with --out")

@@ -7,30 +7,29 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_gen.asked import MAX_SEED, check_request
 from clip_gen.batching import Busy, one_thread, shared_batcher
 from clip_gen.checkpoint import Networks, load_networks, why_noise
 from clip_gen.float16 import has_products
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
 from clip_gen.machine import tensor_float32
-from clip_gen.sampling import MAX_SEED, Sampling, Stopped, padded
+from clip_gen.sampling import Sampling, Stopped, padded
 from clip_gen.weights import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
 
 __all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
 
-MAX_CANDIDATES = 1024
 AT_A_TIME = 32  # pictures decoded and ranked together on a GPU
 SMALL_AT_A_TIME = 4  # and on a CPU, of those decoded in patches: twice as fast as one by one
 
@@ -45,6 +44,7 @@ class Generation:
     seed: int
     candidates: int  # how many were drawn: without clip_rerank no more than are returned
     metrics: dict[str, float]  # queue_seconds, sampling_seconds, tokens_per_second, rows_in_batch
+    warnings: list[str] = field(default_factory=list)  # sentences about this prompt, its settings and the model
 
 
 class ClipGen:
@@ -52,8 +52,9 @@ class ClipGen:
 
     source: WeightsFolder | None = None  # kept, since the weights stay in its files
 
-    def __init__(self, networks: Networks, device: torch.device):
+    def __init__(self, networks: Networks, device: torch.device, warnings: Sequence[str] = ()):
         self.config = networks.config
+        self.warnings = list(warnings)  # what is wrong with the model, in sentences
         self.clip_encoder = networks.clip
         self.vqgan = networks.vqgan
         self.gpt = networks.gpt
@@ -80,7 +81,7 @@ class ClipGen:
         problem = why_noise(source.path)
         if problem:
             log.warning("%s: %s", source.path, problem)
-        model = cls(networks, chosen)
+        model = cls(networks, chosen, [f"this model: {problem}"] if problem else [])
         model.source = source
         return model
 
@@ -125,16 +126,21 @@ class ClipGen:
 
         Candidate i of a seed is the same picture whatever the number of candidates. Without clip_rerank the first
         ones sampled are returned, scored all the same. Calls from several threads share the device; see batching.py.
+        Settings that always take the likeliest token make all candidates alike: then one is drawn and returned.
         ValueError when a value is out of its range; Stopped when should_stop, asked before every token, says so; Busy
         when too many candidates wait already.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
-        if not clip_rerank and 1 <= num_outputs <= MAX_CANDIDATES:
-            candidates = num_outputs  # the others would never be looked at
-        check_request(prompt, candidates, num_outputs, seed)
-        sampling.check()
+        check_request(prompt, candidates, num_outputs, seed, clip_rerank, **vars(sampling))
+        if sampling.greedy:
+            candidates = num_outputs = 1
+        elif not clip_rerank:
+            candidates = num_outputs  # nobody would look at the others
         if seed is None:
             seed = secrets.randbelow(MAX_SEED + 1)
+        warnings = self.warnings_about(prompt, sampling)
+        for sentence in warnings:
+            log.warning(sentence)
 
         device, asked = shared_batcher(self.device), time.monotonic()
         at_a_time, embedding = device.run(lambda: (self.at_a_time, self.embed_prompt(prompt)), leads_up=True)
@@ -156,7 +162,19 @@ class ClipGen:
             seed,
             candidates,
             sampled.metrics,
+            self.warnings + warnings,
         )
+
+    def warnings_about(self, prompt: str, sampling: Sampling) -> list[str]:
+        """What a caller may not expect of this prompt and these settings, in sentences."""
+        found = []
+        lost = self.clip_encoder.tokenize.left_out(prompt)
+        if lost:
+            found.append(f"the prompt is longer than this model's CLIP reads; its end is left out: {lost!r}")
+        if sampling.greedy:
+            settings = " and ".join(f"{name} is {getattr(sampling, name):g}" for name in sampling.greedy)
+            found.append(f"{settings}: all candidates would be the same picture, so one is drawn and returned")
+        return found
 
     def _pictures(self, rows: list[tuple[Tensor, Tensor]]) -> list[tuple[Image.Image, float]]:
         """Pictures and scores of candidates, each given by its tokens (T,) and its prompt's embedding (E,)."""
@@ -213,23 +231,3 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     elif dtype == "auto":
         dtype = "float16" if device.type == "cpu" and has_products() else "float32"
     return getattr(torch, dtype)
-
-
-def check_request(prompt: str, candidates: int, num_outputs: int, seed: int | None) -> None:
-    """Raises ValueError with the value and the remedy."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompt is {prompt!r}; say what to draw, for example: a large red circle")
-    for name, value in {"candidates": candidates, "num_outputs": num_outputs, "seed": seed}.items():
-        if not isinstance(value, Integral) and not (name == "seed" and value is None):
-            raise ValueError(f"{name} is {value!r}; give a whole number")
-    if not 1 <= candidates <= MAX_CANDIDATES:
-        raise ValueError(f"candidates is {candidates}; give 1 to {MAX_CANDIDATES}")
-    if num_outputs < 1:
-        raise ValueError(f"num_outputs is {num_outputs}; give 1 or more")
-    if num_outputs > candidates:
-        raise ValueError(
-            f"num_outputs is {num_outputs}, more than the {candidates} candidates; "
-            f"ask for {candidates} or fewer, or raise candidates to {num_outputs}"
-        )
-    if seed is not None and not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed}; give 0 to {MAX_SEED}")

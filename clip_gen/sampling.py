@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip_gen.asked import check_sampling
 from clip_gen.cuda_graphs import RecordedSteps, has_kernels, is_ready
 from clip_gen.gpt import GPT
-
-MAX_SEED = 2**31 - 1
 
 # Matrix products over other numbers of rows may take other code paths and round differently (by 1e-6 on a CPU with
 # AVX2), which now and then flips a token. So on a CPU products have one of those NUMBERS of rows that round alike
@@ -47,16 +46,15 @@ class Sampling:
         """How many rows a candidate takes: with guidance an unconditional one too."""
         return 1 if self.guidance == 1 else 2
 
+    @property
+    def greedy(self) -> list[str]:
+        """The settings that always take the likeliest token, so that all candidates of a prompt are the same."""
+        alone = {"temperature": self.temperature < GREEDY, "top_k": self.top_k == 1, "top_p": self.top_p == 0}
+        return [name for name, only_one in alone.items() if only_one]
+
     def check(self) -> None:
         """Raises ValueError naming the value and what it may be."""
-        if not 0 <= self.temperature <= 10:
-            raise ValueError(f"temperature is {self.temperature}; give 0 (always the likeliest token) to 10")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; give 0 (off) or how many tokens to choose from")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a share of the probability, 0 to 1 (off)")
-        if not 0 <= self.guidance <= 20:
-            raise ValueError(f"guidance is {self.guidance}; give 0 to 20, where 1 is off")
+        check_sampling(**vars(self))
 
 
 def candidate_uniforms(seed: int, candidates: range, length: int) -> Tensor:
@@ -80,11 +78,10 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        logits = logits.masked_fill(~likeliest(logits, sampling.top_k), -torch.inf)
     probabilities = logits.softmax(dim=1)
     if sampling.top_p < 1:
-        ranked, order = probabilities.sort(dim=1, descending=True)
+        ranked, order = probabilities.sort(dim=1, descending=True, stable=True)
         # A token stays while those likelier than it have not yet filled the share.
         dropped = ranked.cumsum(dim=1) - ranked >= sampling.top_p
         dropped[:, 0] = False
@@ -93,6 +90,13 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ranked = ranked / ranked.cumsum(dim=1)[:, -1:]
         probabilities = torch.zeros_like(ranked).scatter_(1, order, ranked)
     return probabilities
+
+
+def likeliest(logits: Tensor, k: int) -> Tensor:
+    """Which k of each row's logits (B, V) are the largest, (B, V) bool; of equal ones those of the lowest tokens."""
+    least = logits.topk(k, dim=1).values[:, -1:]
+    larger, equal = logits > least, logits == least
+    return larger | (equal & (equal.cumsum(dim=1) <= k - larger.sum(dim=1, keepdim=True)))
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

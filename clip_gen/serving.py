@@ -149,15 +149,25 @@ class Outputs:
         self._kept = kept
         self._folders: deque[Path] = deque()
 
-    def save(self, generation: Generation, settings: dict[str, object], output_format: str, quality: int) -> list[Path]:
-        """Writes out-0, out-1, ... best first, all of them or none, each with its settings, seed and score inside."""
+    @property
+    def folder(self) -> Path:
+        """Where all of them lie, inside the temporary folder."""
+        return Path(self._root.name)
+
+    def save(
+        self, generation: Generation, settings: dict[str, object] | None, output_format: str, quality: int
+    ) -> list[Path]:
+        """Writes out-0, out-1, ... best first, all of them or none. Each file has its settings, seed and score inside,
+        unless the settings are None.
+        """
         os.makedirs(self._root.name, exist_ok=True)  # whoever clears up /tmp may have taken it from an idle server
         folder = Path(tempfile.mkdtemp(dir=self._root.name))
         try:
             paths = []
             for i, (image, score) in enumerate(zip(generation.images, generation.scores, strict=True)):
                 paths.append(folder / f"out-{i}.{output_format}")
-                metadata = {**settings, "seed": generation.seed, "score": round(score, 4)}
+                more = {"seed": generation.seed, "score": round(score, 4)}
+                metadata = None if settings is None else settings | more
                 save_image(image, paths[-1], output_format, quality, metadata)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

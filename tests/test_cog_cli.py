@@ -125,13 +125,12 @@ def test_a_folder_in_a_pictures_place_is_named_before_anything_is_drawn(
     assert files(folder) == ["output.2.png"]
 
 
-def test_a_current_folder_that_cannot_be_written_to_is_named_before_anything_is_drawn(
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_drawn(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clip_gen.cog_cli._predict_module", no_drawing)
-    monkeypatch.setattr("clip_gen.cog_cli.os.access", lambda path, mode: False)
-    assert main(QUICK) == 1
-    assert "no folder that can be written to" in capsys.readouterr().err
+    assert main([*QUICK, "-o", "/proc/output"]) == 1
+    assert "/proc is no folder that can be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failing", range(4))
@@ -152,6 +151,29 @@ def test_files_that_cannot_all_be_written_leave_things_as_they_were(
     assert capsys.readouterr().err.endswith(f"output.{failing}.png: cannot be written (Permission denied)\n")
     assert files(folder) == ["output.1.png"]
     assert (folder / "output.1.png").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([*QUICK, "-i", "num_outputs=5"], "num_outputs is 5, more than the 4 candidates"),
+        (["-i", "prompt=   "], "prompt is '   ', without a letter, a digit or an emoji; say what to draw"),
+    ],
+)
+def test_what_does_not_make_sense_is_refused_before_the_model_is_loaded(
+    refused: Refuse, arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.cog_cli._predict_module", no_drawing)
+    assert sentence in refused(*arguments)
+
+
+def test_identical_candidates_make_one_file_and_metadata_can_be_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main([*QUICK, "-i", "temperature=0", "-i", "output_metadata=false"]) == 0
+    assert files(folder) == ["output.0.png"]
+    assert Image.open("output.0.png").text == {}
+    assert "temperature is 0: all candidates would be the same picture" in caplog.text
 
 
 def test_earlier_pictures_give_way(folder: Path) -> None:
@@ -191,9 +213,8 @@ def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
         (["-e", "=1"], "-e =1: write it as name=value"),
         (["-i", "prompt=a", "-i", "prompt=b"], "prompt is given twice; give it once"),
         (["-i", "prompt=@absent.txt"], "prompt: absent.txt cannot be read (No such file or directory)"),
-        ([*QUICK, "-i", "num_outputs=5"], "num_outputs is 5, more than the 4 candidates"),
+        ([*QUICK, "-o", ""], "-o is empty; give the name of the files, or a folder for them"),
         ([*QUICK, "-i", "replicate_weights=@/dev/null"], "replicate_weights: /dev/null is empty; give a file"),
-        (["-i", "prompt=   "], "say what to draw"),
         (["-i", "prompt=\udcff\udcfe"], "prompt is no UTF-8 text; say it"),
         (["-i", "prompt=@../no_text"], "prompt: ../no_text is no UTF-8 text; save it as UTF-8"),
         ([*QUICK, "-o", "absent/"], "-o absent/: there is no such folder; create it"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from clip_gen.asked import MAX_CANDIDATES
 from clip_gen.cog_schema import PREDICT, build_schema, project_signatures
 from clip_gen.cog_signature import SignatureError
 from clip_gen.files import ROOT
@@ -214,10 +215,11 @@ def test_predicts_inputs_come_in_the_order_of_the_form_and_are_all_described() -
     properties = build_schema()["components"]["schemas"]["Input"]["properties"]
     assert list(properties) == [
         *("prompt", "num_outputs", "candidates", "clip_rerank", "top_k", "top_p", "temperature", "guidance"),
-        *("seed", "output_format", "output_quality", "replicate_weights"),
+        *("seed", "output_format", "output_quality", "output_metadata", "replicate_weights"),
     ]
     assert all(one["description"] for one in properties.values())
-    assert [one["x-order"] for one in properties.values()] == list(range(12))
+    assert properties["candidates"]["maximum"] == MAX_CANDIDATES
+    assert [one["x-order"] for one in properties.values()] == list(range(13))
     assert properties["seed"]["maximum"] == 2**31 - 1
 
 

@@ -21,11 +21,13 @@ DOORS = {
     "triton": ["clip_gen/cuda_kernels.py"],
     "tqdm": ["clip_gen/transfer.py", "clip_gen/training/run.py"],
     "cog": ["predict.py", "train.py"],
+    "coglet": ["predict.py"],
 }
 
 # Lower first; a module imports from its own row or rows above.
 LAYERS = [
     [
+        "asked",
         "config",
         "files",
         "images",
@@ -39,6 +41,8 @@ LAYERS = [
         "int8",
         "cache",
         "machine",
+        "slots",
+        "watchdog",
         "cog_expressions",
         "cog_inputs",
         "cog_signature",

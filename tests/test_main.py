@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from clip_gen import generate
+from clip_gen import ClipGen, generate
 from clip_gen.__main__ import COMMANDS, main
 from clip_gen.cog_schema import project_signatures
 from clip_gen.sampling import Sampling
@@ -39,8 +40,16 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
     [
         (["generate", "a", "--model", "nowhere"], "generate: nowhere: no such file or folder; give"),
         (["generate", " "], "generate: prompt is ' '"),
+        (["generate", "caf\udce9"], "generate: prompt is 'caf\\udce9', which is not UTF-8 text"),
+        (["generate", "a", "--num-outputs", "17"], "generate: num_outputs is 17, more than the 16 candidates"),
+        (["generate", "a", "--top-p", "1.5"], "generate: top_p is 1.5; give a number, 0 to 1"),
+        (["generate", "a", "--out", f"{__file__}/x"], f"generate: {__file__} is a file; name a folder"),
+        (["generate", "a", "--out", "/proc/x"], "generate: /proc cannot be written to; name another folder"),
         (["evaluate", "nowhere", "--prompts", "0"], "evaluate: prompts is 0; give 1 or more"),
-        (["generate", "a", "--output-quality", "101"], "generate: output_quality is 101; give 0 to 100"),
+        (
+            ["generate", "a", "--output-quality", "101"],
+            "generate: output_quality is 101; give a whole number, 0 to 100",
+        ),
         (["generate", "a", "--out", __file__], f"generate: {__file__} is a file; name a folder"),
         (["evaluate", "nowhere"], "evaluate: nowhere: no such file or folder; give a model folder"),
         (["train-shapes", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -48,14 +57,40 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
     ],
 )
 def test_bad_input_is_one_sentence_on_stderr(
-    words: list[str], sentence: str, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if words == ["generate", " "]:
-        words = [*words, "--model", str(tiny_model_folder)]
+    monkeypatch.setattr(ClipGen, "load", None)  # what is wrong is said before a model is loaded
     assert main(words) == 1
     error = capsys.readouterr().err
     assert sentence in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_generate_replaces_no_picture_unless_it_may(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", "a star", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--candidates", "4"]
+    (tmp_path / "1.png").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipGen, "load", None)
+        assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said == f"generate: {tmp_path}/1.png exists already; give --overwrite, or name another folder with --out\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["1.png"]
+    assert main([*words, "--output-format", "webp"]) == 0
+    assert (tmp_path / "1.png").read_text() == "mine"
+    assert main([*words, "--overwrite"]) == 0
+    assert Image.open(tmp_path / "1.png").size == (16, 16)
+
+
+def test_generate_leaves_metadata_out_and_draws_one_of_identical_pictures(
+    tiny_model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["generate", "a star", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--temperature", "0"]
+    assert main([*words, "--no-output-metadata"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+    assert Image.open(tmp_path / "0.png").text == {}
+    assert "temperature is 0: all candidates would be the same picture" in caplog.text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -70,6 +105,17 @@ def test_generate_takes_what_predict_takes_to_draw_with() -> None:
     inputs = {one.name: one.arguments.get("default") for one in project_signatures()[0].inputs}
     assert {name: inputs[name] for name in generate.DEFAULTS} == generate.DEFAULTS
     assert {field.name for field in fields(Sampling)} < generate.DEFAULTS.keys()
+
+
+def test_the_help_of_generate_gives_the_ranges_that_predict_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for one in project_signatures()[0].inputs:
+        if {"ge", "le"} <= one.arguments.keys() and one.name not in ("num_outputs", "top_k"):
+            assert re.search(
+                rf"--{one.name.replace('_', '-')} [^-]*{one.arguments['ge']} to {one.arguments['le']}", said
+            )
 
 
 def test_every_setting_of_a_training_is_told_of() -> None:

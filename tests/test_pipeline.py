@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import FLOAT16, TINY, tiny_networks
@@ -17,6 +18,7 @@ from model_files import web_server
 from PIL import Image
 
 from clip_gen import ClipGen, pipeline
+from clip_gen.asked import check_prompt
 from clip_gen.bridge import Bridge
 from clip_gen.checkpoint import build, load_networks, save_networks
 from clip_gen.config import BridgeConfig
@@ -160,19 +162,27 @@ def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: Clip
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"prompt": ""}, "prompt is ''; say what to draw"),
+        ({"prompt": ""}, "prompt is '', without a letter, a digit or an emoji; say what to draw"),
         ({"prompt": " \n"}, "say what to draw"),
+        ({"prompt": "\u200b\x07\u3164 ...!\ufffd"}, "without a letter, a digit or an emoji; say what to draw"),
         ({"prompt": 5}, "prompt is 5; say what to draw"),
+        ({"prompt": "caf\udce9"}, r"prompt is 'caf\\udce9', which is not UTF-8 text; use a terminal or file in UTF-8"),
         ({"candidates": "16"}, "candidates is '16'; give a whole number"),
+        ({"candidates": True}, "candidates is True; give a whole number"),
         ({"seed": 1.5}, "seed is 1.5; give a whole number"),
-        ({"candidates": 0}, "candidates is 0; give 1 to 1024"),
-        ({"candidates": 1025}, "candidates is 1025"),
-        ({"num_outputs": 0}, "num_outputs is 0; give 1 or more"),
+        ({"candidates": 0}, "candidates is 0; give a whole number, 1 to 256"),
+        ({"candidates": 257}, "candidates is 257"),
+        ({"num_outputs": 0}, "num_outputs is 0; give a whole number, 1 to 256"),
+        ({"num_outputs": 257, "clip_rerank": False}, "num_outputs is 257; give a whole number, 1 to 256"),
+        ({"num_outputs": None}, "num_outputs is None; give a whole number, 1 to 256"),
         ({"num_outputs": 5, "candidates": 4}, "num_outputs is 5, more than the 4 candidates; ask for 4 or fewer"),
-        ({"seed": -1}, "seed is -1; give 0 to 2147483647"),
+        ({"seed": -1}, "seed is -1; give a whole number, 0 to 2147483647"),
         ({"seed": 2**31}, "seed is 2147483648"),
         ({"top_p": 2.0}, "top_p is 2.0; give"),
-        ({"num_outputs": 0, "clip_rerank": False}, "num_outputs is 0; give 1 or more"),
+        ({"top_p": None}, "top_p is None; give a number, 0 to 1"),
+        ({"temperature": "1"}, "temperature is '1'; give a number, 0 to 10"),
+        ({"clip_rerank": "no"}, "clip_rerank is 'no'; give True or False"),
+        ({"num_outputs": 0, "clip_rerank": False}, "num_outputs is 0; give"),
         ({"temperature": -1.0}, "temperature is -1.0; give"),
         ({"top_k": 2.0}, "top_k is 2.0; give"),
     ],
@@ -182,6 +192,39 @@ def test_bad_input_is_a_sentence_with_the_value_and_the_remedy(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         tiny_model.generate(**{"prompt": "a red circle", **values})
+
+
+@pytest.mark.parametrize("prompt", ["赤い円", "7", "😀", "❤️", "♥", "#️⃣", "↔", "é", "a\u200b"])
+def test_a_prompt_is_anything_with_a_letter_a_digit_or_an_emoji(prompt: str) -> None:
+    check_prompt(prompt)
+
+
+def test_numbers_of_numpy_draw_the_same(tiny_model: ClipGen) -> None:
+    plain = tiny_model.generate("a star", candidates=3, num_outputs=2, seed=5, top_k=4)
+    whole = {"candidates": np.int64(3), "num_outputs": np.int32(2), "seed": np.uint8(5), "top_k": np.int64(4)}
+    assert torch.equal(tiny_model.generate("a star", **whole).tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 1, "clip_rerank": False}])
+def test_settings_that_make_all_candidates_alike_draw_one_and_say_so(
+    tiny_model: ClipGen, settings: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    result = tiny_model.generate("a red circle", candidates=8, num_outputs=4, seed=1, **settings)
+    assert (len(result.images), len(result.scores), len(result.tokens), result.candidates) == (1, 1, 1, 1)
+    (name, value), *_ = settings.items()
+    sentence = f"{name} is {value}: all candidates would be the same picture, so one is drawn and returned"
+    assert result.warnings == [sentence]
+    assert sentence in caplog.text
+
+
+def test_the_end_of_a_long_prompt_that_clip_does_not_read_is_named(
+    tiny_model: ClipGen, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = tiny_model.generate(f"{'red ' * 14}blue star", candidates=1, num_outputs=1)
+    (sentence,) = result.warnings
+    assert sentence == "the prompt is longer than this model's CLIP reads; its end is left out: 'blue star'"
+    assert caplog.messages == [sentence]
+    assert tiny_model.generate("a star", candidates=1, num_outputs=1).warnings == []
 
 
 def test_scores_that_are_no_numbers_are_an_error_and_no_success() -> None:

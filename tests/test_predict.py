@@ -36,7 +36,7 @@ from predict import Predictor
 QUICK = {
     **{"prompt": "a large red circle", "num_outputs": 2, "candidates": 4, "clip_rerank": True, "seed": 7},
     **{"top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0},
-    **{"output_format": "png", "output_quality": 90, "replicate_weights": None},
+    **{"output_format": "png", "output_quality": 90, "output_metadata": True, "replicate_weights": None},
 }
 
 

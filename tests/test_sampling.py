@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import FLOAT16, TINY
@@ -59,6 +60,13 @@ def test_top_k_keeps_the_k_likeliest() -> None:
     assert (kept > 0).tolist() == [[True, True, False, False], [False, False, True, True]]
     assert torch.allclose(kept[0, :2], torch.tensor([2 / 3, 1 / 3]))
     assert torch.equal(filtered_probabilities(LOGITS, Sampling(top_k=9)), filtered_probabilities(LOGITS, Sampling()))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_top_k_keeps_k_tokens_of_equal_ones_the_first(k: int) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0, 1.0, 1.0], [2.0] * 6])
+    kept = filtered_probabilities(logits, Sampling(top_k=k)) > 0
+    assert [row.nonzero().flatten().tolist() for row in kept] == [sorted([1, 3, 2, 4, 5, 0][:k]), list(range(k))]
 
 
 def test_a_row_has_the_same_probabilities_alone_and_beside_others_whatever_the_codebook() -> None:
@@ -172,11 +180,39 @@ def test_should_stop_is_asked_before_every_token(gpt: GPT) -> None:
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"guidance": -1.0}, "guidance is -1.0"),
         ({"guidance": 21.0}, "guidance is 21.0"),
+        ({"top_p": None}, "top_p is None"),
+        ({"temperature": "1"}, "temperature is '1'"),
+        ({"guidance": np.float64("nan")}, "guidance is nan"),
+        ({"top_k": 2.0}, "top_k is 2.0"),
+        ({"top_k": True}, "top_k is True"),
+        ({"top_p": np.True_}, "top_p is np.True_"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_the_remedy(values: dict[str, float], named: str) -> None:
-    with pytest.raises(ValueError, match=f"{named}; give"):
+def test_a_value_out_of_range_or_of_another_type_is_named_with_the_remedy(
+    values: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{named}; give a (whole )?number"):
         Sampling(**values).check()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    Sampling(top_k=np.int64(5), top_p=np.float32(0.5), temperature=np.float64(1), guidance=np.int8(2)).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone"),
+    [
+        ({}, []),
+        ({"top_k": 2, "top_p": 0.9, "temperature": 0.5}, []),
+        ({"temperature": 0}, ["temperature"]),
+        ({"top_k": 1, "top_p": 0.0}, ["top_k", "top_p"]),
+    ],
+)
+def test_settings_that_draw_identical_candidates_are_known(
+    gpt: GPT, settings: dict[str, float], alone: list[str]
+) -> None:
+    assert Sampling(**settings).greedy == alone
+    assert (len(set(map(tuple, sampled(gpt, 8, Sampling(**settings)).tolist()))) == 1) == bool(alone)
 
 
 class Unsteady(nn.Linear):
