@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_gen import ClipGen, generate
+from clip_gen import generate, pipeline
 from clip_gen.__main__ import COMMANDS, main
 from clip_gen.cog_schema import project_signatures
 from clip_gen.sampling import Sampling
@@ -59,7 +59,7 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
 def test_bad_input_is_one_sentence_on_stderr(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ClipGen, "load", None)  # what is wrong is said before a model is loaded
+    monkeypatch.setattr(pipeline, "load_networks", None)  # what is wrong is said before a model is loaded
     assert main(words) == 1
     error = capsys.readouterr().err
     assert sentence in error
@@ -72,7 +72,7 @@ def test_generate_replaces_no_picture_unless_it_may(
     words = ["generate", "a star", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--candidates", "4"]
     (tmp_path / "1.png").write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr(ClipGen, "load", None)
+        patch.setattr(pipeline, "load_networks", None)
         assert main(words) == 1
     said = capsys.readouterr().err
     assert said == f"generate: {tmp_path}/1.png exists already; give --overwrite, or name another folder with --out\n"
