@@ -15,6 +15,7 @@ Config = TypeVar("Config")
 
 MOST = 2**18  # of any one size; the largest codebook known has as many codes
 MOST_LAYERS = 256
+MOST_RESOLUTION = 2048  # a picture of 2**18 pixels a side would need 800 GB, and small weights can ask for one
 ACTIVATIONS = ("quick_gelu", "gelu")  # of a CLIP's transformers: OpenAI's approximation, the function itself
 MOST_NESTED = 20  # lists and mappings inside one another in a YAML file
 CLIP_TOKENS = 49408  # of OpenAI's CLIP, whose tokenizer is the only one here
@@ -115,6 +116,8 @@ class ModelConfig:
         for names, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
+        if vqgan.resolution > MOST_RESOLUTION:
+            raise ValueError(f"vqgan.resolution is {vqgan.resolution}; give {MOST_RESOLUTION} or less")
         if clip.vocab_size < CLIP_TOKENS:
             raise ValueError(f"clip.vocab_size is {clip.vocab_size}; CLIP's tokenizer has {CLIP_TOKENS}")
         if clip.activation not in ACTIVATIONS:

@@ -141,6 +141,7 @@ def test_missing_and_extra_tensors_are_named(folder: Path) -> None:
         ("block_size: 16", "block_size: 9"),
         ("n_head: 2", "n_head: 0"),
         ("patch: 4", "patch: 0"),
+        ("resolution: 16\n  patch: 4", "resolution: 65536\n  patch: 16384"),
         ("n_embd: 16", "n_embd: -16"),
         ("transformer_heads: 2", "transformer_heads: 3"),
         ("transformer_width: 16", "transformer_width: 400000000"),
