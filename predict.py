@@ -28,7 +28,7 @@ class Predictor(BaseRunner):
         self.outputs = Outputs()
         served = coglet.server.active  # not script/predict
         self.slots = Slots(longest_prediction() if served else None)
-        with server_ends_with_worker([self.outputs.folder]) if served else contextlib.nullcontext():
+        with server_ends_with_worker(self.outputs.folder) if served else contextlib.nullcontext():
             source, reason = own_weights(weights)
             signature = read_signature(pathlib.Path(__file__), "Predictor")
             self.inputs = signature.inputs

@@ -3,12 +3,14 @@
 import pathlib
 import tempfile
 
+import coglet
 from cog import BaseModel, Input, Path
 
 from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
 from clip_gen.cog_training import deliver, run_training
 from clip_gen.request_weights import fetched_base
+from clip_gen.watchdog import watch_worker
 
 
 class TrainingOutput(BaseModel):
@@ -113,7 +115,10 @@ async def train(
     seed: int = Input(description="The same seed trains the same weights.", default=0, ge=0, le=2147483647),
 ) -> TrainingOutput:
     """Trains in a process of its own, which ends with the request. Checks its inputs itself, as predict.py does."""
-    values = checked(dict(locals()), read_signature(pathlib.Path(__file__), "train").inputs)
+    given = dict(locals())
+    if coglet.server.active:
+        watch_worker()  # from the first training on: Cog calls no setup for a function
+    values = checked(given, read_signature(pathlib.Path(__file__), "train").inputs)
     base = await fetched_base(values["base"])
     values["base"] = base and str(base.path)
     with tempfile.TemporaryDirectory(prefix="training-") as folder:

@@ -8,6 +8,7 @@ that was killed; it uses the standard library alone and starts in a few millisec
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -23,25 +24,30 @@ GRACE = 5.0  # seconds that a server has to end by itself once its worker is gon
 FAILED = b"setup failed"
 
 
-@contextmanager
-def server_ends_with_worker(folders: Sequence[Path] = ()) -> Iterator[None]:
+@functools.cache
+def watch_worker(*folders: Path) -> int | None:
     """To be called in a worker of Cog's: from here on the server ends soon after it, with status 137 unless it was
-    ending anyway, and the folders are removed.
-
-    When what is inside the `with` raises, the server stays: Cog then answers that the setup failed, and why.
+    ending anyway, and the folders are removed. Gives where to write FAILED; None where Cog's server runs no worker.
     """
     server = os.getppid()
     if not _is_server(server):
-        yield
-        return
-    ours, theirs = os.pipe()  # the watchdog reads its end when this process is gone, however it went
+        return None
+    ours, theirs = os.pipe()  # the watchdog reads its end of it when this process is gone, however it went
     command = [sys.executable, "-I", "-S", __file__, str(server), *map(str, folders)]
     subprocess.Popen(command, stdin=ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     os.close(ours)
+    return theirs
+
+
+@contextmanager
+def server_ends_with_worker(*folders: Path) -> Iterator[None]:
+    """As watch_worker. When what is inside the `with` raises, the server stays, and Cog answers why setup failed."""
+    pipe = watch_worker(*folders)
     try:
         yield
     except BaseException:
-        os.write(theirs, FAILED)
+        if pipe is not None:
+            os.write(pipe, FAILED)
         raise
 
 

@@ -21,7 +21,7 @@ DOORS = {
     "triton": ["clip_gen/cuda_kernels.py"],
     "tqdm": ["clip_gen/transfer.py", "clip_gen/training/run.py"],
     "cog": ["predict.py", "train.py"],
-    "coglet": ["predict.py"],
+    "coglet": ["predict.py", "train.py"],
 }
 
 # Lower first; a module imports from its own row or rows above.
@@ -41,6 +41,7 @@ LAYERS = [
         "int8",
         "cache",
         "machine",
+        "address",
         "slots",
         "watchdog",
         "cog_expressions",

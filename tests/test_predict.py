@@ -29,6 +29,7 @@ from clip_gen.pipeline import ClipGen, Generation, Stopped
 from clip_gen.request_weights import BusyError, RefusedWeightsError
 from clip_gen.sampling import most_rows
 from clip_gen.serving import Models, Outputs
+from clip_gen.slots import Slots, longest_prediction, remove_prediction_folders
 from clip_gen.weights import pack
 from clip_gen.weights_cache import WeightsFolder
 from predict import Predictor
@@ -228,6 +229,46 @@ def test_predictions_at_once_share_their_batches_and_none_can_tell(
     # 32 candidates in one batch, or in two of 16 where that is what a batch holds here.
     full = most_rows(alone.models.own.gpt)
     assert [generation.metrics["rows_in_batch"] for generation in made] == [full] * 8
+
+
+def test_a_prediction_that_takes_too_long_fails_with_a_sentence_and_leaves_the_model(tmp_path: Path) -> None:
+    async def wait_for_the_end() -> int:
+        predictor = Predictor()
+        await predictor.setup(str(folder := slow_folder(tmp_path / "slow")))
+        predictor.models.own, predictor.slots = Watched.load(folder), Slots(0.5)
+        with pytest.raises(TimeoutError, match=r"the prediction took longer than 0\.5 seconds; ask for fewer"):
+            await predictor.run(**(QUICK | {"candidates": 256}))
+        predictor.drawing.shutdown()  # waits for the thread that draws
+        return predictor.models.own.stopped
+
+    assert asyncio.run(wait_for_the_end()) == 1
+
+
+def test_the_longest_time_of_a_prediction_is_set_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert longest_prediction() == 1800
+    monkeypatch.setenv("CLIP_GEN_MAX_SECONDS", "90.5")
+    assert longest_prediction() == 90.5
+    for text in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("CLIP_GEN_MAX_SECONDS", text)
+        with pytest.raises(ValueError, match=f"CLIP_GEN_MAX_SECONDS is {text}; give a number of seconds, 1 or more"):
+            longest_prediction()
+
+
+def test_only_the_empty_folders_of_a_prediction_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.slots.PREDICTIONS", root := tmp_path / "predictions")
+    for name in ("done", "full", "a/b", "a/c", "../outside", "."):
+        for part in ("inputs", "outputs"):
+            (root / name / part).mkdir(parents=True)
+    (root / "full" / "outputs" / "0.png").touch()
+    for name in ("done", "full", "a/b", "absent", "../outside", "..", ".", str(tmp_path / "outside")):
+        remove_prediction_folders(name)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == [
+        *("outside", "outside/inputs", "outside/outputs"),
+        *("predictions", "predictions/a", "predictions/a/c", "predictions/a/c/inputs", "predictions/a/c/outputs"),
+        *("predictions/full", "predictions/full/outputs", "predictions/full/outputs/0.png"),
+        *("predictions/inputs", "predictions/outputs"),
+    ]
 
 
 def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen) -> None:

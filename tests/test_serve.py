@@ -3,8 +3,8 @@
 Traps of Cog 0.23.1 held here: 1 and 2 (defaults arrive), 5 (null), 9 (409), 11 (names under --upload-url), 14 (2.0 for
 an int), 15 (no input is declared a file; replicate_weights is text that may name a path on the server), 16 (every file
 is there), 18 (no schema). In test_cog_schema.py: 1 to 4, 8, 19, 20; in test_predict.py: 14, 18. Nothing to hold here:
-6, 7 and 10 are about training, 12 and 13 about streaming and torch's switches, neither of which is used, and 17 (a
-crashed worker) is beyond a predictor.
+6, 7 and 10 are about training, 12 and 13 about streaming and torch's switches, neither of which is used. 17 (a crashed
+worker): test_watchdog.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -29,6 +30,8 @@ from PIL import Image
 from clip_gen.cog_schema import build_schema, project_signatures
 from clip_gen.files import ROOT
 from clip_gen.request_weights import REFUSALS
+from clip_gen.slots import PREDICTIONS
+from clip_gen.watchdog import GRACE
 from clip_gen.weights import pack
 
 PROMPT = "a large red circle"
@@ -68,13 +71,20 @@ def server(tiny_model_folder: Path, scratch: Path, tmp_path_factory: pytest.Temp
     environment = {"COG_WEIGHTS": tiny_model_folder.name, "CLIP_GEN_ALLOW_WEIGHTS": "any"}
     with running(command, tiny_model_folder.parent, scratch, **environment) as server:
         yield server.wait_until_set_up()
+        assert list(scratch.glob("clip-gen-*"))
+        server.process.terminate()
+        assert server.process.wait(timeout=20) == 0
+        wait_for(lambda: not list(scratch.glob("clip-gen-*")))
 
 
 @pytest.fixture(scope="module")
 def bare_server(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one slot that finds no schema and so checks nothing; COG_WEIGHTS is a tar."""
+    """A server with one slot that finds no schema and so checks nothing; COG_WEIGHTS is a tar. It removes the folders
+    of a prediction after a second, not a minute.
+    """
     folder = tmp_path_factory.mktemp("bare")
-    shutil.copy(ROOT / "predict.py", folder)
+    quick = "\nimport clip_gen.slots\n\nclip_gen.slots.FOLDER_SECONDS = 1\n"
+    (folder / "predict.py").write_text((ROOT / "predict.py").read_text() + quick)
     pack(tiny_model_folder, tar := folder / "weights.tar")
     environment = {
         **{"COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "PYTHONPATH": str(ROOT), "COG_WEIGHTS": str(tar)},
@@ -265,9 +275,49 @@ def test_damaged_weights_fail_the_setup_with_a_sentence(files: Path, tmp_path: P
     shutil.copytree(files / "other", tmp_path / "model")
     (tmp_path / "model" / "gpt.safetensors").write_bytes(b"no tensors")
     with running([str(ROOT / "script" / "serve")], tmp_path, tmp_path, COG_WEIGHTS="model") as broken:
-        health = broken.wait_until_set_up().health()
+        broken.wait_until_set_up()
+        time.sleep(GRACE + 2)  # the worker is gone, but no watchdog ends the server that says why
+        health = broken.health()
     assert health["status"] == "SETUP_FAILED"
     assert "gpt.safetensors: damaged" in health["setup"]["logs"]
+
+
+# Warnings, identical candidates, and what is left behind
+
+
+def test_warnings_about_a_prediction_are_in_its_own_logs(server: Server) -> None:
+    prompts = [f"{'red ' * 14}blue star", PROMPT]
+    with ThreadPoolExecutor(2) as pool:
+        long, short = pool.map(lambda prompt: server.predict(**QUICK | {"prompt": prompt})["logs"], prompts)
+    assert "the prompt is longer than this model's CLIP reads; its end is left out: 'blue star'\n" in long
+    assert re.fullmatch(r"seed: 7\nscores: .*\n", short)
+
+
+def test_identical_candidates_are_drawn_once_and_the_logs_say_so(server: Server) -> None:
+    reply = server.predict(**QUICK, top_k=1)
+    assert (len(reply["output"]), reply["metrics"]["image_output_count"], reply["metrics"]["candidates"]) == (1, 1, 1)
+    assert "top_k is 1: all candidates would be the same picture, so one is drawn and returned\n" in reply["logs"]
+
+
+def test_metadata_can_be_left_out(server: Server) -> None:
+    assert [picture.text for picture in server.pictures(**QUICK, output_metadata=False)] == [{}] * 2
+
+
+@pytest.mark.parametrize("name", ["mine", "a/b", "../clip-gen-test"])
+def test_the_empty_folders_of_a_prediction_are_removed_a_while_after_it(bare_server: Server, name: str) -> None:
+    folder = Path(os.path.normpath(PREDICTIONS / f"{name}-{bare_server.port}"))
+    body = {"input": QUICK, "id": f"{name}-{bare_server.port}"}
+    while bare_server.request("POST", "/predictions", body)[0] == 409:
+        time.sleep(0.02)
+    assert folder.is_dir()
+    if PREDICTIONS in folder.parents:
+        wait_for(lambda: not folder.exists())
+        assert folder.parent == PREDICTIONS or not folder.parent.exists()
+        assert PREDICTIONS.is_dir()
+    else:
+        time.sleep(3)
+        assert folder.is_dir()
+        shutil.rmtree(folder)
 
 
 # Many at once, and giving up
