@@ -1,30 +1,33 @@
-"""How much an archive may hold, and counting it."""
+"""Limits on what an archive may hold, and a meter that counts it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from clip_gen.pictures import MOST_PIXELS
+
 
 class ArchiveError(ValueError):
-    """Pictures cannot be had from what was given; one sentence says what was found and what is wanted."""
+    """What was given holds no pictures that can be used; one sentence says what it is and what to give."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """What an archive or folder must and may hold.
 
-    A picture outside of the first three is skipped; outside of the others, the whole is refused.
+    A picture outside the first four is skipped; an archive or folder outside the others is refused.
     """
 
     least_side: int = 16  # pixels
-    most_pixels: int = 2**26  # of one picture; half a GB while it is checked
+    most_aspect: float = 16.0  # longer side by shorter; what is trained on are squares of the shorter side
+    most_pixels: int = MOST_PIXELS  # of one picture
     most_file_bytes: int = 2**28  # of one picture file
     least_pictures: int = 8
     most_entries: int = 150_000  # 50,000 pictures, each with a shadow under __MACOSX and a text beside it
     most_bytes: int = 50 * 2**30  # unpacked
-    most_ratio: float = 200.0  # unpacked bytes for each packed one; pictures hardly shrink, flat bitmaps up to 100
-    free_bytes: int = 2**28  # unpacked before the ratio is looked at
+    most_ratio: float = 200.0  # unpacked bytes by packed bytes; pictures hardly shrink, flat bitmaps up to 100 times
+    free_bytes: int = 2**28  # unpacked before the ratio counts
 
 
 class Meter:

@@ -1,8 +1,4 @@
-"""Picture files of any common kind, by their content, to upright RGB.
-
-JPEG, PNG, WebP, GIF, BMP and TIFF; the first frame of what moves. Colour profiles are not applied: CMYK and wide-gamut
-pictures come out a little off.
-"""
+"""Picture files of any common kind, by their content, to upright RGB in sRGB; the first frame of animations."""
 
 from __future__ import annotations
 
@@ -13,31 +9,33 @@ import struct
 import threading
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import IcoImagePlugin, Image, JpegImagePlugin
 
-HEAD_BYTES = 32  # enough for kind_of
+from clip_gen.colours import in_srgb, on_ground
+from clip_gen.heic import HeicFile
+from clip_gen.kinds import CAMERA_RAW, HEAD_BYTES, PictureError, kind_of
 
-NO_PICTURE = "not a picture (JPEG, PNG, WebP, GIF, BMP or TIFF)"
-BROKEN = "broken or cut off"
-UNKNOWN_RANGE = "32-bit pixels, whose black and white are not known"
-TOO_SMALL = "too few pixels"
+BROKEN = "cut off or damaged"
+ONE_COLOUR = "one colour all over"
+UNKNOWN_RANGE = "32-bit pixels, whose black and white are not known: save with 8 or 16 bits"
+TOO_SMALL = "too small"
+TOO_THIN = "too thin"
 TOO_LARGE = "too many pixels"
 
-STARTS = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
-)
-BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)  # "BM" alone begins many a text
+# Notes: what was done to a picture that is used.
+FIRST_FRAME = "several frames or pages, the first used"
+SMALLER = "very large JPEG, read at a smaller scale"
 
+MOST_PIXELS = 2**26  # of one picture; half a GB while it is decoded, WebP 1 GB and JPEG 2000 1.2
+JPEG_SCALES = (1, 2, 4, 8)  # at which libjpeg decodes without holding the whole picture
+FLAT = 8  # levels of 255 by which a picture of one colour may vary
+
+DNG_VERSION = 50706  # a TIFF with this tag is camera raw
 EXIF_ORIENTATION = 0x0112
 TURNED_BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,39 +54,37 @@ DECODING_ERRORS = (
 )
 
 
-class PictureError(ValueError):
-    """A file is of no use as a picture: `reason` is one of this module's, `detail` says more or nothing."""
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as RGB, as it is trained on, and notes on what was done to make it so."""
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason, self.detail = reason, detail
-
-
-def kind_of(head: bytes) -> str | None:
-    """PIL's name of the kind of picture that a file's first HEAD_BYTES begin, None when it is none that is read."""
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in BMP_HEADER_BYTES:
-        return "BMP"
-    return next((kind for start, kind in STARTS if head.startswith(start)), None)
+    image: Image.Image
+    notes: tuple[str, ...]
 
 
-def load_picture(path: Path, least_side: int = 1, most_pixels: float = math.inf) -> Image.Image:
-    """The picture as RGB: turned as its EXIF says, alpha laid on white, 16-bit grey scaled to 8.
+def load_picture(path: Path) -> Image.Image:
+    """The picture as RGB; see `decode`."""
+    return decode(path).image
 
-    Raises PictureError when it cannot be, before decoding when it is under `least_side` pixels wide or high or has
-    more than `most_pixels` (PIL itself takes no more than 179 million); OSError when there is no file.
+
+def decode(path: Path, least_side: int = 1, most_aspect: float = math.inf, most_pixels: int = MOST_PIXELS) -> Decoded:
+    """The picture as RGB: in sRGB, turned as its EXIF says, transparency laid on a ground, 16-bit grey scaled to 8.
+
+    A JPEG of more than `most_pixels` is decoded at half, a quarter or an eighth of its size. PictureError when the file
+    is no picture of use, before decoding when it is under `least_side` pixels wide or high, or longer than
+    `most_aspect` times its shorter side, or has more than `most_pixels`; OSError when there is no file.
     """
     with path.open("rb") as file:
-        kind = kind_of(file.read(HEAD_BYTES))
-        if kind is None:
-            raise PictureError(NO_PICTURE)
+        kind = kind_of(file.read(HEAD_BYTES), path.name)
         file.seek(0)
         try:
-            with _quiet, Image.open(file, formats=[kind]) as image:
-                _check_size(image.size, least_side, most_pixels)
+            with _quiet, _opened(file, kind) as image:
+                _check_shape(image.size, least_side, most_aspect)
+                frames = [FIRST_FRAME] if _has_more_frames(image) else []
+                scaled = [SMALLER] if _shrunk(image, most_pixels) else []
                 image.load()
-                return _upright(_rgb(image), _orientation(image))
+                upright, notes = _upright_rgb(image, kind)
+                return Decoded(upright, (*frames, *scaled, *notes))
         except PictureError:
             raise
         except Image.DecompressionBombError as error:
@@ -97,6 +93,24 @@ def load_picture(path: Path, least_side: int = 1, most_pixels: float = math.inf)
             # PIL names the file as it was opened here, which nobody who sent it knows.
             known = "" if isinstance(error, Image.UnidentifiedImageError) else str(error)
             raise PictureError(BROKEN, known) from error
+
+
+def is_one_colour(image: Image.Image) -> bool:
+    """Whether an RGB image shows nothing but one colour, but for what compression adds."""
+    return all(most - least <= FLAT for least, most in image.getextrema())
+
+
+def _opened(file: BinaryIO, kind: str) -> Image.Image:
+    if kind == "JPEG":  # Image.open refuses all above 179 megapixels, which can be decoded at a smaller scale
+        return JpegImagePlugin.jpeg_factory(file)
+    if kind == "HEIF":
+        return HeicFile(file)
+    if kind == "ICO":  # Image.open decodes before its size can be checked
+        return IcoImagePlugin.IcoFile(file).frame(0)  # the largest
+    image = Image.open(file, formats=[kind])
+    if kind == "TIFF" and DNG_VERSION in image.tag_v2:
+        raise PictureError(CAMERA_RAW)
+    return image
 
 
 class _Quiet:
@@ -144,25 +158,69 @@ def _handle_tiff_errors(handler: int | None) -> int | None:
     return set_handler(handler)
 
 
-def _check_size(size: tuple[int, int], least_side: int, most_pixels: float) -> None:
+def _has_more_frames(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except DECODING_ERRORS:  # damage after the first frame
+        return True
+
+
+def _check_shape(size: tuple[int, int], least_side: int, most_aspect: float) -> None:
     shown = f"{size[0]} x {size[1]}"
     if min(size) < least_side:
         raise PictureError(TOO_SMALL, f"{shown}; {least_side} is the least side")
-    if math.prod(size) > most_pixels:
-        raise PictureError(TOO_LARGE, f"{shown}; {most_pixels:,} is the most in all")
+    if max(size) > most_aspect * min(size):
+        raise PictureError(TOO_THIN, f"{shown}; the longer side may be {most_aspect:g} times the shorter")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _shrunk(image: Image.Image, most_pixels: int) -> bool:
+    """Whether it had to be made smaller to have no more than `most_pixels`; PictureError when it cannot be."""
+    width, height = image.size
+    if width * height <= most_pixels:
+        return False
+    # A progressive JPEG is held whole while it is decoded, two bytes a channel.
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and not (
+        image.info.get("progressive") and width * height > 2 * most_pixels
+    ):
+        for scale in JPEG_SCALES:
+            if -(-width // scale) * -(-height // scale) <= most_pixels:
+                image.draft(None, (width // scale, height // scale))
+                return True
+    raise PictureError(TOO_LARGE, f"{width} x {height}; {most_pixels:,} is the most in all: make it smaller")
+
+
+def _upright_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, list[str]]:
+    orientation = _orientation(image)
+    colours, profile_note = in_srgb(_plain_mode(image, kind), image.info.get("icc_profile"))
+    ground_note = None
+    if colours.mode == "RGBA":
+        colours, ground_note = on_ground(colours)
+    if colours is image:
+        colours = image.copy()  # independent of the file
+    return _upright(colours, orientation), [note for note in (profile_note, ground_note) if note]
+
+
+def _plain_mode(image: Image.Image, kind: str) -> Image.Image:
+    """As L, LA, RGB, RGBA, CMYK or LAB, of 8 bits a channel."""
     if image.mode.startswith("I;16"):
         return _from_16_bits(image)
+    if image.mode == "I" and kind == "PPM":  # PIL's mode for its 16 bits
+        return _from_16_bits(image)
     if image.mode in ("I", "F"):
+        return _from_unit_range(image)
+    if image.has_transparency_data:
+        return image if image.mode in ("LA", "RGBA") else image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+    if image.mode in ("L", "RGB", "CMYK", "LAB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _from_unit_range(image: Image.Image) -> Image.Image:
+    """Grey in floating point from 0 to 1, as programs that calculate write it; PictureError for any other 32 bits."""
+    levels = np.asarray(image)
+    if image.mode != "F" or not (levels.min() >= 0 and levels.max() <= 1):  # neither holds where one is NaN
         raise PictureError(UNKNOWN_RANGE)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image if image.mode == "RGBA" else image.convert("RGBA")
-    on_white = Image.new("RGB", image.size, "white")
-    on_white.paste(layer, mask=layer)
-    return on_white
+    return image.point(lambda level: level * 255 + 0.5).convert("L")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
@@ -171,7 +229,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     scaled = np.empty(grey.shape, np.uint8)
     for row, line in enumerate(grey):  # one at a time: a picture may be large
         scaled[row] = (line.astype(np.uint32) + 128) // 257
-    return Image.fromarray(scaled).convert("RGB")
+    return Image.fromarray(scaled)
 
 
 def _orientation(image: Image.Image) -> object:

@@ -1,0 +1,163 @@
+"""What a file is, by its first bytes and then its name: a kind of picture that is read, or why it is not one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+HEAD_BYTES = 1024  # of a file, enough for kind_of
+READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF, JPEG 2000, ICO, PPM or TGA"
+
+# Reasons. Each names the thing and, where there is a remedy, says what to give.
+ARCHIVE = "an archive inside: unpack it first"
+CAMERA_RAW = "camera raw: export as JPEG"
+DRAWING_PROGRAM = "a file of a drawing program: export as PNG"
+EMPTY = "an empty file"
+JPEG_XL = "JPEG XL: export as JPEG or PNG"
+NO_PICTURE = f"not a picture ({READ})"
+PDF = "a PDF: export its pages as pictures"
+TEXT = "a text file"
+VECTOR = "a vector drawing: export as PNG"
+VIDEO = "a video: export pictures of it"
+WEB_PAGE = "a web page: download the picture itself"
+
+PICTURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+)
+BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)  # "BM" alone begins many a text
+PPM = re.compile(rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s+(#[^\n]*\n\s*)*\d+\s")
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+AVIF_BRANDS = {b"avif", b"avis"}
+ANY_STILL_BRANDS = {b"mif1", b"msf1"}  # HEIC or AVIF: the brands after the first say which
+TAR_MARK = slice(257, 262)
+
+OTHERS = (
+    *((start, ARCHIVE) for start in (b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")),
+    (b"\x28\xb5\x2f\xfd", ARCHIVE),  # zstd
+    *((start, CAMERA_RAW) for start in (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM")),
+    (b"II\x1a\0\0\0HEAPCCDR", CAMERA_RAW),
+    (b"8BPS", DRAWING_PROGRAM),
+    (b"gimp xcf", DRAWING_PROGRAM),
+    (b"%!PS", VECTOR),
+    (b"\xc5\xd0\xd3\xc6", VECTOR),  # EPS with a preview
+    (b"\x1aE\xdf\xa3", VIDEO),  # Matroska and WebM
+    (b"\0\0\1\xba", VIDEO),
+    (b"\xff\x0a", JPEG_XL),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", JPEG_XL),
+)
+RAW_NAMES = {
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".mrw", ".nef"),
+    *(".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+}
+NAMES = dict.fromkeys(RAW_NAMES, CAMERA_RAW)
+NAMES |= dict.fromkeys((".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".wmv"), VIDEO)
+NAMES |= dict.fromkeys((".svg", ".svgz", ".eps", ".ai", ".cdr", ".emf", ".wmf"), VECTOR)
+NAMES |= dict.fromkeys((".afphoto", ".kra", ".procreate", ".psb", ".psd", ".xcf"), DRAWING_PROGRAM)
+NAMES |= {".pdf": PDF}
+
+WEB_PAGES = re.compile(rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype html|html|head|body|title|script|meta)\b", re.S)
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class PictureError(ValueError):
+    """A file is of no use as a picture: `reason` is short and the same for all of its kind, `detail` may be empty."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def kind_of(head: bytes, name: str = "") -> str:
+    """PIL's name of the kind of picture that begins with these HEAD_BYTES; PictureError with the reason for any other.
+
+    The content decides; the file's `name` only where the content leaves it open.
+    """
+    kind = _picture_kind(head)
+    if kind == "TIFF" and (head[8:10] == b"CR" or _suffix(name) in RAW_NAMES):
+        raise PictureError(CAMERA_RAW)  # most raw files are TIFFs, of which PIL would read the thumbnail
+    if kind is None:
+        raise PictureError(_other(head, name))
+    return kind
+
+
+def _picture_kind(head: bytes) -> str | None:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in BMP_HEADER_BYTES:
+        return "BMP"
+    if head[4:8] == b"ftyp":
+        return _still_kind(head)
+    if head[:4] == b"\0\0\1\0" and head[4:6] != b"\0\0":
+        return "ICO"
+    if PPM.match(head):
+        return "PPM"
+    known = next((kind for start, kind in PICTURES if head.startswith(start)), None)
+    return known or ("TGA" if _begins_like_tga(head) else None)
+
+
+def _still_kind(head: bytes) -> str | None:
+    """HEIF or AVIF, by the brands in an ISO media file's first box; None for a video and all else."""
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[place : place + 4] for place in (8, *range(16, end - 3, 4))}
+    first = {head[8:12]}
+    looked_at = brands if first <= ANY_STILL_BRANDS else first
+    if looked_at & AVIF_BRANDS:
+        return "AVIF"
+    return "HEIF" if looked_at & (HEIC_BRANDS | ANY_STILL_BRANDS) else None
+
+
+def _begins_like_tga(head: bytes) -> bool:
+    """TGA has no mark of its own, but little freedom in its header either."""
+    if len(head) < 18:
+        return False
+    has_palette, kind, depth, flags = head[1], head[2], head[16], head[17]
+    if has_palette == 1:
+        length = int.from_bytes(head[5:7], "little")
+        plain = kind in (1, 9) and head[3:5] == b"\0\0" and 1 <= length <= 256 and head[7] in (15, 16, 24, 32)
+    else:
+        plain = has_palette == 0 and kind in (2, 3, 10, 11) and head[3:8] == bytes(5)
+    has_pixels = head[12:14] != b"\0\0" and head[14:16] != b"\0\0"
+    return plain and has_pixels and depth in (8, 15, 16, 24, 32) and flags & 0xC0 == 0
+
+
+def _other(head: bytes, name: str) -> str:
+    """What a file that is no picture is."""
+    if not head:
+        return EMPTY
+    suffix = _suffix(name)
+    if known := next((reason for start, reason in OTHERS if head.startswith(start)), None):
+        return NAMES.get(suffix, known) if known == ARCHIVE else known  # .svgz, .kra: packed, but not an archive
+    if head[TAR_MARK] == b"ustar":
+        return ARCHIVE
+    if b"%PDF-" in head:
+        return PDF
+    if head[4:8] == b"ftyp":
+        return CAMERA_RAW if head[8:12] == b"crx " else VIDEO
+    if head[:4] == b"RIFF":
+        return VIDEO if head[8:12] == b"AVI " else NO_PICTURE
+    if not _is_text(head):
+        return NAMES.get(suffix, NO_PICTURE)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if WEB_PAGES.match(text):
+        return WEB_PAGE
+    return VECTOR if text.startswith(b"<") and b"<svg" in text else NAMES.get(suffix, TEXT)
+
+
+def _is_text(head: bytes) -> bool:
+    """UTF-8, UTF-16 with its mark, or any 8-bit text: without the control characters that binary files are full of."""
+    if head.startswith(UTF_16):
+        return True
+    return not any(byte < 32 and byte not in b"\t\n\f\r\x1b" for byte in head)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name.replace("\\", "/")).suffix.lower()
