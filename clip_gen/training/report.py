@@ -46,6 +46,8 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
         if name in record["stages"]:
             body += [f"<h2>{title}</h2>", _table(_plain(record["stages"][name])), *_curves(work / name, name)]
             body += _grids(work / name / "grids", _rows(name, record["settings"]["sample_prompts"]))
+    if pictures["notes"]:
+        body += ["<h2>Pictures changed for training</h2>", _table(pictures["notes"].items())]
     skipped = [(one["name"], str(PictureError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
     if skipped:
         body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
