@@ -166,7 +166,7 @@ def why_noise(folder: Path) -> str | None:
     record = load_record(folder)
     before, now = _section(record, DIGESTS), digests(folder)
     for part in now:
-        if part in before and before[part] != now[part]:
+        if before and before.get(part) != now[part]:
             return (
                 f"{part}.safetensors is not the one that {TRAINING} describes, so the transformer and the VQGAN belong "
                 "to different models and draw noise together; copy the whole folder again, or train stage transformer "

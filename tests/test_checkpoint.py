@@ -15,10 +15,12 @@ from clip_gen.checkpoint import (
     PARTS,
     ModelFolderError,
     all_finite,
+    digests,
     knows_its_tokens,
     load_discriminator,
     load_networks,
     save_networks,
+    why_noise,
 )
 from clip_gen.vqgan import build_discriminator
 
@@ -227,6 +229,13 @@ def test_a_transformer_beside_another_vqgan_of_the_same_size_is_noticed(
     ClipGen.load(folder, "cpu")
     assert f"{part}.safetensors is not the one that training.json describes" in caplog.text
     assert not knows_its_tokens(folder)
+
+
+def test_a_transformer_put_beside_a_vqgan_that_had_none_is_noticed(folder: Path, tmp_path: Path) -> None:
+    (folder / "training.json").write_text('{"digests": {"vqgan": "' + digests(folder)["vqgan"] + '"}}')
+    assert not knows_its_tokens(folder)
+    (folder / "gpt.safetensors").unlink()
+    assert why_noise(folder) is None
 
 
 def test_a_folder_without_digests_is_not_suspected(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
