@@ -99,6 +99,9 @@ def check_replaceable(
     """ValueError when something else than a folder of this kind, which has these files, would be lost."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give the name of a folder as --out")
+    nearest = next(path for path in out.absolute().parents if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{out}: nothing can be written in {nearest}; give another --out")
     present = sorted(path.name for path in out.glob("*"))
     strange = [name for name in present if name not in names]
     if strange:
