@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from copy import deepcopy
@@ -41,6 +44,7 @@ from clip_gen.training.dataset import (
     enough_places,
     find_neighbours,
     telling,
+    token_type,
     wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
@@ -302,6 +306,24 @@ def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> Non
     before = (tmp_path / "tokens.npy").stat().st_mtime_ns
     encode()
     assert (tmp_path / "tokens.npy").stat().st_mtime_ns == before
+
+
+def test_tokens_of_a_large_codebook_are_stored_in_full(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(replace(TINY.vqgan, quantizer="taming", codebook_size=2**17)).eval()
+    pictures = RenderedPictures(8, 0, 16)
+    embeddings = encode_embeddings(pictures, tiny_networks().clip, tmp_path / "embeddings.npy")
+    encoded = EncodedPictures(embeddings, encode_tokens(pictures, vqgan, tmp_path / "tokens.npy"))
+    images = from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(8)]))
+    tokens = vqgan.encode(images)
+    assert tokens.max() >= 2**16
+    assert torch.equal(torch.stack([encoded[i][1] for i in range(8)]), tokens)
+    assert [token_type(count) for count in (2**16, 2**16 + 1, 2**31)] == [np.uint16, np.int32, np.int32]
+    with pytest.raises(ValueError, match="the codebook has 2147483649 codes; at most 2147483648 can be stored"):
+        token_type(2**31 + 1)
+    np.save(tmp_path / "tokens.npy", tokens.numpy().astype(np.uint16))  # as earlier versions stored them
+    with pytest.raises(ValueError, match=r"tokens\.npy holds uint16 numbers, but this codebook needs int32; delete"):
+        encode_tokens(pictures, vqgan, tmp_path / "tokens.npy")
 
 
 def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
@@ -924,11 +946,50 @@ def test_the_rate_is_up_after_a_twentieth_of_the_time_but_not_at_once_and_then_f
     assert rates(time_spent=0.5)[5] == pytest.approx(0.505)
 
 
-def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parents = iter([5, 5, 5, 1])
-    monkeypatch.setattr("clip_gen.training.dataset.os.getppid", lambda: next(parents))
-    with pytest.raises(OSError, match=r"record\.json was to be written by a process that has ended"):
-        wait_for(tmp_path / "record.json")
-    (tmp_path / "record.json").touch()
-    monkeypatch.setattr("clip_gen.training.dataset.os.getppid", lambda: 5)
-    wait_for(tmp_path / "record.json")
+CONTAINER = """
+import os, sys, time
+from pathlib import Path
+file, waiting = map(Path, sys.argv[1:])
+if not (child := os.fork()):
+    from clip_gen.training.dataset import wait_for
+    waiting.write_text(str(os.getppid()))
+    wait_for(file)
+    os._exit(0)
+while not waiting.is_file():
+    time.sleep(0.05)
+time.sleep(0.5)
+file.touch()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_the_first_process_of_a_container_is_waited_for(tmp_path: Path) -> None:
+    """Process 1 of a namespace writes the file that its child waits for."""
+    namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces of processes")
+    words = [sys.executable, "-c", CONTAINER, str(tmp_path / "file"), str(tmp_path / "waiting")]
+    assert subprocess.run([*namespace, *words], timeout=120).returncode == 0
+    assert (tmp_path / "waiting").read_text() == "1"
+
+
+def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path) -> None:
+    said, waiting = tmp_path / "said", tmp_path / "waiting"
+    if not (writer := os.fork()):
+        if not os.fork():
+            dataset.PARENT = os.getppid()  # as when a process of its own imports the module
+            waiting.touch()
+            try:
+                wait_for(tmp_path / "file")
+            except OSError as error:
+                said.write_text(str(error))
+            os._exit(0)
+        while not waiting.is_file():
+            time.sleep(0.01)
+        os._exit(0)
+    os.waitpid(writer, 0)
+    until = time.monotonic() + 60
+    while not (said.is_file() and said.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert "file is missing, and the process that was to write it has ended" in said.read_text()

@@ -38,6 +38,7 @@ LIKEST = 16  # of them, one of which is a near miss
 MIDDLE = (1.0, 0.5, 0.5)  # the whole shorter side, as far from either end of the longer one
 LOOKED_AT = 2000  # pictures, for how many places of their tokens tell something
 ROUNDING = 1e-3  # between a picture's embeddings, as float16, of two networks that were compiled differently
+PARENT = os.getppid()  # 1 where that is a container's first process
 PLAIN = 12  # levels of 255 by which a plain ground may vary, as JPEG makes it
 
 
@@ -303,23 +304,31 @@ def find_neighbours(embeddings: Path, pictures: int, path: Path, seed: int) -> P
 
 
 def wait_for(path: Path) -> None:
-    """Returns when the file is there, which the first process of a training writes for all of them.
+    """Returns once the file exists, which the first process of a training writes for all of them.
 
-    OSError when that one is gone: it began the others here, and they lose their parent with it.
+    OSError when the process that started this one has ended: the first process itself, or torchrun.
     """
-    parent = os.getppid()
     while not path.is_file():
-        if os.getppid() != parent or parent == 1:
-            raise OSError(f"{path} was to be written by a process that has ended; see what it said")
+        if os.getppid() != PARENT:
+            raise OSError(f"{path} is missing, and the process that was to write it has ended; see its error above")
         time.sleep(0.2)
 
 
-def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path, seconds: float = inf) -> Path:
-    """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) uint16, unless it is there already.
+def token_type(codebook_size: int) -> type[np.integer]:
+    """The smallest type that holds every token of the codebook; ValueError for a codebook that none holds."""
+    for dtype in (np.uint16, np.int32):
+        if codebook_size <= np.iinfo(dtype).max + 1:
+            return dtype
+    raise ValueError(f"the codebook has {codebook_size} codes; at most {np.iinfo(np.int32).max + 1} can be stored")
 
-    After so many seconds it holds those there was time for, and of a first batch at least.
+
+def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path, seconds: float = inf) -> Path:
+    """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) in token_type, unless it is there already.
+
+    After so many seconds it holds those there was time for, and at least a first batch.
     """
-    return _encoded_once(pictures, vqgan, vqgan.encode, path, np.uint16, vqgan.config.grid**2, seconds)
+    dtype = token_type(vqgan.config.codebook_size)
+    return _encoded_once(pictures, vqgan, vqgan.encode, path, dtype, vqgan.config.grid**2, seconds)
 
 
 def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path, seconds: float = inf) -> Path:
@@ -343,6 +352,7 @@ def _encoded_once(
     if rank_zero_only.rank:
         wait_for(path)
     if path.is_file():
+        _check_type(path, dtype)
         return path
     count, done, began, said = len(pictures), 0, time.perf_counter(), 0.0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -363,6 +373,16 @@ def _encoded_once(
         rows[:] = np.memmap(unfinished, dtype, "r", shape=rows.shape)
     unfinished.unlink()
     return path
+
+
+def _check_type(path: Path, dtype: type) -> None:
+    """ValueError for tokens of an earlier version, which stored 16 bits of each whatever the codebook."""
+    found = np.load(path, mmap_mode="r").dtype
+    if found != dtype:
+        raise ValueError(
+            f"{path} holds {found} numbers, but this codebook needs {np.dtype(dtype)}; delete {path.parent} and "
+            f"{path.parent.parent / 'gpt'} to encode the pictures and train the transformer again"
+        )
 
 
 def _encoded(
