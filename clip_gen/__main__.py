@@ -7,6 +7,8 @@ import importlib
 import logging
 import sys
 
+from clip_gen.files import name_cache_folders
+
 # Each module brings add_arguments(parser) and main(arguments); imported only when asked for, since torch is slow.
 COMMANDS = {
     "generate": ("clip_gen.generate", "draw a prompt from a model folder"),
@@ -21,6 +23,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 1 and one sentence on stderr when the input is at fault."""
+    name_cache_folders()
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m clip_gen")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")

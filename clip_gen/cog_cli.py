@@ -20,7 +20,7 @@ from types import ModuleType
 from clip_gen.asked import check_request
 from clip_gen.cog_inputs import InputError, InputField, checked
 from clip_gen.cog_schema import PREDICT, project_signatures
-from clip_gen.files import ROOT, SAVING, is_writable
+from clip_gen.files import ROOT, SAVING, is_writable, name_cache_folders
 
 PREDICTS = (
     "script/predict",
@@ -34,6 +34,7 @@ FORMATS = {"png": "png", "webp": "webp", "jpg": "jpg", "jpeg": "jpg"}
 def main(arguments: Sequence[str]) -> int:
     """Runs one prediction. 1 and a sentence on stderr when an input or the model will not do; 130 after Ctrl-C."""
     started = time.monotonic()
+    name_cache_folders()
     try:
         fields = project_signatures()[0].inputs
         options = parse_options(arguments, fields, PREDICTS)
@@ -78,10 +79,10 @@ def parse_inputs(texts: dict[str, str], fields: Sequence[InputField]) -> dict[st
         if field and field.kind.name == "Path":
             if not text.removeprefix("@"):
                 raise InputError(f"{name} is empty; give the name of a file")
-            values[name] = Path(text.removeprefix("@")).expanduser()
+            values[name] = Path(os.path.expanduser(text.removeprefix("@")))
             continue
         if text.startswith("@"):
-            text = _file_input(name, Path(text[1:]).expanduser(), named=bool(field) and field.kind.nullable)
+            text = _file_input(name, Path(os.path.expanduser(text[1:])), named=bool(field) and field.kind.nullable)
         elif len(text) > 1 and text[0] == text[-1] == '"':
             text = text[1:-1]  # as `cog predict` does
         values[name] = _parse_value(text, field and field.kind.name)
@@ -116,7 +117,7 @@ def _file_input(name: str, path: Path, named: bool) -> str:
 
 def output_target(output: str | None) -> tuple[Path, str | None]:
     """Where the files go, as a path still without number and suffix, and the format its suffix asks for, if any."""
-    path = Path(output or "output").expanduser()
+    path = Path(os.path.expanduser(output or "output"))
     if output and output.endswith("/") and not path.is_dir():
         raise InputError(f"-o {output}: there is no such folder; create it or choose another")
     if output and path.is_dir():

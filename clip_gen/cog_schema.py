@@ -55,11 +55,12 @@ def project_signatures(root: Path = ROOT) -> tuple[Signature, Signature | None]:
 
 
 def write_schema(root: Path = ROOT) -> Path:
-    """Writes the document whole or not at all, and returns its path."""
+    """Writes the document whole or not at all, unless it is there, and returns its path."""
     text = json.dumps(build_schema(root), indent=2, ensure_ascii=False) + "\n"
     path = root / SCHEMA_PATH
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, text)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:  # the project's folder may be read-only
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, text)
     return path
 
 
@@ -89,7 +90,7 @@ def main(arguments: list[str]) -> int:
     try:
         write_schema()
         predict, _ = project_signatures()
-    except SignatureError as error:
+    except (SignatureError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     if options.print_slots:

@@ -56,6 +56,18 @@ def is_web_page(head: bytes) -> bool:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
 
 
+def name_cache_folders() -> None:
+    """Names the folders for compiled code, where nobody has. To be called before torch is imported.
+
+    Torch's default has the name of the user in it, and Triton's is in the home folder: a user of a container may have
+    neither.
+    """
+    folder = Path(tempfile.gettempdir())
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / f"torchinductor-{os.getuid()}"))
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / f"triton-{os.getuid()}"))
+
+
 def is_writable(folder: Path) -> bool:
     """Whether a folder can be made in this one. Tried, since permissions alone do not tell: root has them all."""
     try:

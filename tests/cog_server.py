@@ -84,6 +84,21 @@ class Server:
         return reply["error"]
 
 
+def nameless_user() -> list[str]:
+    """A prefix of commands that runs them as a user without a name, as `docker run --user 54321` does. Such a user may
+    read all files here, but write to none. Only root can do that, with setpriv; else it is today's user.
+    """
+    names = ("USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    unset = ["env", *(f"--unset={name}" for name in names)]
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    user += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    try:
+        possible = subprocess.run([*user, "true"], capture_output=True).returncode == 0
+    except OSError:
+        possible = False
+    return [*unset, *user] if possible else unset
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
     """Returns when the condition holds. slow_inputs take longer than the limit, everything else a fraction of it."""
     started = time.monotonic()

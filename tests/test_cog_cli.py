@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cog_server import nameless_user
 from model_files import other_folder, slow_folder
 from PIL import Image
 
@@ -217,6 +218,8 @@ def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
         ([*QUICK, "-i", "replicate_weights=@/dev/null"], "replicate_weights: /dev/null is empty; give a file"),
         (["-i", "prompt=\udcff\udcfe"], "prompt is no UTF-8 text; say it"),
         (["-i", "prompt=@../no_text"], "prompt: ../no_text is no UTF-8 text; save it as UTF-8"),
+        ([*QUICK, "-o", "~nobody-here/cat"], "-o ~nobody-here/cat: ~nobody-here is no folder that can be written to"),
+        (["-i", "prompt=@~nobody-here/a"], "prompt: ~nobody-here/a cannot be read (No such file or directory)"),
         ([*QUICK, "-o", "absent/"], "-o absent/: there is no such folder; create it"),
         ([*QUICK, "-o", "cat.gif"], "-o cat.gif: .gif is not written here; give .png, .webp or .jpg"),
         ([*QUICK, "-e", "COG_WEIGHTS=absent"], "absent"),
@@ -288,6 +291,14 @@ def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Pa
     run = subprocess.run([SCRIPT, *QUICK], capture_output=True, text=True, check=True)
     assert {f"output.{i}.png" for i in range(4)} < set(files(folder))
     assert run.stdout.count("score") == 4
+
+
+def test_a_user_without_a_name_and_a_home_can_draw(folder: Path) -> None:
+    folder.chmod(0o777)
+    environment = {**os.environ, "HOME": "/", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*nameless_user(), SCRIPT, *QUICK], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert {f"output.{i}.png" for i in range(4)} < set(files(folder))
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -239,6 +239,8 @@ def test_cog_yaml_says_what_the_code_and_the_requirements_say() -> None:
     # Cog looks its own table up by an exact pin.
     assert any(line.startswith("torch==") for line in (ROOT / build["python_requirements"]).read_text().splitlines())
     assert ("train" in config) == (ROOT / "train.py").exists()
+    named = [pair.partition("=")[0] for pair in config["environment"]]
+    assert all(name in (ROOT / "script" / "serve").read_text() for name in named)
 
 
 def test_the_image_holds_what_the_server_needs() -> None:

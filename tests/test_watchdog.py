@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cog_server import Server, running, wait_for
+from cog_server import Server, nameless_user, running, wait_for
 from model_files import slow_folder
 
 from clip_gen.files import ROOT
@@ -65,17 +65,19 @@ def test_a_prediction_ends_at_the_limit_and_a_killed_worker_takes_the_server_wit
         assert not list(tmp_path.glob("clip-gen-*"))
 
 
-def test_a_server_that_is_stopped_with_all_its_processes_leaves_nothing_and_keeps_its_status(
+def test_a_server_of_a_nameless_user_starts_and_leaves_nothing_when_all_its_processes_are_stopped(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    with small_server(tiny_model_folder, tmp_path, "setsid") as server:
-        server.pictures(prompt="a star", candidates=2, num_outputs=2)
-        assert list(tmp_path.glob("clip-gen-*"))
+    tmp_path.chmod(0o777)
+    with small_server(tiny_model_folder, tmp_path, "setsid", *nameless_user(), HOME="") as server:
+        assert server.health()["status"] == "READY"
+        (pictures,) = tmp_path.glob("clip-gen-*")
+        assert pictures.stat().st_uid == (54321 if "setpriv" in nameless_user() else os.getuid())
         assert len(watchdogs(server)) == 1
         os.killpg(server.process.pid, signal.SIGTERM)
         assert server.process.wait(timeout=20) == 0
         wait_for(lambda: not watchdogs(server))
-        assert not list(tmp_path.glob("clip-gen-*"))
+        assert not pictures.exists()
 
 
 def test_a_server_for_trainings_ends_with_its_worker_from_the_first_training_on(tmp_path: Path) -> None:
