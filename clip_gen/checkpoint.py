@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from clip_gen.bridge import Bridge
 from clip_gen.clip_encoder import ClipEncoder
-from clip_gen.config import ModelConfig, read_config, write_config
-from clip_gen.files import whole_folder_or_not, whole_or_not
+from clip_gen.config import ModelConfig, read_config, read_settings, write_config
+from clip_gen.files import check_replaceable, whole_folder_or_not, whole_or_not
 from clip_gen.gpt import GPT, with_null_condition
 from clip_gen.unfilled import Unfilled
 from clip_gen.vqgan import VQGAN, build_discriminator, discriminator_layers
@@ -279,8 +279,22 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
     return f"has a tensor that does not belong to this network, {extra[0]}" if extra else None
 
 
+def check_model_folder(folder: Path) -> None:
+    """ValueError unless the folder is new, empty, or a model folder and nothing else, which may be replaced."""
+    check_replaceable(folder, "model folder", (*FILES, DISCRIMINATOR), _has_model_config)
+
+
+def _has_model_config(folder: Path) -> bool:
+    try:
+        settings = read_settings(folder / CONFIG)
+    except ValueError:
+        return False
+    return all(isinstance(settings.get(part), dict) for part in ("clip", "vqgan", "gpt"))
+
+
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:
     """Writes a model folder, all of it or nothing, in the place of one that is there; parameters as float16."""
+    check_model_folder(Path(folder))
     with whole_folder_or_not(Path(folder)) as temporary:
         for part in PARTS:
             save_part(getattr(networks, part), temporary / f"{part}.safetensors")

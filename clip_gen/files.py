@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -205,6 +205,21 @@ def check_own(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]
     if mark.is_file() or not made_before_marks(folder):
         shown = next((name for name in names if name != MARK), MARK)
         raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; name a new or an empty one")
+
+
+def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here: Callable[[Path], bool]) -> None:
+    """ValueError unless the folder is new, empty, or holds only files of these names and made_here accepts it.
+
+    kind: what such a folder is called in the error.
+    """
+    check_writable(folder)
+    check_writable(folder.absolute().parent)  # where the new one is written first
+    found = names_in(folder)
+    strange = [name for name in found if name not in names]
+    if strange:
+        raise ValueError(f"{folder}: holds {strange[0]}, which is no part of a {kind}; give another folder")
+    if found and not made_here(folder):
+        raise ValueError(f"{folder}: holds {found[0]}, but is no {kind} of this program; give another folder")
 
 
 def own(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from clip_gen.checkpoint import check_model_folder
 from clip_gen.files import ROOT, alone_in
 from clip_gen.importers import openai_clip
 from clip_gen.importers.command import DTYPES
-from clip_gen.importers.folder import check_replaceable, import_clip, import_hfailab
+from clip_gen.importers.folder import import_clip, import_hfailab
 from clip_gen.importers.lpips import check_lpips_folder, import_lpips
 from clip_gen.transfer import check_room, fetch
 
@@ -89,14 +89,14 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{which}; name one of {', '.join(CLIPS)}")
     clip = CLIPS[arguments.name]
     out = arguments.out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
-    check_replaceable(out)
+    check_model_folder(out)
     with pulled({"clip": clip}, out, arguments.mirror, CLIP_BYTES) as files:
         import_clip(files["clip"], out, dtype)
 
 
 def pull_coco(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
     """HFAiLab's model and the CLIP it was trained with, as a model folder."""
-    check_replaceable(out)
+    check_model_folder(out)
     with pulled(COCO, out, mirror, COCO_BYTES) as files:
         import_hfailab(files["vqgan"], files["gpt"], out, files["clip"], dtype=dtype)
 
@@ -133,4 +133,7 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
                 if file.sha256 is None:  # whatever the server sent, asking again is the only way to something better
                     paths[part].unlink(missing_ok=True)
             raise
-    shutil.rmtree(folder)
+    for name in ("lock", *(path.name for path in paths.values())):
+        (folder / name).unlink()
+    with suppress(OSError):  # a person's files are in it
+        folder.rmdir()

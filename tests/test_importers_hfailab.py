@@ -244,14 +244,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
     (tmp_path / "file").write_text("")
     words = ["import", "hfailab", "--vqgan", "nowhere", "--gpt", "nowhere", "--out"]
     for out, sentence in (
-        ("file", "file: is a file; give"),
-        ("file/out", f"nothing can be written in {tmp_path}/file"),
+        ("file", "file is a file; name a new or an empty folder"),
+        ("file/out", f"{tmp_path}/file is a file, so it cannot contain a folder"),
     ):
         assert main([*words, str(tmp_path / out)]) == 1
         assert sentence in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root, who may write anywhere
     assert main([*words, str(tmp_path / "new" / "out")]) == 1
-    assert f"nothing can be written in {tmp_path}; give another --out" in capsys.readouterr().err
+    assert f"{tmp_path} cannot be written to; name another folder" in capsys.readouterr().err
 
 
 def test_every_published_key_has_its_place_at_the_published_size() -> None:

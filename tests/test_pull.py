@@ -217,7 +217,7 @@ def test_lpips_and_a_model_do_not_take_each_others_place(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["pull", "lpips", "--out", str(tiny_model_folder)]) == 1
-    assert "which is no part of LPIPS; give another --out" in capsys.readouterr().err
+    assert "which is no part of a LPIPS folder; give another folder" in capsys.readouterr().err
     (tmp_path / "lpips.json").write_text("{}")
     assert main(["pull", "coco", "--out", str(tmp_path)]) == 1
     assert "holds lpips.json, which is no part of a model folder" in capsys.readouterr().err

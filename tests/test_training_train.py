@@ -33,6 +33,7 @@ from clip_gen.images import from_bytes
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training import train
 from clip_gen.training.dataset import PictureFiles, Views
+from clip_gen.training.folder import own_training_folder
 from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training
@@ -230,6 +231,8 @@ def test_a_setting_that_an_earlier_version_did_not_know_was_what_it_is_by_defaul
 
 def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
+    busy += rf" \(process {os.getpid()} holds it\)"
+    own_training_folder(tmp_path)
     with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
         Training(photos, tmp_path, toy)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
@@ -344,13 +347,14 @@ def test_minutes_count_stages_that_were_trained_before(photos: Path, toy: TrainS
 def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
+    out = tmp_path / "out"
     with pytest.raises(ModelFolderError, match="no such file"):
-        Training(photos, tmp_path, replace(toy, base="nope.tar"))
+        Training(photos, out, replace(toy, base="nope.tar"))
     others = tmp_path / "others.zip"
     write_zip(others, 12)
-    training = Training(others, tmp_path, toy)
+    training = Training(others, out, toy)
     assert len(training.pictures.paths) == 12
-    assert Training(others, tmp_path, toy).pictures == training.pictures
+    assert Training(others, out, toy).pictures == training.pictures
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])

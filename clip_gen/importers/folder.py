@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import CONFIG, DISCRIMINATOR, FILES, load_config, load_record, write_description, write_part
+from clip_gen.checkpoint import CONFIG, check_model_folder, load_config, load_record, write_description, write_part
 from clip_gen.config import BridgeConfig, ClipConfig, GPTConfig, ModelConfig
 from clip_gen.files import whole_folder_or_not
 from clip_gen.importers import hfailab_gpt, hfailab_vqgan, openai_clip, taming
@@ -32,7 +32,7 @@ def import_hfailab(
     activation: str | None = None,
 ) -> None:
     """HFAiLab's files to a model folder; without CLIP it lacks only that."""
-    check_replaceable(out)
+    check_model_folder(out)
     gpt_config, gpt_tensors = hfailab_gpt.convert_gpt(read_checkpoint(gpt), n_head, dtype)
     vqgan_config, vqgan_tensors, discriminator = hfailab_vqgan.convert_vqgan(
         read_checkpoint(vqgan), gpt_config.block_size, dtype
@@ -55,7 +55,7 @@ def import_hfailab(
 
 def import_taming(settings: Path, checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     """A VQGAN of taming's to a model folder that holds it alone: a base to train a transformer on."""
-    check_replaceable(out)
+    check_model_folder(out)
     vqgan_config = taming.read_vqgan_config(settings)
     found = read_checkpoint(checkpoint, inside=taming.FIRST_STAGE)
     vqgan_tensors, discriminator = taming.convert_vqgan(found, vqgan_config, dtype)
@@ -70,7 +70,7 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, a
 
     activation: "quick_gelu" or "gelu"; None takes OpenAI's quick_gelu, with a warning when the file is not OpenAI's.
     """
-    check_replaceable(out)
+    check_model_folder(out)
     config = load_config(out) if (out / CONFIG).exists() else ModelConfig(name=out.resolve().name)
     record = load_record(out)
     clip_config, tensors = _read_clip(checkpoint, dtype, activation)
@@ -91,28 +91,6 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, a
 def _read_clip(path: Path, dtype: torch.dtype | None, activation: str | None) -> tuple[ClipConfig, dict[str, Tensor]]:
     found = openai_clip.read_clip(path)
     return openai_clip.convert_clip(found, dtype, openai_clip.chosen_activation(path, activation))
-
-
-def check_replaceable(
-    out: Path, names: Collection[str] = (*FILES, DISCRIMINATOR), kind: str = "a model folder"
-) -> None:
-    """ValueError when something else than a folder of this kind, which has these files, would be lost."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; give the name of a folder as --out")
-    nearest = next(path for path in out.absolute().parents if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"{out}: nothing can be written in {nearest}; give another --out")
-    present = sorted(path.name for path in out.glob("*"))
-    strange = [name for name in present if name not in names]
-    if strange:
-        raise ValueError(f"{out}: holds {strange[0]}, which is no part of {kind}; give another --out")
-    if present and CONFIG in names:
-        try:
-            load_config(out)  # these names are common, so other programs' files may have them
-        except ValueError as error:
-            raise ValueError(
-                f"{out}: holds {present[0]}, but is no model folder ({error}); give another --out"
-            ) from error
 
 
 def _write(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_gen.checkpoint import write_part
-from clip_gen.files import whole_folder_or_not
-from clip_gen.importers.folder import check_replaceable
+from clip_gen.files import check_replaceable, whole_folder_or_not
 from clip_gen.importers.foreign import Foreign, Source, planned
 from clip_gen.importers.reader import origin, read_checkpoint
 from clip_gen.vqgan import build_lpips
@@ -41,7 +40,14 @@ def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype
 
 def check_lpips_folder(out: Path) -> None:
     """ValueError when something else than LPIPS would be lost."""
-    check_replaceable(out, (WEIGHTS, RECORD), "LPIPS")
+    check_replaceable(out, "LPIPS folder", (WEIGHTS, RECORD), _has_record)
+
+
+def _has_record(folder: Path) -> bool:
+    try:
+        return "imported" in json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def convert_lpips(vgg: Foreign, linear: Foreign, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from clip_gen.checkpoint import (
     save_networks,
     save_part,
 )
-from clip_gen.files import SAVING, alone_in, digest_of, write_whole
+from clip_gen.files import SAVING, alone_in, digest_of, remove_left_over, write_whole
 from clip_gen.findings import INDEX, unpacked
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
@@ -56,6 +56,7 @@ from clip_gen.training.dataset import (
     prepared,
     wait_for,
 )
+from clip_gen.training.folder import check_training_folder, own_training_folder
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.losses import psnr
@@ -85,17 +86,21 @@ class Training:
         self.settings, self.machine, self.out, self.work = settings, machine or Machine(), out, out / "work"
         settings.check()
         self.machine.check()
-        check_outside(images, out)  # before there is anything in it
+        if not rank_zero_only.rank:  # the others would see what the first has begun to write
+            check_training_folder(out)
+        check_outside(images, out)
         self.began = time.monotonic()
         self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
+        if not rank_zero_only.rank:
+            own_training_folder(out)
         with self._alone():
-            self._forget_unfinished()
             self.pictures = self._pictures(images)
             self.on_gpu = self._on_gpu()
             self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
             self.machine = self.machine.sharing(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
             self._same_settings()
+            self._remove_left_over()
             self.learnt, self.held_back = self._split()
             self._forget_few_views()
         if settings.size != "base":
@@ -118,10 +123,11 @@ class Training:
         busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
         return nullcontext() if rank_zero_only.rank else alone_in(self.work, busy)
 
-    def _forget_unfinished(self) -> None:
-        """Files that were being written when a training here was killed."""
-        for path in () if rank_zero_only.rank else self.work.rglob(f"{SAVING}*"):
-            path.unlink(missing_ok=True)
+    def _remove_left_over(self) -> None:
+        """Files and folders that were being written when a training here was killed."""
+        if not rank_zero_only.rank:
+            for folder in (self.out, *(path.parent for path in self.work.rglob(f"{SAVING}*"))):
+                remove_left_over(folder, seconds=0)
 
     def _pictures(self, images: Path) -> Pictures:
         """What is in `images`, unpacked once; ValueError when the folder holds a training on something else.
