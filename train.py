@@ -45,7 +45,7 @@ async def train(
         le=1024,
     ),
     codebook_size: int = Input(
-        description="Codes of a new VQGAN. 0: by the number of pictures.", default=0, ge=0, le=16384
+        description="Codes of a new VQGAN, 16 or more. 0: by the number of pictures.", default=0, ge=0, le=16384
     ),
     vqgan_steps: int = Input(
         description="Steps of stage 1. 0: by the number of pictures.", default=0, ge=0, le=1000000

@@ -482,6 +482,30 @@ def test_each_networks_gradients_are_cut_back_for_themselves() -> None:
     assert float(norms.norm()) == pytest.approx(1, abs=1e-3)
 
 
+@torch.no_grad()
+def test_reconstruction_is_measured_by_the_mean_error_of_pictures_that_are_not_plain() -> None:
+    vqgan = tiny_networks().vqgan
+    pictures = torch.from_numpy(np.stack([RenderedPictures(6, 2, 16)[i] for i in range(6)]))
+    images = from_bytes(pictures)
+    errors = (vqgan.decode(vqgan.encode(images)) - images).square().mean(dim=(1, 2, 3))
+    wanted = float(10 * torch.log10(4 / errors.mean()))
+    plain = torch.full((3, 16, 16, 3), 255, dtype=torch.uint8)
+    plain[1, ::2] -= 3  # as JPEG may leave it
+
+    def measured(*batches: torch.Tensor) -> float:
+        trainer, logged = VQGANTrainer(vqgan, FIT), {}
+        trainer.log = lambda name, value, **_: logged.update({name: float(value)})
+        trainer.on_validation_epoch_start()
+        for batch in batches:
+            trainer.validation_step(batch)
+        trainer.on_validation_epoch_end()
+        return logged["val_psnr"]
+
+    assert measured(pictures) == pytest.approx(wanted, abs=1e-4)
+    assert measured(pictures[:4], torch.cat([pictures[4:], plain])) == pytest.approx(wanted, abs=1e-4)
+    assert np.isfinite(measured(plain))  # without others, they are all there is to say
+
+
 def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> None:
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()

@@ -177,6 +177,11 @@ def test_one_stage_alone_leaves_the_other_network_as_it_is(
     after = load_file(tmp_path / "gpt" / "model" / "vqgan.safetensors")
     assert all(torch.equal(base[name], after[name]) for name in base)
     assert "does not know these tokens" not in caplog.text
+    poor = r"the base's VQGAN reconstructs these pictures at (\d+\.\d) dB, .* and drawn pictures look no better;"
+    quality = float(re.search(poor, caplog.text)[1])
+    record = json.loads((tmp_path / "gpt" / "model" / "training.json").read_text())["stages"]["gpt"]
+    assert record["psnr"] == pytest.approx(quality, abs=0.06)
+    assert quality < 18
     base = load_file(Path(toy.base) / "gpt.safetensors")
     Training(photos, tmp_path / "vqgan", replace(toy, stage="vqgan")).run()
     after = load_file(tmp_path / "vqgan" / "model" / "gpt.safetensors")
@@ -200,7 +205,8 @@ def test_time_for_a_few_steps_alone_is_said_to_be_too_little(
 
 def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     Training(photos, tmp_path, toy)
-    Training(photos, tmp_path, replace(toy, max_minutes=5))
+    Training(photos, tmp_path, replace(toy, max_minutes=5, sample_prompts="a blue star"))
+    Training(photos, tmp_path, replace(toy, sample_prompts=""))
     with pytest.raises(ValueError, match="holds a training with vqgan_steps 8, not 9; say the same to go on"):
         Training(photos, tmp_path, replace(toy, vqgan_steps=9))
 
@@ -504,7 +510,9 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
         ({"seed": -1}, "seed is -1; give 0 or more"),
         ({"vqgan_learning_rate": math.nan}, "vqgan_learning_rate is nan; give 0 or more"),
         ({"max_minutes": math.inf}, "max_minutes is inf; give 0 or more"),
-        ({"size": "laptop", "codebook_size": 16385}, "codebook_size is 16385; give 16384 or fewer"),
+        ({"size": "laptop", "codebook_size": 16385}, "codebook_size is 16385; give 16 to 16384, or 0 for"),
+        ({"size": "laptop", "codebook_size": 1}, "codebook_size is 1; give 16 to 16384, or 0 for a size that suits"),
+        ({"size": "laptop", "codebook_size": 15}, "codebook_size is 15; give 16 to 16384"),
         ({"contrast_weight": -1.0}, "contrast_weight is -1.0; give 0 or more"),
         ({"precision": "8"}, 'precision is "8"; it takes one of auto, 32-true, bf16-mixed'),
         ({"max_minutes": -1.0}, "max_minutes is -1.0; give 0 or more"),
@@ -576,6 +584,22 @@ def test_what_is_pale_is_not_taken_for_told_well(tmp_path: Path, pale: bool, kep
     assert training.keeps_tokens(decision) is kept
     decision.write_text(json.dumps(not kept))  # what was decided once holds
     assert training.keeps_tokens(decision) is not kept
+
+
+def test_pictures_of_one_colour_do_not_decide_whether_tokens_are_kept(tmp_path: Path) -> None:
+    shapes = RenderedPictures(60, 5, 64)
+    (tmp_path / "pictures").mkdir()
+    for i in range(60):
+        Image.fromarray(shapes[i]).save(tmp_path / "pictures" / f"{i}.png")
+    for i in range(3):
+        white = np.full((64, 128, 3), 255, np.uint8)
+        white[:, : 8 + i] = 0  # outside the square that is looked at
+        Image.fromarray(white).save(tmp_path / "pictures" / f"white{i}.png")
+    for seed in (1, 4):  # which decides which pictures are held back
+        settings = TrainSettings(base=str(ROOT / "checkpoints" / "shapes"), seed=seed)
+        training = Training(tmp_path / "pictures", tmp_path / str(seed), settings)
+        assert len(training.pictures.paths) == 63
+        assert training.keeps_tokens(tmp_path / str(seed) / "tokens.json") is True
 
 
 def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_model: ClipGen) -> None:

@@ -12,10 +12,41 @@ from torch.nn import functional as F
 
 from clip_gen.clip_encoder import ClipEncoder
 
+# Of the mean colour's error: a standard deviation of 2.5 levels of 255, more than JPEG leaves in a plain picture.
+FLAT = 4e-4
+
+
+def squared_errors(images: Tensor, targets: Tensor) -> Tensor:
+    """The mean squared error of each of `images` (B, 3, S, S) in [-1, 1], (B,)."""
+    return (images.float() - targets).square().mean(dim=(1, 2, 3))
+
+
+def colour_errors(images: Tensor) -> Tensor:
+    """The mean squared error of each picture's mean colour, (B,): below FLAT for pictures of one colour."""
+    return squared_errors(images.mean(dim=(2, 3), keepdim=True).expand_as(images), images)
+
+
+def mean_errors(errors: Tensor) -> Tensor:
+    """The means (2,) of reconstructions' squared errors and of colour_errors, as the rows of (2, N), N at least 1.
+
+    Pictures of one colour are left out, unless there are no others: the easiest to reconstruct say least.
+    """
+    varied = errors[1] >= FLAT
+    return errors[:, varied | ~varied.any()].mean(dim=1)
+
+
+def decibels(errors: Tensor) -> Tensor:
+    """PSNR of mean squared errors, against the full range of 2; 106 dB at most.
+
+    For several pictures, average their errors first: a mean of decibels says little about most of them when a picture
+    of one colour is among them, which is reconstructed at about 100 dB.
+    """
+    return 10 * torch.log10(4 / errors.clamp(min=1e-10))
+
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """How near each of `images` (B, 3, S, S) is to its target, in decibels against the full range of 2, (B,)."""
-    return 10 * torch.log10(4 / (images.float() - targets).square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
+    return decibels(squared_errors(images, targets))
 
 
 def perceptual_distance(clip: ClipEncoder, images: Tensor, targets: Tensor) -> Tensor:

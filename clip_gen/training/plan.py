@@ -40,7 +40,7 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
 TRAINED = "trained"  # the name of any model that was
 # Up to so many pictures, so many codes.
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
-MOST_CODES = 16384
+LEAST_CODES, MOST_CODES = 16, 16384
 
 # A VQGAN's by its levels, for deep ones take less. A transformer's for a width of 256, and wider ones take less in the
 # measure that they are, arXiv 2203.03466: AdamW's for all but its blocks' matrices, Muon's for those.
@@ -91,8 +91,11 @@ class TrainSettings:
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not 0 <= value < math.inf:
                 raise ValueError(f"{field.name} is {value}; give 0 or more")
-        if self.codebook_size > MOST_CODES:
-            raise ValueError(f"codebook_size is {self.codebook_size}; give {MOST_CODES} or fewer")
+        if self.codebook_size and not LEAST_CODES <= self.codebook_size <= MOST_CODES:
+            raise ValueError(
+                f"codebook_size is {self.codebook_size}; give {LEAST_CODES} to {MOST_CODES}, or 0 for a size "
+                "that suits the number of pictures"
+            )
         choices = {"stage": STAGES, "tokens": TOKENS, "size": ("base", *SIZES), "precision": PRECISIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
@@ -59,7 +59,7 @@ from clip_gen.training.dataset import (
 from clip_gen.training.folder import check_training_folder, own_training_folder
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
-from clip_gen.training.losses import psnr
+from clip_gen.training.losses import colour_errors, decibels, mean_errors, squared_errors
 from clip_gen.training.perceptual import chosen_lpips
 from clip_gen.training.plan import Plan, TrainSettings, plan, prompts_of
 from clip_gen.training.report import write_report
@@ -77,6 +77,24 @@ ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it i
 GOOD_DB, BETTER_DB = 18.0, 6.0
 JUDGED_BY = 64  # pictures
 FEW_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a VQGAN reconstructs some pictures: its PSNR in dB, and that of each picture's mean colour alone."""
+
+    psnr: float
+    mean_colour_psnr: float
+
+    @property
+    def good(self) -> bool:
+        return self.psnr >= GOOD_DB and self.psnr - self.mean_colour_psnr >= BETTER_DB
+
+    def __str__(self) -> str:
+        return (
+            f"the base's VQGAN reconstructs these pictures at {self.psnr:.1f} dB, their mean colour alone is at "
+            f"{self.mean_colour_psnr:.1f}"
+        )
 
 
 class Training:
@@ -166,7 +184,8 @@ class Training:
             return
         path = self.work / "settings.json"
         told = asdict(self.settings) | {"base": contents_of(self.base), "on_gpu": self.on_gpu}
-        told.pop("max_minutes")  # may be given anew, to go on for longer
+        for name in ("max_minutes", "sample_prompts"):  # which may change: how long to train, and the report
+            told.pop(name)
         if path.is_file():
             # A setting that an earlier version of this program did not know was what it is now by default.
             before = asdict(TrainSettings()) | json.loads(path.read_text())
@@ -268,39 +287,51 @@ class Training:
         values |= {"tokens_kept": keeps}
         return values | ({"perceptual_loss": "CLIP" if lpips is None else "LPIPS"} if compares else {})
 
-    @torch.no_grad()
     def keeps_tokens(self, decision: Path) -> bool:
-        """Whether the decoder alone learns, so that tokens go on to mean what the base's transformer knows of them.
+        """Whether only the decoder trains, so that tokens keep the meaning that the base's transformer learnt.
 
-        The first process decides, and notes it for the others and for when the training is taken up again.
+        The first process decides and writes the decision to a file, for the others and for a resumed training.
         """
-        settings, vqgan = self.settings, self.networks.vqgan
+        settings = self.settings
         if settings.tokens != "auto" or settings.size != "base" or not knows_its_tokens(self.base):
             return settings.tokens == "keep"
         if rank_zero_only.rank:
             wait_for(decision)
         if decision.is_file():
             return json.loads(decision.read_text())
-        found = []
-        with at_work(vqgan) as device:
-            for batch in DataLoader(self.files(self.held_back[:JUDGED_BY]), 16):
-                images = from_bytes(batch.to(device))
-                flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
-                found.append(torch.stack([psnr(vqgan.decode(vqgan.encode(images)), images), psnr(flat, images)]))
-        reached, colour = torch.cat(found, dim=1).mean(dim=1).tolist()
-        keeps = reached >= GOOD_DB and reached - colour >= BETTER_DB
-        log.info(
-            "the base's VQGAN reconstructs these pictures at %.1f dB, their mean colour alone is at %.1f: %s",
-            reached,
-            colour,
-            "its tokens are kept and its decoder learns" if keeps else "it learns other tokens",
-        )
+        quality = self.base_quality()
+        keeps = quality.good
+        log.info("%s: %s", quality, "its tokens are kept and its decoder learns" if keeps else "it learns other tokens")
         decision.parent.mkdir(parents=True, exist_ok=True)
         write_whole(decision, json.dumps(keeps))
         return keeps
 
+    @torch.no_grad()
+    def base_quality(self) -> Quality:
+        """How well the base's VQGAN reconstructs these pictures, by JUDGED_BY of them."""
+        vqgan, errors = self.networks.vqgan, []
+        with at_work(vqgan) as device:
+            for batch in DataLoader(self.files([*self.held_back, *self.learnt][:JUDGED_BY]), 16):
+                images = from_bytes(batch.to(device))
+                decoded = vqgan.decode(vqgan.encode(images))
+                errors.append(torch.stack([squared_errors(decoded, images), colour_errors(images)]).cpu())
+        reached, colour = decibels(mean_errors(torch.cat(errors, dim=1))).tolist()
+        return Quality(reached, colour)
+
+    def check_base(self) -> dict[str, float]:
+        """The quality of the base's VQGAN, which stage transformer keeps as it is; warns where it is poor."""
+        if rank_zero_only.rank:
+            return {}
+        quality = self.base_quality()
+        if quality.good:
+            log.info("%s", quality)
+        else:
+            log.warning("%s, and drawn pictures look no better; give stage both to train the VQGAN too", quality)
+        return {name: round(value, 2) for name, value in asdict(quality).items()}
+
     def train_gpt(self, folder: Path) -> dict[str, object]:
         settings, networks = self.settings, self.networks
+        quality = self.check_base() if settings.stage == "transformer" else {}
         learnt, held_back = self.encoded("learnt"), self.encoded("held_back")
         if settings.size != "base":
             start_from_codes(networks.gpt, networks.vqgan, settings.seed)
@@ -318,7 +349,7 @@ class Training:
         values = self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
         if values["steps"] < min(FEW_STEPS, self.plan.transformer.steps):  # stopped by time
             log.warning("in %d steps a transformer learns next to nothing; give more minutes", values["steps"])
-        return values | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
+        return values | quality | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
 
     def fit(
         self,

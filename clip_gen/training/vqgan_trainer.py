@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
-from clip_gen.training.losses import adaptive_weight, hinge_loss, lpips_distance, perceptual_distance, psnr
+from clip_gen.training.losses import (
+    adaptive_weight,
+    colour_errors,
+    decibels,
+    hinge_loss,
+    lpips_distance,
+    mean_errors,
+    perceptual_distance,
+    squared_errors,
+)
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 from clip_gen.vqgan import VQGAN, build_discriminator
 
@@ -115,10 +124,16 @@ class VQGANTrainer(Stage):
         perplexity = torch.special.entr(shares).sum().exp()
         return {"codes_in_batch": (counts > 0).float().mean(), "perplexity": perplexity}
 
+    def on_validation_epoch_start(self) -> None:
+        self.errors: list[Tensor] = []
+
     def validation_step(self, batch: Tensor) -> None:
         images = from_bytes(batch)
-        reconstructions = self.vqgan.decode(self.vqgan.encode(images))
-        self.log("val_psnr", psnr(reconstructions, images).mean(), batch_size=len(batch), sync_dist=True)
+        decoded = self.vqgan.decode(self.vqgan.encode(images))
+        self.errors.append(torch.stack([squared_errors(decoded, images), colour_errors(images)]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_psnr", decibels(mean_errors(torch.cat(self.errors, dim=1)))[0], sync_dist=True)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
