@@ -756,6 +756,6 @@ def test_the_log_tells_how_far_it_is(
 
 def test_a_folder_inside_that_of_the_pictures_is_refused_before_it_is_there(toy: TrainSettings, tmp_path: Path) -> None:
     write_folder(tmp_path / "album", 10)
-    with pytest.raises(ValueError, match=r"trained: is inside .*album, whose pictures it is to hold"):
+    with pytest.raises(ValueError, match=r"trained: is inside the folder of pictures .*album; name"):
         Training(tmp_path / "album", tmp_path / "album" / "trained", toy)
     assert not (tmp_path / "album" / "trained").exists()
