@@ -252,16 +252,28 @@ def test_a_decoder_trained_further_still_fits_its_transformer(folder: Path) -> N
     assert knows_its_tokens(folder)
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "3", "null", '"text"', "{", "", "[" * 100_000, "\udcff", '{"settings": 5}', '{"stages": [1]}']
-)
+RECORDS = {
+    **{
+        "list": "[]",
+        "number": "3",
+        "null": "null",
+        "text": '"text"',
+        "cut off": "{",
+        "empty": "",
+        "deep": "[" * 100_000,
+    },
+    **{"no UTF-8": "\udcff", "settings a number": '{"settings": 5}', "stages a list": '{"stages": [1]}'},
+}
+
+
+@pytest.mark.parametrize("text", RECORDS.values(), ids=RECORDS)
 def test_a_training_record_of_any_content_is_a_sentence_or_taken(folder: Path, text: str) -> None:
     (folder / "training.json").write_bytes(text.encode(errors="surrogateescape"))
     if text.startswith('{"'):
         assert knows_its_tokens(folder)
         return
     with pytest.raises(ModelFolderError, match=r"training\.json: .*; copy it again, or remove it$"):
-        ClipGen.load(folder, "cpu")
+        why_noise(folder)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "training.json", *(f"{part}.safetensors" for part in PARTS)])
@@ -276,7 +288,11 @@ def test_something_else_in_a_files_place_is_a_sentence(folder: Path, name: str, 
         ClipGen.load(folder, "cpu")
 
 
-@pytest.mark.parametrize("text", ["[" * 60_000, "a: {" * 10_000, "a: 1\n" * 20_000, "\0", "name: &a [*a]"])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 60_000, "a: {" * 10_000, "a: 1\n" * 20_000, "\0", "name: &a [*a]"],
+    ids=["lists", "mappings", "long", "zero", "alias"],
+)
 def test_a_hostile_config_is_a_sentence(folder: Path, text: str) -> None:
     """Its parser calls itself for each level, and would end the process."""
     (folder / "config.yaml").write_text(text)

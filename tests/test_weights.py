@@ -288,6 +288,7 @@ def test_a_named_cache_that_cannot_be_written_to_is_refused(weights_tar: Path, m
         ("\0", "no such file or folder"),
         (__file__, "cannot be read (invalid header)"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_what_is_no_weights_is_a_short_sentence_and_leaves_nothing(weights: str, sentence: str, cache: Path) -> None:
     with pytest.raises(ModelFolderError) as error:
