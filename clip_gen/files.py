@@ -174,25 +174,29 @@ def errors_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written to ({error.strerror}); name another folder") from error
+        raise ValueError(f"{folder}: cannot be used ({error.strerror}); name another folder") from error
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError when this cannot be a folder that this process writes into. Writes nothing."""
+    """ValueError when this cannot be a folder that this process writes into. Leaves nothing there."""
     with errors_named(folder):
-        if folder.is_symlink() and not folder.exists():
-            raise ValueError(f"{folder} is a link to {os.readlink(folder)}, which does not exist; name another folder")
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        nearest = folder.absolute()
+        while not nearest.exists():
+            if nearest.is_symlink():
+                raise ValueError(
+                    f"{nearest} is a link to {os.readlink(nearest)}, which does not exist; name another folder"
+                )
+            nearest = nearest.parent
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a new or an empty folder")
         if not nearest.is_dir():
             raise ValueError(f"{folder}: {nearest} is a file, so it cannot contain a folder; name another folder")
-        if not os.access(nearest, os.W_OK | os.X_OK):
+        if not is_writable(nearest):
             raise ValueError(f"{folder}: {nearest} cannot be written to; name another folder or change its permissions")
 
 
 def check_own(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
-    """ValueError unless the folder is new, empty or one that this program made. Writes nothing.
+    """ValueError unless the folder is new, empty or one that this program made. Changes no file.
 
     kind: what the mark must say, such as "training". made_before_marks: whether a version of this program that wrote
     no marks made the folder.
@@ -233,5 +237,7 @@ def own(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> N
 
 
 def names_in(folder: Path) -> list[str]:
-    """Sorted names of what a person or a program put into the folder; none where there is no folder."""
-    return sorted(path.name for path in folder.glob("*") if path.name not in SYSTEM_FILES)
+    """Sorted names of what is in the folder, without the system's files and those that are being written."""
+    with errors_named(folder):
+        names = os.listdir(folder) if folder.exists() else []
+    return sorted(name for name in names if name not in SYSTEM_FILES and not name.startswith(SAVING))

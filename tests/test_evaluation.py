@@ -14,7 +14,8 @@ from clip_gen.__main__ import main
 from clip_gen.checkpoint import Networks
 from clip_gen.evaluation.metrics import Share
 from clip_gen.evaluation.prompts import KINDS, cases
-from clip_gen.evaluation.report import Evaluation
+from clip_gen.evaluation.report import Evaluation, _has_report
+from clip_gen.files import MARK, check_own
 from clip_gen.images import to_tensor
 from clip_gen.sampling import Sampling
 from clip_gen.shapes.judge import read, satisfies
@@ -63,6 +64,8 @@ def test_the_command_writes_the_table_as_json_and_a_sheet(
         # Of what a prompt leaves unsaid there is nothing to grade.
         assert row["total"] == 3 or (row["total"] < 3 and "left unsaid, best of 16, " in name)
     assert Image.open(tmp_path / "sheet.png").size[0] > 100
+    (tmp_path / MARK).unlink()
+    check_own(tmp_path, "evaluation", _has_report)  # as versions without marks left it
 
 
 def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny_model: ClipGen) -> None:

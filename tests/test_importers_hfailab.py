@@ -249,7 +249,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
     ):
         assert main([*words, str(tmp_path / out)]) == 1
         assert sentence in capsys.readouterr().err
-    monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root, who may write anywhere
+    monkeypatch.setattr("clip_gen.files.is_writable", lambda _: False)  # tests may run as root, who may write anywhere
     assert main([*words, str(tmp_path / "new" / "out")]) == 1
     assert f"{tmp_path} cannot be written to; name another folder" in capsys.readouterr().err
 

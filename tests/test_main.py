@@ -123,3 +123,64 @@ def test_every_setting_of_a_training_is_told_of() -> None:
     cli.add_arguments(parser)
     assert [action.dest for action in parser._actions if not action.help] == []
     assert "1: by what lies between their means. Default: 1.0." in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "names", "sentence"),
+    [
+        ("evaluate MODEL --out OUT", "", ["report.json"], "holds report.json and is no evaluation folder of this"),
+        ("evaluate MODEL --out OUT", "", ["sheet.png"], "holds sheet.png and is no evaluation folder of this"),
+        ("train-shapes --work OUT --out OUT/model", "", ["clip/told.json"], "holds clip and is no train-shapes folder"),
+        (
+            "train-shapes --work OUT/work --out OUT",
+            "",
+            ["gpt/told.json"],
+            "holds gpt, which is no part of a model folder",
+        ),
+        ("train-shapes --work OUT/work --out OUT", "", ["config.yaml"], "holds config.yaml, but is no model folder"),
+        ("shapes --count 1 --out OUT", "", ["notes.txt"], "already holds files; name a new or empty folder"),
+        ("shapes --count 1 --out OUT --zip", ".zip", [], "OUT.zip is there already"),
+        ("pull lpips --out OUT", "", ["lpips.safetensors"], "holds lpips.safetensors, but is no LPIPS folder of this"),
+    ],
+)
+def test_no_command_replaces_a_persons_files(
+    words: str, out: str, names: list[str], sentence: str, tiny_model_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in names or [""]:
+        path = tmp_path / f"OUT{out}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    words = words.replace("OUT", str(tmp_path / "OUT")).replace("MODEL", str(tiny_model_folder))
+    assert main(words.split()) == 1
+    assert sentence in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all(path.read_text() == "{}" for path in before if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate MODEL --out",
+        "train-shapes --out OUT/model --work",
+        "train-shapes --work OUT/work --out",
+        "shapes --count 1 --out",
+        "shapes --count 1 --zip --out",
+        "pull coco --out",
+        "train nowhere.zip --base MODEL --out",
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_said_in_a_sentence(
+    words: str, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    words = words.replace("OUT", str(tmp_path / "OUT")).replace("MODEL", str(tiny_model_folder))
+    for place in (tmp_path / "file" / "x", tmp_path / "link" / "x", Path("/proc/x/y")):
+        assert main([*words.split(), str(place)]) == 1
+        error = capsys.readouterr().err
+        assert "name another folder" in error or "name a new" in error, error
+        assert "Errno" not in error
+        assert len(error.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]

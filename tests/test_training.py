@@ -26,7 +26,7 @@ from clip_gen import ClipGen, pipeline
 from clip_gen.checkpoint import load_networks, save_networks
 from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.config import read_config
-from clip_gen.files import ROOT, alone_in
+from clip_gen.files import MARK, ROOT, alone_in, check_own
 from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.pipeline import choose_dtype
@@ -49,7 +49,15 @@ from clip_gen.training.dataset import (
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
 from clip_gen.training.run import fit
-from clip_gen.training.shapes import ORDER, Recipe, ShapesConfig, add_arguments, fingerprint, parts_in_order
+from clip_gen.training.shapes import (
+    ORDER,
+    Recipe,
+    ShapesConfig,
+    _has_parts,
+    add_arguments,
+    fingerprint,
+    parts_in_order,
+)
 from clip_gen.training.shapes import main as train_shapes
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, orthogonal
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
@@ -204,6 +212,11 @@ def test_what_was_drawn_by_another_transformer_is_not_ranked(trained: Recipe, tm
     (work / "ranker" / "told.json").write_text(json.dumps(told | {"gpt": "another"}))
     with pytest.raises(ValueError, match="ranker was trained by another recipe; remove it"):
         Recipe(RECIPE, work).part("ranker")
+
+
+def test_the_work_folder_of_a_version_without_marks_is_known(trained: Recipe) -> None:
+    assert not (trained.work / MARK).exists()
+    check_own(trained.work, "train-shapes", _has_parts)
 
 
 def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clip_gen.evaluation.metrics import Share
 from clip_gen.evaluation.prompts import KINDS, Case, cases
+from clip_gen.files import check_own, own, whole_or_not, write_whole
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.machine import spare_cores
 from clip_gen.pipeline import ClipGen
@@ -30,6 +31,7 @@ from clip_gen.shapes.rendering import render
 
 log = logging.getLogger(__name__)
 
+REPORT, SHEET = "report.json", "sheet.png"
 CANDIDATES = 16
 TOGETHER = 8  # prompts sampled in one batch
 
@@ -186,7 +188,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="for report.json and sheet.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/evaluation"), help="a new or an empty folder, or one of an evaluation"
+    )
     parser.add_argument("--device", default="auto")
 
 
@@ -195,11 +199,22 @@ def main(arguments: argparse.Namespace) -> None:
     sampling.check()
     if arguments.prompts < 1:
         raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")
+    check_own(arguments.out, "evaluation", _has_report)
     model = ClipGen.load(arguments.model, arguments.device)
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
     evaluation.run(arguments.kinds)
     print(evaluation.table())
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "report.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
-    evaluation.sheet().save(arguments.out / "sheet.png")
-    print(f"wrote {arguments.out}/report.json and {arguments.out}/sheet.png")
+    own(arguments.out, "evaluation", _has_report)
+    write_whole(arguments.out / REPORT, json.dumps(evaluation.as_json(), indent=2) + "\n")
+    with whole_or_not(arguments.out / SHEET) as temporary:
+        evaluation.sheet().save(temporary, "png")
+    print(f"wrote {arguments.out / REPORT} and {arguments.out / SHEET}")
+
+
+def _has_report(folder: Path) -> bool:
+    """Whether a version of this command that wrote no mark made the folder."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.keys() == {"prompts", "seed", "sampling", "rows"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_gen.files import whole_or_not
+from clip_gen.files import check_writable, whole_or_not
 from clip_gen.shapes.captions import caption, describe
 from clip_gen.shapes.rendering import render
 from clip_gen.shapes.scenes import Scene, sample_scene
@@ -87,8 +87,7 @@ def _scenes(count: int, seed: int, held_out: str) -> Iterator[tuple[str, Scene]]
 
 
 def _write_folder(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int, captions: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a new or empty folder")
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} already holds files; name a new or empty folder")
@@ -104,6 +103,7 @@ def _write_zip(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int) 
     """Writes the zip whole or not at all."""
     if out.exists():
         raise ValueError(f"{out} is there already; name another file or move that one away")
+    check_writable(out.absolute().parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_not(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, scene in scenes:

@@ -26,9 +26,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip_gen.checkpoint import Networks, build, load_part, save_networks, save_part
+from clip_gen.checkpoint import Networks, build, check_model_folder, load_part, save_networks, save_part
 from clip_gen.config import ModelConfig, read_config
-from clip_gen.files import alone_in, write_whole
+from clip_gen.files import alone_in, names_in, own, write_whole
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
 from clip_gen.shapes.captions import caption, describe
@@ -279,13 +279,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    recipe = Recipe(read_config(arguments.config, ShapesConfig), arguments.work, Machine(arguments.devices))
+    config = read_config(arguments.config, ShapesConfig)
+    if not rank_zero_only.rank:
+        check_model_folder(arguments.out)
+        own(arguments.work, "train-shapes", _has_parts)
+    recipe = Recipe(config, arguments.work, Machine(arguments.devices))
     for name in parts_in_order(arguments.parts):
         if name not in arguments.parts:
             wait_for_another(arguments.work / name / "record.json")
         recipe.part(name)
     if ORDER[-1] in arguments.parts and not rank_zero_only.rank:
         save_networks(recipe.networks, arguments.out, recipe.training_record())
+
+
+def _has_parts(work: Path) -> bool:
+    """Whether a version of this command that wrote no mark made the folder: it holds parts and nothing else."""
+    written = [*work.glob("*/told.json"), *work.glob("*/record.json")]
+    return bool(written) and set(names_in(work)) <= {*ORDER, "encoded"} and all(map(_is_of_a_part, written))
+
+
+def _is_of_a_part(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and ("told" in values or "seed" in values)
 
 
 def wait_for_another(record: Path) -> None:
