@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clip_gen.colours import TRANSPARENT
 from clip_gen.entries import (
     ENCRYPTED,
     UNREADABLE,
@@ -215,7 +216,7 @@ def _judge(path: Path, limits: Limits) -> _Judged | PictureError:
         return error
     picture = decoded.image
     if is_one_colour(picture):
-        return PictureError(ONE_COLOUR)
+        return PictureError(TRANSPARENT if TRANSPARENT in decoded.notes else ONE_COLOUR)
     width, height = picture.size
     digest = hashlib.sha256(b"%d %d " % picture.size)
     for top in range(0, height, STRIP):

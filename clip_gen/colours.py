@@ -8,15 +8,12 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageStat
 
-from clip_gen.kinds import PictureError
-
-TRANSPARENT = "fully transparent"
-
 # Notes: what was done to a picture that is used.
 CONVERTED = "colour profile converted to sRGB"
 PROFILE_IGNORED = "colour profile damaged or of other channels, sRGB assumed"
 ON_WHITE = "transparent, laid on white"
 ON_DARK = "transparent and light, laid on dark grey"
+TRANSPARENT = "fully transparent"
 
 SAME = 2  # levels of 255 by which a profile may change a colour and still count as sRGB
 PROBE_LEVELS = 17  # of each channel, to compare a profile with sRGB
@@ -55,12 +52,12 @@ def in_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
 def on_ground(image: Image.Image) -> tuple[Image.Image, str | None]:
     """An RGBA image as RGB, and a note or None: on white, or on dark grey where what is visible is light.
 
-    Light is a mean luma, weighted by alpha, less than LEAST_CONTRAST below white. PictureError when nothing is visible.
+    Light is a mean luma, weighted by alpha, less than LEAST_CONTRAST below white.
     """
     alpha = image.getchannel("A")
     least, most = alpha.getextrema()
     if most == 0:
-        raise PictureError(TRANSPARENT)
+        return Image.new("RGB", image.size, WHITE), TRANSPARENT
     if least == 255:
         return image.convert("RGB"), None
     weighted = ImageChops.multiply(image.convert("L"), alpha)
