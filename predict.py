@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import coglet
 from cog import BaseRunner, Input, Path, concurrent
 
-from clip_gen.asked import check_request
+from clip_gen.asked import check_request, without_effect
 from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
 from clip_gen.own_model import own_weights
@@ -79,7 +79,10 @@ class Predictor(BaseRunner):
         """Draws, scores and saves. Checks its inputs itself: Cog checks none when it finds no schema file."""
         given = {name: value for name, value in locals().items() if name != "self"}
         async with self.slots.one():
-            return await self._answer(checked(given, self.inputs))
+            values = checked(given, self.inputs)
+            for sentence in without_effect(values, {one.name: one.arguments.get("default") for one in self.inputs}):
+                print(f"warning: {sentence}")
+            return await self._answer(values)
 
     async def _answer(self, values: dict[str, object]) -> list[Path]:
         outputs = ("output_format", "output_quality", "output_metadata", "replicate_weights")

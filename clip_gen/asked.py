@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Mapping
 from numbers import Integral, Real
 
 MAX_CANDIDATES = 256  # predict.py repeats it for Cog, which wants a literal
@@ -40,6 +41,20 @@ def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float
     check_number("top_k", top_k, 0, math.inf, "0: choose from all tokens", whole=True)
     check_number("top_p", top_p, 0, 1, "1: choose from all tokens")
     check_number("guidance", guidance, 0, 20, "1: off")
+
+
+def without_effect(values: Mapping[str, object], defaults: Mapping[str, object]) -> list[str]:
+    """Sentences on settings that were changed from their defaults and do nothing beside the others."""
+    changed = {name for name, default in defaults.items() if values[name] != default}
+    found = []
+    if "output_quality" in changed and values["output_format"] == "png":
+        found.append(f"output_quality is {values['output_quality']}, which does nothing: png is always lossless")
+    if "candidates" in changed and not values["clip_rerank"] and values["candidates"] != values["num_outputs"]:
+        found.append(
+            f"candidates is {values['candidates']}, which does nothing without clip_rerank: "
+            f"{values['num_outputs']} are drawn"
+        )
+    return found
 
 
 def check_prompt(prompt: str) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
-from clip_gen.asked import MAX_CANDIDATES, MAX_SEED, check_number, check_request
+from clip_gen.asked import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
 from clip_gen.files import is_writable
 from clip_gen.images import OUTPUT_FORMATS, save_image
 from clip_gen.own_model import own_weights
 from clip_gen.pipeline import ClipGen
 
+log = logging.getLogger(__name__)
+
+QUALITY = 90
 DEFAULTS = {"candidates": 16, "num_outputs": 4, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0}
 # What HFAiLab's demo of the published COCO model draws with.
 PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0.95}}
@@ -44,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-format", choices=OUTPUT_FORMATS, default="png", help="default png")
     parser.add_argument(
-        "--output-quality", type=int, default=90, help="of webp and jpg, 0 to 100; webp is lossless at 100; default 90"
+        "--output-quality",
+        type=int,
+        default=QUALITY,
+        help=f"of webp and jpg, 0 to 100; webp is lossless at 100; default {QUALITY}",
     )
     parser.add_argument(
         "--no-output-metadata", dest="output_metadata", action="store_false", help="write no prompt and settings"
@@ -58,6 +65,9 @@ def main(arguments: argparse.Namespace) -> None:
     settings["clip_rerank"] = arguments.clip_rerank
     check_number("output_quality", arguments.output_quality, 0, 100, whole=True)
     check_request(arguments.prompt, **settings)
+    quality = {"output_format": arguments.output_format, "output_quality": arguments.output_quality}
+    for sentence in without_effect(settings | quality, DEFAULTS | {"output_quality": QUALITY}):
+        log.warning(sentence)
     names = [f"{i}.{arguments.output_format}" for i in range(settings["num_outputs"])]
     check_folder(arguments.out, names, arguments.overwrite)
     weights = arguments.model or own_weights(os.environ.get("COG_WEIGHTS"))[0]

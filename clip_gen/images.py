@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_gen.asked import check_number
 from clip_gen.files import whole_or_not
 
 OUTPUT_FORMATS = ("png", "webp", "jpg")
@@ -83,6 +84,7 @@ def save_image(
     """
     if output_format not in OUTPUT_FORMATS:
         raise ValueError(f'output_format is "{output_format}"; it takes one of {", ".join(OUTPUT_FORMATS)}')
+    check_number("output_quality", quality, 0, 100, whole=True)
     options: dict[str, object] = {"quality": quality}
     if output_format == "jpg" and quality >= FULL_COLOR_QUALITY:
         options["subsampling"] = "4:4:4"

@@ -174,6 +174,8 @@ class ClipGen:
         if sampling.greedy:
             settings = " and ".join(f"{name} is {getattr(sampling, name):g}" for name in sampling.greedy)
             found.append(f"{settings}: all candidates would be the same picture, so one is drawn and returned")
+        elif sampling.top_k >= self.config.gpt.codebook_size:
+            found.append(f"top_k is {sampling.top_k}, which does nothing: this model has no more tokens")
         return found
 
     def _pictures(self, rows: list[tuple[Tensor, Tensor]]) -> list[tuple[Image.Image, float]]:

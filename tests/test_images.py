@@ -112,6 +112,13 @@ def test_without_metadata_a_file_holds_the_picture_alone(tmp_path: Path, output_
         assert getattr(picture, "text", {}) == {}
 
 
+@pytest.mark.parametrize("quality", [101, -1, "90", 90.5, True, None])
+def test_a_quality_out_of_range_or_of_another_type_is_refused(tmp_path: Path, quality: object) -> None:
+    with pytest.raises(ValueError, match=f"output_quality is {quality!r}; give a whole number, 0 to 100"):
+        save_image(photo(8), tmp_path / "out.jpg", "jpg", quality)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_format_is_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'"gif".*png, webp, jpg'):
         save_image(photo(8), tmp_path / "out.gif", "gif")

@@ -87,9 +87,10 @@ def test_generate_leaves_metadata_out_and_draws_one_of_identical_pictures(
     tiny_model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ["generate", "a star", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--temperature", "0"]
-    assert main([*words, "--no-output-metadata"]) == 0
+    assert main([*words, "--no-output-metadata", "--output-quality", "50"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
     assert Image.open(tmp_path / "0.png").text == {}
+    assert "output_quality is 50, which does nothing: png is always lossless" in caplog.text
     assert "temperature is 0: all candidates would be the same picture" in caplog.text
 
 

@@ -217,6 +217,12 @@ def test_settings_that_make_all_candidates_alike_draw_one_and_say_so(
     assert sentence in caplog.text
 
 
+def test_a_top_k_that_does_nothing_is_named(tiny_model: ClipGen) -> None:
+    warnings = tiny_model.generate("a star", candidates=1, num_outputs=1, top_k=32).warnings
+    assert warnings == ["top_k is 32, which does nothing: this model has no more tokens"]
+    assert tiny_model.generate("a star", candidates=1, num_outputs=1, top_k=31).warnings == []
+
+
 def test_the_end_of_a_long_prompt_that_clip_does_not_read_is_named(
     tiny_model: ClipGen, caplog: pytest.LogCaptureFixture
 ) -> None:

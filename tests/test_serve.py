@@ -291,6 +291,9 @@ def test_warnings_about_a_prediction_are_in_its_own_logs(server: Server) -> None
         long, short = pool.map(lambda prompt: server.predict(**QUICK | {"prompt": prompt})["logs"], prompts)
     assert "the prompt is longer than this model's CLIP reads; its end is left out: 'blue star'\n" in long
     assert re.fullmatch(r"seed: 7\nscores: .*\n", short)
+    idle = server.predict(**QUICK | {"clip_rerank": False}, output_quality=50)["logs"]
+    assert "warning: output_quality is 50, which does nothing: png is always lossless\n" in idle
+    assert "warning: candidates is 4, which does nothing without clip_rerank: 2 are drawn\n" in idle
 
 
 def test_identical_candidates_are_drawn_once_and_the_logs_say_so(server: Server) -> None:
