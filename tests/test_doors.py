@@ -16,7 +16,7 @@ DOORS = {
     "clip": ["clip_gen/clip_encoder.py"],
     "taming": ["clip_gen/vqgan.py"],
     "vector_quantize_pytorch": ["clip_gen/vqgan.py"],
-    "safetensors": ["clip_gen/checkpoint.py"],
+    "safetensors": ["clip_gen/checkpoint.py", "clip_gen/importers/reader.py"],
     "pytorch_lightning": ["clip_gen/training/"],
     "triton": ["clip_gen/cuda_kernels.py"],
     "tqdm": ["clip_gen/transfer.py", "clip_gen/training/run.py"],
