@@ -31,7 +31,7 @@ from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes
 from clip_gen.pipeline import choose_dtype
 from clip_gen.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs, RenderedPictures
-from clip_gen.training import dataset, run, stage
+from clip_gen.training import dataset, processes, run, stage
 from clip_gen.training.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
 from clip_gen.training.dataset import (
     LIKEST,
@@ -45,9 +45,9 @@ from clip_gen.training.dataset import (
     find_neighbours,
     telling,
     token_type,
-    wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
+from clip_gen.training.processes import wait_for
 from clip_gen.training.run import fit
 from clip_gen.training.shapes import (
     ORDER,
@@ -988,7 +988,7 @@ import os, sys, time
 from pathlib import Path
 file, waiting = map(Path, sys.argv[1:])
 if not (child := os.fork()):
-    from clip_gen.training.dataset import wait_for
+    from clip_gen.training.processes import wait_for
     waiting.write_text(str(os.getppid()))
     wait_for(file)
     os._exit(0)
@@ -1014,7 +1014,7 @@ def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path) -> None:
     said, waiting = tmp_path / "said", tmp_path / "waiting"
     if not (writer := os.fork()):
         if not os.fork():
-            dataset.PARENT = os.getppid()  # as when a process of its own imports the module
+            processes.PARENT = os.getppid()  # as when a process of its own imports the module
             waiting.touch()
             try:
                 wait_for(tmp_path / "file")

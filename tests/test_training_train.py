@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -248,24 +249,30 @@ def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, t
     assert not (tmp_path / "work" / "vqgan").exists()
 
 
-def test_only_the_first_of_several_processes_unpacks(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
-    """As under torchrun, which starts all of them at once."""
+def test_other_processes_wait_for_what_the_first_prepares_whatever_an_earlier_start_left(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    """As under torchrun, which starts all of them at once; the earlier start had time for few views."""
+    told = replace(toy, stage="transformer", transformer_steps=2)
+    earlier = Training(photos, tmp_path, replace(told, max_minutes=1e-6))
+    assert earlier.encoded("learnt").rows == 64
+    earlier.ready.close()  # as when its process ends
     code = f"""
 import sys
 from pathlib import Path
 from clip_gen.training.train import Training, TrainSettings
 print("begun", flush=True)
-training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), TrainSettings(base={toy.base!r}))
-print(len(training.pictures.paths), flush=True)
+training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), {told!r})
+print(training.encoded("learnt").rows, flush=True)
 """
     environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as second:
         assert second.stdout.readline() == "begun\n"
-        time.sleep(1)
+        assert not select.select([second.stdout], [], [], 3)[0]
         assert second.poll() is None
-        assert not (tmp_path / "work").exists()
-        first = Training(photos, tmp_path, replace(TrainSettings(), base=toy.base))
-        assert second.stdout.readline() == f"{len(first.pictures.paths)}\n"
+        first = Training(photos, tmp_path, told)
+        assert first.encoded("learnt").rows == 22 * 32
+        assert second.stdout.readline() == f"{22 * 32}\n"
 
 
 def test_what_was_half_written_when_a_training_was_killed_does_not_stay(

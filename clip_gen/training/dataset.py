@@ -28,6 +28,7 @@ from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work, give_back_memory, spare_cores
 from clip_gen.pictures import load_picture
+from clip_gen.training.processes import wait_for
 from clip_gen.vqgan import VQGAN
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ LIKEST = 16  # of them, one of which is a near miss
 MIDDLE = (1.0, 0.5, 0.5)  # the whole shorter side, as far from either end of the longer one
 LOOKED_AT = 2000  # pictures, for how many places of their tokens tell something
 ROUNDING = 1e-3  # between a picture's embeddings, as float16, of two networks that were compiled differently
-PARENT = os.getppid()  # 1 where that is a container's first process
 PLAIN = 12  # levels of 255 by which a plain ground may vary, as JPEG makes it
 
 
@@ -301,17 +301,6 @@ def find_neighbours(embeddings: Path, pictures: int, path: Path, seed: int) -> P
             values, nearest = likeness.topk(count, dim=1)
             found[pool] = np.where(values > -2.0, pool[nearest.numpy()], pool[:, None])
     return path
-
-
-def wait_for(path: Path) -> None:
-    """Returns once the file exists, which the first process of a training writes for all of them.
-
-    OSError when the process that started this one has ended: the first process itself, or torchrun.
-    """
-    while not path.is_file():
-        if os.getppid() != PARENT:
-            raise OSError(f"{path} is missing, and the process that was to write it has ended; see its error above")
-        time.sleep(0.2)
 
 
 def token_type(codebook_size: int) -> type[np.integer]:

@@ -11,7 +11,7 @@ from torch import nn
 from clip_gen.checkpoint import load_part
 from clip_gen.files import write_whole
 from clip_gen.own_model import own_lpips
-from clip_gen.training.dataset import wait_for
+from clip_gen.training.processes import wait_for
 from clip_gen.unfilled import Unfilled
 from clip_gen.vqgan import build_lpips
 

@@ -43,9 +43,9 @@ from clip_gen.training.dataset import (
     enough_places,
     find_neighbours,
     prepared,
-    wait_for,
 )
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
+from clip_gen.training.processes import wait_for
 from clip_gen.training.ranker import RankedPictures, RankerTrainer, ranked_pictures
 from clip_gen.training.run import Machine, fit
 from clip_gen.training.stage import FitConfig, compiled

@@ -40,7 +40,7 @@ from clip_gen.checkpoint import (
     save_part,
 )
 from clip_gen.files import SAVING, alone_in, digest_of, remove_left_over, write_whole
-from clip_gen.findings import INDEX, unpacked
+from clip_gen.findings import unpacked
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
 from clip_gen.own_model import own_weights
@@ -54,7 +54,6 @@ from clip_gen.training.dataset import (
     enough_places,
     find_neighbours,
     prepared,
-    wait_for,
 )
 from clip_gen.training.folder import check_training_folder, own_training_folder
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
@@ -62,6 +61,7 @@ from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.losses import colour_errors, decibels, mean_errors, squared_errors
 from clip_gen.training.perceptual import chosen_lpips
 from clip_gen.training.plan import Plan, TrainSettings, plan, prompts_of
+from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.report import write_report
 from clip_gen.training.run import Machine, checkpointed_steps, fit
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -110,7 +110,10 @@ class Training:
         self.began = time.monotonic()
         self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
-        if not rank_zero_only.rank:
+        if rank_zero_only.rank:
+            # What an earlier start left, the first process may replace until then.
+            wait_for_announcement(self.work / "ready")
+        else:
             own_training_folder(out)
         with self._alone():
             self.pictures = self._pictures(images)
@@ -121,6 +124,8 @@ class Training:
             self._remove_left_over()
             self.learnt, self.held_back = self._split()
             self._forget_few_views()
+            if not rank_zero_only.rank:
+                self.ready = announce(self.work / "ready")
         if settings.size != "base":
             torch.manual_seed(settings.seed)
             self.networks = build(self.plan.model)
@@ -154,8 +159,7 @@ class Training:
         """
         folder, source = self.work / "pictures", self.work / "source"
         if rank_zero_only.rank:
-            wait_for(folder / INDEX)
-            return unpacked(folder)  # the first process has looked
+            return unpacked(folder)
         begun, before = (self.work / "settings.json").is_file(), source.read_text() if source.is_file() else None
         found = fingerprint(images) if images.exists() else before or ""
         if begun and before not in (None, found):
