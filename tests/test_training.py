@@ -983,6 +983,43 @@ def test_the_rate_is_up_after_a_twentieth_of_the_time_but_not_at_once_and_then_f
     assert rates(time_spent=0.5)[5] == pytest.approx(0.505)
 
 
+SMALL_SHARED_MEMORY = """
+import logging
+import numpy as np
+from torch.utils.data import Dataset
+from clip_gen.training import dataset
+
+class Pictures(Dataset):
+    def __len__(self):
+        return 320
+
+    def __getitem__(self, index):
+        return np.full(2**16, index % 256, np.uint8)
+
+logging.basicConfig(format="%(message)s")
+dataset.spare_cores = lambda: 4
+for size in (2, 16, 64):
+    loader = dataset.prepared(Pictures(), batch_size=size)
+    print(loader.num_workers, [int(picture[0]) for batch in loader for picture in batch] == [*range(256), *range(64)])
+    dataset.prepared(Pictures(), batch_size=size)
+"""
+
+
+def test_fewer_processes_load_pictures_where_shared_memory_is_small() -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+    mounted = "mount -t tmpfs -o size=8m tmpfs /dev/shm && "
+    if subprocess.run([*namespace, mounted + "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces of mounts")
+    words = [*namespace, mounted + 'exec "$@"', "bash", sys.executable, "-W", "ignore", "-c", SMALL_SHARED_MEMORY]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "4 True\n2 True\n0 True\n", run.stderr
+    some, none = run.stderr.splitlines()
+    sentence = "/dev/shm has 8 MB free, too little for 4 processes that load pictures ({} MB): {}; a larger one makes"
+    assert some.startswith(sentence.format(10, "2 will load them"))
+    assert none.startswith(sentence.format(42, "the training process loads them itself"))
+    assert none.endswith("(docker run --shm-size=1g)")
+
+
 CONTAINER = """
 import os, sys, time
 from pathlib import Path

@@ -29,6 +29,7 @@ from clip_gen.images import from_bytes
 from clip_gen.machine import at_work, give_back_memory, spare_cores
 from clip_gen.pictures import load_picture
 from clip_gen.training.processes import wait_for
+from clip_gen.training.shared_memory import workers_that_fit
 from clip_gen.vqgan import VQGAN
 
 log = logging.getLogger(__name__)
@@ -156,12 +157,15 @@ class Views(Dataset):
         return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, CHANCE, row]))
 
 
-def prepared(samples: Dataset, workers: int = 0, **options: object) -> DataLoader:
-    """Batches from so many processes, 0: as many as there are cores to spare. They are forked from this one, which
-    gives back what it has freed first: with KEEP_MEMORY each would hold a copy of it.
+def prepared(samples: Dataset, sharing: int = 1, **options: object) -> DataLoader:
+    """Batches from as many processes as there are cores to spare and shared memory for; `sharing` processes of this
+    machine do the same. They are forked from this one, which gives back what it has freed first: with KEEP_MEMORY each
+    would hold a copy of it.
     """
+    wanted = max(1, spare_cores() // sharing)
+    workers = workers_that_fit(DataLoader(samples, **options), wanted, sharing)
     give_back_memory()
-    return DataLoader(samples, num_workers=workers or spare_cores(), **options)
+    return DataLoader(samples, num_workers=workers, **options)
 
 
 Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor] | tuple[Tensor, Tensor, bool, Tensor, Tensor, Tensor, Tensor]

@@ -30,7 +30,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.files import whole_or_not, write_whole
-from clip_gen.machine import spare_cores
 from clip_gen.training.dataset import Batches, prepared
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.sharding import Sharding, in_one
@@ -239,9 +238,8 @@ class Samples(pl.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
-        workers = max(1, spare_cores() // trainer.num_devices)
         return prepared(
-            self.samples, workers, batch_sampler=batches, collate_fn=self.collate,
+            self.samples, trainer.num_devices, batch_sampler=batches, collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
