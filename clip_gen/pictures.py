@@ -62,17 +62,24 @@ class Decoded:
     notes: tuple[str, ...]
 
 
-def load_picture(path: Path) -> Image.Image:
+def load_picture(path: Path, wanted_side: int | None = None) -> Image.Image:
     """The picture as RGB; see `decode`."""
-    return decode(path).image
+    return decode(path, wanted_side=wanted_side).image
 
 
-def decode(path: Path, least_side: int = 1, most_aspect: float = math.inf, most_pixels: int = MOST_PIXELS) -> Decoded:
+def decode(
+    path: Path,
+    least_side: int = 1,
+    most_aspect: float = math.inf,
+    most_pixels: int = MOST_PIXELS,
+    wanted_side: int | None = None,
+) -> Decoded:
     """The picture as RGB: in sRGB, turned as its EXIF says, transparency laid on a ground, 16-bit grey scaled to 8.
 
-    A JPEG of more than `most_pixels` is decoded at half, a quarter or an eighth of its size. PictureError when the file
-    is no picture of use, before decoding when it is under `least_side` pixels wide or high, or longer than
-    `most_aspect` times its shorter side, or has more than `most_pixels`; OSError when there is no file.
+    A JPEG of more than `most_pixels` is decoded at half, a quarter or an eighth of its size, and so is one that stays
+    at least `wanted_side` pixels wide and high. PictureError when the file is no picture of use, before decoding when
+    it is under `least_side` pixels wide or high, or longer than `most_aspect` times its shorter side, or has more than
+    `most_pixels`; OSError when there is no file.
     """
     with path.open("rb") as file:
         kind = kind_of(file.read(HEAD_BYTES), path.name)
@@ -80,6 +87,8 @@ def decode(path: Path, least_side: int = 1, most_aspect: float = math.inf, most_
         try:
             with _quiet, _opened(file, kind) as image:
                 _check_shape(image.size, least_side, most_aspect)
+                if wanted_side and isinstance(image, JpegImagePlugin.JpegImageFile):
+                    image.draft(None, (wanted_side, wanted_side))
                 frames = [FIRST_FRAME] if _has_more_frames(image) else []
                 scaled = [SMALLER] if _shrunk(image, most_pixels) else []
                 image.load()

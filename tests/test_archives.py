@@ -941,3 +941,14 @@ def test_a_stopped_run_leaves_nothing(tmp_path: Path, out: Path, monkeypatch: py
         unpack(make_zip(tmp_path / "photos.zip", TEN), out)
     assert os.listdir(out.parent) == []
     shutil.rmtree(out.parent)
+
+
+def test_a_large_photograph_is_decoded_at_a_smaller_scale_for_training(tmp_path: Path) -> None:
+    rows, columns, channels = np.ogrid[:1600, :1200, :3]
+    pixels = 127 + 60 * (np.sin(rows / 90) + np.cos(columns / 70 + channels))
+    Image.fromarray(pixels.astype("uint8")).save(tmp_path / "large.jpg", quality=95)
+    whole, smaller = (load_picture(tmp_path / "large.jpg", side) for side in (None, 150))
+    assert (whole.size, smaller.size) == ((1200, 1600), (150, 200))
+    trained = PictureFiles([tmp_path / "large.jpg"], 40, crop=0.8)[0].astype(int)
+    middle = whole.crop((0, 200, 1200, 1400)).resize((40, 40), Image.Resampling.BICUBIC)
+    assert np.abs(trained - np.asarray(middle)).max() <= 6

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf, isqrt
+from math import ceil, inf, isqrt
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,7 @@ LIKEST = 16  # of them, one of which is a near miss
 MIDDLE = (1.0, 0.5, 0.5)  # the whole shorter side, as far from either end of the longer one
 LOOKED_AT = 2000  # pictures, for how many places of their tokens tell something
 ROUNDING = 1e-3  # between a picture's embeddings, as float16, of two networks that were compiled differently
+REDUCING_GAP = 3.0  # times the wanted size that a picture is reduced to first, which is fast; the rest is bicubic
 PLAIN = 12  # levels of 255 by which a plain ground may vary, as JPEG makes it
 
 
@@ -103,16 +104,20 @@ class PictureFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._square(load_picture(self.paths[index]), *MIDDLE)
+        return self._square(self._load(index), *MIDDLE)
 
     def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
         # Every number is drawn whatever the settings, so that switching one leaves the others as they were.
         share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
         down, right = rng.random(2)
         square = (share, x, y) if self.crop < 1 else MIDDLE
-        pixels = self._square(load_picture(self.paths[index]), *square)
+        pixels = self._square(self._load(index), *square)
         pixels = shifted(pixels, down, right) if self.shift else pixels
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
+
+    def _load(self, index: int) -> Image.Image:
+        # Large JPEGs are decoded at the smallest scale that _square reduces to by itself.
+        return load_picture(self.paths[index], ceil(REDUCING_GAP * self.resolution / self.crop))
 
     def _square(self, picture: Image.Image, share: float, x: float, y: float) -> np.ndarray:
         """A square of this share of the shorter side, at x and y in [0, 1] of the room there is, at S x S."""
@@ -123,7 +128,7 @@ class PictureFiles(Dataset):
             return np.array(picture.crop(box))
         size = (self.resolution, self.resolution)
         # Lanczos overshoots at hard edges; reducing first is several times faster on photographs.
-        return np.array(picture.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0))
+        return np.array(picture.resize(size, Image.Resampling.BICUBIC, box, REDUCING_GAP))
 
 
 def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
