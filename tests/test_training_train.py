@@ -80,6 +80,7 @@ def test_a_zip_becomes_a_tar_that_predicts(
     assert record["pictures"]["held_back"] == 2
     assert record["stages"]["vqgan"]["steps"] == record["stages"]["gpt"]["steps"] == 8
     assert record["settings"]["seed"] == 3
+    assert record["warnings"] == []
 
 
 def test_prompts_are_moved_towards_the_pictures_where_the_texts_mean_is_known(
@@ -120,9 +121,7 @@ def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
 def test_new_networks_of_a_size_for_the_clip_of_the_base(
     photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vqgan, gpt = SIZES["laptop"]
-    small = (replace(vqgan, ch=64, z_channels=64), replace(gpt, n_layer=1, n_head=2, n_embd=16))
-    monkeypatch.setitem(SIZES, "laptop", small)
+    small_laptop(monkeypatch)
     Training(photos, tmp_path, replace(toy, size="laptop", resolution=16, codebook_size=32, vqgan_steps=2)).run()
     model = ClipGen.load(tmp_path / "model", "cpu")
     assert model.config.vqgan.resolution == 16
@@ -138,9 +137,7 @@ def test_of_drawings_the_places_that_tell_something_are_learnt_from(
         drawing[16:40, 8 + i : 32 + i] = 20 * i
         (tmp_path / "drawings").mkdir(exist_ok=True)
         Image.fromarray(drawing).save(tmp_path / "drawings" / f"{i}.png")
-    vqgan, gpt = SIZES["laptop"]
-    small = (replace(vqgan, ch=64, z_channels=64), replace(gpt, n_layer=1, n_head=2, n_embd=16))
-    monkeypatch.setitem(SIZES, "laptop", small)
+    small_laptop(monkeypatch)
     told = replace(toy, size="laptop", resolution=32, codebook_size=32, vqgan_steps=2, crop=False, shift=True)
 
     def trained(folder: str, settings: TrainSettings) -> tuple[object, dict[str, torch.Tensor]]:
@@ -193,15 +190,65 @@ def test_one_stage_alone_leaves_the_other_network_as_it_is(
     assert "its transformer does not know its VQGAN's tokens, so that it draws noise" in caplog.text
 
 
-def test_time_for_a_few_steps_alone_is_said_to_be_too_little(
+def small_laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    vqgan, gpt = SIZES["laptop"]
+    small = (replace(vqgan, ch=64, z_channels=64), replace(gpt, n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setitem(SIZES, "laptop", small)
+
+
+def test_what_the_time_does_not_suffice_for_is_said_at_once_and_at_the_end(
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Training(photos, tmp_path / "all", replace(toy, stage="transformer")).run()
-    assert "next to nothing" not in caplog.text  # as many as were asked for
-    monkeypatch.setattr(train, "FEW_STEPS", 10**6)
-    hurried = replace(toy, stage="transformer", transformer_steps=10**6, max_minutes=1e-3)
-    Training(photos, tmp_path / "few", hurried).run()
-    assert re.search(r"in \d+ steps a transformer learns next to nothing; give more minutes", caplog.text)
+    """New networks: a stage in which too few steps fit is told apart from one with enough of them."""
+    small_laptop(monkeypatch)
+    told = replace(toy, size="laptop", resolution=16, codebook_size=32, max_minutes=0.05, sample_prompts="")
+    told = replace(told, vqgan_steps=10**6, transformer_steps=1, perceptual_weight=0.0, adversarial_weight=0.0)
+    with caplog.at_level(logging.INFO):
+        Training(photos, tmp_path, told).run()
+    said = caplog.messages
+    first = next(
+        i for i, line in enumerate(said) if re.match(r"vqgan: about [\d,]+ of 1,000,000 steps fit into 0.01 mi", line)
+    )
+    assert "minutes: too few for more than blobs; give max_minutes of about " in said[first]
+    assert said[first].endswith(", or a smaller resolution")
+    over = next(i for i, line in enumerate(said) if "minutes are over at step" in line)
+    assert first < over
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    vqgan, gpt = (record["stages"][name] for name in ("vqgan", "gpt"))
+    assert (vqgan["planned_steps"], vqgan["out_of_time"], gpt["out_of_time"]) == (10**6, True, False)
+    assert vqgan["forecast_steps"] == int(said[first].split()[2].replace(",", ""))
+    assert 0.2 < vqgan["forecast_steps"] / vqgan["steps"] < 5
+    (last,) = record["warnings"]
+    assert said.index(last) > over
+    assert last.startswith(f"vqgan: its time ended after {vqgan['steps']:,} of 1,000,000 steps, too few for more than")
+    minutes = float(re.search("about ([0-9,.]+),", last)[1].replace(",", ""))
+    assert minutes == pytest.approx(0.05 * 250_000 / vqgan["steps"], rel=0.05)
+    assert last in (tmp_path / "report.html").read_text()
+
+
+def test_few_steps_from_a_base_that_fits_leave_it_as_it_is_and_few_views_leave_out_pictures(
+    toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = replace(toy, stage="transformer", sample_prompts="")
+    many = tmp_path / "many"
+    write_folder(many, 100)
+    with caplog.at_level(logging.INFO):
+        Training(many, tmp_path / "few", replace(told, transformer_steps=10**6, max_minutes=1e-3)).run()
+    said = "\n".join(caplog.messages)
+    assert re.search(r"embeddings-learnt.npy: about \d+ of 3,040 views fit into .* minutes\n", said)
+    steps, pictures = json.loads((tmp_path / "few" / "model" / "training.json").read_text())["warnings"]
+    assert re.search(
+        r"gpt: about [\d,]+ of 1,000,000 steps fit into 0.1 minutes: too few to change much of the base", said
+    )
+    assert pictures == (
+        "gpt: its time sufficed to encode 64 of 95 pictures, and it learns from no others; give max_minutes of about "
+        "0.0015"
+    )
+    assert re.match(
+        r"gpt: its time ended after [\d,]+ of 1,000,000 steps, too few to change much of the base model", steps
+    )
+    assert said.index(pictures) < said.index("gpt: about")
+    assert said.count(pictures) == 2
 
 
 def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:

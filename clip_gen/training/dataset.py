@@ -352,7 +352,7 @@ def _encoded_once(
     if path.is_file():
         _check_type(path, dtype)
         return path
-    count, done, began, said = len(pictures), 0, time.perf_counter(), 0.0
+    done, progress = 0, _Progress(path.name, len(pictures), seconds)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".rows")  # how many there will be is known at the end
     with unfinished.open("wb") as file, at_work(network) as device:
@@ -360,17 +360,35 @@ def _encoded_once(
             rows, batch_size = _encoded(batch, encode, device, batch_size, path.name)
             file.write(rows.numpy().astype(dtype).tobytes())
             done += len(batch)
-            passed = time.perf_counter() - began
-            if passed >= seconds and done < count:
-                log.info("%s: there was time for %d of %d views", path.name, done, count)
+            if progress.out_of_time(done):
                 break
-            if passed - said >= 30:
-                said = passed
-                log.info("%s: %d of %d pictures, %.0f a second", path.name, done, count, done / passed)
     with whole_array(path, (done, width), dtype) as rows:
         rows[:] = np.memmap(unfinished, dtype, "r", shape=rows.shape)
     unfinished.unlink()
     return path
+
+
+class _Progress:
+    """Logs how far encoding is, and after the first batch how much of it the time suffices for."""
+
+    def __init__(self, name: str, count: int, seconds: float):
+        self.name, self.count, self.seconds = name, count, seconds
+        self.began, self.said, self.reach = time.perf_counter(), 0.0, None
+
+    def out_of_time(self, done: int) -> bool:
+        passed = time.perf_counter() - self.began
+        if self.reach is None:
+            self.reach = max(done, min(self.count, done * self.seconds / passed))
+            if self.reach < self.count:
+                words = "%s: about %s of %s views fit into %.2g minutes"
+                log.info(words, self.name, f"{self.reach:,.0f}", f"{self.count:,}", max(0, self.seconds) / 60)
+        if passed >= self.seconds and done < self.count:
+            log.info("%s: there was time for %d of %d views", self.name, done, self.count)
+            return True
+        if passed - self.said >= 30:
+            self.said = passed
+            log.info("%s: %d of %d pictures, %.0f a second", self.name, done, self.count, done / passed)
+        return False
 
 
 def _check_type(path: Path, dtype: type) -> None:

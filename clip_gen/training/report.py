@@ -42,6 +42,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
         f"<h1>A training on {pictures['used']} pictures</h1>",
         f"<p>{pictures['held_back']} of them were held back to watch the losses on. {record['minutes']} minutes.</p>",
     ]
+    body += [f"<p><strong>{html.escape(sentence)}</strong></p>" for sentence in record.get("warnings", [])]
     for name, title in STAGES.items():
         if name in record["stages"]:
             body += [f"<h2>{title}</h2>", _table(_plain(record["stages"][name])), *_curves(work / name, name)]

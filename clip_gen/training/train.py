@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from clip_gen.archives import Pictures, check_outside, fingerprint, unpack
 from clip_gen.checkpoint import (
@@ -56,11 +56,12 @@ from clip_gen.training.dataset import (
     prepared,
 )
 from clip_gen.training.folder import check_training_folder, own_training_folder
+from clip_gen.training.forecast import Forecast, Reach, enough_minutes
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.losses import colour_errors, decibels, mean_errors, squared_errors
 from clip_gen.training.perceptual import chosen_lpips
-from clip_gen.training.plan import Plan, TrainSettings, plan, prompts_of
+from clip_gen.training.plan import SIZES, Plan, TrainSettings, plan, prompts_of
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.report import write_report
 from clip_gen.training.run import Machine, checkpointed_steps, fit
@@ -76,7 +77,6 @@ ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it i
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
 GOOD_DB, BETTER_DB = 18.0, 6.0
 JUDGED_BY = 64  # pictures
-FEW_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,8 @@ class Training:
         save_networks(self.networks, self.out / "model", record)
         pack(self.out / "model", tar)
         write_report(self.out / "report.html", self.work, record)
+        for sentence in record["warnings"]:
+            log.warning(sentence)
         log.info("weights: %s  report: %s", tar, self.out / "report.html")
         known = self.settings.stage != "vqgan" or (records["vqgan"]["tokens_kept"] and knows_its_tokens(self.base))
         if not known:
@@ -287,7 +289,7 @@ class Training:
         minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
         samples = Endless(self.files(self.learnt), seed)
         grids = ReconstructionGrids(held_back, folder)
-        values = self.fit("vqgan", trainer, samples, held_back, folder, minutes, grids)
+        values = self.fit("vqgan", trainer, samples, held_back, folder, minutes, grids, fine_tunes=keeps)
         values |= {"tokens_kept": keeps}
         return values | ({"perceptual_loss": "CLIP" if lpips is None else "LPIPS"} if compares else {})
 
@@ -350,9 +352,8 @@ class Training:
         spent = (time.monotonic() - self.began) / 60
         minutes = max(0.1, settings.max_minutes - spent) if settings.max_minutes else 0.0
         grids = SampleGrids(networks, held_back, prompts_of(settings.sample_prompts), folder, settings.seed)
-        values = self.fit("gpt", trainer, Endless(learnt, settings.seed), held_back, folder, minutes, grids)
-        if values["steps"] < min(FEW_STEPS, self.plan.transformer.steps):  # stopped by time
-            log.warning("in %d steps a transformer learns next to nothing; give more minutes", values["steps"])
+        samples = Endless(learnt, settings.seed)
+        values = self.fit("gpt", trainer, samples, held_back, folder, minutes, grids, fine_tunes=self.knows_tokens())
         return values | quality | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
 
     def fit(
@@ -364,10 +365,51 @@ class Training:
         folder: Path,
         minutes: float,
         grids: Callback,
+        fine_tunes: bool,
     ) -> dict[str, object]:
-        machine = replace(self.machine, max_minutes=minutes)
-        seed = self.settings.seed
-        return fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=[grids])
+        machine, seed = replace(self.machine, max_minutes=minutes), self.settings.seed
+        planned = Reach(name, 0, trainer.config.steps, self.settings.max_minutes, fine_tunes, self.remedy())
+        forecast = Forecast(minutes, planned)
+        callbacks = [forecast, grids]
+        values = fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=callbacks)
+        values |= {"planned_steps": planned.planned, "out_of_time": trainer.time_spent >= 1, "fine_tunes": fine_tunes}
+        return values | ({"forecast_steps": forecast.reach.steps} if forecast.reach else {})
+
+    def knows_tokens(self) -> bool:
+        """Whether the base's transformer knows the tokens that it is to learn from."""
+        if self.settings.size != "base" or not knows_its_tokens(self.base):
+            return False
+        record = self.work / "vqgan" / "record.json"
+        return self.settings.stage == "transformer" or json.loads(record.read_text())["tokens_kept"]
+
+    def remedy(self) -> str:
+        """What helps besides more minutes, as the end of a sentence."""
+        size, laptop = self.settings.size, SIZES["laptop"][0]
+        if size == "laptop":
+            return ", or a smaller resolution"
+        if size != "base":
+            return ", or a smaller size"
+        return ", or size laptop" if self.plan.model.vqgan.resolution > laptop.resolution else ""
+
+    def shortages(self, stages: dict[str, dict[str, object]]) -> list[str]:
+        """What the stages had too little time for, a sentence each."""
+        found, minutes = [], self.settings.max_minutes
+        for name, values in stages.items():
+            steps, planned = values["steps"], values.get("planned_steps", 0)  # 0: of an earlier version
+            reach = Reach(name, steps, planned, minutes, values.get("fine_tunes", False), self.remedy())
+            if minutes and values.get("out_of_time") and reach.too_few:
+                found.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}")
+            pictures = values.get("pictures", len(self.learnt))
+            if minutes and pictures < len(self.learnt):
+                found.append(self._few_pictures(pictures))
+        return found
+
+    def _few_pictures(self, count: int) -> str:
+        wanted = len(self.learnt)
+        return (
+            f"gpt: its time sufficed to encode {count:,} of {wanted:,} pictures, and it learns from no others; give "
+            f"max_minutes of about {enough_minutes(self.settings.max_minutes, count, wanted)}"
+        )
 
     def encoded(self, name: str) -> EncodedPictures:
         """Every picture as several crops and their flips, through CLIP and VQGAN once; as many as there is time for."""
@@ -381,13 +423,14 @@ class Training:
             path = folder / f"embeddings-{name}.npy"
             embeddings = encode_embeddings(pictures, self.networks.clip, path, seconds / 2)
             left = seconds - (time.monotonic() - began)
-            tokens = encode_tokens(pictures, self.networks.vqgan, folder / f"tokens-{name}.npy", left)
+            embedded = Subset(pictures, range(len(np.load(embeddings, mmap_mode="r"))))
+            tokens = encode_tokens(embedded, self.networks.vqgan, folder / f"tokens-{name}.npy", left)
         if name == "held_back":
             return EncodedPictures(embeddings, tokens)
         neighbours = None
         if settings.contrast_weight or settings.condition_blur:
             neighbours = find_neighbours(embeddings, len(files), folder / "neighbours-learnt.npy", settings.seed)
-        return EncodedPictures(
+        encoded = EncodedPictures(
             embeddings,
             tokens,
             len(files),
@@ -398,6 +441,9 @@ class Training:
             # The second loss looks at whole pictures.
             places=0 if settings.embedding_loss_weight else enough_places(np.load(tokens, mmap_mode="r")),
         )
+        if len(encoded) < len(files) and not rank_zero_only.rank:
+            log.warning(self._few_pictures(len(encoded)))
+        return encoded
 
     @torch.no_grad()
     def measure_pictures(self) -> None:
@@ -414,6 +460,7 @@ class Training:
             "settings": asdict(self.settings),
             "plan": asdict(self.plan),
             "stages": stages,
+            "warnings": self.shortages(stages),
             "minutes": round(max(now, before), 1),  # of stages that were taken up again, their own
             "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
         }
