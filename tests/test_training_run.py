@@ -25,6 +25,7 @@ from pytorch_lightning.callbacks import Callback
 from clip_gen.gpt import GPT
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training import run, stage
+from clip_gen.training.checkpoints import find_checkpoint
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import Grids
@@ -116,7 +117,7 @@ def test_a_stage_that_was_on_a_gpu_goes_on_without_one(
     with pytest.raises(Cut):
         trained(CutAfter(7))
     ended = trained()
-    assert run.checkpointed_steps(tmp_path / "last.ckpt") == 9
+    assert find_checkpoint(tmp_path).steps == 9
     assert (tmp_path / "best.ckpt").is_file()
     again = trained()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in ended.state_dict().items())
@@ -184,7 +185,7 @@ def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
         stage = train(tmp_path, replace(CONFIG, steps=100_000), machine=Machine(max_minutes=1 / 60))
     assert 1 <= stage.record["steps"] < 100_000
     assert any("minutes are over at step" in line for line in caplog.messages)
-    assert run.checkpointed_steps(tmp_path / "last.ckpt") == stage.record["steps"]
+    assert find_checkpoint(tmp_path).steps == stage.record["steps"]
     assert [leg["to_step"] for leg in stage.record["legs"]] == [stage.record["steps"]]
 
 
@@ -251,44 +252,50 @@ def test_a_log_gets_a_line_now_and_then_with_the_pace_since_the_last(
     assert said[-1].startswith("toy 9/9 ")
 
 
-def test_out_of_memory_halves_what_is_worked_on_at_once_and_goes_on(
-    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+class Full(Callback):
+    """A machine that is out of memory at step 3."""
+
+    def on_train_batch_start(self, trainer: object, *_: object) -> None:
+        if trainer.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_out_of_memory_ends_a_stage_with_the_setting_to_lower_and_its_checkpoint(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
-    class Full(Callback):
-        """A machine that holds 2 pictures at a time, and 8 until step 3."""
+    where = " in one of 2 processes" if processes == 2 else ""
+    sentence = f"toy: out of memory{where} with batch_size 8 .*; train with a smaller batch_size, such as 4, into"
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "processes", lambda: processes)
+        with pytest.raises(ValueError, match=sentence):
+            train(tmp_path, callbacks=[Full()])
+    assert find_checkpoint(tmp_path).steps == 3
+    assert train(tmp_path).record["steps"] == 9
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 10))
 
-        def on_train_batch_start(self, trainer: object, module: object, batch: object, index: int) -> None:
-            pictures = batch[0] if isinstance(batch, list | tuple) else batch
-            if len(pictures) > 2 and trainer.global_step >= 3:
-                raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with caplog.at_level(logging.WARNING):
-        stage = train(tmp_path, callbacks=[Full()])
-    assert stage.record["steps"] == 9
-    said = [line for line in caplog.messages if "out of memory" in line]
-    assert said == [
-        "toy: out of memory; going on with 4 pictures at a time, 2 times a step",
-        "toy: out of memory; going on with 2 pictures at a time, 4 times a step",
-    ]
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_out_of_memory_for_a_batch_of_one_names_other_settings(train: Callable, tmp_path: Path) -> None:
+    class NoRoom(Callback):
+        def on_fit_start(self, *_: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    with pytest.raises(ValueError, match="with batch_size 1 .*; train with a smaller size or resolution, into"):
+        train(tmp_path, replace(CONFIG, batch_size=1), callbacks=[NoRoom()])
 
 
 class Learns(Callback):
-    """That of every step the network learns in training mode, as it forgets to after an error in a validation."""
+    """Checks that the network is in training mode at every step."""
 
     def on_train_batch_start(self, trainer: object, module: Stage, batch: object, index: int) -> None:
         assert module.training
         assert all(part.training for part in (getattr(module, "vqgan", None) or module.gpt).modules())
 
 
-def test_out_of_memory_in_a_validation_or_a_grid_leaves_the_network_learning(train: Callable, tmp_path: Path) -> None:
-    class Full(Callback):
-        once = True
-
-        def on_validation_batch_start(self, *_: object) -> None:
-            if self.once:
-                self.once = False
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_out_of_memory_for_a_grid_leaves_it_out(train: Callable, tmp_path: Path) -> None:
     class NoRoom(Grids):
         tried = 0
 
@@ -296,22 +303,9 @@ def test_out_of_memory_in_a_validation_or_a_grid_leaves_the_network_learning(tra
             self.tried += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    full, no_room = Full(), NoRoom(tmp_path)
-    assert train(tmp_path, callbacks=[full, no_room, Learns()]).record["steps"] == 9
-    assert not full.once
+    no_room = NoRoom(tmp_path)
+    assert train(tmp_path, callbacks=[no_room, Learns()]).record["steps"] == 9
     assert no_room.tried > 2
-
-
-def test_out_of_memory_in_one_of_several_processes_ends_all_with_what_to_do(
-    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full(Callback):
-        def on_train_batch_start(self, *_: object) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(run, "processes", lambda: 2)
-    with pytest.raises(ValueError, match=r"toy: out of memory .* batch_size, which is 8"):
-        train(tmp_path, callbacks=[Full()])
 
 
 @pytest.mark.parametrize(("there", "nodes", "shared_by"), [(0, 1, "auto"), (3, 1, "2"), (8, 1, "8"), (8, 4, "4")])
@@ -321,15 +315,6 @@ def test_as_many_gpus_take_part_as_can_share_every_batch(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     assert Machine(nodes=nodes).sharing(16, 32).devices == shared_by
     assert Machine("5").sharing(16, 32).devices == "5"
-
-
-def test_out_of_memory_before_the_first_step_is_heard_as_such(train: Callable, tmp_path: Path) -> None:
-    class Full(Callback):
-        def on_fit_start(self, trainer: object, module: object) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        train(tmp_path, replace(CONFIG, batch_size=1), callbacks=[Full()])
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_whole(

@@ -7,7 +7,10 @@ and after how many restarts: everything random about it is drawn from (seed, n).
 from __future__ import annotations
 
 import logging
+import multiprocessing.util
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -170,7 +173,26 @@ def prepared(samples: Dataset, sharing: int = 1, **options: object) -> DataLoade
     wanted = max(1, spare_cores() // sharing)
     workers = workers_that_fit(DataLoader(samples, **options), wanted, sharing)
     give_back_memory()
-    return DataLoader(samples, num_workers=workers, **options)
+    # Workers share this process's folder for their sockets, which is removed when it ends; a folder that a worker
+    # makes for itself stays when the worker is killed.
+    multiprocessing.util.get_temp_dir()
+    return DataLoader(samples, num_workers=workers, worker_init_fn=_leave_signals, **options)
+
+
+def _leave_signals(worker: int) -> None:
+    """A worker ends when its parent does. Signals that a terminal or `timeout` sends to both are for the parent, which
+    may need the worker's batch to reach a checkpoint; SIGTERM from the parent itself still ends the worker.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor] | tuple[Tensor, Tensor, bool, Tensor, Tensor, Tensor, Tensor]

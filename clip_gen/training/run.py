@@ -1,37 +1,45 @@
-"""One stage's training on Lightning: where it runs, what it leaves on disk, and how it goes on after being cut off.
+"""One stage's training on Lightning: where it runs, what it leaves on disk, and how it resumes.
 
-A stage's folder holds last.ckpt (all there is to go on from), history.jsonl (a line of values every so often) and
-ledger.json (when it was started, with what settings, and how far it came).
+A stage's folder holds last.ckpt and previous.ckpt (see checkpoints.py), history.jsonl (a line of values every so
+often) and ledger.json (when it was started, with what settings, and how far it came).
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
+import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, WeightAveraging
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback, Timer, WeightAveraging
 from pytorch_lightning.strategies import StrategyRegistry
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from clip_gen.files import whole_or_not, write_whole
+from clip_gen.files import write_whole
+from clip_gen.training.checkpoints import (
+    LAST,
+    PREVIOUS,
+    DamagedError,
+    KeptCheckpoints,
+    find_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from clip_gen.training.dataset import Batches, prepared
 from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.interrupts import Interrupts
 from clip_gen.training.sharding import Sharding, in_one
 from clip_gen.training.stage import FitConfig, Stage, learns_in_bfloat16, processes
 
@@ -91,71 +99,67 @@ def fit(
 ) -> dict[str, object]:
     """Trains a stage to its last step, leaving its averaged weights in it; returns what to write down about it.
 
-    samples: item n is sample number n, without end. When a checkpoint is in `folder`, the run goes on from there and
-    ends with the very weights it would have had. Out of memory doubles the number of parts a batch is worked on in.
+    samples: item n is sample number n, without end. When a checkpoint is in `folder`, the stage resumes from it and
+    ends with the very weights it would have had. ValueError when there is not enough memory for a batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _quiet_lightning()
-    data = partial(Samples, samples, held_back, stage.config, collate)
-    network, pieces = getattr(stage, "gpt", None), 1
-    while True:
-        try:
-            return _fit(name, stage, data, folder, seed, machine, callbacks, pieces)
-        except torch.OutOfMemoryError as error:
-            size = stage.config.batch_size
-            if processes() > 1:  # the others are in the middle of a step, and wait for this one's part of it
-                raise ValueError(
-                    f"{name}: out of memory in one of {processes()} processes ({error}); give a smaller batch_size, "
-                    f"which is {size}"
-                ) from error
-            if size % (2 * pieces):
-                raise
-        # Out here nothing holds on to what there was no room for.
-        torch.cuda.empty_cache()
-        stage.train()  # which Lightning leaves to itself after an error in a validation
-        if network is not None:
-            stage.gpt = network  # not the shares of it that were in training
-        pieces *= 2
-        size = stage.config.batch_size // pieces
-        log.warning("%s: out of memory; going on with %d pictures at a time, %d times a step", name, size, pieces)
+    config, resumed = stage.config, find_checkpoint(folder)
+    done = resumed.steps if resumed else 0
+    averaging, interrupts = Averaging(config.ema_decay), Interrupts(name)
+    best = Best(folder / "best.ckpt", averaging, config.patience) if config.patience else None
+    own = [
+        Chance(seed),
+        interrupts,
+        Deadline(name, machine.max_minutes),
+        History(folder / "history.jsonl"),
+        Ledger(folder / "ledger.json", config),
+        averaging,
+        *([best] if best else []),
+        Checkpoints(folder, machine.save_seconds, min(config.validate_every, config.steps), interrupts),
+        Progress(name, config.batch_size),
+    ]
+    # Errors of the others are not to cost the checkpoint at the end.
+    trainer = _trainer(stage, machine, folder, [*own, *callbacks])
+    if done < config.steps:
+        data = Samples(samples, held_back, config, collate, done)
+        with _out_of_memory_explained(name, config.batch_size):
+            trainer.fit(stage, datamodule=data, ckpt_path=resumed and resumed.path, weights_only=True)
+        done = trainer.global_step
+        if interrupts.number:
+            raise SystemExit(128 + interrupts.number)
+    else:
+        # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
+        stage.load_state_dict(read_checkpoint(resumed.path)["state_dict"])
+    values = _found(trainer, folder) | (best.restore(stage) if best else {})
+    stage.to(memory_format=torch.contiguous_format)  # as every network is that comes from a file
+    if trainer.is_global_zero:
+        validated = "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("val_"))
+        log.info("%s: %d steps done  %s", name, done, validated)
+    legs = read_ledger(folder / "ledger.json")
+    return {
+        "steps": done,
+        "ended_by": "steps" if done >= config.steps else "validation" if best and best.beaten else "time",
+        **values,
+        "minutes": round(sum(leg["minutes"] for leg in legs), 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "legs": legs,
+    }
 
 
-def _fit(
-    name: str,
-    stage: Stage,
-    data: Callable[[int, int], Samples],
-    folder: Path,
-    seed: int,
-    machine: Machine,
-    callbacks: Sequence[Callback],
-    pieces: int,
-) -> dict[str, object]:
-    config, last = stage.config, folder / "last.ckpt"
-    done, validate_every = checkpointed_steps(last), min(config.validate_every, config.steps)
-    averaging = Averaging(config.ema_decay)
-    best = [Best(folder / "best.ckpt", averaging, config.patience)] if config.patience else []
-    trainer = pl.Trainer(
+def _trainer(stage: Stage, machine: Machine, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
+    config = stage.config
+    return pl.Trainer(
         max_steps=config.steps,
         accelerator="auto",
         devices=int(machine.devices) if machine.devices.isdecimal() else machine.devices,
         num_nodes=machine.nodes,
         strategy=machine.strategy_for(stage),
         precision=_precision(config.precision),
-        accumulate_grad_batches=pieces,
         gradient_clip_val=1.0,
-        callbacks=[
-            Chance(seed),
-            Deadline(name, machine.max_minutes),
-            History(folder / "history.jsonl"),
-            Progress(name, config.batch_size),
-            Ledger(folder / "ledger.json", config),
-            averaging,
-            *best,
-            Checkpoints(last, machine.save_seconds, validate_every),
-            *callbacks,  # last, for what goes wrong with them is not to cost the checkpoint at the end
-        ],
-        plugins=[WholeCheckpoints()],
-        val_check_interval=validate_every * pieces,
+        callbacks=callbacks,
+        plugins=[KeptCheckpoints()],
+        val_check_interval=min(config.validate_every, config.steps),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -165,31 +169,30 @@ def _fit(
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    if done < config.steps:
-        trainer.fit(stage, datamodule=data(done, pieces), ckpt_path=last if done else None, weights_only=True)
-        done, found = trainer.global_step, trainer.callback_metrics
-    else:
-        # Lightning would do nothing, not even put the averaged weights in place; the checkpoint holds them.
-        stage.load_state_dict(torch.load(last, "cpu", weights_only=True)["state_dict"])
-        found = {name: value for entry in read_history(folder / "history.jsonl") for name, value in entry.items()}
-        found.pop("step", None)
-    values = {name: round(float(value), 5) for name, value in found.items()}
-    if best and best[0].path.is_file():
-        kept = torch.load(best[0].path, "cpu", weights_only=True)
-        stage.load_state_dict(kept["state_dict"])
-        values |= {"val_loss": round(kept["val_loss"], 5), "best_step": kept["step"]}
-    stage.to(memory_format=torch.contiguous_format)  # as every network is that comes from a file
-    if trainer.is_global_zero:
-        validated = "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("val_"))
-        log.info("%s: %d steps done  %s", name, done, validated)
-    legs = read_ledger(folder / "ledger.json")
-    return {
-        "steps": done,
-        **values,
-        "minutes": round(sum(leg["minutes"] for leg in legs), 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "legs": legs,
-    }
+
+
+@contextmanager
+def _out_of_memory_explained(name: str, batch_size: int) -> Iterator[None]:
+    """Lowering the batch size is left to the person: other batches train other weights."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        where = f" in one of {processes()} processes" if processes() > 1 else ""
+        half = f"a smaller batch_size, such as {batch_size // 2}" if batch_size > 1 else "a smaller size or resolution"
+        raise ValueError(
+            f"{name}: out of memory{where} with batch_size {batch_size} ({error}); train with {half}, "
+            "into another folder"
+        ) from error
+
+
+def _found(trainer: pl.Trainer, folder: Path) -> dict[str, float]:
+    """The last value of everything that was logged."""
+    logged = trainer.callback_metrics
+    if not logged:  # no step was left to do
+        logged = {name: value for entry in read_history(folder / "history.jsonl") for name, value in entry.items()}
+    return {name: round(float(value), 5) for name, value in logged.items() if name != "step"}
 
 
 def _quiet_lightning() -> None:
@@ -214,30 +217,16 @@ def _precision(wanted: str) -> str:
 
 
 class Samples(pl.LightningDataModule):
-    """The batches of a stage, each process its share of them."""
+    """The batches of a stage from step `done` on, each process its share of them."""
 
-    def __init__(
-        self,
-        samples: Dataset,
-        held_back: Dataset,
-        config: FitConfig,
-        collate: Callable | None,
-        done: int,
-        pieces: int,
-    ):
+    def __init__(self, samples: Dataset, held_back: Dataset, config: FitConfig, collate: Callable | None, done: int):
         super().__init__()
         self.samples, self.held_back, self.config = samples, held_back, config
-        self.done, self.pieces, self.collate = done, pieces, collate
+        self.collate, self.done = collate, done
 
     def train_dataloader(self) -> DataLoader:
         config, trainer = self.config, self.trainer
-        batches = Batches(
-            config.steps * self.pieces,
-            config.batch_size // self.pieces,
-            self.done * self.pieces,
-            trainer.global_rank,
-            trainer.world_size,
-        )
+        batches = Batches(config.steps, config.batch_size, self.done, trainer.global_rank, trainer.world_size)
         return prepared(
             self.samples, trainer.num_devices, batch_sampler=batches, collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
@@ -245,41 +234,54 @@ class Samples(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         # Every process goes over all of it: little work, and the mean is then exact.
-        size = max(1, self.config.batch_size // self.pieces)
-        return DataLoader(self.held_back, size, collate_fn=self.collate)
+        return DataLoader(self.held_back, self.config.batch_size, collate_fn=self.collate)
 
 
 class Chance(Callback):
-    """Sets torch's random numbers anew for every batch from (seed, batch): a resumed run draws the same ones."""
+    """Seeds torch's random numbers for every batch from (seed, step), so that a resumed stage draws the same ones."""
 
     def __init__(self, seed: int):
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, index: int) -> None:
-        number = trainer.global_step * trainer.accumulate_grad_batches + index % trainer.accumulate_grad_batches
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         # Processes must not all drop out the same neurons.
-        torch.manual_seed(((self.seed * 1_000_003 + number) * 4099 + trainer.global_rank) % 2**63)
+        torch.manual_seed(((self.seed * 1_000_003 + trainer.global_step) * 4099 + trainer.global_rank) % 2**63)
 
 
-class Deadline(Callback):
-    """Ends the stage after so many minutes, and lets the learning rate come down in time."""
+class Deadline(Timer):
+    """Ends the stage after so many minutes of training, 0 for never, and lets the learning rate come down in time.
+
+    The time that passed is in the checkpoint: a resumed stage has only the rest of its minutes.
+    """
 
     def __init__(self, name: str, minutes: float):
+        super().__init__()
         self.name, self.minutes = name, minutes
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.began = time.monotonic()
+        super().on_train_start(trainer, module)
+        if trainer.global_step and trainer.is_global_zero:
+            words = "%s: resumed from step %d of %d, after %.1f minutes"
+            log.info(words, self.name, trainer.global_step, trainer.max_steps, self.time_elapsed() / 60)
+        self._look(trainer, module)
+        self._end_when_over(trainer, module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        if self.minutes:
-            spent = (time.monotonic() - self.began) / (60 * self.minutes)
-            # One clock for all: what follows from it must be the same in every process.
-            module.time_spent = trainer.strategy.broadcast(spent)
+        self._look(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        self._end_when_over(trainer, module)
+
+    def _end_when_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if module.time_spent >= 1:
-            log.info("%s: %.1f minutes are over at step %d", self.name, self.minutes, trainer.global_step)
             trainer.should_stop = True
+            if trainer.is_global_zero:
+                log.info("%s: %.1f minutes are over at step %d", self.name, self.minutes, trainer.global_step)
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.minutes:
+            # The first process's clock counts: what follows from it must be the same in every process.
+            module.time_spent = trainer.strategy.broadcast(self.time_elapsed() / (60 * self.minutes))
 
 
 class History(Callback):
@@ -322,7 +324,7 @@ def read_history(path: Path) -> list[dict]:
 
 
 class Progress(Callback):
-    """Step of total, what was logged, pictures a second and time left.
+    """Step of total, pictures a second, time left, learning rate and what was logged.
 
     In a terminal one line that is written over; elsewhere a line every so many seconds, and one at the end.
     """
@@ -333,7 +335,7 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.began = self.said = time.monotonic()
-        self.step_said = trainer.global_step
+        self.step_said, self.spent = trainer.global_step, module.time_spent
         if sys.stderr.isatty() and trainer.is_global_zero:
             self.terminal.enter_context(logging_redirect_tqdm())
             form = "{desc} {n_fmt}/{total_fmt}{postfix}"
@@ -343,21 +345,30 @@ class Progress(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         now, step = time.monotonic(), trainer.global_step
         passed, due = now - self.said, 1.0 if self.bar else self.seconds
-        done = step > self.step_said and (step == trainer.max_steps or trainer.should_stop)
-        if not trainer.is_global_zero or (passed < due and not done):
+        if not trainer.is_global_zero or (passed < due and step < trainer.max_steps and not trainer.should_stop):
             return
         speed = (step - self.step_said) / passed
-        left = (trainer.max_steps - step) / speed if speed else float("inf")
-        if spent := module.time_spent:
-            left = min(left, (now - self.began) * max(0.0, 1 - spent) / spent)
-        values = "  ".join(f"{name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
-        pace = f"{speed * self.batch_size:.0f} pictures/s  {left / 60:.1f} min left"
+        rate = trainer.optimizers[0].param_groups[-1]["lr"]  # AdamW's, where Muon is beside it
+        logged = "".join(f"  {name} {float(value):.4f}" for name, value in trainer.callback_metrics.items())
+        left = self._left(trainer, module.time_spent, now, speed)
+        values = f"{speed * self.batch_size:.0f} pictures/s  {left}  lr {rate:.2g}{logged}"
         if self.bar:
             self.bar.n = step
-            self.bar.set_postfix_str(f"{pace}  {values}")
+            self.bar.set_postfix_str(values)
         else:
-            log.info("%s %d/%d  %s  %s", self.name, step, trainer.max_steps, pace, values)
+            log.info("%s %d/%d  %s", self.name, step, trainer.max_steps, values)
         self.said, self.step_said = now, step
+
+    def _left(self, trainer: pl.Trainer, spent: float, now: float, speed: float) -> str:
+        """Until the last step or until the time is over, whichever is sooner; then how far that will be."""
+        if trainer.should_stop:
+            return "0.0 min left"
+        left = (trainer.max_steps - trainer.global_step) / speed if speed else float("inf")
+        if spent > self.spent:
+            until = (now - self.began) * max(0.0, 1 - spent) / (spent - self.spent)
+            if until < left:
+                return f"{until / 60:.1f} min left, until about step {trainer.global_step + round(speed * until)}"
+        return f"{left / 60:.1f} min left"
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.terminal.close()
@@ -391,7 +402,7 @@ class Ledger(Callback):
         self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.global_step == self.from_step:
             return
         minutes = round((time.perf_counter() - self.began) / 60, 2)
         leg = {"from_step": self.from_step, "to_step": trainer.global_step, "minutes": minutes}
@@ -441,6 +452,14 @@ class Best(Callback):
         self.path, self.averaging, self.patience = path, averaging, patience
         self.least, self.since = float("inf"), 0
 
+    @property
+    def beaten(self) -> bool:
+        """Whether so many validations went by without a better one that the stage ends."""
+        return self.since >= self.patience
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.beaten
+
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val_loss"])
         self.since += 1
@@ -449,10 +468,22 @@ class Best(Callback):
             # Lightning has put the trained weights back by now.
             averaged = self.averaging.weights()
             if trainer.is_global_zero:
-                _save_whole({"state_dict": averaged, "val_loss": loss, "step": trainer.global_step}, self.path)
-        if self.since >= self.patience:
+                save_checkpoint({"state_dict": averaged, "val_loss": loss, "step": trainer.global_step}, self.path)
+        if self.beaten:
             log.info("the validation loss has not sunk for %d validations: done", self.since)
             trainer.should_stop = True
+
+    def restore(self, stage: Stage) -> dict[str, float]:
+        """Puts the kept weights into the stage, and says of which step they are; the last stay where none are."""
+        try:
+            kept = read_checkpoint(self.path) if self.path.is_file() else None
+        except DamagedError as error:
+            log.warning("%s; the last weights are taken instead of the best", error)
+            kept = None
+        if kept is None:
+            return {}
+        stage.load_state_dict(kept["state_dict"])
+        return {"val_loss": round(kept["val_loss"], 5), "best_step": kept["step"]}
 
     def state_dict(self) -> dict[str, float]:
         return {"least": self.least, "since": self.since}
@@ -463,22 +494,24 @@ class Best(Callback):
 
 class Checkpoints(Callback):
     """last.ckpt every so many seconds, and at the end; where it takes long to write, less often, but no less than every
-    ten times as many.
+    ten times as many; and at once when a signal is to end the training.
 
-    At a step with a validation it waits for what that finds: a run taken up from there would not validate again.
+    At a step with a validation it waits for what that finds: a run resumed from there would not validate again.
     """
 
-    def __init__(self, path: Path, seconds: float, validate_every: int):
-        self.path, self.seconds, self.validate_every = path, seconds, validate_every
+    def __init__(self, folder: Path, seconds: float, validate_every: int, interrupts: Interrupts):
+        self.folder, self.seconds, self.validate_every = folder, seconds, validate_every
+        self.interrupts = interrupts
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.saved, self.took = time.monotonic(), 0.0
+        path = trainer.ckpt_path
+        if trainer.is_global_zero and path and Path(path).name == PREVIOUS:
+            # By now every process has read it, and the next one to be written must not replace it.
+            os.replace(path, self.folder / LAST)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: object, index: int
-    ) -> None:
-        whole_step = (index + 1) % trainer.accumulate_grad_batches == 0
-        if whole_step and trainer.global_step % self.validate_every:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        if trainer.global_step % self.validate_every:
             self._save_when_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -486,42 +519,15 @@ class Checkpoints(Callback):
 
     def _save_when_due(self, trainer: pl.Trainer) -> None:
         due = time.monotonic() - self.saved >= max(self.seconds, min(19 * self.took, 10 * self.seconds))
-        if trainer.strategy.reduce_boolean_decision(due, all=False):
+        if trainer.strategy.reduce_boolean_decision(due or bool(self.interrupts.number), all=False):
             self._save(trainer)
+            self.interrupts.end(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
         began = time.monotonic()
-        trainer.save_checkpoint(self.path, weights_only=False)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved = time.monotonic()
         self.took = self.saved - began
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """A checkpoint takes the place of the one before when all of it is on disk, and not sooner."""
-
-    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
-        try:
-            _save_whole(checkpoint, Path(path))
-        except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError when the disk is full
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
-            raise OSError(
-                errno.EIO,
-                f"the checkpoint could not be written ({error}); the one before is whole. "
-                "Make room, or make the folder writable, and start the same command again",
-                str(path),
-            ) from error
-
-
-def _save_whole(values: dict, path: Path) -> None:
-    # Given the name, torch would refuse one that starts with a dot.
-    with whole_or_not(path) as temporary, open(temporary, "wb") as file:
-        torch.save(values, file)
-
-
-def checkpointed_steps(path: Path) -> int:
-    """How far the checkpoint came; 0 without one."""
-    return int(torch.load(path, "cpu", weights_only=True, mmap=True)["global_step"]) if path.is_file() else 0

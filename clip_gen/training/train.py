@@ -44,6 +44,7 @@ from clip_gen.findings import unpacked
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
 from clip_gen.own_model import own_weights
+from clip_gen.training.checkpoints import has_checkpoint
 from clip_gen.training.dataset import (
     EncodedPictures,
     Endless,
@@ -64,7 +65,7 @@ from clip_gen.training.perceptual import chosen_lpips
 from clip_gen.training.plan import SIZES, Plan, TrainSettings, plan, prompts_of
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.report import write_report
-from clip_gen.training.run import Machine, checkpointed_steps, fit
+from clip_gen.training.run import Machine, fit
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights import pack, resolve_weights
 
@@ -218,7 +219,7 @@ class Training:
         """What time cut short is encoded anew when there may be more of it, until the transformer has begun."""
         folder = self.work / "encoded"
         arrays = [folder / f"{name}-learnt.npy" for name in ("embeddings", "tokens")]
-        if rank_zero_only.rank or checkpointed_steps(self.work / "gpt" / "last.ckpt"):
+        if rank_zero_only.rank or has_checkpoint(self.work / "gpt"):
             return
         whole = len(self.learnt) * self.plan.views
         if any(path.is_file() and len(np.load(path, mmap_mode="r")) < whole for path in arrays):

@@ -1,0 +1,112 @@
+"""A stage's checkpoints: last.ckpt and the one before it, each complete, and checked before a training resumes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from clip_gen.files import whole_or_not
+
+log = logging.getLogger(__name__)
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    steps: int
+
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint of the stage in `folder`; None where it has none.
+
+    ValueError when there is none but damaged ones. Changes nothing, so every process of a training finds the same.
+    """
+    damaged = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            steps = int(read_checkpoint(path)["global_step"])
+        except DamagedError as error:
+            damaged.append(str(error))
+            continue
+        if damaged and not rank_zero_only.rank:
+            log.warning(
+                "%s: resuming from the checkpoint before it, of step %d; later steps are trained again",
+                damaged[0],
+                steps,
+            )
+        return Checkpoint(path, steps)
+    if damaged:
+        raise ValueError(
+            f"{' and '.join(damaged)}, and there is no other checkpoint: "
+            f"delete {folder} to train this stage from its start, or restore the files from a backup"
+        )
+    return None
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return (folder / LAST).is_file() or (folder / PREVIOUS).is_file()
+
+
+class DamagedError(ValueError):
+    """A file that was cut off or changed after it was written."""
+
+
+def read_checkpoint(path: Path) -> dict[str, object]:
+    """What is in a checkpoint, on the CPU. DamagedError unless every byte of its tensors is as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # which is what torch writes; its entries have checksums
+            bad = archive.testzip()
+        if bad is None:
+            return torch.load(path, "cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged bytes can raise anything
+        raise DamagedError(f"{path} is damaged ({error})") from error
+    raise DamagedError(f"{path} is damaged (wrong checksum of {bad})")
+
+
+class KeptCheckpoints(TorchCheckpointIO):
+    """Replaces a checkpoint when the new one is completely on disk, and keeps the one before it as previous.ckpt."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
+        path = Path(path)
+        previous = path.with_name(PREVIOUS)
+        if path.is_file():
+            previous.unlink(missing_ok=True)  # before the new one is written: there is never need for space for three
+        save_checkpoint(checkpoint, path, previous)
+
+
+def save_checkpoint(values: dict, path: Path, previous: Path | None = None) -> None:
+    """Replaces `path`, which becomes `previous`. OSError with the remedy when the disk does not take it."""
+    try:
+        with whole_or_not(path) as temporary:
+            # Given the name, torch would refuse one that starts with a dot.
+            with open(temporary, "wb") as file:
+                torch.save(values, file)
+            if previous and path.is_file():
+                os.replace(path, previous)
+    except (OSError, RuntimeError) as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        kept = "the one before it is complete" if path.is_file() else "there was none before it"
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({reason.strerror or reason}); {kept}. "
+            "Make room, or make the folder writable, and start the same command again"
+        ) from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the disk behind what torch raised: its writer fails once more while it closes the file."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
