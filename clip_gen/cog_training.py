@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from clip_gen.cog_cli import named, parse_inputs, parse_options
 from clip_gen.cog_inputs import InputError, checked
 from clip_gen.cog_schema import project_signatures
 from clip_gen.download import URLS
-from clip_gen.files import ROOT, whole_or_not
+from clip_gen.files import COMMAND, ROOT, whole_or_not
 
 DELIVERED = {"weights.tar": "trained_model.tar", "report.html": "trained_model.html"}
 TRAINS = (
@@ -23,7 +25,7 @@ TRAINS = (
     "Trains on a zip, a tar or a folder of pictures without captions and leaves trained/weights.tar, for "
     "script/predict -e COG_WEIGHTS=trained/weights.tar.",
     "script/train -i images=@photos.zip",
-    "folder for the weights, `trained` by default; the same command started again goes on where it was cut off",
+    "folder for the weights, `trained` by default; the same command started again resumes the training",
 )
 # glibc's malloc keeps what a step has freed for the next: the system clears every page it gives anew, and on a CPU that
 # can take as long as the arithmetic.
@@ -33,11 +35,16 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by a person, a system or a closed terminal
 KEPT_LINES = 20  # of what was printed last, for the error
 
 
 class TrainingFailed(RuntimeError):
-    """A training ended without weights; the message is the last that it said."""
+    """A training ended without weights; the message is the last that it said. `status` is as shells have it."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 def options(values: dict[str, object], out: Path) -> list[str]:
@@ -52,21 +59,29 @@ def options(values: dict[str, object], out: Path) -> list[str]:
     return words
 
 
-async def run_training(values: dict[str, object], out: Path, terminal: bool = False) -> None:
+async def run_training(values: dict[str, object], out: Path, command: str = "") -> None:
     """Trains into `out` and prints what the training says. Cancelled, it ends at once with all its processes.
 
-    terminal: what it says goes to the terminal this runs in, where it keeps its progress on one line.
+    command: what a person typed in a shell to start it. What it says then goes to the standard error of this process,
+    and signals that would end this process go to the training, which saves a checkpoint first.
     """
+    folder = tempfile.gettempdir()
+    # A training that is killed leaves sockets there. Their paths may have 107 characters.
+    temporary = tempfile.mkdtemp(prefix="training-", dir=folder if len(folder) < 50 else "/tmp")
+    defaults = KEEP_MEMORY | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torchinductor_{os.getuid()}"}
+    more = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": temporary, COMMAND: command}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "clip_gen", "train", *options(values, out)),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
-        stderr=None if terminal else asyncio.subprocess.STDOUT,
+        stderr=None if command else asyncio.subprocess.STDOUT,
         start_new_session=True,
-        env={**KEEP_MEMORY, **os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env={**defaults, **os.environ, **more},
     )
     last: list[str] = []
     try:
+        if command:
+            _pass_on_signals(process)
         async for line in process.stdout:
             text = line.decode(errors="replace").rstrip()
             print(text, flush=True)
@@ -76,10 +91,25 @@ async def run_training(values: dict[str, object], out: Path, terminal: bool = Fa
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()  # or its pipes are closed by whoever clears up memory next, in the middle of anything
+        shutil.rmtree(temporary, ignore_errors=True)
     if code:
         said = [line for line in last if line.startswith("train: ")]
-        unsaid = f"the training ended with exit status {code}; see above"
-        raise TrainingFailed(said[-1].removeprefix("train: ") if said else "\n".join(last) or unsaid)
+        status = code if code > 0 else 128 - code
+        unsaid = f"the training ended with exit status {status}; see above"
+        message = said[-1].removeprefix("train: ") if said else "\n".join(last) or unsaid
+        raise TrainingFailed(message, status)
+
+
+def _pass_on_signals(process: asyncio.subprocess.Process) -> None:
+    """Signals that would end this process go to the training instead, except those that are ignored, as by nohup."""
+
+    def pass_on(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, pass_on, number)
 
 
 def deliver(out: Path) -> Path:
@@ -98,16 +128,8 @@ def from_here(weights: str | None) -> str | None:
     return weights if not weights or weights.startswith(URLS) else str(Path(os.path.expanduser(weights)).absolute())
 
 
-def _end_as_by_ctrl_c() -> None:
-    """A terminal that closes, or somebody who ends this process, ends the training too, unless told to be ignored."""
-    for number in (signal.SIGHUP, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, signal.default_int_handler)
-
-
 def main(arguments: Sequence[str]) -> int:
     """What `cog train` does, in a folder that outlives it. 1 and a sentence on stderr when it cannot be done."""
-    out = None
     try:
         fields = project_signatures()[1].inputs
         given = parse_options(arguments, fields, TRAINS)
@@ -123,17 +145,16 @@ def main(arguments: Sequence[str]) -> int:
         values["base"] = from_here(values["base"])
         if os.environ.get("COG_WEIGHTS"):
             os.environ["COG_WEIGHTS"] = from_here(os.environ["COG_WEIGHTS"])
-        _end_as_by_ctrl_c()
-        asyncio.run(run_training(values | {"images": images}, out, terminal=sys.stderr.isatty()))
+        command = shlex.join(["script/train", *arguments])
+        asyncio.run(run_training(values | {"images": images}, out, command))
         print(out / "weights.tar")
-    except KeyboardInterrupt:
-        if out:
-            print(f"cut off; the same command goes on from {out}", file=sys.stderr)
-        return 130
     except TrainingFailed as error:
-        if not sys.stderr.isatty():  # where the training said it itself
-            print(error, file=sys.stderr)
-        return 1
+        # The training itself has said anything else.
+        if error.status > 128 and error.status - 128 not in ENDING:
+            print(f"{error}; the same command resumes from the last checkpoint", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

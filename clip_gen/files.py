@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
+COMMAND = "CLIP_GEN_COMMAND"  # the variable that holds what a person typed to start a training, for messages
 SAVING = ".saving-"  # how the names of incomplete files and folders begin
 LEFT_OVER_SECONDS = 60  # a new file may not have its lock yet
 MARK = ".clip-gen"  # the file that marks a folder as written by this program

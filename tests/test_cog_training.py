@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,9 +146,9 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     given = {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}
     words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
     assert main([*words, "-o", str(tmp_path / "out")]) == 0
-    said = capfd.readouterr().out
-    assert "vqgan 4/4" in said
-    assert said.splitlines()[-1] == str(tmp_path / "out" / "weights.tar")
+    said = capfd.readouterr()
+    assert "vqgan 4/4" in said.err
+    assert said.out == f"{tmp_path / 'out' / 'weights.tar'}\n"
     # Weights are named from where the caller stands.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
@@ -171,21 +172,32 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_the_script_ended_from_outside_leaves_no_training_behind(
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_script_ended_by_a_signal_saves_a_checkpoint_and_says_how_to_resume(
     photos: Path, tiny_model_folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
-    given = {"images": f"@{photos}", "base": tiny_model_folder, "vqgan_steps": 100_000, "batch_size": 4}
+    given = {"images": f"@{photos}", "base": tiny_model_folder, "vqgan_steps": 999, "batch_size": 4}
     words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
-    command = [sys.executable, "-m", "clip_gen.cog_training", *words, "-o", str(out)]
-    script = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (out / "work" / "vqgan" / "history.jsonl").is_file(), seconds=60)
+    words += ["-o", str(out)]
+    command = [sys.executable, "-m", "clip_gen.cog_training", *words]
+    files = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    script = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, env=environment, **files)
+    history = out / "work" / "vqgan" / "history.jsonl"
+    wait_for(lambda: history.is_file() and history.stat().st_size > 0, seconds=60)
     assert any(f"train {photos}" in words for words in command_lines().values())
-    script.send_signal(number)
-    assert script.wait(10) == 130
-    assert f"cut off; the same command goes on from {out}\n" in script.stderr.read()
+    for _ in range(2):  # as `timeout` does it
+        os.killpg(script.pid, number)
+    said = script.communicate(timeout=20)[1]
+    assert script.returncode == 128 + number, said
+    assert (out / "work" / "vqgan" / "last.ckpt").is_file()
+    assert f"vqgan: ended by {number.name}; the checkpoint of step " in said
+    resume = f"{out} holds a checkpoint; this command resumes the training: {shlex.join(['script/train', *words])}\n"
+    assert said.endswith(resume)
+    assert "Traceback" not in said
     wait_for(lambda: not any(str(out) in words for words in command_lines().values()), seconds=2)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("pymp-", "training-"))]
 
 
 @pytest.fixture(scope="module")

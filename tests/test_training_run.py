@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import json
 import logging
+import os
 import re
+import resource
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from pytorch_lightning.callbacks import Callback
 from clip_gen.gpt import GPT
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training import run, stage
-from clip_gen.training.checkpoints import find_checkpoint
+from clip_gen.training.checkpoints import find_checkpoint, read_checkpoint
 from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import Grids
@@ -282,7 +285,7 @@ def test_out_of_memory_for_a_batch_of_one_names_other_settings(train: Callable, 
         def on_fit_start(self, *_: object) -> None:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
-    with pytest.raises(ValueError, match="with batch_size 1 .*; train with a smaller size or resolution, into"):
+    with pytest.raises(ValueError, match=r"with batch_size 1 .*; train with a smaller size or resolution, into"):
         train(tmp_path, replace(CONFIG, batch_size=1), callbacks=[NoRoom()])
 
 
@@ -317,26 +320,162 @@ def test_as_many_gpus_take_part_as_can_share_every_batch(
     assert Machine("5").sharing(16, 32).devices == "5"
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_whole(
-    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def disk_with(most: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: the system refuses to write more, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_complete(
+    train: Callable, tmp_path: Path
 ) -> None:
     with pytest.raises(Cut):
         train(tmp_path, cut=4)
-    before = (tmp_path / "last.ckpt").read_bytes()
-
-    def full(values: dict, file: object) -> None:
-        file.write(b"the first bytes")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run.torch, "save", full)
-        with pytest.raises(
-            OSError, match=r"could not be written \(.*No space left.*the one before is whole. Make room"
-        ):
+    last = tmp_path / "last.ckpt"
+    before = last.read_bytes()
+    sentence = (
+        r"last\.ckpt: the checkpoint could not be written \(File too large\); the one before it is complete\. Make"
+    )
+    for room in (10_000, len(before) // 2, len(before) - 1):  # enough for the history
+        with disk_with(room), pytest.raises(OSError, match=sentence):
             train(tmp_path)
-    assert (tmp_path / "last.ckpt").read_bytes() == before
-    assert not list(tmp_path.glob(".saving*"))
+        assert last.read_bytes() == before
+        assert not list(tmp_path.glob(".saving*"))
     assert train(tmp_path).record["steps"] == 9
+
+
+def damaged(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    if how == "cut off":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:  # one bit in the middle of a tensor
+        place = len(whole) // 2
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+
+
+@pytest.mark.parametrize("how", ["cut off", "empty", "one bit", "missing"])
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_stage_resumes_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_very_weights(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    whole = train(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with pytest.raises(Cut):
+        train(cut, cut=7)
+    last, previous = find_checkpoint(cut).steps, read_checkpoint(cut / "previous.ckpt")["global_step"]
+    assert previous < last
+    if how == "missing":  # killed between the two renames
+        (cut / "last.ckpt").unlink()
+    else:
+        damaged(cut / "last.ckpt", how)
+    with pytest.raises(Cut):
+        train(cut, cut=previous + 1)  # and what it resumed from is not lost with the next one
+    if how != "missing":
+        said = f"last.ckpt is damaged (.*): resuming from the checkpoint before it, of step {previous}; later steps are"
+        assert any(re.search(said, message) for message in caplog.messages)
+    assert find_checkpoint(cut).path == cut / "last.ckpt"
+    resumed = train(cut)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert read_history(tmp_path / "whole" / "history.jsonl") == read_history(cut / "history.jsonl")
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_damaged_checkpoints_alone_are_refused_with_what_to_do(train: Callable, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        train(tmp_path, cut=4)
+    for name in ("last.ckpt", "previous.ckpt"):
+        damaged(tmp_path / name, "one bit")
+    sentence = (
+        rf"last.ckpt is damaged .* and .*previous.ckpt is damaged .* no other checkpoint: delete {tmp_path} to train"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_the_last_weights_stand_in_for_damaged_best_ones(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, replace(CONFIG, patience=9))
+    damaged(tmp_path / "best.ckpt", "one bit")
+    stage = train(tmp_path, replace(CONFIG, patience=9))
+    assert "best_step" not in stage.record
+    last = read_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    assert all(torch.equal(value, last[name]) for name, value in stage.state_dict().items())
+    assert any("best.ckpt is damaged" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_saves_a_checkpoint_and_then_ends_the_stage(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer: object, *_: object) -> None:
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as end:
+        train(tmp_path, machine=Machine(), callbacks=[Signal()])
+    assert end.value.code == 128 + number
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+    assert find_checkpoint(tmp_path).steps == 3
+    assert f"toy: ended by {number.name}; the checkpoint of step 3 is saved" in caplog.messages
+    with caplog.at_level(logging.INFO):
+        assert train(tmp_path, machine=Machine()).record["steps"] == 9
+    assert "toy: resumed from step 3 of 9, after 0.0 minutes" in caplog.messages
+
+
+class Rates(Callback):
+    """Notes the learning rate and the share of the time that had passed at every step, until a share of it."""
+
+    def __init__(self, until: float = 2.0):
+        self.until, self.seen = until, []
+
+    def on_train_batch_end(self, trainer: object, stage: Stage, *_: object) -> None:
+        self.seen.append((trainer.optimizers[0].param_groups[-1]["lr"], stage.time_spent))
+        if stage.time_spent > self.until:
+            raise Cut
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_resumed_stage_has_the_rest_of_its_minutes_and_its_learning_rate_does_not_rise(
+    train: Callable, tmp_path: Path
+) -> None:
+    endless, limited = replace(CONFIG, steps=100_000), Machine(max_minutes=2 / 60, save_seconds=0)
+    first, second = Rates(until=0.7), Rates()
+    with pytest.raises(Cut):
+        train(tmp_path, endless, machine=limited, callbacks=[first])
+    stage = train(tmp_path, endless, machine=limited, callbacks=[second])
+    assert stage.record["ended_by"] == "time"
+    assert second.seen[0][1] > 0.6
+    rates = [rate for rate, spent in [*first.seen, *second.seen] if spent > 0.1]
+    assert max(rate for rate, _ in second.seen) < 0.5 * rates[0]
+    assert sorted(rate for rate, _ in second.seen)[::-1] == [rate for rate, _ in second.seen]
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_stage_that_time_ended_continues_with_more_of_it_and_only_then(train: Callable, tmp_path: Path) -> None:
+    endless = replace(CONFIG, steps=499, patience=10**6)  # all of them are in the history
+    limited = Machine(max_minutes=0.3 / 60)
+    ended = train(tmp_path, endless, machine=limited)
+    again = train(tmp_path, endless, machine=limited)
+    assert {**again.record, "legs": 0} == {**ended.record, "legs": 0}
+    assert again.record["legs"] == ended.record["legs"]
+    longer = train(tmp_path, endless, machine=Machine(max_minutes=0.9 / 60))
+    assert longer.record["steps"] > ended.record["steps"]
+    steps = [entry["step"] for entry in read_history(tmp_path / "history.jsonl") if "loss" in entry]
+    assert len(steps) == len(set(steps))
 
 
 class Few(torch.utils.data.Dataset):

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
+import os
+import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 
+from lightning_utilities.core.rank_zero import rank_zero_only
+
 from clip_gen.cog_signature import read_signature
-from clip_gen.files import ROOT
+from clip_gen.files import COMMAND, ROOT
+from clip_gen.training.checkpoints import has_checkpoint
+from clip_gen.training.interrupts import ended_by_signals
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training
+
+log = logging.getLogger(__name__)
+
+SECONDS_TO_END = 20.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 MACHINE = {
     "devices": "How many GPUs, or without any, processes.",
@@ -22,7 +36,7 @@ MACHINE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="zip, tar or folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights; started again, it goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights; the same command resumes")
     inputs = {one.name: one.arguments for one in read_signature(ROOT / "train.py", "train").inputs}
     specs = {spec.name: spec for spec in (*fields(TrainSettings), *fields(Machine))}
     for name, spec in specs.items():
@@ -39,4 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     settings = TrainSettings(**{spec.name: getattr(arguments, spec.name) for spec in fields(TrainSettings)})
     machine = Machine(arguments.devices, arguments.nodes, arguments.strategy, save_seconds=arguments.save_seconds)
-    Training(arguments.images, arguments.out, settings, machine).run()
+    try:
+        with ended_by_signals(SECONDS_TO_END):
+            Training(arguments.images, arguments.out, settings, machine).run()
+    except SystemExit:  # by a signal
+        if not rank_zero_only.rank:
+            log.warning(how_to_resume(arguments.out))
+        raise
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OSError(f"{arguments.out}: {error.strerror}. Make room. {how_to_resume(arguments.out)}") from error
+
+
+def how_to_resume(out: Path) -> str:
+    command = os.environ.get(COMMAND) or shlex.join(sys.orig_argv)
+    if any(has_checkpoint(folder) for folder in (out / "work").glob("*")):
+        return f"{out} holds a checkpoint; this command resumes the training: {command}"
+    return f"{out} holds no checkpoint yet; this command starts the training: {command}"

@@ -6,6 +6,7 @@ and after how many restarts: everything random about it is drawn from (seed, n).
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing.util
 import os
@@ -44,6 +45,7 @@ MIDDLE = (1.0, 0.5, 0.5)  # the whole shorter side, as far from either end of th
 LOOKED_AT = 2000  # pictures, for how many places of their tokens tell something
 ROUNDING = 1e-3  # between a picture's embeddings, as float16, of two networks that were compiled differently
 REDUCING_GAP = 3.0  # times the wanted size that a picture is reduced to first, which is fast; the rest is bicubic
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal for this process when its parent ends
 PLAIN = 12  # levels of 255 by which a plain ground may vary, as JPEG makes it
 
 
@@ -176,13 +178,25 @@ def prepared(samples: Dataset, sharing: int = 1, **options: object) -> DataLoade
     # Workers share this process's folder for their sockets, which is removed when it ends; a folder that a worker
     # makes for itself stays when the worker is killed.
     multiprocessing.util.get_temp_dir()
-    return DataLoader(samples, num_workers=workers, worker_init_fn=_leave_signals, **options)
+    return Loader(samples, num_workers=workers, worker_init_fn=_leave_signals, **options)
+
+
+class Loader(DataLoader):
+    """Its workers get no signal before they are ready for it."""
+
+    def __iter__(self) -> Iterator:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals(worker: int) -> None:
     """A worker ends when its parent does. Signals that a terminal or `timeout` sends to both are for the parent, which
     may need the worker's batch to reach a checkpoint; SIGTERM from the parent itself still ends the worker.
     """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -30,11 +30,16 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """A signal raises SystemExit, with the exit status that shells know: 128 and its number."""
+def ended_by_signals(seconds: float) -> Iterator[None]:
+    """A signal raises SystemExit, with the exit status that shells know: 128 and its number. The process ends in so
+    many seconds in any case: the exception can leave code that it interrupted, a compiler's say, waiting for a lock.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         _once_only()
+        last = threading.Timer(seconds, os._exit, [128 + number])
+        last.daemon = True
+        last.start()
         raise SystemExit(128 + number)
 
     before = handle_signals(end)
@@ -59,19 +64,25 @@ class Interrupts(Callback):
     def __init__(self, name: str):
         self.name, self.number, self.stepped = name, 0, False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}  # Lightning sets its own after this
+
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.alone, self.first = trainer.world_size == 1, trainer.is_global_zero
-        handle_signals(self._received)  # in place of Lightning's, which would broadcast from within the handler
+        # In place of Lightning's, which would broadcast from within the handler. Lightning restores those of before.
+        handle_signals(self._received)
 
     def on_train_batch_end(self, *_: object) -> None:
         self.stepped = True
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        if not self.stepped and self.alone:  # there is nothing to save
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+            return
         if not self.number:
             _once_only()
         self.number = number
-        if not self.stepped and self.alone:
-            raise SystemExit(128 + number)  # nothing is lost
         if self.first:
             words = f"\n{self.name}: {signal.Signals(number).name}: saving a checkpoint; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # a closed terminal

@@ -188,11 +188,10 @@ def _out_of_memory_explained(name: str, batch_size: int) -> Iterator[None]:
 
 
 def _found(trainer: pl.Trainer, folder: Path) -> dict[str, float]:
-    """The last value of everything that was logged."""
-    logged = trainer.callback_metrics
-    if not logged:  # no step was left to do
-        logged = {name: value for entry in read_history(folder / "history.jsonl") for name, value in entry.items()}
-    return {name: round(float(value), 5) for name, value in logged.items() if name != "step"}
+    """The last value of everything that was logged, before this process too."""
+    logged = {name: value for entry in read_history(folder / "history.jsonl") for name, value in entry.items()}
+    logged.pop("step", None)
+    return {name: round(float(value), 5) for name, value in (logged | trainer.callback_metrics).items()}
 
 
 def _quiet_lightning() -> None:
