@@ -56,7 +56,7 @@ def command_lines() -> dict[int, str]:
     found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # gone meanwhile
-            words = entry.read_bytes().replace(b"\0", b" ").decode()
+            words = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if words:  # one that is dead has none
                 found[int(entry.parent.name)] = words
     return found
