@@ -35,7 +35,9 @@ from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training import train
 from clip_gen.training.dataset import PictureFiles, Views
 from clip_gen.training.folder import own_training_folder
+from clip_gen.training.grids import SampleGrids, save_grid
 from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
+from clip_gen.training.report import write_report
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -116,6 +118,21 @@ def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
         assert grid.height == 2 * 98 + 2  # two rows: pictures and reconstructions
     with Image.open(tmp_path / "work" / "gpt" / "grids" / "0000008.png") as grid:
         assert grid.height == 4 * 98 + 2  # tokens as they are, from embeddings, and two prompts
+
+
+def test_the_report_says_which_prompts_each_grid_was_drawn_for(tmp_path: Path, tiny_model: ClipGen) -> None:
+    (tmp_path / "gpt" / "grids").mkdir(parents=True)
+    picture = [[Image.new("RGB", (8, 8))]]
+    for step, prompts in ((1, ["a <star>"]), (2, ["a <star>"]), (3, ["a heart"])):
+        grids = SampleGrids(tiny_model, [], prompts, tmp_path / "gpt", seed=0)
+        save_grid(picture, tmp_path / "gpt" / "grids" / f"{step:07d}.png", grids.legend)
+    pictures = {"used": 9, "held_back": 2, "skipped": [], "notes": {}}
+    record = {"pictures": pictures, "minutes": 1, "stages": {"gpt": {}}, "settings": {}, "plan": {}}
+    write_report(tmp_path / "report.html", tmp_path, record)
+    page = (tmp_path / "report.html").read_text()
+    words = ["“a &lt;star&gt;”", "step 1", "step 2", "“a heart”", "step 3"]
+    assert [page.count(one) for one in words] == [1] * 5
+    assert sorted(words, key=page.index) == words
 
 
 def test_new_networks_of_a_size_for_the_clip_of_the_base(

@@ -13,6 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
@@ -37,6 +38,8 @@ class Grids(Callback, ABC):
 
     Where that takes long they are fewer, so that besides the first and the last they take a twentieth of the time.
     """
+
+    legend = ""  # what the rows are, from above; for the report
 
     def __init__(self, folder: Path):
         self.folder = folder / "grids"
@@ -79,7 +82,7 @@ class Grids(Callback, ABC):
             module.train(training)
         self.folder.mkdir(exist_ok=True)
         with whole_or_not(self.folder / f"{trainer.global_step:07d}.png") as temporary:
-            grid(rows).save(temporary, "png")
+            save_grid(rows, temporary, self.legend)
         self.drawn = time.monotonic()
         self.took = self.drawn - began
 
@@ -90,6 +93,8 @@ class Grids(Callback, ABC):
 
 class ReconstructionGrids(Grids):
     """Pictures the VQGAN does not learn from, above what it makes of them."""
+
+    legend = "Pictures that were held back, above what the VQGAN makes of them."
 
     def __init__(self, held_back: PictureFiles, folder: Path):
         super().__init__(folder)
@@ -107,6 +112,8 @@ class SampleGrids(Grids):
     def __init__(self, networks: Networks, held_back: EncodedPictures, prompts: Sequence[str], folder: Path, seed: int):
         super().__init__(folder)
         self.networks, self.pictures, self.prompts, self.seed = networks, held_back, prompts, seed
+        rows = ["pictures that were held back, as their tokens have them", "what is drawn from their embeddings"]
+        self.legend = f"From above: {'; '.join([*rows, *(f'“{prompt}”' for prompt in prompts)])}."
 
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
         count = min(SHOWN, len(self.pictures))
@@ -128,6 +135,13 @@ class SampleGrids(Grids):
         uniforms = candidate_uniforms(self.seed, range(len(embeddings)), gpt.config.block_size)
         tokens = sample_tokens(gpt, embeddings.to(module.device), uniforms, Sampling())
         return to_pil(self.networks.vqgan.decode(tokens))
+
+
+def save_grid(rows: list[list[Image.Image]], path: str | Path, legend: str) -> None:
+    """As a PNG that carries its legend: prompts may differ from one start of a training to the next."""
+    info = PngInfo()
+    info.add_itxt("legend", legend)
+    grid(rows).save(path, "png", pnginfo=info)
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:

@@ -6,9 +6,10 @@ import base64
 import html
 from pathlib import Path
 
+from PIL import Image
+
 from clip_gen.files import write_whole
 from clip_gen.pictures import PictureError
-from clip_gen.training.plan import prompts_of
 from clip_gen.training.run import read_history
 
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
@@ -46,7 +47,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
     for name, title in STAGES.items():
         if name in record["stages"]:
             body += [f"<h2>{title}</h2>", _table(_plain(record["stages"][name])), *_curves(work / name, name)]
-            body += _grids(work / name / "grids", _rows(name, record["settings"]["sample_prompts"]))
+            body += _grids(work / name / "grids")
     if pictures["notes"]:
         body += ["<h2>Pictures changed for training</h2>", _table(pictures["notes"].items())]
     skipped = [(one["name"], str(PictureError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
@@ -108,18 +109,15 @@ def _chart(lines: dict[str, list[tuple[int, float]]], colours: dict[str, str]) -
     return f"<svg width={WIDTH} height={HEIGHT} role=img>{drawn}{words}</svg>"
 
 
-def _rows(name: str, sample_prompts: str) -> str:
-    """What the rows of a stage's grids are, from above."""
-    if name == "vqgan":
-        return "Pictures that were held back, above what the VQGAN makes of them."
-    rows = ["pictures that were held back, as their tokens have them", "what is drawn from their embeddings"]
-    rows += [f"“{prompt}”" for prompt in prompts_of(sample_prompts)]
-    return f"From above: {'; '.join(rows)}."
-
-
-def _grids(folder: Path, rows: str) -> list[str]:
-    figures = [f"<p>{html.escape(rows)}</p>"]
+def _grids(folder: Path) -> list[str]:
+    """The last grids, with their legend above the first of those that share one."""
+    figures, before = [], ""
     for path in sorted(folder.glob("*.png"))[-MOST_GRIDS:]:
+        with Image.open(path) as grid:
+            legend = grid.text.get("legend", "")
+        if legend != before:
+            figures.append(f"<p>{html.escape(legend)}</p>")
+            before = legend
         data = base64.b64encode(path.read_bytes()).decode()
         step = int(path.stem)
         figures.append(f'<figure><img src="data:image/png;base64,{data}"><figcaption>step {step}</figcaption></figure>')
