@@ -232,7 +232,7 @@ def test_what_the_time_does_not_suffice_for_is_said_at_once_and_at_the_end(
     assert first < over
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     vqgan, gpt = (record["stages"][name] for name in ("vqgan", "gpt"))
-    assert (vqgan["planned_steps"], vqgan["out_of_time"], gpt["out_of_time"]) == (10**6, True, False)
+    assert (vqgan["planned_steps"], vqgan["ended_by"], gpt["ended_by"]) == (10**6, "time", "steps")
     assert vqgan["forecast_steps"] == int(said[first].split()[2].replace(",", ""))
     assert 0.2 < vqgan["forecast_steps"] / vqgan["steps"] < 5
     (last,) = record["warnings"]

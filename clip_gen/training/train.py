@@ -373,7 +373,7 @@ class Training:
         forecast = Forecast(minutes, planned)
         callbacks = [forecast, grids]
         values = fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=callbacks)
-        values |= {"planned_steps": planned.planned, "out_of_time": trainer.time_spent >= 1, "fine_tunes": fine_tunes}
+        values |= {"planned_steps": planned.planned, "fine_tunes": fine_tunes}
         return values | ({"forecast_steps": forecast.reach.steps} if forecast.reach else {})
 
     def knows_tokens(self) -> bool:
@@ -398,7 +398,7 @@ class Training:
         for name, values in stages.items():
             steps, planned = values["steps"], values.get("planned_steps", 0)  # 0: of an earlier version
             reach = Reach(name, steps, planned, minutes, values.get("fine_tunes", False), self.remedy())
-            if minutes and values.get("out_of_time") and reach.too_few:
+            if minutes and values.get("ended_by") == "time" and reach.too_few:
                 found.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}")
             pictures = values.get("pictures", len(self.learnt))
             if minutes and pictures < len(self.learnt):
