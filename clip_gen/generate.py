@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="a model folder, a training's folder, a weights tar or its URL; default: as script/predict"
     )
-    parser.add_argument("--out", type=Path, default=Path("."), help="the folder the pictures go to; default this one")
+    parser.add_argument("--out", default=".", help="the folder the pictures go to; default this one")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
     parser.add_argument("--preset", choices=PRESETS, help="settings known to suit a model; others given here go before")
     for name, value in DEFAULTS.items():
@@ -69,15 +69,18 @@ def main(arguments: argparse.Namespace) -> None:
     for sentence in without_effect(settings | quality, DEFAULTS | {"output_quality": QUALITY}):
         log.warning(sentence)
     names = [f"{i}.{arguments.output_format}" for i in range(settings["num_outputs"])]
-    check_folder(arguments.out, names, arguments.overwrite)
+    if not arguments.out:
+        raise ValueError("--out is empty; name a folder for the pictures")
+    out = Path(arguments.out)
+    check_folder(out, names, arguments.overwrite)
     weights = arguments.model or own_weights(os.environ.get("COG_WEIGHTS"))[0]
     model = ClipGen.load(weights, arguments.device)
     result = model.generate(arguments.prompt, **settings)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     settings |= {"candidates": result.candidates, "seed": result.seed}
     for name, image, score in zip(names, result.images, result.scores, strict=False):
         metadata = {"prompt": arguments.prompt, **settings, "score": round(score, 4)}
-        path = arguments.out / name
+        path = out / name
         kept = metadata if arguments.output_metadata else None
         save_image(image, path, arguments.output_format, arguments.output_quality, kept)
         print(f"{path}  score {score:.4f}")
@@ -86,7 +89,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def check_folder(folder: Path, names: list[str], overwrite: bool) -> None:
     """Raises ValueError for a folder that cannot be written to, and for files of these names unless overwrite."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if there.is_symlink() and not there.exists():
+        raise ValueError(f"{there} is a link to nowhere; name a folder for the pictures")
     if not there.is_dir():
         raise ValueError(f"{there} is a file; name a folder for the pictures")
     if not is_writable(there):

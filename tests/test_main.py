@@ -51,6 +51,7 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
             "generate: output_quality is 101; give a whole number, 0 to 100",
         ),
         (["generate", "a", "--out", __file__], f"generate: {__file__} is a file; name a folder"),
+        (["generate", "a", "--out", ""], "generate: --out is empty; name a folder for the pictures"),
         (["evaluate", "nowhere"], "evaluate: nowhere: no such file or folder; give a model folder"),
         (["train-shapes", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["shapes", "--count", "0", "--out", "x"], "0"),
@@ -64,6 +65,17 @@ def test_bad_input_is_one_sentence_on_stderr(
     error = capsys.readouterr().err
     assert sentence in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_link_to_nowhere_in_the_folders_place_is_named_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_networks", None)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert main(["generate", "a", "--out", str(tmp_path / "link")]) == 1
+    assert (
+        capsys.readouterr().err == f"generate: {tmp_path}/link is a link to nowhere; name a folder for the pictures\n"
+    )
 
 
 def test_generate_replaces_no_picture_unless_it_may(
