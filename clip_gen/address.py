@@ -39,7 +39,7 @@ def check_address(host: str, port: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """arguments: those of Cog's server. 1 and a sentence on stderr when it could not listen."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser("script/serve", add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     for names in (("-h", "--help"), ("-v", "--version")):
         parser.add_argument(*names, action="store_true")

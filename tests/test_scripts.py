@@ -51,6 +51,12 @@ def test_a_server_that_cannot_be_started_says_why(environment: dict[str, str], w
     assert said.count("\n") == 1
 
 
+def test_a_host_that_is_left_out_is_told_of_as_the_scripts_own() -> None:
+    assert refused_to_serve({}, "--host", status=2).endswith(
+        "script/serve: error: argument --host: expected one argument\n"
+    )
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "0.0.0.0"])
 def test_a_port_that_is_in_use_is_no_traceback(host: str) -> None:
     with socket.create_server((host, 0)) as taken:
@@ -59,10 +65,10 @@ def test_a_port_that_is_in_use_is_no_traceback(host: str) -> None:
     assert said == f"script/serve: port {port} is in use; set another, as in PORT=5001 script/serve\n"
 
 
-def refused_to_serve(environment: dict[str, str], *words: str) -> str:
+def refused_to_serve(environment: dict[str, str], *words: str, status: int = 1) -> str:
     command = [ROOT / "script" / "serve", *words]
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1
+    assert run.returncode == status
     return run.stderr
 
 
