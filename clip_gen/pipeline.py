@@ -130,8 +130,10 @@ class ClipGen:
         ValueError when a value is out of its range; Stopped when should_stop, asked before every token, says so; Busy
         when too many candidates wait already.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
-        check_request(prompt, candidates, num_outputs, seed, clip_rerank, **vars(sampling))
+        numbers = {"temperature": temperature, "top_p": top_p, "guidance": guidance}
+        check_request(prompt, candidates, num_outputs, seed, clip_rerank, top_k=top_k, **numbers)
+        # As Python's own numbers: torch takes no Fraction.
+        sampling = Sampling(top_k=int(top_k), **{name: float(value) for name, value in numbers.items()})
         if sampling.greedy:
             candidates = num_outputs = 1
         elif not clip_rerank:

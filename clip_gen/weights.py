@@ -69,6 +69,9 @@ def open_weights(
     URLs to public addresses. needs_room: CacheError if the cache is full of folders in use. before_unpacking: called
     when the cache does not have these weights yet.
     """
+    if not isinstance(weights, str | os.PathLike) or not os.fspath(weights):
+        shown = "empty" if weights == "" else repr(weights)
+        raise NotWeightsError(f"the name of the weights is {shown}; {WANTED}")
     name = os.fspath(weights)
     try:
         if not is_url(name):
@@ -96,10 +99,10 @@ def open_weights(
 def _local(name: str) -> Path:
     """A model folder, or a file that is taken for an archive. NotWeightsError if the path leads to neither."""
     path = Path(os.path.expanduser(name))
-    if not name or not path.is_dir():
-        if name and path.is_file():
-            return path
-        raise NotWeightsError(f"{shortened(name) or 'weights'}: no such file or folder; {WANTED}")
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise NotWeightsError(f"{shortened(name)}: no such file or folder; {WANTED}")
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file():
             return folder

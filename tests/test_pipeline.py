@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from clip_gen import ClipGen, pipeline
 from clip_gen.asked import check_prompt
 from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import build, load_networks, save_networks
+from clip_gen.checkpoint import ModelFolderError, build, load_networks, save_networks
 from clip_gen.config import BridgeConfig
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.pipeline import Stopped, choose_device
@@ -203,6 +204,9 @@ def test_numbers_of_numpy_draw_the_same(tiny_model: ClipGen) -> None:
     plain = tiny_model.generate("a star", candidates=3, num_outputs=2, seed=5, top_k=4)
     whole = {"candidates": np.int64(3), "num_outputs": np.int32(2), "seed": np.uint8(5), "top_k": np.int64(4)}
     assert torch.equal(tiny_model.generate("a star", **whole).tokens, plain.tokens)
+    half = [{"temperature": one, "top_p": one, "guidance": one} for one in (0.5, Fraction(1, 2), np.float32(0.5))]
+    first, *others = (tiny_model.generate("a star", **whole, **settings).tokens for settings in half)
+    assert all(torch.equal(other, first) for other in others)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 1, "clip_rerank": False}])
@@ -322,3 +326,16 @@ def test_a_model_is_loaded_from_whatever_people_have_of_it(
     with web_server(trained) as address:
         model = ClipGen.load(f"{address}/weights.tar" if form == "url" else names.get(form, trained), "cpu")
     assert len(model.generate("a star", 1, 1, seed=0).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ("", "the name of the weights is empty; give a model folder, a"),
+        (None, "the name of the weights is None; give a model folder"),
+        (5, "the name of the weights is 5; give a model"),
+    ],
+)
+def test_what_is_no_name_of_weights_is_refused_with_a_sentence(weights: object, sentence: str) -> None:
+    with pytest.raises(ModelFolderError, match=sentence):
+        ClipGen.load(weights)
