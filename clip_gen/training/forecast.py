@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 # Shares of the planned steps. Below the first a new model draws blobs; the README's model, which draws three of four
 # prompts right, had the second.
 TOO_FEW, ENOUGH = 0.1, 0.25
-STEPS, SECONDS, SHARE = 5, 2.0, 0.1  # to measure: so many steps and so long, or this share of the stage's time
+STEPS, SECONDS = 5, 2.0  # to measure
+# Of the stage's time, after which fewer steps have to do: two or more beside the first, or any.
+SOON, LATE = 0.1, 0.3
 TOO_FEW_FOR = {"vqgan": "too few for more than blobs", "gpt": "too few for pictures that suit their prompts"}
 
 
@@ -70,7 +72,8 @@ class Forecast(Callback):
         if done == 1:
             self.warm = now
         passed = now - self.began
-        if passed < SHARE * self.left and (done < STEPS or now - self.warm < SECONDS):
+        measured = done >= STEPS and now - self.warm >= SECONDS
+        if not measured and passed < (SOON if done > 2 else LATE) * self.left:
             return
         pace = (now - self.warm) / (done - 1) if done > 1 else passed
         steps = trainer.global_step + max(0, int((self.left - passed) / max(pace, 1e-6)))
