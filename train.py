@@ -1,14 +1,14 @@
 """What Cog trains: a zip of pictures in, a weights tar out. The training itself is `python -m clip_gen train`."""
 
 import pathlib
-import tempfile
 
 import coglet
 from cog import BaseModel, Input, Path
 
+from clip_gen.cog_delivery import keep, one_training, scratch_folder, sent_name
 from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
-from clip_gen.cog_training import deliver, run_training
+from clip_gen.cog_training import TrainingFailed, run_training
 from clip_gen.request_weights import fetched_base
 from clip_gen.watchdog import watch_worker
 
@@ -18,7 +18,9 @@ class TrainingOutput(BaseModel):
 
 
 async def train(
-    images: Path = Input(description="Pictures without captions: a zip, or a tar. At least 8."),
+    images: Path = Input(
+        description="Pictures without captions, at least 8, as a zip or a tar. Over HTTP: its http, https or data URL."
+    ),
     stage: str = Input(
         description="What to train. vqgan alone makes a base for the transformer.",
         default="both",
@@ -113,14 +115,20 @@ async def train(
     ),
     max_minutes: float = Input(description="Stop after so long and keep what there is. 0: no end.", default=0.0, ge=0),
     seed: int = Input(description="The same seed trains the same weights.", default=0, ge=0, le=2147483647),
+    **unknown: object,
 ) -> TrainingOutput:
     """Trains in a process of its own, which ends with the request. Checks its inputs itself, as predict.py does."""
     given = dict(locals())
+    given.update(given.pop("unknown"))  # to be refused by name
     if coglet.server.active:
-        watch_worker()  # from the first training on: Cog calls no setup for a function
+        watch_worker(scratch_folder())  # from the first training on: Cog calls no setup for a function
     values = checked(given, read_signature(pathlib.Path(__file__), "train").inputs)
-    base = await fetched_base(values["base"])
-    values["base"] = base and str(base.path)
-    with tempfile.TemporaryDirectory(prefix="training-") as folder:
-        await run_training(values, pathlib.Path(folder))
-        return TrainingOutput(weights=Path(deliver(pathlib.Path(folder))))
+    with one_training() as (folder, kept):
+        base = await fetched_base(values["base"])
+        values["base"] = base and str(base.path)
+        shown = {str(images): sent_name(images), f"{folder}/": "", str(folder): "this training"}
+        try:
+            await run_training(values, folder, shown=shown)
+        except TrainingFailed as error:
+            raise RuntimeError(error.with_log()) from None
+        return TrainingOutput(weights=Path(keep(folder, kept)))

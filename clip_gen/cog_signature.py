@@ -13,6 +13,8 @@ from pathlib import Path
 from clip_gen.cog_expressions import NotPlainError, dotted, literal, parse_kind
 from clip_gen.cog_inputs import ARGUMENTS, TYPES, InputField, Kind, field_problems
 
+UNKNOWN = "unknown"  # **unknown receives the inputs that Cog does not know and, without a schema, does not strip
+
 
 class SignatureError(ValueError):
     """What Cog would misread, one problem a line."""
@@ -79,7 +81,7 @@ class _Reader:
     def inputs(self, function: ast.FunctionDef | ast.AsyncFunctionDef, is_method: bool) -> tuple[InputField, ...]:
         arguments = function.args
         for extra in (arguments.vararg, arguments.kwarg):
-            if extra:
+            if extra and extra.arg != UNKNOWN:
                 self.problem(extra, f"*{extra.arg} is no input; Cog ignores it without a word. Name each input")
         positional = [*arguments.posonlyargs, *arguments.args]
         defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults

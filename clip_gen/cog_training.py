@@ -10,16 +10,17 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from clip_gen.cog_cli import named, parse_inputs, parse_options
 from clip_gen.cog_inputs import InputError, checked
 from clip_gen.cog_schema import project_signatures
 from clip_gen.download import URLS
-from clip_gen.files import COMMAND, ROOT, whole_or_not
+from clip_gen.files import COMMAND, ROOT
 
-DELIVERED = {"weights.tar": "trained_model.tar", "report.html": "trained_model.html"}
 TRAINS = (
     "script/train",
     "Trains on a zip, a tar or a folder of pictures without captions and leaves trained/weights.tar, for "
@@ -37,14 +38,30 @@ KEEP_MEMORY = {
 }
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by a person, a system or a closed terminal
 KEPT_LINES = 20  # of what was printed last, for the error
+LONGEST_LINE = 2**20  # bytes; a longer one is cut in two
+LONGEST_ERROR = 20_000  # characters
 
 
 class TrainingFailed(RuntimeError):
-    """A training ended without weights; the message is the last that it said. `status` is as shells have it."""
+    """A training ended without weights; the message is the last that it said.
 
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
+    status: as shells have it. log: the lines before.
+    """
+
+    def __init__(self, code: int, lines: Iterable[str]):
+        self.status = code if code >= 0 else 128 - code
+        said = [line for line in lines if line.startswith("train: ")][-1:]
+        self.log = [line for line in lines if line not in said]
+        unsaid = f"the training ended with exit status {self.status}; see above"
+        super().__init__(said[0].removeprefix("train: ") if said else "\n".join(self.log) or unsaid)
+
+    def with_log(self) -> str:
+        """The message and the lines before: Cog answers a failed request without its logs."""
+        text = str(self)
+        if self.log and self.log != text.split("\n"):
+            text = "\n".join([text, "", "The last lines of the log:", *self.log])
+        # Cog takes an error with this word in it for a cancelled training.
+        return text[:LONGEST_ERROR].replace("cancelled", "canceled")
 
 
 def options(values: dict[str, object], out: Path) -> list[str]:
@@ -59,33 +76,39 @@ def options(values: dict[str, object], out: Path) -> list[str]:
     return words
 
 
-async def run_training(values: dict[str, object], out: Path, command: str = "") -> None:
+async def run_training(
+    values: dict[str, object], out: Path, command: str = "", shown: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Trains into `out` and prints what the training says. Cancelled, it ends at once with all its processes.
 
     command: what a person typed in a shell to start it. What it says then goes to the standard error of this process,
     and signals that would end this process go to the training, which saves a checkpoint first.
+    shown: text to print in place of other text, as of paths that mean nothing to a client.
     """
-    folder = tempfile.gettempdir()
+    cache, folder = tempfile.gettempdir(), tempfile.gettempdir() if command else str(out.parent)
     # A training that is killed leaves sockets there. Their paths may have 107 characters.
     temporary = tempfile.mkdtemp(prefix="training-", dir=folder if len(folder) < 50 else "/tmp")
-    defaults = KEEP_MEMORY | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/torchinductor_{os.getuid()}"}
+    defaults = KEEP_MEMORY | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor_{os.getuid()}"}
     more = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": temporary, COMMAND: command}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "clip_gen", "train", *options(values, out)),
+        *("--watch-stdin", "save" if command else "end"),  # nobody resumes what a client began
         cwd=ROOT,
+        stdin=asyncio.subprocess.PIPE,  # closes when this process is gone
         stdout=asyncio.subprocess.PIPE,
         stderr=None if command else asyncio.subprocess.STDOUT,
         start_new_session=True,
         env={**defaults, **os.environ, **more},
     )
-    last: list[str] = []
+    last: deque[str] = deque(maxlen=KEPT_LINES)
     try:
         if command:
             _pass_on_signals(process)
-        async for line in process.stdout:
-            text = line.decode(errors="replace").rstrip()
-            print(text, flush=True)
-            last = [*last, text][-KEPT_LINES:]
+        async for line in lines_of(process.stdout):
+            for text, instead in shown.items():
+                line = line.replace(text, instead)
+            print(line, flush=True)
+            last.append(line)
         code = await process.wait()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -93,11 +116,7 @@ async def run_training(values: dict[str, object], out: Path, command: str = "") 
         await process.wait()  # or its pipes are closed by whoever clears up memory next, in the middle of anything
         shutil.rmtree(temporary, ignore_errors=True)
     if code:
-        said = [line for line in last if line.startswith("train: ")]
-        status = code if code > 0 else 128 - code
-        unsaid = f"the training ended with exit status {status}; see above"
-        message = said[-1].removeprefix("train: ") if said else "\n".join(last) or unsaid
-        raise TrainingFailed(message, status)
+        raise TrainingFailed(code, last)
 
 
 def _pass_on_signals(process: asyncio.subprocess.Process) -> None:
@@ -112,15 +131,17 @@ def _pass_on_signals(process: asyncio.subprocess.Process) -> None:
             asyncio.get_running_loop().add_signal_handler(number, pass_on, number)
 
 
-def deliver(out: Path) -> Path:
-    """Copies the weights and the report out of the training's folder, into the project's folder, which `cog train`
-    shares with its host; returns where the weights are.
-    """
-    for made, name in DELIVERED.items():
-        with whole_or_not(ROOT / name) as temporary:
-            shutil.copyfile(out / made, temporary)
-    print(f"kept: {' and '.join(str(ROOT / name) for name in DELIVERED.values())}")
-    return ROOT / DELIVERED["weights.tar"]
+async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Its lines, of any length: asyncio's own iteration raises ValueError for one over 64 KiB."""
+    rest = b""
+    while chunk := await stream.read(2**16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > LONGEST_LINE:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            yield line.decode(errors="replace").rstrip()
+    if rest:
+        yield rest.decode(errors="replace").rstrip()
 
 
 def from_here(weights: str | None) -> str | None:

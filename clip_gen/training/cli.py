@@ -17,6 +17,7 @@ from clip_gen.cog_signature import read_signature
 from clip_gen.files import COMMAND, ROOT
 from clip_gen.training.checkpoints import has_checkpoint
 from clip_gen.training.interrupts import ended_by_signals
+from clip_gen.training.parent import WAYS, watch_stdin
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.run import Machine
 from clip_gen.training.train import Training
@@ -49,8 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             how = {"type": kind, "metavar": "|".join(told.get("choices", [kind.__name__]))}
         parser.add_argument(f"--{name.replace('_', '-')}", default=spec.default, help=words, **how)
 
+    words = "when standard input closes: save a checkpoint and end, or end at once"
+    parser.add_argument("--watch-stdin", choices=WAYS, help=words)
+
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.watch_stdin:
+        watch_stdin(arguments.watch_stdin)
     settings = TrainSettings(**{spec.name: getattr(arguments, spec.name) for spec in fields(TrainSettings)})
     machine = Machine(arguments.devices, arguments.nodes, arguments.strategy, save_seconds=arguments.save_seconds)
     try:
