@@ -1,11 +1,12 @@
 """What Cog trains: a zip of pictures in, a weights tar out. The training itself is `python -m clip_gen train`."""
 
 import pathlib
+import shutil
 
 import coglet
 from cog import BaseModel, Input, Path
 
-from clip_gen.cog_delivery import keep, one_training, scratch_folder, sent_name
+from clip_gen.cog_delivery import end_with_server, keep, one_training, scratch_folder, sent_name
 from clip_gen.cog_inputs import checked
 from clip_gen.cog_signature import read_signature
 from clip_gen.cog_training import TrainingFailed, run_training
@@ -122,13 +123,17 @@ async def train(
     given.update(given.pop("unknown"))  # to be refused by name
     if coglet.server.active:
         watch_worker(scratch_folder())  # from the first training on: Cog calls no setup for a function
+        end_with_server()
     values = checked(given, read_signature(pathlib.Path(__file__), "train").inputs)
     with one_training() as (folder, kept):
         base = await fetched_base(values["base"])
         values["base"] = base and str(base.path)
-        shown = {str(images): sent_name(images), f"{folder}/": "", str(folder): "this training"}
+        # Cog leaves the file behind when its worker is killed; in this folder it is removed.
+        values["images"] = shutil.move(images, folder)
+        out = folder / "out"
+        shown = {values["images"]: sent_name(images), f"{out}/": "", str(out): "this training"}
         try:
-            await run_training(values, folder, shown=shown)
+            await run_training(values, out, shown=shown)
         except TrainingFailed as error:
             raise RuntimeError(error.with_log()) from None
-        return TrainingOutput(weights=Path(keep(folder, kept)))
+        return TrainingOutput(weights=Path(keep(out, kept)))

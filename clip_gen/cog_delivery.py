@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +23,7 @@ RANDOM = re.compile(r"^tmp.{8}")  # what Cog puts before the name of a file that
 
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="clip-gen-training-", ignore_cleanup_errors=True)
+    return tempfile.TemporaryDirectory(prefix="clip-gen-train-", ignore_cleanup_errors=True)
 
 
 def scratch_folder() -> Path:
@@ -29,9 +33,22 @@ def scratch_folder() -> Path:
     return folder
 
 
+@functools.cache
+def end_with_server() -> None:
+    """Ends this process, a worker of Cog's, soon after its server. By itself it would end after the training."""
+    server = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == server:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-server", daemon=True).start()
+
+
 @contextmanager
 def one_training() -> Iterator[tuple[Path, Path]]:
-    """A folder to train in, removed at the end, and the folder to keep the weights in.
+    """A temporary folder for the training, removed at the end, and the folder to keep the weights in.
 
     The latter is the project's folder, which `cog train` shares with its host; where that cannot be written to, a
     temporary one. ValueError while another training runs that would keep its weights there.
@@ -42,7 +59,7 @@ def one_training() -> Iterator[tuple[Path, Path]]:
         print(f"{ROOT} cannot be written to: the weights go to {kept}, which the server removes when it ends")
     with (
         alone_in(kept / ".cog" / "training", BUSY),
-        tempfile.TemporaryDirectory(prefix="training-", dir=scratch_folder(), ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(dir=scratch_folder(), ignore_cleanup_errors=True) as folder,
     ):
         yield Path(folder), kept
 

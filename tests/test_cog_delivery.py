@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from cog_server import Server, running, wait_for
+from test_cog_training import data_url, trainings
 
 from clip_gen import cog_delivery
 from clip_gen.cog_delivery import keep, one_training, scratch_folder, sent_name
@@ -32,8 +33,10 @@ IMAGE = {  # what Cog's command line bakes into an image
     "COG_MAX_CONCURRENCY": "12",
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
-SERVE = "python -m cog.server.http --host 127.0.0.1 --x-mode train"
-READ_ONLY = f"mount --bind {ROOT} {ROOT} && mount -o remount,bind,ro {ROOT} && cd {ROOT} && exec {SERVE}"
+READ_ONLY = f"""
+mount --bind {ROOT} {ROOT} && mount -o remount,bind,ro {ROOT} && cd {ROOT}
+exec python -m cog.server.http --host 127.0.0.1 --x-mode train
+"""
 MAY_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 
 
@@ -68,29 +71,27 @@ def receiver() -> Iterator[Receiver]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A training server as in an image, with 12 slots, that cannot write its project's folder."""
+    if not MAY_MOUNT:
+        pytest.skip("needs the right to mount")
     scratch = tmp_path_factory.mktemp("server")
     write_schema()
-    command = ["unshare", "-m", "bash", "-c", READ_ONLY] if MAY_MOUNT else SERVE.split()
-    with running(command, ROOT, scratch, CLIP_GEN_ALLOW_WEIGHTS="any", **IMAGE) as started:
+    with running(
+        ["unshare", "-m", "bash", "-c", READ_ONLY], ROOT, scratch, CLIP_GEN_ALLOW_WEIGHTS="any", **IMAGE
+    ) as started:
         yield started.wait_until_set_up()
-
-
-def data_url(path: Path) -> str:
-    return f"data:application/zip;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def ready(server: Server) -> None:
     wait_for(lambda: server.health()["status"] == "READY")
 
 
-@pytest.mark.skipif(not MAY_MOUNT, reason="needs the right to mount")
 def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_folder(
     server: Server, receiver: Receiver, photos: Path, tiny_model_folder: Path
 ) -> None:
     given = {"images": data_url(photos), "base": str(tiny_model_folder), **STEPS, "seed": 7}
     body = {"input": given, "webhook": receiver.address}
     assert server.request("PUT", "/trainings/one", body, Prefer="respond-async")[0] == 202
-    wait_for(lambda: len(receiver.messages) > 1, seconds=60)
+    wait_for(lambda: receiver.messages and "24 pictures" in receiver.messages[-1][1]["logs"], seconds=60)
     # A second one has a slot, but is refused; the first goes on, and repeating its PUT tells how far it is.
     second = server.request("POST", "/trainings", {"input": given | {"seed": 8}})[1]
     assert second["status"] == "failed"
@@ -103,7 +104,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     assert reply["status"] == "succeeded", reply
     scratch = server.log.parent
     lines = reply["logs"].splitlines()
-    assert lines[0].startswith(f"{ROOT} cannot be written to: the weights go to {scratch}/clip-gen-training-")
+    assert lines[0].startswith(f"{ROOT} cannot be written to: the weights go to {scratch}/clip-gen-train-")
     kept = Path(lines[-1].partition("kept: ")[2].partition(" and ")[0])
     assert kept.is_relative_to(scratch)
     sent = base64.b64decode(reply["output"]["weights"].partition(",")[2])
@@ -135,6 +136,19 @@ def test_what_the_client_sent_is_what_an_error_names(server: Server, receiver: R
     assert 'unknown input "prompt"; did you mean "sample_prompts"?' in reply["error"]
     assert "TypeError" not in reply["error"]
     ready(server)
+
+
+def test_a_training_ends_with_its_server_and_leaves_no_files(
+    server: Server, photos: Path, tiny_model_folder: Path
+) -> None:
+    given = {"images": data_url(photos), "base": str(tiny_model_folder), **STEPS, "vqgan_steps": 999}
+    assert server.request("PUT", "/trainings/two", {"input": given}, Prefer="respond-async")[0] == 202
+    scratch = server.log.parent
+    wait_for(lambda: any(scratch.glob("clip-gen-train-*/*/out/work/settings.json")), seconds=60)
+    assert trainings(server)
+    server.process.kill()
+    wait_for(lambda: not trainings(server), seconds=10)
+    wait_for(lambda: not list(scratch.glob("clip-gen-train-*")) and not list(scratch.glob("tmp*")))
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(
