@@ -414,11 +414,80 @@ def test_a_published_discriminator_is_gone_on_with(
     assert len(found.value.args[0].main[0].weight) == 64
 
 
-def test_minutes_count_stages_that_were_trained_before(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+def test_minutes_are_of_all_starts(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     training = Training(photos, tmp_path, toy)
-    assert training.record({"vqgan": {"minutes": 5.0}, "gpt": {"minutes": 7.5}})["minutes"] == 12.5
-    training.began -= 20 * 60
-    assert training.record({"gpt": {"minutes": 7.5}})["minutes"] == pytest.approx(20, abs=0.5)
+    assert (
+        training.record({"vqgan": {"steps": 1, "minutes": 5.0}, "gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == 12.5
+    )
+    training.clock.began -= 20 * 60
+    training.clock.save()
+    again = Training(photos, tmp_path, toy)
+    assert again.record({"gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == pytest.approx(20, abs=0.5)
+    # A folder of an earlier version has no clock, but what each stage took.
+    (tmp_path / "work" / "clock.json").unlink()
+    (tmp_path / "work" / "vqgan").mkdir()
+    (tmp_path / "work" / "vqgan" / "ledger.json").write_text(json.dumps([{"from_step": 0, "to_step": 5, "minutes": 3}]))
+    assert Training(photos, tmp_path, toy).clock.minutes == pytest.approx(3, abs=0.5)
+
+
+class Killed(Exception):
+    """Stands for whatever ends a training early."""
+
+
+def test_a_resumed_training_has_the_rest_of_its_minutes(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def killed(*_: object, machine: Machine, **__: object) -> None:
+        given.append(machine.max_minutes)
+        raise Killed
+
+    monkeypatch.setattr(train, "fit", killed)
+    toy = replace(toy, stage="transformer", max_minutes=10)
+    for minutes_before in (0, 3):
+        training = Training(photos, tmp_path, toy)
+        training.clock.began -= minutes_before * 60  # as if it had taken so long to load and encode
+        with pytest.raises(Killed):
+            training.run()
+    training.clock.began -= 4 * 60
+    training.clock.save()  # with a checkpoint of the transformer after 4 minutes of training
+    with pytest.raises(Killed):
+        Training(photos, tmp_path, toy).run()
+    assert given == pytest.approx([10, 7, 7], abs=0.5)
+
+
+def test_a_finished_training_continues_with_more_minutes_and_says_otherwise_that_it_is_finished(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "LEAST_MINUTES", 0.002)
+    toy = replace(toy, vqgan_steps=2, transformer_steps=300, sample_prompts="a prompt of over sixteen words " * 4)
+
+    def trained(minutes: float) -> tuple[dict, dict[str, torch.Tensor]]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            Training(photos, tmp_path, replace(toy, max_minutes=minutes)).run()
+        record = json.loads((tmp_path / "model" / "training.json").read_text())
+        return record, load_file(tmp_path / "model" / "gpt.safetensors")
+
+    first, weights = trained(0.01)
+    assert first["stages"]["gpt"]["ended_by"] == "time"
+    assert sum("longer than CLIP reads" in message for message in caplog.messages) == 1
+    fewer, same = trained(0.005)
+    steps = ", ".join(f"{name}: {stage['steps']} steps" for name, stage in first["stages"].items())
+    more = (
+        "nothing is trained. To train further, give more than 0.01 max_minutes, or start a training in another folder"
+    )
+    said = f"{tmp_path} holds a finished training ({steps}), so {more}"
+    assert any(message.startswith(said) for message in caplog.messages)
+    assert fewer == first
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    longer, others = trained(0)
+    assert longer["stages"]["gpt"]["steps"] > first["stages"]["gpt"]["steps"]
+    assert longer["stages"]["gpt"]["ended_by"] != "time"
+    assert longer["stages"]["vqgan"] == first["stages"]["vqgan"]
+    assert longer["settings"]["max_minutes"] == 0
+    assert any(not torch.equal(value, others[name]) for name, value in weights.items())
 
 
 def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(

@@ -2,8 +2,7 @@
 
     python -m clip_gen train photos.zip --out weights
 
-The folder `out` holds weights.tar, model/, report.html, and work/ with all there is to go on from: the same command
-started again goes on where it was cut off.
+The folder `out` holds weights.tar, model/, report.html, and work/, from which the same command resumes.
 """
 
 from __future__ import annotations
@@ -29,13 +28,16 @@ from torch.utils.data import DataLoader, Subset
 
 from clip_gen.archives import Pictures, check_outside, fingerprint, unpack
 from clip_gen.checkpoint import (
+    DIGESTS,
     FILES,
+    ModelFolderError,
     Networks,
     build,
     knows_its_tokens,
     load_base,
     load_discriminator,
     load_part,
+    load_record,
     save_networks,
     save_part,
 )
@@ -44,7 +46,8 @@ from clip_gen.findings import unpacked
 from clip_gen.images import from_bytes
 from clip_gen.machine import at_work
 from clip_gen.own_model import own_weights
-from clip_gen.training.checkpoints import has_checkpoint
+from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
+from clip_gen.training.clock import Clock
 from clip_gen.training.dataset import (
     EncodedPictures,
     Endless,
@@ -72,7 +75,10 @@ from clip_gen.weights import pack, resolve_weights
 log = logging.getLogger(__name__)
 
 MOST_HELD_BACK = 512
+RECORD = "record.json"  # of a stage that is finished
+TIME_LIMIT = "max_minutes"  # the file that says how many there were when the views were encoded
 VQGAN_TIME = 0.2  # of max_minutes; the transformer gets the rest
+LEAST_MINUTES = 0.1  # for the transformer, whatever came before it
 ENCODING_TIME = 0.05  # for views of the pictures, first one of each; those it is not enough for are left out
 # Of reconstructions, and by how much they must be nearer than the picture's mean colour alone: pale pictures are never
 # far off. Published VQGANs of 16 by 16 tokens reach 20 dB on photographs like those they know.
@@ -108,7 +114,7 @@ class Training:
         if not rank_zero_only.rank:  # the others would see what the first has begun to write
             check_training_folder(out)
         check_outside(images, out)
-        self.began = time.monotonic()
+        began = time.monotonic()
         self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
         if rank_zero_only.rank:
@@ -123,6 +129,8 @@ class Training:
             self.machine = self.machine.sharing(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
             self._same_settings()
             self._remove_left_over()
+            self.clock = Clock(self.work, self.stages, began)
+            self._continue_last_stage()
             self.learnt, self.held_back = self._split()
             self._forget_few_views()
             if not rank_zero_only.rank:
@@ -141,6 +149,10 @@ class Training:
         self.networks = replace(self.networks, config=self.plan.model)
         self.networks.bridge.config = self.plan.model.bridge
         self.networks.clip.requires_grad_(False)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)}[self.settings.stage]
 
     def _alone(self) -> AbstractContextManager[None]:
         """No other training works in the folder meanwhile; ValueError when one does."""
@@ -215,15 +227,30 @@ class Training:
         shuffled = [paths[i] for i in np.random.default_rng(self.settings.seed).permutation(len(paths))]
         return shuffled[count:], shuffled[:count]
 
+    def _continue_last_stage(self) -> None:
+        """The last stage is trained further when time ended it and there is more of it now. Not one before it: the
+        next one has learnt its tokens.
+        """
+        folder, minutes = self.work / self.stages[-1], self.settings.max_minutes
+        record = folder / RECORD
+        values = json.loads(record.read_text()) if record.is_file() and not rank_zero_only.rank else {}
+        longer = values.get("ended_by") == "time" and (minutes == 0 or minutes > values["max_minutes"])
+        if longer and find_checkpoint(folder):
+            log.info("%s: max_minutes ended it at step %d; it continues", self.stages[-1], values["steps"])
+            record.unlink()
+
     def _forget_few_views(self) -> None:
-        """What time cut short is encoded anew when there may be more of it, until the transformer has begun."""
+        """Views that time cut short are encoded again when there is more of it, until the transformer has begun."""
         folder = self.work / "encoded"
         arrays = [folder / f"{name}-learnt.npy" for name in ("embeddings", "tokens")]
         if rank_zero_only.rank or has_checkpoint(self.work / "gpt"):
             return
+        limit, minutes = folder / TIME_LIMIT, self.settings.max_minutes
+        if limit.is_file() and 0 < minutes <= float(limit.read_text()):
+            return
         whole = len(self.learnt) * self.plan.views
         if any(path.is_file() and len(np.load(path, mmap_mode="r")) < whole for path in arrays):
-            for path in (*arrays, folder / "neighbours-learnt.npy"):
+            for path in (*arrays, limit, folder / "neighbours-learnt.npy"):
                 path.unlink(missing_ok=True)
 
     def files(self, paths: Sequence[Path]) -> PictureFiles:
@@ -237,18 +264,20 @@ class Training:
             return self._run()
 
     def _run(self) -> Path:
-        stages = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)}[self.settings.stage]
+        finished = all((self.work / name / RECORD).is_file() for name in self.stages)
         if not rank_zero_only.rank:
             self.measure_pictures()
-        records = {name: self.part(name) for name in stages}
+        records = {name: self.part(name) for name in self.stages}
         tar = self.out / "weights.tar"
         if rank_zero_only.rank:
             return tar
-        record = self.record(records)
+        if finished:
+            self._say_finished(records)
+        record = self.earlier_record(records) or self.record(records)
         save_networks(self.networks, self.out / "model", record)
         pack(self.out / "model", tar)
         write_report(self.out / "report.html", self.work, record)
-        for sentence in record["warnings"]:
+        for sentence in record.get("warnings", ()):  # an earlier version noted none
             log.warning(sentence)
         log.info("weights: %s  report: %s", tar, self.out / "report.html")
         known = self.settings.stage != "vqgan" or (records["vqgan"]["tokens_kept"] and knows_its_tokens(self.base))
@@ -256,15 +285,29 @@ class Training:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
         return tar
 
+    def _say_finished(self, records: dict[str, dict[str, object]]) -> None:
+        last = records[self.stages[-1]]
+        more = f"give more than {last['max_minutes']:g} max_minutes, or " if last.get("ended_by") == "time" else ""
+        log.info(
+            "%s holds a finished training (%s), so nothing is trained. To train further, %sstart a training in another "
+            "folder with base=%s",
+            self.out,
+            ", ".join(f"{name}: {values['steps']} steps" for name, values in records.items()),
+            more,
+            self.out / "weights.tar",
+        )
+
     def part(self, name: str) -> dict[str, object]:
-        """Trains a stage, or takes up what was trained before; leaves its network loaded as it will ship."""
+        """Trains a stage unless it is finished; leaves its network loaded as it will ship."""
         folder, network = self.work / name, getattr(self.networks, name)
-        record, weights = folder / "record.json", folder / f"{name}.safetensors"
+        record, weights = folder / RECORD, folder / f"{name}.safetensors"
         if not record.is_file():
             values = getattr(self, f"train_{name}")(folder)
             if not rank_zero_only.rank:
                 save_part(network.cpu(), weights)
-                write_whole(record, json.dumps(values))
+                write_whole(record, json.dumps(values | {"max_minutes": self.settings.max_minutes}))
+                (folder / PREVIOUS).unlink(missing_ok=True)
+                self.clock.save()
         wait_for(record)
         load_part(network, weights)
         network.eval().requires_grad_(False)
@@ -350,12 +393,19 @@ class Training:
             vqgan=networks.vqgan,
             clip=networks.clip,
         )
-        spent = (time.monotonic() - self.began) / 60
-        minutes = max(0.1, settings.max_minutes - spent) if settings.max_minutes else 0.0
-        grids = SampleGrids(networks, held_back, prompts_of(settings.sample_prompts), folder, settings.seed)
+        left = settings.max_minutes - self.clock.spent_outside("gpt")
+        minutes = max(LEAST_MINUTES, left) if settings.max_minutes else 0.0
+        grids = SampleGrids(networks, held_back, self.sample_prompts(), folder, settings.seed)
         samples = Endless(learnt, settings.seed)
         values = self.fit("gpt", trainer, samples, held_back, folder, minutes, grids, fine_tunes=self.knows_tokens())
         return values | quality | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
+
+    def sample_prompts(self) -> list[str]:
+        prompts = prompts_of(self.settings.sample_prompts)
+        for prompt in () if rank_zero_only.rank else prompts:
+            if lost := self.networks.clip.tokenize.left_out(prompt):
+                log.warning("a sample prompt is longer than CLIP reads; its end is left out: %r", lost)
+        return prompts
 
     def fit(
         self,
@@ -371,7 +421,7 @@ class Training:
         machine, seed = replace(self.machine, max_minutes=minutes), self.settings.seed
         planned = Reach(name, 0, trainer.config.steps, self.settings.max_minutes, fine_tunes, self.remedy())
         forecast = Forecast(minutes, planned)
-        callbacks = [forecast, grids]
+        callbacks = [forecast, grids, self.clock]
         values = fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=callbacks)
         values |= {"planned_steps": planned.planned, "fine_tunes": fine_tunes}
         return values | ({"forecast_steps": forecast.reach.steps} if forecast.reach else {})
@@ -394,8 +444,9 @@ class Training:
 
     def shortages(self, stages: dict[str, dict[str, object]]) -> list[str]:
         """What the stages had too little time for, a sentence each."""
-        found, minutes = [], self.settings.max_minutes
+        found = []
         for name, values in stages.items():
+            minutes = values.get("max_minutes", self.settings.max_minutes)
             steps, planned = values["steps"], values.get("planned_steps", 0)  # 0: of an earlier version
             reach = Reach(name, steps, planned, minutes, values.get("fine_tunes", False), self.remedy())
             if minutes and values.get("ended_by") == "time" and reach.too_few:
@@ -428,6 +479,10 @@ class Training:
             tokens = encode_tokens(embedded, self.networks.vqgan, folder / f"tokens-{name}.npy", left)
         if name == "held_back":
             return EncodedPictures(embeddings, tokens)
+        if not rank_zero_only.rank:
+            self.clock.save()
+            if not (folder / TIME_LIMIT).is_file():
+                write_whole(folder / TIME_LIMIT, str(settings.max_minutes or inf))
         neighbours = None
         if settings.contrast_weight or settings.condition_blur:
             neighbours = find_neighbours(embeddings, len(files), folder / "neighbours-learnt.npy", settings.seed)
@@ -454,15 +509,28 @@ class Training:
             embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
 
+    def earlier_record(self, stages: dict[str, dict[str, object]]) -> dict[str, object] | None:
+        """training.json of the model that lies there, where it is of these very stages: it says what they were trained
+        with, which other settings would not.
+        """
+        try:
+            record = load_record(self.out / "model")
+        except ModelFolderError:
+            return None
+        record.pop(DIGESTS, None)
+        return record if record.get("stages") == stages else None
+
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
-        now, before = (time.monotonic() - self.began) / 60, sum(stage["minutes"] for stage in stages.values())
+        settings, before = asdict(self.settings), sum(stage["minutes"] for stage in stages.values())
+        # The limit that the last stage had, should the export have been cut off and started with another.
+        settings["max_minutes"] = list(stages.values())[-1].get("max_minutes", settings["max_minutes"])
         return {
             "pictures": self.pictures.as_json() | {"held_back": len(self.held_back)},
-            "settings": asdict(self.settings),
+            "settings": settings,
             "plan": asdict(self.plan),
             "stages": stages,
             "warnings": self.shortages(stages),
-            "minutes": round(max(now, before), 1),  # of stages that were taken up again, their own
+            "minutes": round(max(self.clock.minutes, before), 1),
             "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
         }
 
