@@ -123,7 +123,7 @@ def open_url(
     opener = urllib.request.OpenerDirector()
     for handler in (
         *(urllib.request.ProxyHandler(), urllib.request.UnknownHandler(), _Handler(ask, public)),
-        *(urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPRedirectHandler()),
+        *(urllib.request.HTTPDefaultErrorHandler(), _Redirects()),
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
@@ -162,6 +162,14 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         elif self._public is not None:
             self._public.check_behind_proxy(http.client.HTTPConnection(request.named_host).host)
         return connection
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Reads no body of a redirect. The parent class reads all of it into memory, however long it is."""
+
+    def redirect_request(self, request: urllib.request.Request, reply: io.BufferedIOBase, *args: object) -> object:
+        reply.close()
+        return super().redirect_request(request, reply, *args)
 
 
 class _Response(http.client.HTTPResponse):

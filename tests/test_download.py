@@ -51,6 +51,13 @@ def test_a_server_that_trickles_for_ever_is_left_at_the_deadline(trickle: str, m
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("trickle", [b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n"], indirect=True)
+def test_the_body_of_a_redirect_is_not_read(trickle: str) -> None:
+    """A server could fill the memory with it."""
+    with pytest.raises(OSError, match="Connection refused"):
+        open_url(trickle, deadline_seconds=3)
+
+
 @pytest.fixture
 def silent() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
