@@ -15,6 +15,7 @@ Config = TypeVar("Config")
 
 MOST = 2**18  # of any one size; the largest codebook known has as many codes
 MOST_LAYERS = 256
+MOST_RES_BLOCKS = 32  # at each resolution of a VQGAN; published ones have 2 or 3
 MOST_RESOLUTION = 2048  # a picture of 2**18 pixels a side would need 800 GB, and small weights can ask for one
 ACTIVATIONS = ("quick_gelu", "gelu")  # of a CLIP's transformers: OpenAI's approximation, the function itself
 MOST_NESTED = 20  # lists and mappings inside one another in a YAML file
@@ -104,8 +105,8 @@ class ModelConfig:
         vqgan, gpt, clip = self.vqgan, self.gpt, self.clip
         for part in ("clip", "vqgan", "gpt"):
             for name, value in vars(getattr(self, part)).items():
+                most = MOST_RES_BLOCKS if name == "num_res_blocks" else MOST_LAYERS if "layer" in name else MOST
                 for size in value if isinstance(value, tuple) else [value]:
-                    most = MOST_LAYERS if "layer" in name else MOST
                     if isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= most:
                         raise ValueError(f"{part}.{name} is {size}; give 1 to {most}")
         pairs = {

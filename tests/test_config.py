@@ -89,6 +89,8 @@ def test_sizes_out_of_reason_are_refused_by_name(size: int) -> None:
         replace(TINY, gpt=replace(TINY.gpt, n_layer=size)).check()
     with pytest.raises(ValueError, match=r"vqgan\.ch_mult is"):
         replace(TINY, vqgan=replace(TINY.vqgan, ch_mult=(1, size))).check()
+    with pytest.raises(ValueError, match=rf"vqgan\.num_res_blocks is {size or 33}; give 1 to 32"):
+        replace(TINY, vqgan=replace(TINY.vqgan, num_res_blocks=size or 33)).check()
 
 
 def test_the_grid_counts_patches_and_halvings() -> None:
