@@ -32,6 +32,7 @@ DIGESTS = "digests"  # in training.json
 TOLD_BY = {"vqgan": "quantizer.", "gpt": "head."}
 SAMPLE = 2**18  # enough to tell networks apart; all of a large one would delay loading by a tenth of a second
 MOST_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
+MOST_JSON_LISTS = 2**19  # and objects, in training.json: each takes many times its two characters of memory
 
 
 _REMEDIES = {
@@ -135,7 +136,10 @@ def load_record(folder: Path) -> dict[str, object]:
     if not path.exists() and not path.is_symlink():
         return {}
     try:
-        record = json.loads(_text(path))
+        text = _text(path)
+        if text.count("[") + text.count("{") > MOST_JSON_LISTS:
+            raise ValueError(f"over {MOST_JSON_LISTS:,} lists and objects")
+        record = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
     if not isinstance(record, dict):
@@ -275,8 +279,16 @@ def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None
             return f"has no tensor {name}"
         if wanted[name].shape != found[name].shape:
             return f"{name} has shape {tuple(found[name].shape)}, wanted is {tuple(wanted[name].shape)}"
+        # Others would lose digits or their imaginary part, and torch computes with no float of 8 bits.
+        floats = wanted[name].is_floating_point()
+        if floats != found[name].is_floating_point() or (floats and found[name].element_size() < 2):
+            return f"{name} has numbers of type {_type(found[name])}, wanted is {_type(wanted[name])}"
     extra = sorted(set(found) - set(wanted))
     return f"has a tensor that does not belong to this network, {extra[0]}" if extra else None
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_model_folder(folder: Path) -> None:
@@ -324,7 +336,7 @@ def narrowed(tensors: dict[str, Tensor], names: Collection[str], dtype: torch.dt
         kept[name] = tensor.to(dtype) if dtype and name in names else tensor
         # Numbers that are too large for float16, or NaN: a training that went wrong.
         if not all_finite(kept[name]):
-            raise ValueError(f"{name} holds numbers that {str(kept[name].dtype).removeprefix('torch.')} cannot")
+            raise ValueError(f"{name} holds numbers that {_type(kept[name])} cannot")
     return kept
 
 

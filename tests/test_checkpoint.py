@@ -122,6 +122,17 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path) -> No
         load_networks(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64, torch.bool])
+def test_numbers_of_a_type_that_cannot_be_converted_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "gpt.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"head.weight": tensors["head.weight"].to(dtype)}, path)
+    with pytest.raises(
+        ModelFolderError, match=r"gpt.safetensors: head.weight has numbers of type \w+, wanted is float32"
+    ):
+        load_networks(folder)
+
+
 def test_missing_and_extra_tensors_are_named(folder: Path) -> None:
     path = folder / "gpt.safetensors"
     tensors = load_file(path)
@@ -274,6 +285,12 @@ def test_a_training_record_of_any_content_is_a_sentence_or_taken(folder: Path, t
         return
     with pytest.raises(ModelFolderError, match=r"training\.json: .*; copy it again, or remove it$"):
         why_noise(folder)
+
+
+def test_a_training_record_that_would_fill_the_memory_is_not_read(folder: Path) -> None:
+    (folder / "training.json").write_text('{"a": [' + "[]," * 2**19 + "[]]}")  # 24 times as large once it is parsed
+    with pytest.raises(ModelFolderError, match=r"training\.json: cannot be read \(over 524,288 lists and objects\)"):
+        ClipGen.load(folder, "cpu")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "training.json", *(f"{part}.safetensors" for part in PARTS)])
