@@ -28,6 +28,8 @@ from clip_gen.zips import SMALL, ZIP_ERRORS, open_zip
 MOST_BYTES = 4 * 2**30  # in one archive; the published model is under two GiB
 LEAST_BYTES = 2**20  # that each file counts for, so that an archive cannot hold millions of empty ones
 STEP = 64 * 2**20  # bytes unpacked between two looks at the room in the cache
+MOST_NAME = 4096  # characters of a path in an archive; Linux has none longer
+MOST_FOLDERS = 64  # of an archive that hold files with the names of a model folder
 CHUNK = 2**20
 WANTED = "give a model folder, a training's folder, or the path or URL (http, https, data) of a weights tar"
 
@@ -200,8 +202,12 @@ def _unpack(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) ->
     folders: dict[PurePosixPath, Path] = {}  # in the archive: on disk
     try:
         for name, pieces in _files(stream, folder, make_room):
+            if len(name) > MOST_NAME:  # thousands of these would fill the memory
+                continue
             inside = PurePosixPath(name.replace("\\", "/"))
             if inside.name in FILES:
+                if len(folders) == MOST_FOLDERS and inside.parent not in folders:
+                    raise ModelFolderError(f"holds model files in more than {MOST_FOLDERS} folders; pack one model")
                 target = folders.setdefault(inside.parent, folder / str(len(folders)))
                 target.mkdir(exist_ok=True)
                 with (target / inside.name).open("wb") as file:

@@ -93,7 +93,7 @@ class Cache:
         return True
 
     def _path(self, key: str) -> Path:
-        return self.folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+        return self.folder / hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:32]
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

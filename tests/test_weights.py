@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
@@ -363,3 +364,25 @@ def test_a_tar_without_a_model_is_named(tiny_model_folder: Path, tmp_path: Path,
     with pytest.raises(ModelFolderError, match=r"half\.tar: has no clip\.safetensors; pack the whole model folder"):
         resolve_weights(str(tmp_path / "half.tar"))
     assert not folders(cache)
+
+
+def empty_files(path: Path, names: Iterable[str]) -> Path:
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    return path
+
+
+def test_names_in_a_tar_cannot_fill_the_memory(tmp_path: Path, cache: Path) -> None:
+    path = empty_files(tmp_path / "long.tar.gz", (f"{i}/" + "a/" * 200_000 + "config.yaml" for i in range(3)))
+    with pytest.raises(ModelFolderError, match=r"long\.tar\.gz: holds no weights"):
+        resolve_weights(path)
+    path = empty_files(tmp_path / "many.tar.gz", (f"{i}/config.yaml" for i in range(100)))
+    with pytest.raises(ModelFolderError, match=r"many\.tar\.gz: holds model files in more than 64 folders"):
+        resolve_weights(path)
+    assert not folders(cache)
+
+
+def test_a_tar_may_have_any_name_that_linux_allows(weights_tar: Path, tiny_model_folder: Path, cache: Path) -> None:
+    named = weights_tar.rename(weights_tar.with_name(os.fsdecode(b"gewichte-\xfc.tar")))
+    assert contents(resolve_weights(named)) == contents(tiny_model_folder)
