@@ -30,6 +30,8 @@ REFUSALS = {
 MOST_DOWNLOADS = 2  # at once
 WAIT_SECONDS = 60  # for other downloads to end
 
+_downloads = threading.Semaphore(MOST_DOWNLOADS)  # shared by all predictions and trainings of this process
+
 
 class RefusedWeightsError(ModelFolderError):
     """Weights that a request may not name, or that cannot be had; the message does not say which."""
@@ -45,7 +47,7 @@ class RequestRules:
 
     allowed: str = "https"
     public: PublicOnly = field(default_factory=PublicOnly)
-    downloads: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MOST_DOWNLOADS))
+    downloads: threading.Semaphore = _downloads
     wait_seconds: float = WAIT_SECONDS
 
     @classmethod

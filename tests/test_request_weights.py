@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 import time
@@ -14,7 +15,14 @@ from model_files import web_server
 from public_web import CERTIFICATE, PRIVATE, PUBLIC, public_web, serving
 
 from clip_gen.checkpoint import ModelFolderError
-from clip_gen.request_weights import REFUSALS, BusyError, RefusedWeightsError, RequestRules
+from clip_gen.request_weights import (
+    MOST_DOWNLOADS,
+    REFUSALS,
+    BusyError,
+    RefusedWeightsError,
+    RequestRules,
+    fetched_base,
+)
 from clip_gen.weights import pack
 from clip_gen.weights_cache import CacheError
 
@@ -133,6 +141,18 @@ def test_few_downloads_run_at_once_and_cached_weights_need_no_turn(tar: Path) ->
         rules.downloads.release()
         assert waiting.result(30).path.is_dir()
         assert rules.downloads.acquire(blocking=False)  # it gave its turn back
+
+
+def test_trainings_and_predictions_share_the_turns(tar: Path, tmp_path: Path) -> None:
+    rules = RequestRules.from_environment()
+    for _ in range(MOST_DOWNLOADS):
+        assert rules.downloads.acquire(blocking=False)
+    try:
+        with pytest.raises(TimeoutError):
+            asyncio.run(asyncio.wait_for(fetched_base(data_url(tar)), timeout=0.5))
+    finally:
+        rules.downloads.release(MOST_DOWNLOADS)
+    assert names(asyncio.run(fetched_base(data_url(tar))).path)
 
 
 def test_the_setting_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
