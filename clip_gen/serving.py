@@ -96,6 +96,7 @@ class Models:
                     del self._loaded[key]
                 loaded.model.set_exception(error)
             self._give_back(loaded)
+            source.close()  # the error's traceback would keep the folder locked until the next garbage collection
             if isinstance(error, ModelFolderError) and is_url(weights):  # not where the server keeps them
                 raise ModelFolderError(str(error).replace(str(source.path), shortened(weights))) from None
             raise
