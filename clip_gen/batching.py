@@ -1,4 +1,4 @@
-"""Several requests, one device: their candidates share batches, and one thread does all the work.
+"""Several requests, one device: their candidates share batches, and one thread per device does all the work.
 
 A request's candidates join the next batch that starts, mostly within LONGEST, beside whatever others have under way;
 every batch is worked on in turn, a token each. Its matrix products have a number of rows that gives each row the same
@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from clip_gen.cuda_graphs import forget_idle
 from clip_gen.gpt import GPT
-from clip_gen.sampling import Batch, Sampling, Stopped, candidate_uniforms, check_guidance, most_rows, rows_of
+from clip_gen.machine import cpus, set_threads
+from clip_gen.sampling import ROWS, Batch, Sampling, Stopped, candidate_uniforms, check_guidance, most_rows, rows_of
 
 Row, Result = TypeVar("Row"), TypeVar("Result")
 
@@ -35,6 +36,10 @@ CONTAINER_FILES = (  # limit, usage and what it is made of: in the second versio
 )
 LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it, from the last to come
 LONGEST = 0.1  # and from the first; ten times that while others' prompts are being read
+# Multiply-adds in a transformer's largest product for ROWS candidates, from which several threads pay. Threads wait for
+# each other after every operation; beside other processes that takes milliseconds, whenever one of them has no CPU.
+# Width 512 is below: there two threads are hardly faster than one on a quiet machine, and far slower beside others.
+SHARED_PRODUCT = 2**25
 
 
 class Busy(RuntimeError):
@@ -65,6 +70,7 @@ class _Call:
     """Work for the thread that has the device."""
 
     work: Callable
+    threads: int
     leads_up: bool = False
     row: object = None
     most: int = 0  # rows that the work takes at a time; 0 for what takes none
@@ -124,6 +130,9 @@ class Batcher:
     most_bytes: what the batches under way may hold together by batch_bytes, of which there is always one; more wait
     their turn. On a GPU recordings kept for batches to come count too, and go where they leave no room. most_waiting:
     candidates that may wait; Busy beyond.
+
+    most_threads: for torch's work on large models, as many as torch has in the thread that makes the batcher, and no
+    more than there are CPUs.
     """
 
     def __init__(self, most_bytes: float, most_waiting: int = 4096):
@@ -134,8 +143,7 @@ class Batcher:
         self._led_up = 0.0  # when the last call was over whose caller is about to ask for candidates
         self._news = threading.Condition()
         self._closed = False
-        with _loading:
-            self._threads = _usual_threads()
+        self.most_threads = min(torch.get_num_threads(), cpus())
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._thread.start()
 
@@ -181,19 +189,31 @@ class Batcher:
             request.given_up = True
             raise
 
-    def run(self, work: Callable[[], Result], leads_up: bool = False) -> Result:
+    def threads_for(self, gpt: GPT) -> int:
+        """How many threads work on this model: one on a small model, else most_threads. Never by load: the number of
+        threads can change the last bits of a sum, and a seed's picture must stay the same.
+        """
+        return self.most_threads if 4 * ROWS * gpt.config.n_embd**2 >= SHARED_PRODUCT else 1
+
+    def run(self, work: Callable[[], Result], gpt: GPT | None = None, leads_up: bool = False) -> Result:
         """What `work` returns, done between two tokens by the thread that has the device.
 
+        gpt: of the model that the work is for, which decides the number of threads; most_threads if not given.
         leads_up: the caller will ask for candidates next, and is worth waiting for.
         """
-        return self._called([_Call(work, leads_up)])[0]
+        return self._called([_Call(work, self._threads(gpt), leads_up)])[0]
 
-    def share(self, work: Callable[[list[Row]], list[Result]], rows: Iterable[Row], most: int) -> list[Result]:
+    def share(
+        self, work: Callable[[list[Row]], list[Result]], rows: Iterable[Row], most: int, gpt: GPT | None = None
+    ) -> list[Result]:
         """What `work` makes of these rows, done as by `run`, `most` of them at a time; with fewer left, those of others
         who ask for the same work are done along with them. Each row alone once they fail together: an error is for
         those to hear of whose row it was.
         """
-        return self._called([_Call(work, row=row, most=most) for row in rows])
+        return self._called([_Call(work, self._threads(gpt), row=row, most=most) for row in rows])
+
+    def _threads(self, gpt: GPT | None) -> int:
+        return self.most_threads if gpt is None else self.threads_for(gpt)
 
     def _called(self, calls: list[_Call]) -> list[Any]:
         with self._news:
@@ -219,7 +239,6 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)
         error: BaseException = Stopped()
         try:
             while self._round():
@@ -244,6 +263,7 @@ class Batcher:
                 return False
             calls = self._next_calls()
         for together in calls:
+            set_threads(together[0].threads)
             _fulfil(together)
             if together[0].leads_up:
                 self._led_up = time.monotonic()
@@ -281,6 +301,7 @@ class Batcher:
         ready = self._ready()
         if not ready:
             return None
+        set_threads(self.threads_for(ready[0].gpt))  # most_rows may have to find out how products round
         together = [request for request in ready if request.shares_with(ready[0])]
         if sum(request.waiting_rows for request in together) >= most_rows(ready[0].gpt):
             return 0
@@ -339,6 +360,7 @@ class Batcher:
             request.first_begun = request.first_begun or now
         for request in {request for request, _ in rows}:
             request.batch_rows.append(len(rows))
+        set_threads(self.threads_for(first.gpt))
         try:
             embedding = torch.cat([request.embedding for request, _ in rows])
             uniforms = torch.stack([request.uniforms[i] for request, i in rows])
@@ -347,6 +369,7 @@ class Batcher:
             _fail(rows, error)
 
     def _step(self, shared: _UnderWay) -> None:
+        set_threads(self.threads_for(shared.batch.gpt))
         try:
             shared.batch.step()
             if shared.batch.done:
@@ -378,48 +401,21 @@ def batch_bytes(gpt: GPT, sampling: Sampling, rows: int) -> int:
 
 
 _making = threading.Lock()
-_shared: list[Batcher] = []
+_shared: dict[tuple[str, int], Batcher] = {}
 
 
 def shared_batcher(device: torch.device) -> Batcher:
-    """The one that every request of this process goes through; begun at the first, with half the memory there is, and
-    anew should its thread have broken.
+    """The batcher that all requests of this process for this device go through. The first request makes it, with half
+    the device's free memory; so does the next one if the batcher's thread broke.
     """
+    key = device.type, device.index or 0
     with _making:
-        if not _shared or _shared[0].closed:
-            _shared.clear()
+        batcher = _shared.get(key)
+        if batcher is None or batcher.closed:
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-            _shared.append(Batcher(free / 2))
-            atexit.register(_shared[0].close)  # a thread cut off inside torch would abort the process
-        return _shared[0]
-
-
-_loading = threading.Lock()
-_loads: list[int] = []  # for each that is under way, how many threads torch had before all of them
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch works in the calling thread alone.
-
-    A thread that works on several keeps helpers for good, and with more helpers about than processors GNU's OpenMP puts
-    all of them to sleep between two steps, which takes the batcher's thread two and a half times as long a token.
-    """
-    with _loading:
-        before = _usual_threads()
-        _loads.append(before)
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _loading:
-            _loads.pop()
-            torch.set_num_threads(before)
-
-
-def _usual_threads() -> int:
-    """With how many threads torch works here, but for those that load: one that has not asked yet would be told 1."""
-    return _loads[0] if _loads else torch.get_num_threads()
+            batcher = _shared[key] = Batcher(free / 2)
+            atexit.register(batcher.close)  # a thread cut off inside torch would abort the process
+        return batcher
 
 
 def available_memory() -> int:
@@ -436,9 +432,9 @@ def available_memory() -> int:
 
 
 def _forget() -> None:
-    """In a forked child there is no thread behind the batcher, nor one to let go of a lock."""
-    global _making, _loading
-    _making, _loading = threading.Lock(), threading.Lock()
+    """A forked child has no thread behind the batchers, and none that would release the lock."""
+    global _making
+    _making = threading.Lock()
     _shared.clear()
 
 

@@ -160,13 +160,14 @@ def forget(gpt: GPT) -> None:
 
 
 def forget_idle(most_bytes: float, gpt: GPT, rows: int) -> None:
-    """Lets go of recordings that wait for a batch, until they hold no more than this beside the one that the next
-    batch, of so many rows of this transformer, will take.
+    """Drops recordings on this transformer's device that wait for a batch, until they hold no more than this beside the
+    one that the next batch, of so many rows of this transformer, will take.
     """
     next_one = _idle.get(gpt, {}).get(rows, [])[-1:]
     others = [
         (recordings, recording)
-        for by_rows in _idle.values()
+        for other, by_rows in list(_idle.items())
+        if other.device == gpt.device
         for recordings in by_rows.values()
         for recording in recordings
         if recording not in next_one

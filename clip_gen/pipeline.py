@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from clip_gen.asked import MAX_SEED, check_request
-from clip_gen.batching import Busy, one_thread, shared_batcher
+from clip_gen.batching import Busy, shared_batcher
 from clip_gen.checkpoint import Networks, load_networks, why_noise
 from clip_gen.float16 import has_products
 from clip_gen.gpt import multiplies_bfloat16
 from clip_gen.images import to_pil
-from clip_gen.machine import tensor_float32
+from clip_gen.machine import one_thread, tensor_float32
 from clip_gen.sampling import Sampling, Stopped, padded
 from clip_gen.weights import WeightsFolder, open_weights
 
@@ -145,14 +145,14 @@ class ClipGen:
             log.warning(sentence)
 
         device, asked = shared_batcher(self.device), time.monotonic()
-        at_a_time, embedding = device.run(lambda: (self.at_a_time, self.embed_prompt(prompt)), leads_up=True)
+        at_a_time, embedding = device.run(lambda: (self.at_a_time, self.embed_prompt(prompt)), self.gpt, leads_up=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
         scores: list[float] = []
         best: dict[int, Image.Image] = {}  # of those looked at so far
         for tokens in sampled.tokens.split(at_a_time):
             if should_stop is not None and should_stop():
                 raise Stopped
-            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], at_a_time)
+            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], at_a_time, self.gpt)
             best |= enumerate((picture for picture, _ in found), len(scores))
             scores += [score for _, score in found]
             ranked = sorted(best, key=scores.__getitem__, reverse=True) if clip_rerank else sorted(best)
@@ -160,7 +160,7 @@ class ClipGen:
         return Generation(
             list(best.values()),
             [scores[candidate] for candidate in best],
-            torch.from_numpy(sampled.tokens.cpu().numpy()[list(best)]),  # torch might take helpers for it (one_thread)
+            torch.from_numpy(sampled.tokens.cpu().numpy()[list(best)]),  # torch might start helpers for it
             seed,
             candidates,
             sampled.metrics,
