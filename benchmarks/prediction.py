@@ -28,16 +28,17 @@ def decoding(subject: Subject) -> list[Figure]:
     """
     theirs, ours, device = subject.plain, subject.ours, subject.device
 
-    def work() -> list[Figure]:
-        gpt = ours.config.gpt
-        tokens = torch.randint(0, gpt.codebook_size, (CANDIDATES, gpt.block_size), device=device)
-        text = ours.embed_prompt(PROMPT)
-        parts = tokens.split(ours.at_a_time)
-        each = seconds(lambda: [ours.decode_and_score(some, text) for some in parts], device, subject.times)
-        batch = seconds(lambda: plain.look(theirs, tokens, text), device, subject.times)
-        return [Figure(f"decoding and ranking {CANDIDATES}", each, batch)]
+    gpt = ours.config.gpt
+    tokens = torch.randint(0, gpt.codebook_size, (CANDIDATES, gpt.block_size), device=device)
+    text = subject.run(lambda: ours.embed_prompt(PROMPT), ours=True)
 
-    found = subject.run(work)
+    def work() -> float:
+        parts = tokens.split(ours.at_a_time)
+        return seconds(lambda: [ours.decode_and_score(some, text) for some in parts], device, subject.times)
+
+    each = subject.run(work, ours=True)
+    batch = subject.run(lambda: seconds(lambda: plain.look(theirs, tokens, text), device, subject.times))
+    found = [Figure(f"decoding and ranking {CANDIDATES}", each, batch)]
     if device.type == "cuda":
         taken = seconds(lambda: ours.generate(PROMPT, candidates=MANY, seed=0), device, subject.times)
         most = MOST_SECONDS_ON_H200 if subject.size == "published" and subject.on_h200 else None

@@ -46,7 +46,7 @@ def measure(subject: Subject) -> list[Figure]:
     model = subject.ours
     with profile(activities=[ProfilerActivity.CPU], acc_events=True):
         pass  # it complains unless the main thread was its first
-    taken = subject.run(lambda: stages(model, subject.device, subject.times))
+    taken = subject.run(lambda: stages(model, subject.device, subject.times), ours=True)
     whole = sum(taken.values())
     return [Figure(name, part, share=part / whole) for name, part in taken.items()]
 

@@ -32,12 +32,16 @@ BARS = {("published", "cpu"): ((13, 20), (40, 60))}  # least and hoped for: one 
 
 def measure(subject: Subject) -> list[Figure]:
     theirs, ours = subject.plain.gpt, subject.ours.gpt
-    return subject.run(lambda: beside(theirs, ours, subject))
-
-
-def beside(theirs: GPT, ours: GPT, subject: Subject) -> list[Figure]:
     device, times = subject.device, subject.times
-    reference = {batch: plain_seconds(theirs, device, batch, times) for batch in BATCHES[device.type]}
+    reference = subject.run(
+        lambda: {batch: plain_seconds(theirs, device, batch, times) for batch in BATCHES[device.type]}
+    )
+    return subject.run(lambda: beside(reference, theirs, ours, subject), ours=True)
+
+
+def beside(reference: dict[int, float], theirs: GPT, ours: GPT, subject: Subject) -> list[Figure]:
+    """Ours beside the seconds of the plain loop, by its batch sizes."""
+    device, times = subject.device, subject.times
     one, sixteen = (our_seconds(ours, device, count, times) for count in (1, 16))
     alone, together = BARS.get((subject.size, device.type), ((), ()))
     best = min(reference, key=reference.get)

@@ -51,11 +51,15 @@ class Subject:
     def ours(self) -> ClipGen:
         return ClipGen.load(self.folder, self.device.type)
 
-    def run(self, work: Callable[[], Result]) -> Result:
+    def run(self, work: Callable[[], Result], ours: bool = False) -> Result:
         """What `work` returns, done by the thread that draws predictions. All that takes torch some time belongs there:
-        a second thread with helpers slows both down (batching.one_thread). `work` must not generate or load, or it
-        would wait for itself."""
-        return shared_batcher(self.device).run(work)
+        a second thread with helpers slows both down (machine.one_thread). `work` must not generate or load, or it
+        would wait for itself.
+
+        ours: with as many threads as predictions of this model have; otherwise with as many as there are.
+        """
+        batcher = shared_batcher(self.device)
+        return batcher.run(work, batcher.threads_for(self.ours.gpt) if ours else None)
 
 
 def write_published(folder: Path, config: ModelConfig = PUBLISHED) -> Path:

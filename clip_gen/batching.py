@@ -190,30 +190,27 @@ class Batcher:
             raise
 
     def threads_for(self, gpt: GPT) -> int:
-        """How many threads work on this model: one on a small model, else most_threads. Never by load: the number of
-        threads can change the last bits of a sum, and a seed's picture must stay the same.
+        """How many threads draw with this transformer: one with a small transformer, else most_threads. The load never
+        decides: the number of threads can change the last bits of a sum, and a seed's picture must stay the same.
         """
         return self.most_threads if 4 * ROWS * gpt.config.n_embd**2 >= SHARED_PRODUCT else 1
 
-    def run(self, work: Callable[[], Result], gpt: GPT | None = None, leads_up: bool = False) -> Result:
+    def run(self, work: Callable[[], Result], threads: int | None = None, leads_up: bool = False) -> Result:
         """What `work` returns, done between two tokens by the thread that has the device.
 
-        gpt: of the model that the work is for, which decides the number of threads; most_threads if not given.
-        leads_up: the caller will ask for candidates next, and is worth waiting for.
+        threads: how many torch may use for it; most_threads if not given. leads_up: the caller will ask for candidates
+        next, and is worth waiting for.
         """
-        return self._called([_Call(work, self._threads(gpt), leads_up)])[0]
+        return self._called([_Call(work, threads or self.most_threads, leads_up)])[0]
 
     def share(
-        self, work: Callable[[list[Row]], list[Result]], rows: Iterable[Row], most: int, gpt: GPT | None = None
+        self, work: Callable[[list[Row]], list[Result]], rows: Iterable[Row], most: int, threads: int | None = None
     ) -> list[Result]:
         """What `work` makes of these rows, done as by `run`, `most` of them at a time; with fewer left, those of others
         who ask for the same work are done along with them. Each row alone once they fail together: an error is for
         those to hear of whose row it was.
         """
-        return self._called([_Call(work, self._threads(gpt), row=row, most=most) for row in rows])
-
-    def _threads(self, gpt: GPT | None) -> int:
-        return self.most_threads if gpt is None else self.threads_for(gpt)
+        return self._called([_Call(work, threads or self.most_threads, row=row, most=most) for row in rows])
 
     def _called(self, calls: list[_Call]) -> list[Any]:
         with self._news:
@@ -221,6 +218,23 @@ class Batcher:
             self._calls += calls
             self._news.notify()
         return [call.result.result() for call in calls]
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests with candidates that are in no batch yet."""
+        with self._news:
+            return sum(request.waiting_rows > 0 for request in self._asked)
+
+    @property
+    def waiting_calls(self) -> int:
+        """Calls of `run`, and rows given to `share`, that the thread has not begun."""
+        with self._news:
+            return len(self._calls)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Those under way, the oldest first."""
+        return [shared.batch for shared in self._under_way]
 
     @property
     def closed(self) -> bool:
@@ -328,8 +342,9 @@ class Batcher:
 
     def _begin(self) -> None:
         """Puts candidates that wait into new batches, first come first served, as far as there is room."""
-        batches = [shared.batch for shared in self._under_way]
-        held = sum(batch_bytes(batch.gpt, batch.sampling, batch.width) for batch in batches)
+        if not self._asked:
+            return
+        held = sum(batch_bytes(batch.gpt, batch.sampling, batch.width) for batch in self.batches)
         while True:
             with self._news:
                 self._asked = deque(request for request in self._asked if request.waiting_rows)

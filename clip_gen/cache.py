@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,6 +31,7 @@ class KVCache:
         self.rows, self.length = rows, 0
         self.prefix: Tensor | None = None  # for a transformer that looks around: (B, n_embd), and the tokens so far,
         self.tokens: Tensor | None = None  # (B, T + 1), as GPT.surrounded wants them
+        self.steps: list[Callable] | None = None  # of the layers of the transformer that made this cache
         self.mask: Tensor | None = None  # which of what `extend` returns may be looked at, where not all of it
 
     @property
@@ -91,15 +93,14 @@ class SummedCache(KVCache):
         self._sum_over(1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        block, place = divmod(self.length, self.block)
-        self.keys[layer, :, :, block, :, place] = key
-        self.values[layer, :, :, self.length] = value
         if self.summed != self.length + 1:
             self._sum_over(self.length + 1)
+        self.last_keys[layer].copy_(key)
+        self.last_values[layer].copy_(value)
         keys, values = self.tables[layer]
-        torch.mul(query[:, :, None], self.scale, out=self.weights)
-        scores = _sums(keys, self.channel_rows, self.channel_starts, self.weights.view(-1))
-        shares = scores.view(len(self.places), -1)[:, : self.summed].softmax(dim=1)
+        torch.mul(query.unsqueeze(2), self.scale, out=self.weights)
+        scores = _sums(keys, self.channel_rows, self.channel_starts, self.flat_weights)
+        shares = scores.view(len(self.places), -1).narrow(1, 0, self.summed).softmax(dim=1)
         return _sums(values, self.place_rows, self.place_starts, shares.view(-1)).view(value.shape).to(value.dtype)
 
     def _sum_over(self, places: int) -> None:
@@ -109,8 +110,12 @@ class SummedCache(KVCache):
         if blocks != -(-self.summed // self.block):
             self.scale = torch.full((blocks, 1), size**-0.5)
             self.weights = torch.empty(rows, heads, blocks, size, dtype=self.keys.dtype)
+            self.flat_weights = self.weights.view(-1)
             self.channel_rows = self.channels[:, :blocks].flatten()
             self.channel_starts = torch.arange(0, self.weights.numel(), size, dtype=torch.int32)
+        block, place = divmod(places - 1, self.block)
+        self.last_keys = self.keys[:, :, :, block, :, place].unbind()  # of every layer, (rows, H, D)
+        self.last_values = self.values[:, :, :, places - 1].unbind()
         self.place_rows = self.places[:, :places].flatten()
         self.place_starts = torch.arange(0, len(self.place_rows), places, dtype=torch.int32)
         self.summed = places

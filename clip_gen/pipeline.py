@@ -145,14 +145,16 @@ class ClipGen:
             log.warning(sentence)
 
         device, asked = shared_batcher(self.device), time.monotonic()
-        at_a_time, embedding = device.run(lambda: (self.at_a_time, self.embed_prompt(prompt)), self.gpt, leads_up=True)
+        # Operations on small pictures are too short for several threads; see batching.SHARED_PRODUCT.
+        threads = 1 if self.config.vqgan.patch > 1 else device.most_threads
+        at_a_time, embedding = device.run(lambda: (self.at_a_time, self.embed_prompt(prompt)), threads, leads_up=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
         scores: list[float] = []
         best: dict[int, Image.Image] = {}  # of those looked at so far
         for tokens in sampled.tokens.split(at_a_time):
             if should_stop is not None and should_stop():
                 raise Stopped
-            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], at_a_time, self.gpt)
+            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], at_a_time, threads)
             best |= enumerate((picture for picture, _ in found), len(scores))
             scores += [score for _, score in found]
             ranked = sorted(best, key=scores.__getitem__, reverse=True) if clip_rerank else sorted(best)

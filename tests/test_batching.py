@@ -11,15 +11,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from clip_gen.batching import Batcher, Busy, Sampled, available_memory, batch_bytes, one_thread, shared_batcher
+from clip_gen.batching import SHARED_PRODUCT, Batcher, Busy, Sampled, available_memory, batch_bytes, shared_batcher
+from clip_gen.cache import KVCache
 from clip_gen.gpt import GPT
+from clip_gen.machine import one_thread
 from clip_gen.sampling import ROWS, Sampling, Stopped, candidate_uniforms, most_rows, sample_tokens
 
 LENGTH = TINY.gpt.block_size
@@ -77,14 +81,19 @@ class Held:
         assert held.wait(10)
 
     def __exit__(self, *_: object) -> None:
-        while not self.batcher._asked:
-            pass
+        wait_until_asked(self.batcher, 1)
         self.go_on.set()
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited for 10 seconds"
+        time.sleep(0.001)
+
+
 def wait_until_asked(batcher: Batcher, count: int) -> None:
-    while len(batcher._asked) < count:
-        pass
+    wait_until(lambda: batcher.waiting_requests >= count)
 
 
 def test_every_request_gets_the_tokens_it_would_get_alone(
@@ -144,7 +153,9 @@ def test_nobody_waits_for_calls_that_lead_up_to_nothing(
     monkeypatch.setattr("clip_gen.batching.LINGER", 0.2)
     monkeypatch.setattr("clip_gen.batching.LONGEST", 10.0)
     asked = ask(threads, batcher, gpt, 1)
+    deadline = time.monotonic() + 10
     while not asked.done():
+        assert time.monotonic() < deadline
         batcher.run(lambda: time.sleep(0.02))  # as pictures of others are looked at
     assert asked.result().queue_seconds < 1
 
@@ -175,13 +186,13 @@ def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
     asked_at = []
 
     def stop() -> bool:
-        asked_at.append(batcher._under_way[0].batch.drawn if batcher._under_way else 0)
+        asked_at.append(batcher.batches[0].drawn if batcher.batches else 0)
         return len(asked_at) > 5
 
     widths = []
 
     def watch() -> bool:
-        widths.extend(shared.batch.width for shared in batcher._under_way)
+        widths.extend(batch.width for batch in batcher.batches)
         return False
 
     with Held(batcher, threads):
@@ -198,7 +209,7 @@ def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
     alone_again = ask(threads, batcher, gpt, 3, should_stop=lambda: True)
     with pytest.raises(Stopped):
         alone_again.result(30)
-    assert not batcher._under_way
+    assert not batcher.batches
 
 
 def test_a_full_queue_says_so_and_takes_more_later(gpt: GPT, threads: ThreadPoolExecutor) -> None:
@@ -224,7 +235,7 @@ def test_no_more_batches_are_under_way_than_memory_has_room_for(
     batcher = Batcher(most_bytes=room * batch_bytes(gpt, Sampling(), most_rows(gpt)))
 
     def watch() -> bool:
-        most.append(len(batcher._under_way))
+        most.append(len(batcher.batches))
         return False
 
     with Held(batcher, threads):
@@ -279,13 +290,15 @@ def test_what_goes_wrong_with_one_request_leaves_the_thread_to_the_others(
     assert batcher.run(lambda: 7) == 7
 
 
-def test_nobody_waits_for_a_thread_that_is_gone(
-    gpt: GPT, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class EndsTheThread(GPT):
+    def start(self, *_: object) -> torch.Tensor:
+        raise SystemExit("far gone")
+
+
+def test_nobody_waits_for_a_thread_that_is_gone() -> None:
     batcher = Batcher(most_bytes=1e9)
-    monkeypatch.setattr(batcher, "_begin", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        batcher.sample(gpt, embedding(1), 1, 1, Sampling())
+    with pytest.raises(SystemExit, match="far gone"):
+        batcher.sample(EndsTheThread(TINY.gpt).eval(), embedding(1), 1, 1, Sampling())
     with pytest.raises(RuntimeError, match="closed"):
         batcher.run(lambda: 7)
 
@@ -295,11 +308,9 @@ def test_who_waits_for_a_call_hears_that_the_batcher_was_closed(threads: ThreadP
     threads.submit(batcher.run, lambda: (held.set(), go_on.wait(10)))
     assert held.wait(10)
     asked = [threads.submit(batcher.share, list, range(3), 2), threads.submit(batcher.run, lambda: 7)]
-    while len(batcher._calls) < 4:
-        pass
+    wait_until(lambda: batcher.waiting_calls == 4)
     closing = threads.submit(batcher.close)
-    while not batcher.closed:
-        pass
+    wait_until(lambda: batcher.closed)
     go_on.set()
     for future in asked:
         with pytest.raises(Stopped):
@@ -307,13 +318,12 @@ def test_who_waits_for_a_call_hears_that_the_batcher_was_closed(threads: ThreadP
     closing.result(10)
 
 
-def test_a_thread_that_broke_is_not_handed_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_broke_is_not_handed_out_again() -> None:
     cpu = torch.device("cpu")
     broken = shared_batcher(cpu)
     assert shared_batcher(cpu) is broken
-    monkeypatch.setattr(broken, "_begin", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        broken.sample(GPT(TINY.gpt).eval(), embedding(1), 1, 1, Sampling())
+    with pytest.raises(SystemExit, match="far gone"):
+        broken.sample(EndsTheThread(TINY.gpt).eval(), embedding(1), 1, 1, Sampling())
     assert shared_batcher(cpu).run(lambda: 7) == 7
 
 
@@ -323,14 +333,13 @@ def test_who_draws_waits_for_one_call_at_a_time_and_for_prompts_that_are_read(
     drawn: dict[bool, list[int]] = {False: [], True: []}
 
     def call(leads_up: bool) -> None:
-        batcher.run(lambda: drawn[leads_up].append(batcher._under_way[0].batch.drawn), leads_up)
+        batcher.run(lambda: drawn[leads_up].append(batcher.batches[0].drawn), leads_up=leads_up)
 
     def others_come() -> bool:
-        if batcher._under_way and batcher._under_way[0].batch.drawn == 3:
+        if batcher.batches and batcher.batches[0].drawn == 3:
             for leads_up in (False, False, False, True, True):
                 threads.submit(call, leads_up)
-            while len(batcher._calls) < 5:
-                pass
+            wait_until(lambda: batcher.waiting_calls == 5)
         return False
 
     ask(threads, batcher, gpt, 1, should_stop=others_come).result(30)
@@ -352,14 +361,14 @@ def test_rows_of_several_who_ask_for_the_same_work_are_done_together(
         return [-row for row in rows]
 
     asked: list[Future] = []
+    waiting = 0
     held, go_on = threading.Event(), threading.Event()
     threads.submit(batcher.run, lambda: (held.set(), go_on.wait(10)))
     assert held.wait(10)
     for work, rows in ((tenfold, [1, 2, 3]), (negative, [4, 5]), (tenfold, [6]), (tenfold, [7, 8]), (tenfold, [13, 9])):
-        waiting = len(batcher._calls) + len(rows)
+        waiting += len(rows)
         asked.append(threads.submit(batcher.share, work, rows, 4))
-        while len(batcher._calls) < waiting:
-            pass
+        wait_until(lambda: batcher.waiting_calls == waiting)  # noqa: B023
     go_on.set()
     assert [future.result(10) for future in asked[:4]] == [[10, 20, 30], [-4, -5], [60], [70, 80]]
     with pytest.raises(ValueError, match="13 is not multiplied"):
@@ -409,34 +418,80 @@ def test_what_failed_together_is_let_go_of_before_its_rows_are_tried_alone(batch
     assert batcher.share(work, [1, 2], 2) == [1, 2]
 
 
-def test_its_thread_has_all_cores_whatever_is_being_loaded() -> None:
-    def threads_of(batcher: Batcher) -> int:
-        try:
-            return batcher.run(torch.get_num_threads)
-        finally:
-            batcher.close()
+@pytest.fixture
+def two_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("clip_gen.batching.cpus", lambda: 2)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
-    def loading(inside: threading.Event, go_on: threading.Event) -> None:
+
+class Watched(GPT):
+    """Knows how many threads torch had when it drew."""
+
+    threads: ClassVar[dict[int, set[int]]] = {}  # by width
+
+    def step(self, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        self.threads.setdefault(self.config.n_embd, set()).add(torch.get_num_threads())
+        return super().step(token, cache)
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_small_models_are_drawn_on_one_thread_and_large_ones_on_all(threads: ThreadPoolExecutor) -> None:
+    wide = replace(TINY.gpt, n_layer=1, n_embd=768, block_size=4)
+    assert 4 * ROWS * wide.n_embd**2 > SHARED_PRODUCT
+    batcher, small, large = Batcher(1e9), Watched(TINY.gpt).eval(), Watched(wide).eval()
+    asked = [ask(threads, batcher, gpt, number) for number, gpt in enumerate((small, large, small))]
+    for future in asked:
+        future.result(30)
+    assert Watched.threads == {TINY.gpt.n_embd: {1}, wide.n_embd: {2}}
+    assert batcher.run(torch.get_num_threads) == batcher.run(torch.get_num_threads, 2) == 2
+    assert batcher.run(torch.get_num_threads, 1) == batcher.share(lambda rows: [torch.get_num_threads()], [0], 1, 1)[0]
+    assert torch.get_num_threads() == threads.submit(torch.get_num_threads).result() == 2
+    batcher.close()
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_no_more_threads_draw_than_the_container_pays_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.batching.cpus", lambda: 1)
+    batcher = Batcher(1e9)
+    assert batcher.run(torch.get_num_threads) == 1
+    batcher.close()
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_it_has_all_cpus_whatever_is_being_loaded() -> None:
+    def loading(inside: threading.Event, go_on: threading.Event) -> int:
         with one_thread():
-            assert torch.get_num_threads() == 1
             inside.set()
             assert go_on.wait(10)
+            assert torch.get_num_threads() == 1
+        return torch.get_num_threads()
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with ThreadPoolExecutor(3) as pool:
-            events = [(threading.Event(), threading.Event()) for _ in range(2)]
-            loads = [pool.submit(loading, *pair) for pair in events]
-            for inside, _ in events:
-                assert inside.wait(10)
-            assert threads_of(pool.submit(Batcher, 1e9).result(10)) == 2
-            for load, (_, go_on) in zip(loads, events, strict=True):
-                go_on.set()
-                load.result(10)
-            assert threads_of(pool.submit(Batcher, 1e9).result(10)) == 2
-    finally:
-        torch.set_num_threads(before)
+    with ThreadPoolExecutor(3) as pool:
+        events = [(threading.Event(), threading.Event()) for _ in range(2)]
+        loads = [pool.submit(loading, *pair) for pair in events]
+        for inside, _ in events:
+            assert inside.wait(10)
+        batcher = pool.submit(Batcher, 1e9).result(10)
+        assert batcher.run(torch.get_num_threads) == 2
+        batcher.close()
+        for load, (_, go_on) in zip(loads, events, strict=True):
+            go_on.set()
+            assert load.result(10) == 2
+
+
+def test_each_device_has_its_own_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {0: 8e9, 1: 6e9}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index or 0], 80e9))
+    cpu = shared_batcher(torch.device("cpu"))
+    first, second = shared_batcher(torch.device("cuda")), shared_batcher(torch.device("cuda:1"))
+    assert (first.most_bytes, second.most_bytes) == (4e9, 3e9)
+    assert shared_batcher(torch.device("cuda:0")) is first
+    assert shared_batcher(torch.device("cpu")) is cpu
+    for batcher in (first, second):
+        batcher.close()
 
 
 def test_an_idle_thread_holds_nothing(batcher: Batcher) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from clip_gen.cog_training import KEEP_MEMORY
-from clip_gen.machine import at_work, spare_cores, tensor_float32
+from clip_gen.machine import at_work, cpus, one_thread, set_threads, spare_cores, tensor_float32
 
 CUDA = torch.device("cuda")
 
@@ -66,8 +69,61 @@ def test_networks_that_worked_where_nothing_is_learnt_can_be_trained_afterwards(
     assert network.weight.grad.sum() == 4
 
 
-def test_one_core_is_left_to_the_one_who_asks() -> None:
-    assert 1 <= spare_cores() <= 16
+@pytest.mark.parametrize(
+    ("own", "files", "count"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "250000 100000"}, 2),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "1600000 100000"}, 8),
+        ("0::/", {}, 8),
+        # A service has the limits of the groups around it too.
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "600000 100000"}, 3),
+        ("0::/host/path/of/container", {"cpu.max": "400000 100000"}, 4),
+        # The first version of cgroups.
+        ("4:memory:/x\n1:cpu:/\n0::/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("2:cpu,cpuacct:/d/1", {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "50000"}, 3),
+        ("2:cpu:/d", {"cpu/d/cpu.cfs_quota_us": "20000", "cpu/d/cpu.cfs_period_us": "10000"}, 2),
+        ("2:cpuset:/d", {"cpu/d/cpu.cfs_quota_us": "20000", "cpu/d/cpu.cfs_period_us": "10000"}, 8),
+        (None, {"cpu.max": "100000 100000"}, 8),
+    ],
+)
+def test_cpus_are_those_that_the_cgroup_pays_for(
+    own: str | None, files: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr("clip_gen.machine.CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("clip_gen.machine.OWN_CGROUPS", tmp_path / "own")
+    if own is not None:
+        (tmp_path / "own").write_text(own + "\n")
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert cpus() == count
+    assert spare_cores() == max(1, count - 1)
+
+
+def test_cpus_are_those_that_this_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= cpus() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5})
+    assert cpus() == spare_cores() == 1
+
+
+def test_a_thread_sets_its_own_number_of_threads_and_no_others() -> None:
+    def in_new_thread(work: Callable[[], int]) -> int:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(work).result()
+
+    def set_and_get() -> int:
+        set_threads(3)
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    assert in_new_thread(set_and_get) == 3
+    assert torch.get_num_threads() == in_new_thread(torch.get_num_threads) == before
 
 
 def test_memory_kept_for_later_is_given_back_before_processes_that_prepare_samples_get_it() -> None:
