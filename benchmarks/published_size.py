@@ -56,7 +56,7 @@ def _random(name: str, shape: list[int], generator: torch.Generator) -> Tensor:
 
 def measured(words: list[str], threads: int) -> tuple[float, int]:
     """Seconds and the most bytes in memory of one process, which must succeed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     started, most = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None:

@@ -37,6 +37,7 @@ KEEP_MEMORY = {
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by a person, a system or a closed terminal
+SPIN = {"GOMP_SPINCOUNT": "100000"}  # idle OpenMP threads wait awake for a tenth of a millisecond: steps are short
 KEPT_LINES = 20  # of what was printed last, for the error
 LONGEST_LINE = 2**20  # bytes; a longer one is cut in two
 LONGEST_ERROR = 20_000  # characters
@@ -88,7 +89,7 @@ async def run_training(
     cache, folder = tempfile.gettempdir(), tempfile.gettempdir() if command else str(out.parent)
     # A training that is killed leaves sockets there. Their paths may have 107 characters.
     temporary = tempfile.mkdtemp(prefix="training-", dir=folder if len(folder) < 50 else "/tmp")
-    defaults = KEEP_MEMORY | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor_{os.getuid()}"}
+    defaults = KEEP_MEMORY | SPIN | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor_{os.getuid()}"}
     more = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": temporary, COMMAND: command}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "clip_gen", "train", *options(values, out)),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench
+import busy
 import figures
 import numpy as np
 import plain
@@ -268,6 +269,38 @@ def alive(group: int) -> list[str]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended while it was looked at
             states.append(path.read_text().rpartition(")")[2].split())
     return [state for state, _, of, *_ in states if int(of) == group and state != "Z"]
+
+
+# Beside other processes
+
+
+def test_drawing_beside_others_is_held_against_a_loop_beside_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(busy, "SETTLING", 0.0)
+    monkeypatch.setattr(busy, "MULTIPLIES", "def work():\n    time.sleep(0.02)\n")
+    monkeypatch.setattr(busy, "DRAWS", "def work():\n    return len(list(range(1000)))\n")
+    out = tmp_path / "busy.json"
+    words = ["--others", "1", "--repeats", "2", "--before", str(ROOT), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["busy", *words])
+    busy.main()
+    kept = json.loads(out.read_text())
+    assert [row["others"] for row in kept["rows"]] == [0, 1]
+    assert all(row["loop seconds"] >= 0.02 for row in kept["rows"])
+    assert kept["same_pictures"]
+    assert "| others | loop seconds | ours seconds | before seconds |" in capsys.readouterr().out
+
+
+def test_the_bars_for_busy_machines() -> None:
+    medians = {
+        0: {"loop": 1.0, "ours": 0.9, "before": 0.75},
+        2: {"loop": 2.0, "ours": 2.6, "before": 9.0},
+        4: {"loop": 2.5, "ours": 3.6, "before": 9.0},
+    }
+    quiet, two, four = busy.rows(medians)
+    assert (quiet["ours / before"], quiet["met"]) == (1.2, True)
+    assert (two["ours: slowdown / loop's"], two["before: slowdown / loop's"], two["met"]) == (1.44, 6.0, True)
+    assert (four["ours: slowdown / loop's"], four["met"]) == (1.6, False)
 
 
 # What is left
