@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -561,31 +563,39 @@ def command(photos: Path, out: Path, base: str, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_training_killed_again_and_again_ends_with_the_very_weights_of_one_that_was_not(
+def test_a_training_ended_again_and_again_ends_with_the_very_weights_of_one_that_was_not(
     photos: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, ended, scratch = tmp_path / "whole", tmp_path / "ended", tmp_path / "scratch"
     subprocess.run(command(photos, whole, str(tiny_model_folder)), check=True, capture_output=True)
-    chance, kills = random.Random(0), 0
-    for stage in ("vqgan", "vqgan", "gpt", "gpt"):
-        process = subprocess.Popen(
-            command(photos, killed, str(tiny_model_folder)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        # A checkpoint is written at every step, so that some of the kills fall into the writing of one.
-        seen = steps_done(killed, stage)
-        while process.poll() is None and steps_done(killed, stage) < seen + 3:
-            time.sleep(0.02)
-        time.sleep(chance.random() / 5)
-        kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert kills >= 3
-    subprocess.run(command(photos, killed, str(tiny_model_folder)), check=True, capture_output=True)
+    scratch.mkdir()
+    words, environment = command(photos, ended, str(tiny_model_folder)), {**os.environ, "TMPDIR": str(scratch)}
+    chance, ends = random.Random(0), 0
+    for stage, number in itertools.product(("vqgan", "gpt"), (signal.SIGKILL, signal.SIGTERM)):
+        shutil.rmtree(scratch)
+        scratch.mkdir()
+        with (tmp_path / "said").open("w+") as said:
+            process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True, env=environment)
+            # A checkpoint is written at every step, so that some of the signals fall into the writing of one.
+            seen = steps_done(ended, stage)
+            while process.poll() is None and steps_done(ended, stage) < seen + 3:
+                time.sleep(0.02)
+            time.sleep(chance.random() / 5)
+            if process.poll() is None:
+                ends += 1
+                os.killpg(process.pid, number)  # workers get it too
+                assert process.wait() == (-number if number == signal.SIGKILL else 128 + number)
+                said.seek(0)
+                if number == signal.SIGTERM:
+                    text = said.read()
+                    assert "Traceback" not in text, text
+                    resume = f"{ended} holds a checkpoint; this command resumes the training: {shlex.join(words)}\n"
+                    assert text.endswith(resume), text
+                    assert not list(scratch.glob("pymp-*"))
+    assert ends >= 3
+    subprocess.run(words, check=True, capture_output=True)
     for part in ("vqgan", "gpt", "bridge"):
-        expected, found = (load_file(out / "model" / f"{part}.safetensors") for out in (whole, killed))
+        expected, found = (load_file(out / "model" / f"{part}.safetensors") for out in (whole, ended))
         for name, value in expected.items():
             assert torch.equal(value, found[name]), f"{part} {name}"
 
