@@ -341,6 +341,11 @@ def narrowed(tensors: dict[str, Tensor], names: Collection[str], dtype: torch.dt
 
 
 def write_part(tensors: dict[str, Tensor], path: Path) -> None:
-    """A weights file, atomically."""
+    """A weights file, atomically. OSError when the disk does not take it."""
     with whole_or_not(path) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:
+            raise OSError(
+                f"{path}: could not be written ({error}); make room, and start the same command again"
+            ) from error

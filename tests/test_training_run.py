@@ -11,10 +11,11 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from conftest import TINY, tiny_networks
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
+from clip_gen.checkpoint import save_part
 from clip_gen.gpt import GPT
 from clip_gen.shapes.pairs import RenderedPictures
 from clip_gen.training import run, stage
 from clip_gen.training.checkpoints import find_checkpoint, read_checkpoint
-from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
+from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens, whole_array
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import Grids
 from clip_gen.training.run import Machine, fit, read_history
@@ -348,6 +350,23 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_complete(
         assert last.read_bytes() == before
         assert not list(tmp_path.glob(".saving*"))
     assert train(tmp_path).record["steps"] == 9
+
+
+def test_weights_and_arrays_that_a_disk_does_not_take_are_sentences_too(tmp_path: Path) -> None:
+    with disk_with(1000), pytest.raises(OSError, match=r"gpt\.safetensors: could not be written \(.*; make room"):
+        save_part(tiny_networks().gpt, tmp_path / "gpt.safetensors")
+    assert not list(tmp_path.iterdir())
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root can make a disk that is full")
+    child = os.fork()
+    if not child:  # which a memory map without a disk behind it would end
+        with suppress(OSError), whole_array(tmp_path / "rows.npy", (2, 2**20), np.uint8) as rows:
+            rows[:] = 1
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    subprocess.run(["umount", tmp_path], check=True)
+    assert status == 0
 
 
 def damaged(path: Path, how: str) -> None:

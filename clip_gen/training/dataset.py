@@ -459,6 +459,9 @@ def whole_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[np.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     rows = np.lib.format.open_memmap(part, "w+", dtype, shape)
+    # A mapped file that runs out of disk ends the process by SIGBUS; here it is an OSError.
+    with part.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     yield rows
     rows.flush()
     os.replace(part, path)

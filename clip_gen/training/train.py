@@ -304,9 +304,9 @@ class Training:
         if not record.is_file():
             values = getattr(self, f"train_{name}")(folder)
             if not rank_zero_only.rank:
+                (folder / PREVIOUS).unlink(missing_ok=True)
                 save_part(network.cpu(), weights)
                 write_whole(record, json.dumps(values | {"max_minutes": self.settings.max_minutes}))
-                (folder / PREVIOUS).unlink(missing_ok=True)
                 self.clock.save()
         wait_for(record)
         load_part(network, weights)
