@@ -184,14 +184,22 @@ def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: 
 
 
 def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
-    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run.Progress.__init__, "__defaults__", (0.1,))  # seconds between lines
     with caplog.at_level(logging.INFO):
         stage = train(tmp_path, replace(CONFIG, steps=100_000), machine=Machine(max_minutes=1 / 60))
-    assert 1 <= stage.record["steps"] < 100_000
+    steps = stage.record["steps"]
+    assert 1 <= steps < 100_000
+    assert stage.record["ended_by"] == "time"
     assert any("minutes are over at step" in line for line in caplog.messages)
-    assert find_checkpoint(tmp_path).steps == stage.record["steps"]
-    assert [leg["to_step"] for leg in stage.record["legs"]] == [stage.record["steps"]]
+    assert find_checkpoint(tmp_path).steps == steps
+    assert [leg["to_step"] for leg in stage.record["legs"]] == [steps]
+    *on_the_way, last = [line for line in caplog.messages if line.startswith("toy ")]
+    ends = [re.search(r" min left, until about step (\d+)  lr [\d.e-]+  loss ", line) for line in on_the_way[1:]]
+    assert on_the_way
+    assert all(end and steps / 5 < int(end[1]) < 5 * steps for end in ends), on_the_way
+    assert "  0.0 min left  lr " in last
 
 
 class Sketches(Grids):
