@@ -99,5 +99,5 @@ def save_image(
         exif = Image.Exif()
         exif[EXIF_IMAGE_DESCRIPTION] = json.dumps(metadata)
         options["exif"] = exif
-    with whole_or_not(path) as temporary:
+    with whole_or_not(path, durable=False) as temporary:
         image.save(temporary, "jpeg" if output_format == "jpg" else output_format, **options)

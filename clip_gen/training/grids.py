@@ -81,7 +81,7 @@ class Grids(Callback, ABC):
         finally:
             module.train(training)
         self.folder.mkdir(exist_ok=True)
-        with whole_or_not(self.folder / f"{trainer.global_step:07d}.png") as temporary:
+        with whole_or_not(self.folder / f"{trainer.global_step:07d}.png", durable=False) as temporary:
             save_grid(rows, temporary, self.legend)
         self.drawn = time.monotonic()
         self.took = self.drawn - began
