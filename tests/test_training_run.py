@@ -381,14 +381,12 @@ def damaged(path: Path, how: str) -> None:
     whole = path.read_bytes()
     if how == "cut off":
         path.write_bytes(whole[: len(whole) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
     else:  # one bit in the middle of a tensor
         place = len(whole) // 2
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
 
 
-@pytest.mark.parametrize("how", ["cut off", "empty", "one bit", "missing"])
+@pytest.mark.parametrize("how", ["cut off", "one bit", "missing"])
 @pytest.mark.parametrize("train", ["gpt"], indirect=True)
 def test_a_stage_resumes_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_very_weights(
     train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str

@@ -446,7 +446,7 @@ def test_a_resumed_training_has_the_rest_of_its_minutes(
         raise Killed
 
     monkeypatch.setattr(train, "fit", killed)
-    toy = replace(toy, stage="transformer", max_minutes=10)
+    toy = replace(toy, stage="transformer", max_minutes=10, crop=False, flip=False)
     for minutes_before in (0, 3):
         training = Training(photos, tmp_path, toy)
         training.clock.began -= minutes_before * 60  # as if it had taken so long to load and encode
@@ -463,7 +463,8 @@ def test_a_finished_training_continues_with_more_minutes_and_says_otherwise_that
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "LEAST_MINUTES", 0.002)
-    toy = replace(toy, vqgan_steps=2, transformer_steps=300, sample_prompts="a prompt of over sixteen words " * 4)
+    toy = replace(toy, vqgan_steps=2, transformer_steps=100, adversarial_weight=0.0, crop=False, flip=False)
+    toy = replace(toy, sample_prompts="a prompt of over sixteen words " * 4)
 
     def trained(minutes: float) -> tuple[dict, dict[str, torch.Tensor]]:
         caplog.clear()

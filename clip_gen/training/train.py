@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader, Subset
 
 from clip_gen.archives import Pictures, check_outside, fingerprint, unpack
 from clip_gen.checkpoint import (
-    DIGESTS,
     FILES,
     ModelFolderError,
     Networks,
@@ -273,11 +272,11 @@ class Training:
             return tar
         if finished:
             self._say_finished(records)
-        record = self.earlier_record(records) or self.record(records)
+        record = self.record(records) | self.earlier_record(records)
         save_networks(self.networks, self.out / "model", record)
         pack(self.out / "model", tar)
         write_report(self.out / "report.html", self.work, record)
-        for sentence in record.get("warnings", ()):  # an earlier version noted none
+        for sentence in record["warnings"]:
             log.warning(sentence)
         log.info("weights: %s  report: %s", tar, self.out / "report.html")
         known = self.settings.stage != "vqgan" or (records["vqgan"]["tokens_kept"] and knows_its_tokens(self.base))
@@ -509,16 +508,16 @@ class Training:
             embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
 
-    def earlier_record(self, stages: dict[str, dict[str, object]]) -> dict[str, object] | None:
-        """training.json of the model that lies there, where it is of these very stages: it says what they were trained
-        with, which other settings would not.
+    def earlier_record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
+        """What training.json says of these very stages already, and other settings of this start would change; empty
+        where it is of others.
         """
         try:
             record = load_record(self.out / "model")
         except ModelFolderError:
-            return None
-        record.pop(DIGESTS, None)
-        return record if record.get("stages") == stages else None
+            return {}
+        kept = ("settings", "plan", "minutes", "versions") if record.get("stages") == stages else ()
+        return {name: record[name] for name in kept if name in record}
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
         settings, before = asdict(self.settings), sum(stage["minutes"] for stage in stages.values())
