@@ -115,7 +115,12 @@ async def train(
         choices=["auto", "32-true", "bf16-mixed"],
     ),
     max_minutes: float = Input(description="Stop after so long and keep what there is. 0: no end.", default=0.0, ge=0),
-    seed: int = Input(description="The same seed trains the same weights.", default=0, ge=0, le=2147483647),
+    seed: int = Input(
+        description="The same seed trains the same weights on one thread, nearly so on others.",
+        default=0,
+        ge=0,
+        le=2147483647,
+    ),
     **unknown: object,
 ) -> TrainingOutput:
     """Trains in a process of its own, which ends with the request. Checks its inputs itself, as predict.py does."""

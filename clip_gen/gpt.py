@@ -345,7 +345,9 @@ class GPT(nn.Module):
 
     def _logits(self, x: Tensor, places: slice | Tensor, mask: Tensor | None = None) -> Tensor:
         length = x.shape[1]
-        positions = self.position_embedding.weight[places]
+        # Several threads add up the gradients of indexed rows in any order, those of an embedding in one.
+        whole = isinstance(places, slice)
+        positions = self.position_embedding.weight[places] if whole else self.position_embedding(places)
         assert positions.shape[-2] == length, (places, self.config.block_size)
         x = self.dropout(x + positions)
         rotation = self.rotation

@@ -13,6 +13,7 @@ from conftest import TINY
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_gen.config import GPTConfig
 from clip_gen.gpt import GPT, grid_rotation, places_around, quick_gelu, rotate, with_null_condition
 
 
@@ -210,3 +211,36 @@ for threads in (1, 2, 3, 5, 8):
 
 def test_the_quick_gelu_of_a_row_has_the_same_bits_beside_others_with_any_number_of_threads() -> None:
     subprocess.run([sys.executable, "-c", GELU], cwd=Path(__file__).parent.parent, check=True)
+
+
+def test_gradients_are_the_same_every_time_on_two_threads() -> None:
+    config = GPTConfig(
+        n_layer=1,
+        n_head=2,
+        n_embd=64,
+        block_size=64,
+        codebook_size=64,
+        embed_dim=32,
+        rotary=True,
+        looks_around=True,
+        dropout=0.0,
+    )
+    gpt, threads = GPT(config).train(), torch.get_num_threads()
+    embedding, tokens = torch.randn(64, 32), torch.randint(0, 64, (64, 64))
+    places = torch.stack(
+        [torch.cat([torch.zeros(1).long(), 1 + torch.randperm(63)[:31].sort().values]) for _ in tokens]
+    )
+
+    def gradients() -> list[torch.Tensor]:
+        gpt.zero_grad()
+        logits = gpt(embedding, tokens[:, :-1], None, places, torch.full((64, 32), 0.9))
+        F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, places).flatten()).backward()
+        return [parameter.grad for parameter in gpt.parameters() if parameter.grad is not None]
+
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        for _ in range(10):
+            assert all(map(torch.equal, first, gradients()))
+    finally:
+        torch.set_num_threads(threads)
