@@ -61,7 +61,7 @@ LAYERS = [
     ["pull", "own_model"],
     ["shapes", "training", "evaluation"],
     ["generate", "__main__"],
-    ["cog_openapi", "cog_schema", "cog_cli", "cog_training"],
+    ["cog_openapi", "cog_schema", "cog_cli", "cog_delivery", "cog_training"],
 ]
 
 
