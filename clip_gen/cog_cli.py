@@ -49,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         check_request(**values)
         paths = output_paths(target, values["num_outputs"], values["output_format"])
         metrics = _predict(values, paths)
+        # Identical candidates are drawn once, so there may be fewer pictures than paths.
         for path, score in zip(paths, metrics["scores"], strict=False):
             print(f"{path}  score {score:.4f}")
     except KeyboardInterrupt:

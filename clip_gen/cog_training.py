@@ -18,7 +18,7 @@ from types import MappingProxyType
 from clip_gen.cog_cli import named, parse_inputs, parse_options
 from clip_gen.cog_inputs import InputError, checked
 from clip_gen.cog_schema import project_signatures
-from clip_gen.download import URLS
+from clip_gen.download import is_url
 from clip_gen.files import COMMAND, ROOT
 
 TRAINS = (
@@ -147,7 +147,7 @@ async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
 
 def from_here(weights: str | None) -> str | None:
     """A path made absolute; a URL, or nothing, as it is."""
-    return weights if not weights or weights.startswith(URLS) else str(Path(os.path.expanduser(weights)).absolute())
+    return weights if not weights or is_url(weights) else str(Path(os.path.expanduser(weights)).absolute())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
         given = parse_options(arguments, fields, TRAINS)
         os.environ.update(named(given.env, "-e"))
         texts = named(given.input, "-i")
-        if texts.get("images", "").removeprefix("@").startswith(URLS):
+        if is_url(texts.get("images", "").removeprefix("@")):
             raise InputError(f"images is {texts['images']}; download it first, and give the file or folder")
         values = checked(parse_inputs(texts, fields), fields)
         images, out = Path(values["images"]).absolute(), Path(given.output or "trained").absolute()

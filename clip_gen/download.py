@@ -23,7 +23,10 @@ CONNECT_SECONDS = 10  # to each address of a host that must be public
 MOST_ADDRESSES = 3  # of such a host that are tried; whoever owns the name may list hundreds
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Metadata services of Oracle's and Azure's machines. ipaddress takes the first for public before Python 3.11.10.
-METADATA = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("168.63.129.16/32"))
+METADATA = ("192.0.0.0/24", "168.63.129.16/32")
+# Reserved for 6to4 relays (RFC 7526) and for documentation (RFC 9637), which ipaddress takes for public.
+RESERVED = ("192.88.99.0/24", "3fff::/20")
+REFUSED = tuple(map(ipaddress.ip_network, METADATA + RESERVED))
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses that are routed on the internet
 
 
@@ -50,7 +53,7 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip not in GLOBAL_UNICAST:
             return False
-    if any(ip in network for network in METADATA):
+    if any(ip in network for network in REFUSED):
         return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 

@@ -78,6 +78,7 @@ def main(arguments: argparse.Namespace) -> None:
     result = model.generate(arguments.prompt, **settings)
     out.mkdir(parents=True, exist_ok=True)
     settings |= {"candidates": result.candidates, "seed": result.seed}
+    # Identical candidates are drawn once, so there may be fewer pictures than names.
     for name, image, score in zip(names, result.images, result.scores, strict=False):
         metadata = {"prompt": arguments.prompt, **settings, "score": round(score, 4)}
         path = out / name

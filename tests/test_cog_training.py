@@ -19,7 +19,7 @@ from cog_server import Server, running, wait_for
 
 from clip_gen.cog_inputs import InputField, checked
 from clip_gen.cog_schema import project_signatures, write_schema
-from clip_gen.cog_training import TrainingFailed, main, options, run_training
+from clip_gen.cog_training import TrainingFailed, from_here, main, options, run_training
 from clip_gen.files import ROOT
 from clip_gen.request_weights import REFUSALS
 from clip_gen.training.train import contents_of
@@ -165,8 +165,10 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     assert "images is empty; give the name of a file" in capfd.readouterr().err
     assert main(["-i", "images=@nothing.zip"]) == 1
     assert "nothing.zip: no such file" in capfd.readouterr().err
-    assert main(["-i", "images=https://somewhere/photos.zip"]) == 1
-    assert "images is https://somewhere/photos.zip; download it first" in capfd.readouterr().err
+    for url in ("https://somewhere/photos.zip", "HTTPS://somewhere/photos.zip"):
+        assert main(["-i", f"images={url}"]) == 1
+        assert f"images is {url}; download it first" in capfd.readouterr().err
+        assert from_here(url) == url
     assert main(["-i", f"images=@{photos}", "-i", "stage=all"]) == 1
     assert "stage" in capfd.readouterr().err
 
