@@ -57,12 +57,20 @@ def spare_cores() -> int:
     return min(16, max(1, cpus() - 1))
 
 
+def get_threads() -> int:
+    """How many threads torch uses for work of the calling thread. The lock is for a thread's first use of torch, which
+    would otherwise find the number that set_threads gives to another thread.
+    """
+    with _setting_threads:
+        return torch.get_num_threads()
+
+
 def set_threads(count: int) -> None:
     """How many threads torch uses for work of the calling thread. Other threads keep their number.
 
     torch.set_num_threads alone also sets it for every thread that uses torch for the first time later.
     """
-    if torch.get_num_threads() == count:
+    if get_threads() == count:
         return
     with _setting_threads, ThreadPoolExecutor(1) as new_thread:
         usual = new_thread.submit(torch.get_num_threads).result()
@@ -78,7 +86,7 @@ def one_thread() -> Iterator[None]:
     them to sleep between two operations, and a batcher that works on several threads takes two and a half times as
     long.
     """
-    before = torch.get_num_threads()
+    before = get_threads()
     set_threads(1)
     try:
         yield

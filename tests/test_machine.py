@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +125,23 @@ def test_a_thread_sets_its_own_number_of_threads_and_no_others() -> None:
     before = torch.get_num_threads()
     assert in_new_thread(set_and_get) == 3
     assert torch.get_num_threads() == in_new_thread(torch.get_num_threads) == before
+
+
+def test_threads_that_begin_together_all_get_their_number_back() -> None:
+    def set_and_get(delay: float) -> int:
+        time.sleep(delay)
+        with one_thread():
+            pass
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(20):
+            with ThreadPoolExecutor(16) as threads:
+                assert set(threads.map(set_and_get, [number / 8000 for number in range(16)])) == {3}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_memory_kept_for_later_is_given_back_before_processes_that_prepare_samples_get_it() -> None:

@@ -1020,6 +1020,30 @@ def test_fewer_processes_load_pictures_where_shared_memory_is_small() -> None:
     assert none.endswith("(docker run --shm-size=1g)")
 
 
+LONG_TEMPORARY_FOLDER = """
+from multiprocessing.process import current_process
+import numpy as np
+from clip_gen.training import dataset
+
+batches = list(dataset.prepared([np.full(4, index) for index in range(8)], batch_size=2))
+print(len(batches), current_process()._config["tempdir"])
+"""
+
+
+def test_batches_arrive_whatever_the_length_of_the_temporary_folder(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 120)  # a socket's address has at most 107 bytes
+    folder.mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", LONG_TEMPORARY_FOLDER],
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.stdout.startswith("4 "), run.stderr
+    assert not Path(run.stdout.split()[1]).exists()
+
+
 CONTAINER = """
 import os, sys, time
 from pathlib import Path

@@ -11,6 +11,7 @@ import logging
 import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from clip_gen.images import from_bytes
 from clip_gen.machine import at_work, give_back_memory, spare_cores
 from clip_gen.pictures import load_picture
 from clip_gen.training.processes import wait_for
-from clip_gen.training.shared_memory import workers_that_fit
+from clip_gen.training.shared_memory import SHARED_MEMORY, workers_that_fit
 from clip_gen.vqgan import VQGAN
 
 log = logging.getLogger(__name__)
@@ -175,10 +176,21 @@ def prepared(samples: Dataset, sharing: int = 1, **options: object) -> DataLoade
     wanted = max(1, spare_cores() // sharing)
     workers = workers_that_fit(DataLoader(samples, **options), wanted, sharing)
     give_back_memory()
-    # Workers share this process's folder for their sockets, which is removed when it ends; a folder that a worker
-    # makes for itself stays when the worker is killed.
-    multiprocessing.util.get_temp_dir()
+    if workers:
+        make_socket_folder()
     return Loader(samples, num_workers=workers, worker_init_fn=_leave_signals, **options)
+
+
+def make_socket_folder() -> None:
+    """The folder for the sockets through which workers hand over batches, shared by all workers and removed when this
+    process ends. It is in shared memory because an address has at most 107 bytes: where TMPDIR has some 75, no worker
+    could send a batch, and the training would wait for ever.
+    """
+    before, tempfile.tempdir = tempfile.tempdir, SHARED_MEMORY
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
 
 
 class Loader(DataLoader):

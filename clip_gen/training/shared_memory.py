@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
-FOLDER = "/dev/shm"  # where Linux has it
+SHARED_MEMORY = "/dev/shm"  # where Linux has it
 USABLE = 0.8  # of what is free; NCCL and other processes need some too
 AHEAD = 2  # batches that a worker makes ahead, as DataLoader has it by default
 IN_HAND = 2  # that the process which loads them has: one in use, and the next
@@ -36,7 +36,7 @@ def _say_fewer(count: int, wanted: int, need: int, free: int) -> None:
     log.warning(
         "%s has %.0f MB free, too little for %d processes that load pictures (%.0f MB): %s; a larger one makes loading "
         "faster (docker run --shm-size=%dg)",
-        *(FOLDER, free / 1e6, wanted, need / 1e6),
+        *(SHARED_MEMORY, free / 1e6, wanted, need / 1e6),
         f"{count} will load them" if count else "the training process loads them itself",
         need / USABLE // 2**30 + 1,
     )
@@ -45,7 +45,7 @@ def _say_fewer(count: int, wanted: int, need: int, free: int) -> None:
 def free_bytes() -> int:
     """What can be written to shared memory now; 0 where there is none."""
     try:
-        found = os.statvfs(FOLDER)
+        found = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0
     return found.f_bavail * found.f_frsize
