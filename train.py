@@ -116,7 +116,7 @@ async def train(
     ),
     max_minutes: float = Input(description="Stop after so long and keep what there is. 0: no end.", default=0.0, ge=0),
     seed: int = Input(
-        description="The same seed trains the same weights on one thread, nearly so on others.",
+        description="The same seed trains the same weights, on a CPU with the same number of threads.",
         default=0,
         ge=0,
         le=2147483647,

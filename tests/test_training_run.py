@@ -110,6 +110,31 @@ def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train
     assert legs[-1] == (6, 9) or legs[-1] == (7, 9)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_two_threads_train_the_same_compiled_transformer_every_time(tmp_path: Path) -> None:
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    np.save(tmp_path / "embeddings.npy", rng.standard_normal((64, 16), np.float32).astype(np.float16))
+    np.save(tmp_path / "tokens.npy", rng.integers(64, size=(64, 64), dtype=np.uint16))
+    encoded = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "tokens.npy", places=32)
+    gpt = replace(TINY.gpt, n_embd=64, block_size=64, codebook_size=64, rotary=True, looks_around=True)
+
+    def trained(folder: Path) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        trainer = GPTTrainer(GPT(gpt).train(), replace(CONFIG, steps=4, batch_size=64, compile=True))
+        fit("toy", trainer, Endless(encoded, 3), encoded, folder, seed=4)
+        return trainer.state_dict()
+
+    torch.set_num_threads(2)
+    try:
+        first, second = trained(tmp_path / "first"), trained(tmp_path / "second")
+    finally:
+        torch.set_num_threads(threads)
+    assert not torch.are_deterministic_algorithms_enabled()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 def test_a_stage_that_was_on_a_gpu_goes_on_without_one(
     encoded: EncodedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def fit(
     trainer = _trainer(stage, machine, folder, [*own, *callbacks])
     if done < config.steps:
         data = Samples(samples, held_back, config, collate, done)
-        with _out_of_memory_explained(name, config.batch_size):
+        with _out_of_memory_explained(name, config.batch_size), _deterministic_on_a_cpu():
             trainer.fit(stage, datamodule=data, ckpt_path=resumed and resumed.path, weights_only=True)
         done = trainer.global_step
         if interrupts.number:
@@ -169,6 +169,26 @@ def _trainer(stage: Stage, machine: Machine, folder: Path, callbacks: list[Callb
         enable_model_summary=False,
         default_root_dir=folder,
     )
+
+
+@contextmanager
+def _deterministic_on_a_cpu() -> Iterator[None]:
+    """Without it several threads add up the gradients of embeddings in any order. On a GPU it could cost time."""
+    if torch.cuda.is_available():
+        yield
+        return
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # what finds other faults, and takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextmanager
