@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import coglet
 from cog import BaseRunner, Input, Path, concurrent
 
-from clip_gen.asked import check_request, without_effect
-from clip_gen.cog_inputs import checked
-from clip_gen.cog_signature import read_signature
-from clip_gen.own_model import own_weights
-from clip_gen.serving import Models, Outputs
-from clip_gen.slots import Slots, longest_prediction
-from clip_gen.watchdog import server_ends_with_worker
+from clip_gen.serving.inputs import checked
+from clip_gen.serving.model_cache import Models, Outputs
+from clip_gen.serving.signature import read_signature
+from clip_gen.serving.slots import Slots, longest_prediction
+from clip_gen.serving.watchdog import server_ends_with_worker
+from clip_gen.validation import check_request, without_effect
+from clip_gen.weights.default_model import own_weights
 
 
 class Predictor(BaseRunner):

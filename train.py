@@ -6,12 +6,12 @@ import shutil
 import coglet
 from cog import BaseModel, Input, Path
 
-from clip_gen.cog_delivery import end_with_server, keep, one_training, scratch_folder, sent_name
-from clip_gen.cog_inputs import checked
-from clip_gen.cog_signature import read_signature
-from clip_gen.cog_training import TrainingFailed, run_training
-from clip_gen.request_weights import fetched_base
-from clip_gen.watchdog import watch_worker
+from clip_gen.serving.delivery import end_with_server, keep, one_training, scratch_folder, sent_name
+from clip_gen.serving.inputs import checked
+from clip_gen.serving.request_weights import fetched_base
+from clip_gen.serving.signature import read_signature
+from clip_gen.serving.train_process import TrainingFailed, run_training
+from clip_gen.serving.watchdog import watch_worker
 
 
 class TrainingOutput(BaseModel):

@@ -23,15 +23,11 @@ import numpy as np
 import torch
 
 from clip_gen import ClipGen
-from clip_gen.checkpoint import load_networks
 from clip_gen.config import BridgeConfig, read_config
-from clip_gen.evaluation.prompts import KINDS, cases
-from clip_gen.evaluation.report import CANDIDATES, TOGETHER, Evaluation
-from clip_gen.gpt import GPT
+from clip_gen.networks.gpt import GPT
 from clip_gen.pipeline import choose_dtype
-from clip_gen.sampling import Sampling
-from clip_gen.shapes.pairs import RenderedPictures
-from clip_gen.training.dataset import (
+from clip_gen.sampling.sampler import Sampling
+from clip_gen.training.datasets import (
     EncodedPictures,
     Endless,
     encode_embeddings,
@@ -39,11 +35,15 @@ from clip_gen.training.dataset import (
     enough_places,
     find_neighbours,
 )
+from clip_gen.training.fit import fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.plan import TrainSettings, plan
-from clip_gen.training.run import fit
-from clip_gen.training.shapes import ShapesConfig
-from clip_gen.weights import resolve_weights
+from clip_gen.weights.model_folder import load_networks
+from clip_gen.weights.tarball import resolve_weights
+from clip_gen.worlds.shapes.grading import CANDIDATES, TOGETHER, Evaluation
+from clip_gen.worlds.shapes.pairs import RenderedPictures
+from clip_gen.worlds.shapes.prompts import KINDS, cases
+from clip_gen.worlds.shapes.recipe import ShapesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FURTHER = {"learning_rate": 5e-4, "muon_rate": 2e-3, "ema_decay": 0.995}  # how the model's own transformer goes on

@@ -23,23 +23,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clip_gen.checkpoint import Networks, load_networks
-from clip_gen.gpt import GPT
 from clip_gen.images import from_bytes, to_pil
-from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
-from clip_gen.shapes.captions import describe
-from clip_gen.shapes.judge import read, satisfies
-from clip_gen.shapes.pairs import RenderedPictures, training_rng
-from clip_gen.shapes.scenes import sample_scene
-from clip_gen.training.dataset import EncodedPictures, Endless, encode_embeddings, encode_tokens
+from clip_gen.networks.gpt import GPT
+from clip_gen.networks.vqgan import VQGAN
+from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.training.datasets import EncodedPictures, Endless, encode_embeddings, encode_tokens
+from clip_gen.training.fit import fit
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.losses import psnr
 from clip_gen.training.plan import SIZES
-from clip_gen.training.run import fit
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
-from clip_gen.vqgan import VQGAN
-from clip_gen.weights import resolve_weights
+from clip_gen.weights.model_folder import Networks, load_networks
+from clip_gen.weights.tarball import resolve_weights
+from clip_gen.worlds.shapes.captions import describe
+from clip_gen.worlds.shapes.judge import read, satisfies
+from clip_gen.worlds.shapes.pairs import RenderedPictures, training_rng
+from clip_gen.worlds.shapes.scenes import sample_scene
 
 PICTURES, UNSEEN = RenderedPictures(2000, 4, 64), RenderedPictures(500, 1_000_003, 64)
 

@@ -31,15 +31,14 @@ from figures import machine
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import Subset, default_collate
 
-from clip_gen.checkpoint import load_networks
-from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.config import ModelConfig, read_config
-from clip_gen.gpt import GPT
+from clip_gen.hardware import at_work
 from clip_gen.images import from_bytes
-from clip_gen.machine import at_work
+from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.gpt import GPT
+from clip_gen.networks.vqgan import VQGAN
 from clip_gen.pipeline import choose_device
-from clip_gen.shapes.folder import write_pictures
-from clip_gen.training.dataset import (
+from clip_gen.training.datasets import (
     EncodedPictures,
     Endless,
     PictureFiles,
@@ -47,10 +46,11 @@ from clip_gen.training.dataset import (
     encode_tokens,
     enough_places,
 )
+from clip_gen.training.fit import fit
 from clip_gen.training.gpt_trainer import GPTTrainer, token_loss
 from clip_gen.training.plan import TrainSettings, plan
-from clip_gen.training.run import fit
-from clip_gen.vqgan import VQGAN
+from clip_gen.weights.model_folder import load_networks
+from clip_gen.worlds.shapes.folder import write_pictures
 
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints" / "shapes"
 

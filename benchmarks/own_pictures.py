@@ -33,17 +33,17 @@ import torch
 from PIL import Image
 
 from clip_gen import ClipGen
-from clip_gen.cog_training import KEEP_MEMORY
-from clip_gen.evaluation.prompts import cases
-from clip_gen.evaluation.report import Evaluation
 from clip_gen.images import from_bytes
-from clip_gen.sampling import Sampling
-from clip_gen.shapes.folder import write_pictures
-from clip_gen.shapes.judge import FOREGROUND
-from clip_gen.shapes.pairs import RenderedPictures
-from clip_gen.shapes.rendering import coverage, render
-from clip_gen.shapes.scenes import BACKGROUNDS, COLOURS, Scene, sample_scene
+from clip_gen.sampling.sampler import Sampling
+from clip_gen.serving.train_process import KEEP_MEMORY
 from clip_gen.training.losses import psnr
+from clip_gen.worlds.shapes.folder import write_pictures
+from clip_gen.worlds.shapes.grading import Evaluation
+from clip_gen.worlds.shapes.judge import FOREGROUND
+from clip_gen.worlds.shapes.pairs import RenderedPictures
+from clip_gen.worlds.shapes.prompts import cases
+from clip_gen.worlds.shapes.rendering import coverage, render
+from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, Scene, sample_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 UNSEEN = 1_000_003  # a seed of pictures that no training here takes

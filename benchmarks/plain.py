@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.checkpoint import PARTS, Networks, build, load_config
-from clip_gen.gpt import GPT
+from clip_gen.hardware import tensor_float32
 from clip_gen.images import for_clip, to_pil
-from clip_gen.machine import tensor_float32
-from clip_gen.sampling import candidate_uniforms
+from clip_gen.networks.gpt import GPT
+from clip_gen.sampling.sampler import candidate_uniforms
+from clip_gen.weights.model_folder import PARTS, Networks, build, load_config
 
 
 def load(folder: Path, device: torch.device) -> Networks:

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from clip_gen import ClipGen
-from clip_gen.evaluation.prompts import KINDS, cases
-from clip_gen.evaluation.report import CANDIDATES, TITLES, TOGETHER, Evaluation, Graded
 from clip_gen.files import write_whole
-from clip_gen.float16 import has_products
-from clip_gen.sampling import Sampling
+from clip_gen.networks.float16_linear import has_products
+from clip_gen.sampling.sampler import Sampling
+from clip_gen.worlds.shapes.grading import CANDIDATES, TITLES, TOGETHER, Evaluation, Graded
+from clip_gen.worlds.shapes.prompts import KINDS, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {

@@ -14,7 +14,7 @@ from figures import Figure, seconds
 from subjects import PROMPT, Subject
 
 from clip_gen import ClipGen
-from clip_gen.serving import Outputs
+from clip_gen.serving.model_cache import Outputs
 
 CANDIDATES = 16
 MOST_SECONDS = 1.5  # for a prediction of the bundled model

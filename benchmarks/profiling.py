@@ -17,12 +17,12 @@ from subjects import PROMPT, Subject
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from clip_gen.gpt import GPT
+from clip_gen.hardware import tensor_float32
 from clip_gen.images import to_pil
-from clip_gen.machine import tensor_float32
+from clip_gen.networks.gpt import GPT
 from clip_gen.pipeline import ClipGen, Generation
-from clip_gen.sampling import ROWS, Sampling, candidate_uniforms, draw, filtered_probabilities, sample_tokens
-from clip_gen.serving import Outputs
+from clip_gen.sampling.sampler import ROWS, Sampling, candidate_uniforms, draw, filtered_probabilities, sample_tokens
+from clip_gen.serving.model_cache import Outputs
 
 STEPS = 8  # of all that drawing a picture takes
 PROFILED_RUNS = 3  # of these steps

@@ -40,8 +40,8 @@ def write_files(folder: Path) -> None:
             tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
             torch.save({"model": tensors, "epoch": 1, "step": 0}, folder / f"{part}.pt")
     if not (folder / "clip.pt").exists():
-        from clip_gen.clip_encoder import build_clip
         from clip_gen.config import ClipConfig
+        from clip_gen.networks.clip_encoder import build_clip
 
         torch.save(build_clip(ClipConfig()).half().state_dict(), folder / "clip.pt")
 

@@ -19,8 +19,8 @@ from figures import Figure, seconds
 from subjects import Subject
 from torch.nn import functional as F
 
-from clip_gen.gpt import GPT
-from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.networks.gpt import GPT
+from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 
 BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 16, 64)}  # of the plain loop
 SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the last length, at which it is timed

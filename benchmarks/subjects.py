@@ -12,10 +12,10 @@ import plain
 import torch
 
 from clip_gen import ClipGen
-from clip_gen.batching import shared_batcher
-from clip_gen.checkpoint import Networks, build, save_networks
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.files import ROOT
+from clip_gen.sampling.batcher import shared_batcher
+from clip_gen.weights.model_folder import Networks, build, save_networks
 
 Result = TypeVar("Result")
 

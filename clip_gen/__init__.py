@@ -1,10 +1,7 @@
 """CLIP-GEN: a text-to-image generator trained without a word of text.
 
-    prompt --clip_encoder--> embedding --bridge, gpt, sampling--> tokens --vqgan--> images --clip_encoder--> ranked
-
-Reading order: config (every dial), images, clip_encoder, vqgan, gpt and its cache, sampling, bridge, checkpoint (the
-model folder), pipeline (all of it in one sentence), batching (how requests share it), serving and predict.py; then
-archives and training (how the weights came about), importers (other people's weights) and shapes (the demo world).
+docs/design.md has the diagram and one line for each file. To follow a prompt, read pipeline, networks/clip_encoder,
+sampling/sampler, networks/gpt and networks/vqgan; to follow a training, training/job.
 """
 
 from __future__ import annotations

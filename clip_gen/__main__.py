@@ -12,12 +12,12 @@ from clip_gen.files import name_cache_folders
 # Each module brings add_arguments(parser) and main(arguments); imported only when asked for, since torch is slow.
 COMMANDS = {
     "generate": ("clip_gen.generate", "draw a prompt from a model folder"),
-    "import": ("clip_gen.importers.command", "convert published weights to a model folder"),
-    "pull": ("clip_gen.pull", "download published weights and convert them to a model folder"),
-    "shapes": ("clip_gen.shapes.folder", "write pictures of the demo world, with or without captions"),
+    "import": ("clip_gen.weights.importers.cli", "convert published weights to a model folder"),
+    "pull": ("clip_gen.weights.pull", "download published weights and convert them to a model folder"),
+    "shapes": ("clip_gen.worlds.shapes.folder", "write pictures of the demo world, with or without captions"),
     "train": ("clip_gen.training.cli", "train on anybody's pictures, without captions"),
-    "train-shapes": ("clip_gen.training.shapes", "train the bundled model from nothing"),
-    "evaluate": ("clip_gen.evaluation.report", "grade a shapes model by the judge"),
+    "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model from nothing"),
+    "evaluate": ("clip_gen.worlds.shapes.grading", "grade a shapes model by the judge"),
 }
 
 

@@ -7,11 +7,11 @@ import logging
 import os
 from pathlib import Path
 
-from clip_gen.asked import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
 from clip_gen.files import is_writable
 from clip_gen.images import OUTPUT_FORMATS, save_image
-from clip_gen.own_model import own_weights
 from clip_gen.pipeline import ClipGen
+from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
+from clip_gen.weights.default_model import own_weights
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.asked import check_number
 from clip_gen.files import whole_or_not
+from clip_gen.validation import check_number
 
 OUTPUT_FORMATS = ("png", "webp", "jpg")
 

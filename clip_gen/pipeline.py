@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_gen.asked import MAX_SEED, check_request
-from clip_gen.batching import Busy, shared_batcher
-from clip_gen.checkpoint import Networks, load_networks, why_noise
-from clip_gen.float16 import has_products
-from clip_gen.gpt import multiplies_bfloat16
+from clip_gen.hardware import one_thread, tensor_float32
 from clip_gen.images import to_pil
-from clip_gen.machine import one_thread, tensor_float32
-from clip_gen.sampling import Sampling, Stopped, padded
-from clip_gen.weights import WeightsFolder, open_weights
+from clip_gen.networks.float16_linear import has_products
+from clip_gen.networks.gpt import multiplies_bfloat16
+from clip_gen.sampling.batcher import Busy, shared_batcher
+from clip_gen.sampling.sampler import Sampling, Stopped, padded
+from clip_gen.validation import MAX_SEED, check_request
+from clip_gen.weights.model_folder import Networks, load_networks, why_noise
+from clip_gen.weights.tarball import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class ClipGen:
         """Samples `candidates` pictures of the prompt and returns `num_outputs`, best first by CLIP.
 
         Candidate i of a seed is the same picture whatever the number of candidates. Without clip_rerank the first
-        ones sampled are returned, scored all the same. Calls from several threads share the device; see batching.py.
+        ones sampled are returned, scored all the same. Calls from several threads share the device.
         Settings that always take the likeliest token make all candidates alike: then one is drawn and returned.
         ValueError when a value is out of its range; Stopped when should_stop, asked before every token, says so; Busy
         when too many candidates wait already.

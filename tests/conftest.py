@@ -16,12 +16,13 @@ from lpips_files import write_lpips_files
 from PIL import Image
 
 from clip_gen import ClipGen
-from clip_gen.checkpoint import Networks, build, save_networks
 from clip_gen.config import ClipConfig, GPTConfig, ModelConfig, VQGANConfig
-from clip_gen.float16 import has_products
-from clip_gen.importers.lpips import import_lpips
-from clip_gen.shapes.pairs import RenderedPictures
+from clip_gen.networks.float16_linear import has_products
+from clip_gen.weights.importers.lpips import import_lpips
+from clip_gen.weights.model_folder import Networks, build, save_networks
+from clip_gen.worlds.shapes.pairs import RenderedPictures
 
+FIXTURES = Path(__file__).parent / "fixtures"
 FLOAT16 = pytest.mark.skipif(not has_products(), reason="float16 is for x86 with AVX2")
 
 TINY = ModelConfig(

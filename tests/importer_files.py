@@ -11,12 +11,13 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from clip_gen.clip_encoder import build_clip
 from clip_gen.config import ClipConfig
+from clip_gen.networks.clip_encoder import build_clip
 
 HFAILAB = Path(__file__).parent / "fixtures" / "hfailab"
 
 VIT = ClipConfig(24, 32, (2,), 64, 8, 77, 49408, 64, 1, 1)
+CODES = 48  # of taming's VQGANs here
 RESNET = replace(VIT, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None)
 assert TINY.gpt.embed_dim != VIT.embed_dim
 
@@ -79,3 +80,20 @@ def write_archive(state: dict[str, Tensor], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Archive(state, 32)).save(str(path))
+
+
+def taming_settings(gumbel: bool, ch_mult: list[int], attention: list[int]) -> dict[str, object]:
+    """A configuration as taming publishes it."""
+    sizes = {"double_z": False, "z_channels": 32, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32}
+    sizes |= {"ch_mult": ch_mult, "num_res_blocks": 1, "attn_resolutions": attention, "dropout": 0.0}
+    loss = {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": {"disc_start": 0}}
+    params = {"embed_dim": 32, "n_embed": CODES, "monitor": "val/rec_loss", "ddconfig": sizes, "lossconfig": loss}
+    target = f"taming.models.vqgan.{'GumbelVQ' if gumbel else 'VQModel'}"
+    return {"model": {"base_learning_rate": 4.5e-6, "target": target, "params": params}}
+
+
+KINDS = {
+    "f4": (False, [1, 2, 2], [8]),
+    "f16": (False, [1, 1, 2, 2, 4], [2]),
+    "gumbel f8": (True, [1, 1, 2, 4], [4]),
+}

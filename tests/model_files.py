@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from conftest import TINY, tiny_networks
 
-from clip_gen.checkpoint import build, save_networks
+from clip_gen.weights.model_folder import build, save_networks
 
 
 def other_folder(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from clip_gen.download import PublicOnly, is_public
+from clip_gen.weights.url import PublicOnly, is_public
 
 TLS = Path(__file__).parent / "fixtures" / "tls"  # valid for weights.example and mirror.example
 CERTIFICATE = TLS / "certificate.pem"  # SSL_CERT_FILE must name it, or no client trusts the servers

@@ -31,12 +31,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from clip_gen import ClipGen
-from clip_gen.cache import SummedCache
 from clip_gen.config import GPTConfig
-from clip_gen.float16 import Float16Linear, has_products
-from clip_gen.gpt import GPT
-from clip_gen.int8 import Int8Linear
-from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.networks.float16_linear import Float16Linear, has_products
+from clip_gen.networks.gpt import GPT
+from clip_gen.networks.int8_linear import Int8Linear
+from clip_gen.networks.kv_cache import SummedCache
+from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 
 CPU = torch.device("cpu")
 

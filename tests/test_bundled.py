@@ -14,17 +14,17 @@ import pytest
 from PIL import Image
 
 from clip_gen import ClipGen
-from clip_gen.evaluation.prompts import cases
-from clip_gen.evaluation.report import TITLES, Evaluation
+from clip_gen.files import ROOT
 from clip_gen.images import to_pil, to_tensor
-from clip_gen.sampling import Sampling
-from clip_gen.shapes.captions import caption, describe
-from clip_gen.shapes.judge import read, satisfies
-from clip_gen.shapes.pairs import _swap_attribute
-from clip_gen.shapes.rendering import render
-from clip_gen.shapes.scenes import HELD_OUT, place, sample_scene
+from clip_gen.sampling.sampler import Sampling
+from clip_gen.worlds.shapes.captions import caption, describe
+from clip_gen.worlds.shapes.grading import TITLES, Evaluation
+from clip_gen.worlds.shapes.judge import read, satisfies
+from clip_gen.worlds.shapes.pairs import _swap_attribute
+from clip_gen.worlds.shapes.prompts import cases
+from clip_gen.worlds.shapes.rendering import render
+from clip_gen.worlds.shapes.scenes import HELD_OUT, place, sample_scene
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "checkpoints" / "shapes"
 
 
@@ -153,9 +153,9 @@ for threads in (1, 2, 3, 5, 8):
 """
 OTHER_SIZE = """
 from dataclasses import replace
-from clip_gen.checkpoint import load_networks
+from clip_gen.weights.model_folder import load_networks
 from clip_gen.pipeline import ClipGen
-from clip_gen.vqgan import VQGAN
+from clip_gen.networks.vqgan import VQGAN
 
 networks = load_networks(FOLDER)
 config = replace(networks.config.vqgan, resolution=96)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from clip_gen import generate, pipeline
 from clip_gen.__main__ import COMMANDS, main
-from clip_gen.cog_schema import project_signatures
-from clip_gen.sampling import Sampling
+from clip_gen.sampling.sampler import Sampling
+from clip_gen.serving.schema import project_signatures
 from clip_gen.training import cli
 
 

@@ -19,13 +19,13 @@ from model_files import web_server
 from PIL import Image
 
 from clip_gen import ClipGen, pipeline
-from clip_gen.asked import check_prompt
-from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import ModelFolderError, build, load_networks, save_networks
 from clip_gen.config import BridgeConfig
 from clip_gen.images import to_pil, to_tensor
+from clip_gen.networks.bridge import Bridge
 from clip_gen.pipeline import Stopped, choose_device
-from clip_gen.weights import pack
+from clip_gen.validation import check_prompt
+from clip_gen.weights.model_folder import ModelFolderError, build, load_networks, save_networks
+from clip_gen.weights.tarball import pack
 
 
 def test_images_come_best_first_with_the_cosines_clip_gives_them(tiny_model: ClipGen) -> None:
@@ -104,22 +104,22 @@ def test_logits_of_a_row_do_not_depend_on_the_others_at_full_width_on_any_proces
 import sys
 import torch
 from clip_gen.config import GPTConfig
-from clip_gen.gpt import GPT
-from clip_gen import sampling
+from clip_gen.networks.gpt import GPT
+from clip_gen.sampling import sampler
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=8, codebook_size=512, embed_dim=128)).eval()
 gpt.work_in(getattr(torch, sys.argv[1]))
 seen = []
 step = gpt.step
 gpt.step = lambda *given: seen.append(step(*given)) or seen[-1]
-most = sampling.most_rows(gpt)
-uniforms = sampling.candidate_uniforms(0, range(most), 8)
+most = sampler.most_rows(gpt)
+uniforms = sampler.candidate_uniforms(0, range(most), 8)
 embedding = torch.nn.functional.normalize(torch.randn(1, 128), dim=1)
 for guidance in (1.0, 2.0):
     seen.clear()
     for n in (most, 20, 16, 3, 1):
         n = min(n, most)
-        sampling.sample_tokens(gpt, embedding.expand(n, -1), uniforms[:n], sampling.Sampling(guidance=guidance))
+        sampler.sample_tokens(gpt, embedding.expand(n, -1), uniforms[:n], sampler.Sampling(guidance=guidance))
         assert all(torch.equal(a[:n], b[:n]) for a, b in zip(seen[:7], seen[-7:])), (guidance, n)
         if guidance != 1:
             assert all(torch.equal(a[most : most + n], b[n : 2 * n]) for a, b in zip(seen[:7], seen[-7:])), n

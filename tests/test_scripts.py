@@ -18,8 +18,8 @@ from conftest import TINY
 from clip_gen import ClipGen
 from clip_gen.config import write_config
 from clip_gen.files import ROOT
-from clip_gen.training.shapes import ShapesConfig
 from clip_gen.training.stage import FitConfig
+from clip_gen.worlds.shapes.recipe import ShapesConfig
 
 
 @pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "bench"])

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip_gen.cog_signature import read_signature
 from clip_gen.files import COMMAND, ROOT
+from clip_gen.serving.signature import read_signature
 from clip_gen.training.checkpoints import has_checkpoint
+from clip_gen.training.fit import Machine
 from clip_gen.training.interrupts import ended_by_signals
+from clip_gen.training.job import Training
 from clip_gen.training.parent import WAYS, watch_stdin
 from clip_gen.training.plan import TrainSettings
-from clip_gen.training.run import Machine
-from clip_gen.training.train import Training
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 
 from clip_gen.files import write_whole
-from clip_gen.training.run import read_ledger
+from clip_gen.training.fit import read_ledger
 
 
 class Clock(Callback):

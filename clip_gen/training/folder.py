@@ -11,10 +11,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from clip_gen.checkpoint import check_model_folder
+from clip_gen.data.manifest import INDEX, unpacked
 from clip_gen.files import SAVING, check_own, names_in, own
-from clip_gen.findings import INDEX, unpacked
 from clip_gen.training.plan import TrainSettings
+from clip_gen.weights.model_folder import check_model_folder
 
 KIND = "training"
 SETTINGS = "settings.json"

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.clip_encoder import ClipEncoder
-from clip_gen.gpt import GPT
+from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.gpt import GPT
+from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
-from clip_gen.vqgan import VQGAN
 
 Batch = tuple[Tensor, ...]
 WHOLE_FROM = 2 / 3  # of a training without `looks_around`: what places left out told of others is to be found again

@@ -17,14 +17,14 @@ from PIL.PngImagePlugin import PngInfo
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from clip_gen.bridge import Bridge
-from clip_gen.checkpoint import Networks
-from clip_gen.cuda_graphs import forget
 from clip_gen.files import whole_or_not
 from clip_gen.images import from_bytes, to_pil
-from clip_gen.sampling import Sampling, candidate_uniforms, sample_tokens
-from clip_gen.training.dataset import EncodedPictures, PictureFiles
+from clip_gen.networks.bridge import Bridge
+from clip_gen.sampling.cuda_graphs import forget
+from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.training.datasets import EncodedPictures, PictureFiles
 from clip_gen.training.sharding import Sharding
+from clip_gen.weights.model_folder import Networks
 
 log = logging.getLogger(__name__)
 

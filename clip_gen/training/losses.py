@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_gen.clip_encoder import ClipEncoder
+from clip_gen.networks.clip_encoder import ClipEncoder
 
 # Of the mean colour's error: a standard deviation of 2.5 levels of 255, more than JPEG leaves in a plain picture.
 FLAT = 4e-4

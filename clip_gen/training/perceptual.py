@@ -8,12 +8,12 @@ from pathlib import Path
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
-from clip_gen.checkpoint import load_part
 from clip_gen.files import write_whole
-from clip_gen.own_model import own_lpips
+from clip_gen.networks.skip_init import Unfilled
+from clip_gen.networks.vqgan import build_lpips
 from clip_gen.training.processes import wait_for
-from clip_gen.unfilled import Unfilled
-from clip_gen.vqgan import build_lpips
+from clip_gen.weights.default_model import own_lpips
+from clip_gen.weights.model_folder import load_part
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from clip_gen.data.decoding import PictureError
 from clip_gen.files import write_whole
-from clip_gen.pictures import PictureError
-from clip_gen.training.run import read_history
+from clip_gen.training.fit import read_history
 
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
 CURVES = {

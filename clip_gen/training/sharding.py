@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from clip_gen.gpt import GPT
+from clip_gen.networks.gpt import GPT
 
 log = logging.getLogger(__name__)
 

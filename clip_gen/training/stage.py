@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_gen.gpt import multiplies_bfloat16
+from clip_gen.networks.gpt import multiplies_bfloat16
 from clip_gen.training.sharding import share_of, whole
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clip_gen.clip_encoder import ClipEncoder
 from clip_gen.images import from_bytes
+from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.vqgan import VQGAN, build_discriminator
 from clip_gen.training.losses import (
     adaptive_weight,
     colour_errors,
@@ -20,7 +21,6 @@ from clip_gen.training.losses import (
     squared_errors,
 )
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
-from clip_gen.vqgan import VQGAN, build_discriminator
 
 
 @dataclass(frozen=True)

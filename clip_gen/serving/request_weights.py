@@ -1,0 +1,120 @@
+"""Weights that an HTTP request names. A stranger sends it, so the server's own files and networks are out of reach."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from clip_gen.weights.cache import CacheError, WeightsFolder
+from clip_gen.weights.model_folder import ModelFolderError
+from clip_gen.weights.tarball import NotWeightsError, open_weights, shortened
+from clip_gen.weights.url import PublicOnly, is_url
+
+log = logging.getLogger(__name__)
+
+SETTING = "CLIP_GEN_ALLOW_WEIGHTS"
+# What a request is told, whatever was wrong. Otherwise the answers would tell which files and which servers there are.
+REFUSALS = {
+    "none": f"this server takes no weights from requests ({SETTING}=none); leave them out",
+    "https": "these weights cannot be used; give the https URL of a weights tar on a public server, or the tar itself "
+    "as a data URL. The server's log has the reason",
+    "any": "these weights cannot be used; give the path or URL (http, https, data) of a weights tar or a model folder. "
+    "The server's log has the reason",
+}
+MOST_DOWNLOADS = 2  # at once
+WAIT_SECONDS = 60  # for other downloads to end
+
+_downloads = threading.Semaphore(MOST_DOWNLOADS)  # shared by all predictions and trainings of this process
+
+
+class RefusedWeightsError(ModelFolderError):
+    """Weights that a request may not name, or that cannot be had; the message does not say which."""
+
+
+class BusyError(ModelFolderError):
+    """The server is loading other weights; the same request may succeed later."""
+
+
+@dataclass(frozen=True)
+class RequestRules:
+    """Which weights a request may name (none, https or any), and how many are fetched at once."""
+
+    allowed: str = "https"
+    public: PublicOnly = field(default_factory=PublicOnly)
+    downloads: threading.Semaphore = _downloads
+    wait_seconds: float = WAIT_SECONDS
+
+    @classmethod
+    def from_environment(cls) -> RequestRules:
+        """By CLIP_GEN_ALLOW_WEIGHTS. ValueError for a value it does not take."""
+        allowed = os.environ.get(SETTING) or "https"
+        if allowed not in REFUSALS:
+            raise ValueError(f"{SETTING} is {shortened(allowed)}; give one of {', '.join(REFUSALS)}")
+        return cls(allowed)
+
+    def open(self, weights: str, should_stop: Callable[[], bool] | None = None) -> WeightsFolder:
+        """As weights.open_weights. RefusedWeightsError, always in the same words, for what cannot be opened or is no
+        weights; ModelFolderError for weights that are damaged, and when the server has no room or time for them.
+        """
+        waiting = _Turn(self.downloads, self.wait_seconds, should_stop)
+        try:
+            self._check(weights)
+            public = None if self.allowed == "any" else self.public
+            return open_weights(weights, should_stop, public, needs_room=True, before_unpacking=waiting.take)
+        except NotWeightsError as error:
+            _log(weights, error)
+            raise RefusedWeightsError(REFUSALS[self.allowed]) from None
+        except CacheError as error:
+            _log(weights, error)
+            raise CacheError("the server has no room for more weights now; try again later") from None
+        finally:
+            waiting.give_back()
+
+    def _check(self, weights: str) -> None:
+        if self.allowed == "none":
+            raise NotWeightsError(f"{SETTING} is none")
+        if self.allowed == "https" and not is_url(weights):
+            raise NotWeightsError(f"{SETTING} is https, and this is a path")
+
+
+async def fetched_base(base: str | None) -> WeightsFolder | None:
+    """The model that a training's request names to start from; None for None or "". Raises as RequestRules.open."""
+    if not base:
+        return None
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(RequestRules.from_environment().open, base, stop.is_set)
+    finally:
+        stop.set()  # for a request that was cancelled
+
+
+class _Turn:
+    """One download's turn among those of all requests."""
+
+    def __init__(self, downloads: threading.Semaphore, seconds: float, should_stop: Callable[[], bool] | None):
+        self._downloads, self._seconds, self._should_stop = downloads, seconds, should_stop
+        self._taken = False
+
+    def take(self) -> None:
+        until = time.monotonic() + self._seconds
+        while not self._downloads.acquire(timeout=0.2):
+            if self._should_stop is not None and self._should_stop():
+                raise BusyError("stopped")
+            if time.monotonic() > until:
+                raise BusyError("the server is downloading other weights; try again later")
+        self._taken = True
+
+    def give_back(self) -> None:
+        if self._taken:
+            self._downloads.release()
+
+
+def _log(weights: str, error: Exception) -> None:
+    """To the server's log alone: in a prediction's own context Cog would send it to the client."""
+    contextvars.Context().run(log.warning, "weights of a request, %r: %s", shortened(weights), error)

@@ -1,0 +1,181 @@
+"""One large file from a web server to disk: resumed where it broke off, tried again, verified, then put in place."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clip_gen.files import digest_of, is_web_page
+from clip_gen.weights.url import open_url
+
+log = logging.getLogger(__name__)
+
+TRIES = 6  # in a row that bring nothing new
+BACK_OFF_SECONDS = 1.0  # after the first of them; twice as long after each further one
+DEADLINE_SECONDS = 24 * 60 * 60  # for one connection; silence ends it sooner
+CHUNK = 2**20
+PASSING = (408, 425, 429)  # answers from 400 to 499 that may be others the next time
+
+
+def fetch(url: str, path: Path, sha256: str | None = None) -> None:
+    """Downloads to `path`, which is there whole or not at all; what came of a broken transfer is kept beside it.
+
+    sha256: all of its digits, or the first of them where no more are known. ValueError, in one sentence, when the
+    server does not give the file, or not the one of this sha256.
+    """
+    part = path.with_name(f"{path.name}.part")
+    if path.is_file() and (sha256 is None or digest_of(path).startswith(sha256)):
+        return
+    for _ in range(2):  # a part that was damaged on the disk is worth a second download
+        if not _by_pget(url, part):
+            _transfer(url, part)
+        _refuse_web_page(url, part)
+        found = digest_of(part)
+        if sha256 is None or found.startswith(sha256):
+            os.replace(part, path)
+            _notes(part).unlink(missing_ok=True)
+            return
+        _forget(part)
+    wanted = sha256 if len(sha256) == len(found) else f"one that starts with {sha256}"
+    raise ValueError(f"{url}: its sha256 is {found}, wanted is {wanted}; other bytes are sent, try another --mirror")
+
+
+def _refuse_web_page(url: str, part: Path) -> None:
+    with part.open("rb") as file:
+        page = is_web_page(file.read(512))
+    if page:
+        _forget(part)
+        raise ValueError(
+            f"{url}: the server sends a web page, not the file; open the address in a browser to see why (a login, a "
+            "proxy, a changed address), or give another --mirror"
+        )
+
+
+def check_room(folder: Path, wanted: int) -> None:
+    """ValueError when the disk has not so many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free there, wanted are {wanted / 1e9:.1f}; make room")
+
+
+def _by_pget(url: str, part: Path) -> bool:
+    """Whether pget, which opens several connections at once, was there and did it."""
+    pget = shutil.which("pget")
+    if not pget or part.exists():  # it cannot go on where another stopped
+        return False
+    done = subprocess.run([pget, url, str(part)], stdin=subprocess.DEVNULL).returncode == 0 and part.is_file()
+    if not done:
+        log.info("pget gave up; trying without it")
+        _forget(part)
+    return done
+
+
+def _transfer(url: str, part: Path) -> None:
+    """Connects again and again until the whole file is there."""
+    failures = 0
+    while True:
+        before = _size(part)
+        try:
+            if _attempt(url, part):
+                return
+            reason = "the connection closed early"
+        except urllib.error.HTTPError as error:
+            reason = _answer(error, url, part)
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ValueError(
+                    f"{part.parent}: the disk is full; make room and run the same command again"
+                ) from error
+            reason = str(getattr(error, "reason", None) or error) or type(error).__name__
+        failures = 1 if _size(part) > before else failures + 1
+        if failures >= TRIES:
+            raise ValueError(
+                f"{url}: cannot be downloaded ({reason}, {TRIES} times in a row); check the network or give another "
+                "--mirror; the same command resumes where this one stopped"
+            )
+        log.info(f"{reason}; trying again")
+        time.sleep(BACK_OFF_SECONDS * 2 ** (failures - 1))
+
+
+def _answer(error: urllib.error.HTTPError, url: str, part: Path) -> str:
+    """Why the server did not send the file; ValueError when asking again is of no use."""
+    if error.code == 416:  # what is here is as long as theirs, or longer: another file
+        _forget(part)
+    elif 400 <= error.code < 500 and error.code not in PASSING:
+        raise ValueError(
+            f"{url}: the server answers {error.code} ({error.reason}); look at the address, or give another --mirror"
+        ) from error
+    return f"the server answers {error.code} ({error.reason})"
+
+
+def _attempt(url: str, part: Path) -> bool:
+    """One connection; whether all of the file is there after it."""
+    have, notes = _size(part), _read_notes(part)
+    if have and notes.get("total") == have:  # stopped between the last byte and the end
+        return True
+    headers = {"Range": f"bytes={have}-"} if have and notes else {}
+    if headers and notes["validator"]:
+        headers["If-Range"] = notes["validator"]
+    with open_url(url, headers=headers, deadline_seconds=DEADLINE_SECONDS) as reply:
+        if reply.status != 206:  # a server may ignore that only the rest was asked for
+            have = 0
+        elif not _goes_on(reply, have, notes):
+            _forget(part)
+            raise ConnectionError("the file on the server has changed")
+        length = reply.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        check_room(part.parent, (total or have) - have)
+        validator = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
+        strong = validator if validator and not validator.startswith("W/") else None
+        with part.open("ab" if have else "wb") as file, _bar(part, have, total) as bar:
+            # Only now: an older part that these notes are not of is gone.
+            _notes(part).write_text(json.dumps({"validator": strong, "total": total}), encoding="utf-8")
+            while chunk := reply.read1(CHUNK):  # read() would lose what it has when the connection breaks
+                file.write(chunk)
+                bar.update(len(chunk))
+    return total is None or _size(part) == total
+
+
+def _goes_on(reply: http.client.HTTPResponse, have: int, notes: dict[str, object]) -> bool:
+    """Whether the reply is the rest of the same file."""
+    said = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+    return said is not None and int(said[1]) == have and int(said[2]) == notes["total"]
+
+
+def _bar(part: Path, have: int, total: int | None) -> tqdm:
+    seconds = 0.5 if sys.stderr.isatty() else 30  # a log needs few lines
+    name = part.name.removesuffix(".part")
+    return tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True, miniters=1, mininterval=seconds)
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _notes(part: Path) -> Path:
+    """What is known of the file that a part is of."""
+    return part.with_name(f"{part.name}.json")
+
+
+def _read_notes(part: Path) -> dict[str, object]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(_notes(part).read_text(encoding="utf-8"))
+    return {}
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _notes(part).unlink(missing_ok=True)

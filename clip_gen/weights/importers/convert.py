@@ -1,0 +1,134 @@
+"""Foreign weights to a model folder: converts, checks that the parts fit one another, writes all or nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_gen.config import BridgeConfig, ClipConfig, GPTConfig, ModelConfig
+from clip_gen.files import whole_folder_or_not
+from clip_gen.networks.bridge import Bridge
+from clip_gen.weights.importers import hfailab_gpt, hfailab_vqgan, openai_clip, taming
+from clip_gen.weights.importers.reader import origin, read_checkpoint
+from clip_gen.weights.model_folder import (
+    CONFIG,
+    check_model_folder,
+    load_config,
+    load_record,
+    write_description,
+    write_part,
+)
+
+log = logging.getLogger(__name__)
+
+
+def import_hfailab(
+    vqgan: Path,
+    gpt: Path,
+    out: Path,
+    clip: Path | None = None,
+    n_head: int | None = None,
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+) -> None:
+    """HFAiLab's files to a model folder; without CLIP it lacks only that."""
+    check_model_folder(out)
+    gpt_config, gpt_tensors = hfailab_gpt.convert_gpt(read_checkpoint(gpt), n_head, dtype)
+    vqgan_config, vqgan_tensors, discriminator = hfailab_vqgan.convert_vqgan(
+        read_checkpoint(vqgan), gpt_config.block_size, dtype
+    )
+    parts = {"vqgan": vqgan_tensors, "gpt": gpt_tensors, "discriminator": discriminator}
+    parts["bridge"] = Bridge(gpt_config.embed_dim, BridgeConfig()).state_dict()
+    clip_config, files = ClipConfig(embed_dim=gpt_config.embed_dim), {"vqgan": vqgan, "gpt": gpt}
+    if clip is not None:
+        clip_config, parts["clip"] = _read_clip(clip, dtype, activation)
+        files["clip"] = clip
+    config = ModelConfig(name=out.resolve().name, clip=clip_config, vqgan=vqgan_config, gpt=gpt_config)
+    log.info(
+        f"{gpt.name}: {gpt_config.n_layer} layers of width {gpt_config.n_embd}, {gpt_config.n_head} heads; "
+        f"{vqgan.name}: {vqgan_config.resolution} pixels, {vqgan_config.codebook_size} codes"
+    )
+    _write(out, config, parts, {"imported": _origins(files, "hfailab")})
+    if clip is None:
+        log.info(f"{out} has no CLIP yet: python -m clip_gen import clip --checkpoint FILE --out {out}")
+
+
+def import_taming(settings: Path, checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    """A VQGAN of taming's to a model folder that holds it alone: a base to train a transformer on."""
+    check_model_folder(out)
+    vqgan_config = taming.read_vqgan_config(settings)
+    found = read_checkpoint(checkpoint, inside=taming.FIRST_STAGE)
+    vqgan_tensors, discriminator = taming.convert_vqgan(found, vqgan_config, dtype)
+    gpt_config = GPTConfig(block_size=vqgan_config.grid**2, codebook_size=vqgan_config.codebook_size)
+    config = ModelConfig(name=out.resolve().name, vqgan=vqgan_config, gpt=gpt_config)
+    parts = {"vqgan": vqgan_tensors, "discriminator": discriminator}
+    _write(out, config, parts, {"imported": _origins({"vqgan": checkpoint}, "taming")})
+
+
+def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, activation: str | None = None) -> None:
+    """A CLIP into a model folder, which is made where there is none.
+
+    activation: "quick_gelu" or "gelu"; None takes OpenAI's quick_gelu, with a warning when the file is not OpenAI's.
+    """
+    check_model_folder(out)
+    config = load_config(out) if (out / CONFIG).exists() else ModelConfig(name=out.resolve().name)
+    record = load_record(out)
+    clip_config, tensors = _read_clip(checkpoint, dtype, activation)
+    old, new = config.gpt.embed_dim, clip_config.embed_dim
+    if old != new and (out / "gpt.safetensors").exists():
+        raise ValueError(
+            f"{checkpoint}: its embeddings have {new} numbers, but the transformer in {out} was trained on {old}; "
+            "give the CLIP it was trained with"
+        )
+    config = replace(config, clip=clip_config, gpt=replace(config.gpt, embed_dim=new))
+    before = record.get("imported")
+    record["imported"] = (before if isinstance(before, dict) else {}) | _origins({"clip": checkpoint}, "openai")
+    # The bridge's means are of the CLIP that was there.
+    kept = [path for path in out.glob("*.safetensors") if old == new or path.name != "bridge.safetensors"]
+    _write(out, config, {"clip": tensors}, record, kept)
+
+
+def _read_clip(path: Path, dtype: torch.dtype | None, activation: str | None) -> tuple[ClipConfig, dict[str, Tensor]]:
+    found = openai_clip.read_clip(path)
+    return openai_clip.convert_clip(found, dtype, openai_clip.chosen_activation(path, activation))
+
+
+def _write(
+    out: Path,
+    config: ModelConfig,
+    parts: dict[str, dict[str, Tensor]],
+    record: dict[str, object],
+    kept: Collection[Path] = (),
+) -> None:
+    """A model folder of these parts, and of those files that are kept and not in them."""
+    try:
+        config.check()
+    except ValueError as error:
+        raise ValueError(f"{out}: not written, its parts do not fit one another: {error}") from error
+    with whole_folder_or_not(out) as folder:
+        for name, tensors in parts.items():
+            if tensors:
+                write_part(tensors, folder / f"{name}.safetensors")
+        for path in kept:
+            if not (folder / path.name).exists():
+                _link_or_copy(path, folder / path.name)
+        write_description(folder, config, record)
+    log.info(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def _link_or_copy(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other)
+    except OSError:  # not every disk can
+        shutil.copyfile(path, other)
+
+
+def _origins(files: dict[str, Path], form: str) -> dict[str, object]:
+    return {part: {"format": form, **origin(path)} for part, path in files.items()}

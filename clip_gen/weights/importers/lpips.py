@@ -1,0 +1,63 @@
+"""LPIPS of two published files, torchvision's VGG-16 and the linear layers learnt on it, to one folder of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clip_gen.files import check_replaceable, whole_folder_or_not
+from clip_gen.networks.vqgan import build_lpips
+from clip_gen.weights.importers.reader import origin, read_checkpoint
+from clip_gen.weights.importers.state_dict import Foreign, Source, planned
+from clip_gen.weights.model_folder import write_part
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, RECORD = "lpips.safetensors", "lpips.json"
+# What makes classes of a VGG's features, which LPIPS stops before.
+CLASSIFIER = [f"classifier.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")]
+
+
+def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype: torch.dtype) -> None:
+    """Both files to a folder with the network's weights in `dtype`, and where they came from, all or nothing.
+
+    urls: where "vgg" and "linear" are published, for the record. ValueError that names the file, and the key that does
+    not fit.
+    """
+    check_lpips_folder(out)
+    tensors = convert_lpips(read_checkpoint(vgg), read_checkpoint(linear), dtype)
+    sources = {"vgg": ("torchvision", vgg), "linear": ("lpips", linear)}
+    record = {part: {"format": form, **origin(path), "url": urls[part]} for part, (form, path) in sources.items()}
+    with whole_folder_or_not(out) as folder:
+        write_part(tensors, folder / WEIGHTS)
+        (folder / RECORD).write_text(json.dumps({"imported": record}, indent=2) + "\n", encoding="utf-8")
+    log.info(f"{out}: {WEIGHTS}, {RECORD}")
+
+
+def check_lpips_folder(out: Path) -> None:
+    """ValueError when something else than LPIPS would be lost."""
+    check_replaceable(out, "LPIPS folder", (WEIGHTS, RECORD), _has_record)
+
+
+def _has_record(folder: Path) -> bool:
+    try:
+        return "imported" in json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def convert_lpips(vgg: Foreign, linear: Foreign, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of build_lpips's network, of both files; ValueError naming a key that is missing, misshapen or
+    unknown."""
+    network = planned(build_lpips, vgg.path)
+    features = Foreign(vgg.path, {name: tensor for name, tensor in vgg.tensors.items() if name not in CLASSIFIER})
+    # A layer's number among the VGG's features is its name inside our slice.
+    places = {ours: Source(f"features.{ours.partition('.')[2]}") for ours in network.net.state_dict()}
+    convolutions = features.converted(network.net, places, dtype)
+    layers = nn.ModuleDict({name: layer for name, layer in network.named_children() if name.startswith("lin")})
+    weights = linear.converted(layers, {name: Source(name) for name in layers.state_dict()}, dtype)
+    return {f"net.{name}": tensor for name, tensor in convolutions.items()} | weights

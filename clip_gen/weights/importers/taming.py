@@ -1,0 +1,85 @@
+"""VQGANs of taming-transformers and latent-diffusion: a Lightning checkpoint and the YAML file beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_gen.config import MOST, MOST_LAYERS, VQGANConfig, read_settings
+from clip_gen.networks.vqgan import VQGAN
+from clip_gen.weights.importers.discriminator import convert_discriminator
+from clip_gen.weights.importers.state_dict import Foreign, Source, planned
+
+# Their class, the quantiser we give it. The second and third are the first without its discriminator.
+QUANTIZERS = {"VQModel": "taming", "VQNoDiscModel": "taming", "VQModelInterface": "taming", "GumbelVQ": "gumbel"}
+# Ours is one of these with the same name inside; the codebook sits one module deeper.
+CODEBOOK = "quantizer.quantize."
+SIZES = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
+LISTS = ("ch_mult", "attn_resolutions")
+# What else a file may say of the encoder and the decoder: the value when it says nothing, and the only one that fits.
+FIXED = {
+    "double_z": (True, False),
+    **{"in_channels": (3, 3), "out_ch": (3, 3), "attn_type": ("vanilla", "vanilla"), "use_linear_attn": (False, False)},
+    **{"resamp_with_conv": (True, True), "tanh_out": (False, False), "give_pre_end": (False, False)},
+}
+# What the checkpoint holds of the training's losses. LPIPS is a published network of its own that nothing was added to.
+DISCRIMINATOR, PERCEPTUAL = "loss.discriminator.", "loss.perceptual_loss."
+FIRST_STAGE = "first_stage_model."  # a VQGAN's name inside a Net2NetTransformer or a LatentDiffusion
+REMEDY = "give the YAML file that came with the checkpoint"
+
+
+def read_vqgan_config(path: Path) -> VQGANConfig:
+    """The sizes in a YAML file of taming's; ValueError for a model that is not one of its VQGANs of RGB pictures."""
+    settings = read_settings(path)
+    model = _mapping(path, settings, "model")
+    if "first_stage_config" in _mapping(path, settings, "model.params"):
+        model = _mapping(path, settings, "model.params.first_stage_config")
+    kind = str(model.get("target")).rpartition(".")[2]
+    if kind not in QUANTIZERS:
+        raise ValueError(f"{path}: its model is {kind}; only {', '.join(QUANTIZERS)} can be imported")
+    params = _mapping(path, model, "params")
+    encoder = _mapping(path, params, "ddconfig")
+    values = {name: _sizes(path, encoder, name) for name in SIZES}
+    values |= {"codebook_size": _sizes(path, params, "n_embed"), "codebook_dim": _sizes(path, params, "embed_dim")}
+    stated = {name: (encoder.get(name, unsaid), wanted) for name, (unsaid, wanted) in FIXED.items()}
+    for name, (value, wanted) in (stated | {"remap": (params.get("remap"), None)}).items():
+        if value != wanted:
+            raise ValueError(f"{path}: {name} is {value}; only VQGANs whose {name} is {wanted} can be imported")
+    config = VQGANConfig(**values, quantizer=QUANTIZERS[kind])
+    planned(lambda: VQGAN(config), path, REMEDY)
+    return config
+
+
+def _mapping(path: Path, settings: dict[str, object], names: str) -> dict[str, object]:
+    """The settings under these names, which dots separate."""
+    for name in names.split("."):
+        settings = settings.get(name)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: has no settings under {names}, as a VQGAN of taming-transformers has; {REMEDY}")
+    return settings
+
+
+def _sizes(path: Path, settings: dict[str, object], name: str) -> int | tuple[int, ...]:
+    """A size, or for the names in LISTS several."""
+    if name not in settings:
+        raise ValueError(f"{path}: has no {name}, as a VQGAN of taming-transformers has; {REMEDY}")
+    value, several = settings[name], name in LISTS
+    sizes = value if isinstance(value, list) else [value]
+    most = MOST_LAYERS if name == "num_res_blocks" else MOST
+    whole = all(type(size) is int and 1 <= size <= most for size in sizes)
+    if isinstance(value, list) != several or not whole or (name == "ch_mult" and not sizes):
+        wanted = f"{'a list of whole numbers' if several else 'a whole number'} from 1 to {most}"
+        raise ValueError(f"{path}: {name} is {str(value)[:60]}, but must be {wanted}; {REMEDY}")
+    return tuple(sizes) if several else value
+
+
+def convert_vqgan(
+    found: Foreign, config: VQGANConfig, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of our VQGAN, and of its discriminator."""
+    network = planned(lambda: VQGAN(config), found.path)
+    sources = {name: Source(name.replace(CODEBOOK, "quantize.")) for name in network.state_dict()}
+    tensors = found.without(DISCRIMINATOR, PERCEPTUAL).converted(network, sources, dtype)
+    return tensors, convert_discriminator(found.under(DISCRIMINATOR), "main.")

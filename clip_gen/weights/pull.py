@@ -1,0 +1,139 @@
+"""The command `python -m clip_gen pull`: downloads published weights and converts them to a folder of ours."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clip_gen.files import ROOT, alone_in
+from clip_gen.weights.download import check_room, fetch
+from clip_gen.weights.importers import openai_clip
+from clip_gen.weights.importers.cli import DTYPES
+from clip_gen.weights.importers.convert import import_clip, import_hfailab
+from clip_gen.weights.importers.lpips import check_lpips_folder, import_lpips
+from clip_gen.weights.model_folder import check_model_folder
+
+CHECKPOINTS = ROOT / "checkpoints"
+HFAILAB = "https://github.com/HFAiLab/clip-gen/releases/download/v0.1.0"
+OPENAI = "https://openaipublic.azureedge.net/clip/models"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file on the web."""
+
+    url: str
+    sha256: str | None = None  # None: its publisher names none
+    sha256_start: str | None = None  # what a file's name tells of it, where no more is published
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+CLIPS = {
+    name: Published(f"{OPENAI}/{sha256}/{name.replace('/', '-').replace('@', '-')}.pt", sha256)
+    for name, sha256 in openai_clip.SHA256.items()
+}
+COCO = {
+    "vqgan": Published(f"{HFAILAB}/vqgan_coco.pt"),
+    "gpt": Published(f"{HFAILAB}/gpt_coco.pt"),
+    "clip": CLIPS["ViT-B/32"],  # what the transformer was trained with; this copy of it has a known sha256
+}
+LPIPS = {
+    "vgg": Published("https://download.pytorch.org/models/vgg16-397923af.pth", sha256_start="397923af"),
+    "linear": Published(
+        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",  # of the file in that repository
+    ),
+}
+# Downloads and the folder made of them lie side by side for a while: 570 M parameters as published, twice.
+COCO_BYTES = 5_000_000_000
+CLIP_BYTES = 2_000_000_000
+LPIPS_BYTES = 700_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        choices=["coco", "clip", "lpips"],
+        help="coco: HFAiLab's model of photographs and its CLIP; clip: one of OpenAI's; lpips: for training stage 1",
+    )
+    parser.add_argument("name", nargs="?", help=f"of the CLIP: {', '.join(CLIPS)}".replace("%", "%%"))
+    parser.add_argument("--out", type=Path, help="the folder to write; checkpoints/<name> if not given")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the parameters on disk; else as they were published, LPIPS in float16"
+    )
+    parser.add_argument(
+        "--mirror",
+        help="address of a folder with files of the same names, else $CLIP_GEN_MIRROR; $https_proxy sets a proxy",
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    dtype = DTYPES.get(arguments.dtype)
+    if arguments.what != "clip":
+        if arguments.name:
+            raise ValueError(f"{arguments.what} takes no name, and {arguments.name} was given; leave it out")
+        pull = {"coco": pull_coco, "lpips": pull_lpips}[arguments.what]
+        pull(arguments.out or CHECKPOINTS / arguments.what, arguments.mirror, dtype)
+        return
+    if arguments.name not in CLIPS:
+        which = f"there is no CLIP {arguments.name}" if arguments.name else "which CLIP is wanted"
+        raise ValueError(f"{which}; name one of {', '.join(CLIPS)}")
+    clip = CLIPS[arguments.name]
+    out = arguments.out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
+    check_model_folder(out)
+    with pulled({"clip": clip}, out, arguments.mirror, CLIP_BYTES) as files:
+        import_clip(files["clip"], out, dtype)
+
+
+def pull_coco(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """HFAiLab's model and the CLIP it was trained with, as a model folder."""
+    check_model_folder(out)
+    with pulled(COCO, out, mirror, COCO_BYTES) as files:
+        import_hfailab(files["vqgan"], files["gpt"], out, files["clip"], dtype=dtype)
+
+
+def pull_lpips(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """torchvision's VGG-16 and LPIPS's linear layers on it, as one folder, for stage 1's perceptual loss."""
+    check_lpips_folder(out)
+    with pulled(LPIPS, out, mirror, LPIPS_BYTES) as files:
+        urls = {part: file.url for part, file in LPIPS.items()}
+        import_lpips(files["vgg"], files["linear"], out, urls, dtype or torch.float16)
+
+
+@contextmanager
+def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int) -> Iterator[dict[str, Path]]:
+    """The downloaded files, for as long as they are needed: removed when all went well.
+
+    After an error they are kept, so that the same command goes on; but not a file that proved to be of no use.
+    """
+    mirror = mirror or os.environ.get("CLIP_GEN_MIRROR")
+    if mirror and not mirror.startswith(("http://", "https://")):
+        raise ValueError(f'mirror is "{mirror}"; give an address that begins with http:// or https://')
+    folder = out.parent / f".pulling-{out.name}"
+    with alone_in(folder, f"{out} is being pulled already; wait for the other to end"):
+        here = sum(path.stat().st_size for path in folder.iterdir())
+        check_room(folder, room - here)
+        paths = {part: folder / file.name for part, file in files.items()}
+        for part, file in files.items():
+            address = f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url
+            fetch(address, paths[part], file.sha256 or file.sha256_start)
+        try:
+            yield paths
+        except ValueError:
+            for part, file in files.items():
+                if file.sha256 is None:  # whatever the server sent, asking again is the only way to something better
+                    paths[part].unlink(missing_ok=True)
+            raise
+    for name in ("lock", *(path.name for path in paths.values())):
+        (folder / name).unlink()
+    with suppress(OSError):  # a person's files are in it
+        folder.rmdir()

@@ -1,0 +1,276 @@
+"""Weights: packs a model folder to a tar, and finds the model folder that a path or URL stands for."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import secrets
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
+
+from clip_gen.data.entries import ZIP_STARTS
+from clip_gen.data.tars import tar_files
+from clip_gen.data.zips import SMALL, ZIP_ERRORS, open_zip
+from clip_gen.files import whole_or_not
+from clip_gen.weights.cache import Cache, CacheError, WeightsFolder, disk_is_full
+from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
+from clip_gen.weights.url import PublicOnly, is_url, open_url
+
+MOST_BYTES = 4 * 2**30  # in one archive; the published model is under two GiB
+LEAST_BYTES = 2**20  # that each file counts for, so that an archive cannot hold millions of empty ones
+STEP = 64 * 2**20  # bytes unpacked between two looks at the room in the cache
+MOST_NAME = 4096  # characters of a path in an archive; Linux has none longer
+MOST_FOLDERS = 64  # of an archive that hold files with the names of a model folder
+CHUNK = 2**20
+WANTED = "give a model folder, a training's folder, or the path or URL (http, https, data) of a weights tar"
+
+_in_use: list[WeightsFolder] = []  # until this process ends
+
+
+class NotWeightsError(ModelFolderError):
+    """What was named cannot be opened, or is something other than weights."""
+
+
+def pack(folder: str | Path, path: str | Path) -> None:
+    """Writes a weights tar, a model folder with its files at the root; whole or not at all."""
+    folder, path = Path(folder), Path(path)
+    load_config(folder)
+    with whole_or_not(path) as temporary, tarfile.open(temporary, "w") as tar:
+        for name in FILES:
+            if (folder / name).is_file():
+                tar.add(folder / name, arcname=name)
+
+
+def resolve_weights(weights: str | Path) -> Path:
+    """As open_weights, for as long as this process runs."""
+    _in_use.append(open_weights(weights))
+    return _in_use[-1].path
+
+
+def open_weights(
+    weights: str | Path,
+    should_stop: Callable[[], bool] | None = None,
+    public: PublicOnly | None = None,
+    needs_room: bool = False,
+    before_unpacking: Callable[[], None] | None = None,
+) -> WeightsFolder:
+    """The model folder behind a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of
+    a tar or zip (http, https, data).
+
+    Archives are unpacked once into the cache (cache.py), where the folder stays while the result is in use.
+    ModelFolderError if the weights are unusable, and soon after should_stop says so during a download. public: limits
+    URLs to public addresses. needs_room: CacheError if the cache is full of folders in use. before_unpacking: called
+    when the cache does not have these weights yet.
+    """
+    if not isinstance(weights, str | os.PathLike) or not os.fspath(weights):
+        shown = "empty" if weights == "" else repr(weights)
+        raise NotWeightsError(f"the name of the weights is {shown}; {WANTED}")
+    name = os.fspath(weights)
+    try:
+        if not is_url(name):
+            folder = _local(name)
+            if folder.is_dir():
+                return WeightsFolder(folder)
+            name = str(folder)
+        key, stream = _open(name, should_stop, public)
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        if isinstance(error, ModelFolderError):
+            raise
+        raise NotWeightsError(f"{shortened(name)}: cannot be opened ({_reason(error)}); {WANTED}") from error
+    with stream:
+        cache = Cache()
+        try:
+            found = cache.find(key)
+            if found is None and before_unpacking is not None:
+                before_unpacking()
+                found = cache.find(key)  # others may have asked for the same
+            return found or _unpacked(cache, key, stream, name, needs_room)
+        except OSError as error:
+            raise CacheError(f"{cache.folder}: cannot be used ({_reason(error)}); set CLIP_GEN_CACHE") from error
+
+
+def _local(name: str) -> Path:
+    """A model folder, or a file that is taken for an archive. NotWeightsError if the path leads to neither."""
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise NotWeightsError(f"{shortened(name)}: no such file or folder; {WANTED}")
+    for folder in (path, path / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if (path / "weights.tar").is_file():
+        return path / "weights.tar"
+    if (path / "work").is_dir():
+        raise NotWeightsError(f"{path}: holds a training that has not ended; start the same command again to finish it")
+    raise NotWeightsError(f"{path}: holds no model, its {CONFIG} is missing; copy the whole folder again, or {WANTED}")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _reason(error: Exception) -> str:
+    return shortened(getattr(error, "strerror", None) or str(error))
+
+
+def _open(weights: str, should_stop: Callable[[], bool] | None, public: PublicOnly | None) -> tuple[str, BinaryIO]:
+    """A key that changes whenever the archive does, and the archive."""
+    if weights[:5].lower() == "data:":
+        return weights, io.BytesIO(_data(weights))
+    if is_url(weights):
+        reply = open_url(weights, should_stop, public=public)
+        marks = [reply.headers.get(name) for name in ("ETag", "Last-Modified")]
+        if not any(marks):  # retrained weights have the same length
+            marks = [secrets.token_hex()]
+        return f"url {weights} {marks} {reply.headers.get('Content-Length')}", reply
+    path = Path(weights)
+    stat = path.stat()
+    return f"file {path.resolve()} {stat.st_size} {stat.st_mtime_ns}", path.open("rb")
+
+
+def _data(url: str) -> bytes:
+    """The bytes in a data URL (RFC 2397)."""
+    kind, comma, text = url[5:].partition(",")
+    if not comma:
+        raise ValueError("a data URL needs a comma before its data")
+    data = unquote_to_bytes(text)
+    if not kind.lower().endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its data is not base64: {error}") from error
+
+
+def _unpacked(cache: Cache, key: str, stream: BinaryIO, name: str, needs_room: bool) -> WeightsFolder:
+    def make_room(wanted: int) -> None:
+        if not cache.make_room(wanted) and needs_room:
+            raise CacheError(
+                f"{cache.folder}: has no room for these weights beside those in use; make room on the disk, or raise "
+                "CLIP_GEN_CACHE_GB"
+            )
+
+    try:
+        return cache.add(key, lambda folder: _unpack(stream, folder, make_room))
+    except (tarfile.TarError, http.client.HTTPException, *ZIP_ERRORS) as error:
+        if isinstance(error, CacheError):
+            raise
+        if disk_is_full(error):
+            raise CacheError(f"{cache.folder}: the disk is full; make room, or set CLIP_GEN_CACHE") from error
+        if isinstance(error, ModelFolderError):
+            raise type(error)(f"{shortened(name)}: {error}") from error
+        raise NotWeightsError(f"{shortened(name)}: cannot be read ({_reason(error)}); {WANTED}") from error
+
+
+class _Budget:
+    """Counts what comes out of an archive. ValueError when it is more than one model has."""
+
+    def __init__(self, make_room: Callable[[int], None]):
+        self._left, self._granted, self._make_room = MOST_BYTES, 0, make_room
+
+    def add_bytes(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ModelFolderError(f"holds more than {MOST_BYTES // 2**30} GiB or thousands of files; {WANTED}")
+        if self._granted < MOST_BYTES - self._left:
+            self._make_room(STEP)
+            self._granted += STEP
+
+    def add_entries(self, count: int) -> None:
+        self.add_bytes(count * LEAST_BYTES)
+
+    def check_entries(self, count: int) -> None:
+        if count * LEAST_BYTES > self._left:
+            self.add_entries(count)
+
+
+def _unpack(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> None:
+    """Fills the folder from a tar or zip. Only files with the names of a model folder are written.
+
+    They may lie at the root or together in any one folder of the archive. Names in the archive never become paths.
+    """
+    folders: dict[PurePosixPath, Path] = {}  # in the archive: on disk
+    try:
+        for name, pieces in _files(stream, folder, make_room):
+            if len(name) > MOST_NAME:  # thousands of these would fill the memory
+                continue
+            inside = PurePosixPath(name.replace("\\", "/"))
+            if inside.name in FILES:
+                if len(folders) == MOST_FOLDERS and inside.parent not in folders:
+                    raise ModelFolderError(f"holds model files in more than {MOST_FOLDERS} folders; pack one model")
+                target = folders.setdefault(inside.parent, folder / str(len(folders)))
+                target.mkdir(exist_ok=True)
+                with (target / inside.name).open("wb") as file:
+                    file.writelines(pieces)
+    except (tarfile.TarError, http.client.HTTPException, *ZIP_ERRORS) as error:
+        if not folders or disk_is_full(error) or isinstance(error, ModelFolderError):
+            raise
+        raise ModelFolderError(f"is damaged or cut off ({_reason(error)}); download or copy it again") from error
+    chosen = folders[_whole_model(folders)]
+    for file in chosen.iterdir():
+        os.replace(file, folder / file.name)
+    for path in folders.values():
+        shutil.rmtree(path)
+
+
+def _whole_model(folders: dict[PurePosixPath, Path]) -> PurePosixPath:
+    """Which of an archive's folders is the model folder."""
+    if not folders:
+        raise NotWeightsError(f"holds no weights, nothing in it is called {CONFIG}; {WANTED}")
+    missing = {
+        inside: [name for name in FILES if name != TRAINING and not (path / name).is_file()]
+        for inside, path in folders.items()
+    }
+    whole = sorted((inside for inside in folders if not missing[inside]), key=lambda inside: len(inside.parts))
+    if not whole:
+        nearest = min(folders, key=lambda inside: len(missing[inside]))
+        raise ModelFolderError(f"has no {missing[nearest][0]}; pack the whole model folder again")
+    if len(whole) > 1 and len(whole[0].parts) == len(whole[1].parts):
+        raise ModelFolderError(f"holds several models, {whole[0]} and {whole[1]}; pack one of them")
+    return whole[0]
+
+
+def _files(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Each file of a tar or zip: its name, and its content in pieces, to be read before the next file."""
+    buffered = io.BufferedReader(stream)
+    start = buffered.peek(512)[:512]
+    if not start:
+        raise NotWeightsError(f"is empty; {WANTED}")
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise NotWeightsError(f"is an HTML page, not weights; look at its address, and {WANTED}")
+    budget = _Budget(make_room)
+    if not start.startswith(ZIP_STARTS):
+        for member, content in tar_files(buffered, budget.add_bytes):
+            budget.add_entries(1)
+            if content is not None:
+                yield member.name, iter(lambda content=content: content.read(CHUNK), b"")
+        return
+    with tempfile.NamedTemporaryFile(dir=folder) as copy:  # a zip's table of contents is at its end
+        copying = _Budget(make_room)
+        while piece := buffered.read(CHUNK):
+            copying.add_bytes(len(piece))
+            copy.write(piece)
+        copy.flush()
+        with open_zip(Path(copy.name), budget) as archive:
+            for member in archive.filelist:
+                if not member.is_dir():
+                    yield member.filename, _content(archive, member, budget)
+
+
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, budget: _Budget) -> Iterator[bytes]:
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile reads others without a bound
+        raise ModelFolderError(f"{member.filename[:100]} in it is compressed in an unusual way; zip the folder again")
+    with archive.open(member) as content:
+        while piece := content.read(SMALL):
+            budget.add_bytes(len(piece))
+            yield piece

@@ -1,0 +1,117 @@
+"""Writes pictures of the shapes world: a folder of PNGs, with captions if wanted, or one zip to train from."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clip_gen.files import check_writable, whole_or_not
+from clip_gen.worlds.shapes.captions import caption, describe
+from clip_gen.worlds.shapes.rendering import render
+from clip_gen.worlds.shapes.scenes import Scene, sample_scene
+
+log = logging.getLogger(__name__)
+
+LEAST_RESOLUTION = 16  # below, a small star is a blot
+MOST_RESOLUTION = 4096
+
+
+def write_pictures(
+    count: int, seed: int, out: Path, resolution: int, captions: bool, zipped: bool, held_out: str
+) -> Path:
+    """The folder or zip file written; the first n pictures of a seed are the same for every count.
+
+    captions: also write captions.jsonl, a line for each picture. zipped: one zip file instead of a folder.
+    held_out: as in sample_scene. Refuses to add to a folder that holds files or to replace a zip.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; ask for at least 1 picture")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it takes 0 or more")
+    if not LEAST_RESOLUTION <= resolution <= MOST_RESOLUTION:
+        raise ValueError(f"resolution is {resolution}; it takes {LEAST_RESOLUTION} to {MOST_RESOLUTION}")
+    if captions and zipped:
+        raise ValueError("captions and zip are both asked for, but the zip holds pictures only; drop one of the two")
+    scenes = _scenes(count, seed, held_out)
+    if zipped:
+        out = out if out.suffix.lower() == ".zip" else out.with_name(f"{out.name}.zip")
+        _write_zip(scenes, out, resolution)
+    else:
+        _write_folder(scenes, out, resolution, captions)
+    log.info("%s: %d pictures of %d px, seed %d", out, count, resolution, seed)
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m clip_gen shapes`."""
+    parser.add_argument("--count", type=int, required=True, help="how many pictures")
+    parser.add_argument("--seed", type=int, default=0, help="picture i depends on the seed and i alone")
+    parser.add_argument("--out", type=Path, required=True, help="an empty or new folder, or the zip's name")
+    parser.add_argument("--captions", action="store_true", help="also write captions.jsonl")
+    parser.add_argument("--zip", action="store_true", help="one zip of the pictures instead of a folder")
+    parser.add_argument("--resolution", type=int, default=64, help="side in pixels")
+    parser.add_argument(
+        "--held-out",
+        choices=("never", "may", "only"),
+        default="never",
+        help="the colour-shape pairs kept from generators: leave out, let in, or draw nothing else",
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Runs the command; ValueError or OSError when it cannot."""
+    write_pictures(
+        count=arguments.count,
+        seed=arguments.seed,
+        out=arguments.out,
+        resolution=arguments.resolution,
+        captions=arguments.captions,
+        zipped=arguments.zip,
+        held_out=arguments.held_out,
+    )
+
+
+def _scenes(count: int, seed: int, held_out: str) -> Iterator[tuple[str, Scene]]:
+    """Each picture's file name and scene."""
+    for i in range(count):
+        yield f"{i:05d}.png", sample_scene(np.random.default_rng([seed, i]), held_out=held_out)
+
+
+def _write_folder(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int, captions: bool) -> None:
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ValueError(f"{out} already holds files; name a new or empty folder")
+    lines = []
+    for name, scene in scenes:
+        (out / name).write_bytes(_png(scene, resolution))
+        lines.append(json.dumps({"file": name, "caption": caption(describe(scene)), **asdict(scene)}) + "\n")
+    if captions:
+        (out / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_zip(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int) -> None:
+    """Writes the zip whole or not at all."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another file or move that one away")
+    check_writable(out.absolute().parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_or_not(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, scene in scenes:
+            # A ZipInfo of its own carries no clock time, so a seed gives the same bytes every day.
+            archive.writestr(zipfile.ZipInfo(name), _png(scene, resolution))
+
+
+def _png(scene: Scene, resolution: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(render(scene, resolution)).save(buffer, "png")
+    return buffer.getvalue()

@@ -1,0 +1,38 @@
+"""The fixed prompts a shapes model is measured on. Prompt i of a kind depends on (seed, kind, i) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from clip_gen.worlds.shapes.captions import Description, caption, describe, leave_unsaid
+from clip_gen.worlds.shapes.scenes import Scene, sample_scene
+
+KINDS = ("one", "two", "held_out", "unsaid")
+
+
+@dataclass(frozen=True)
+class Case:
+    prompt: str
+    description: Description  # what the prompt states, for the judge
+    scene: Scene  # a scene that fits it
+
+
+def cases(kind: str, count: int, seed: int) -> list[Case]:
+    """kind: one object, two with a relation, one of a held-out pair, or one or two with attributes left unsaid."""
+    return [_case(kind, np.random.default_rng([seed, KINDS.index(kind), i])) for i in range(count)]
+
+
+def _case(kind: str, rng: np.random.Generator) -> Case:
+    if kind == "unsaid":
+        scene = sample_scene(rng)
+        full = describe(scene)
+        description = full
+        while description == full:
+            description = leave_unsaid(full, rng, chance=0.5)
+    else:
+        count = 2 if kind == "two" else 1
+        scene = sample_scene(rng, count=count, held_out="only" if kind == "held_out" else "never")
+        description = describe(scene)
+    return Case(caption(description), description, scene)

@@ -1,0 +1,55 @@
+"""The README's contact sheet: a few prompts, the best pictures of each, drawn by the bundled model and not chosen.
+
+python -m clip_gen.worlds.shapes.sheet --out docs/sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from clip_gen.pipeline import ClipGen
+
+PROMPTS = (
+    "a large red circle on a white background",
+    "a small yellow star on a brown background",
+    "a large blue heart on a gray background",
+    "a large orange cross on a black background",
+    "a large purple star on a white background",
+    "a small pink ring on a black background",
+    "a large green square above a small red triangle on a white background",
+    "a small cyan circle left of a large purple diamond on a gray background",
+)
+COLUMNS, BEST, SCALE, GAP, TEXT = 2, 4, 2, 6, 22
+
+
+def contact_sheet(model: ClipGen, prompts: tuple[str, ...] = PROMPTS, seed: int = 0) -> Image.Image:
+    """The best four of sixteen for each prompt, beneath its words."""
+    side = model.config.vqgan.resolution * SCALE
+    width, height = BEST * (side + GAP) + 2 * GAP, side + TEXT + 2 * GAP
+    sheet = Image.new("RGB", (COLUMNS * width + GAP, -(-len(prompts) // COLUMNS) * height + GAP), (250, 250, 250))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for i, prompt in enumerate(prompts):
+        left, top = i % COLUMNS * width + 2 * GAP, i // COLUMNS * height + GAP
+        draw.text((left, top), prompt, fill=(30, 30, 30), font=font)
+        images = model.generate(prompt, candidates=16, num_outputs=BEST, seed=seed).images
+        for j, image in enumerate(images):
+            spot = (left + j * (side + GAP), top + TEXT)
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), spot)
+            draw.rectangle((*spot, spot[0] + side - 1, spot[1] + side - 1), outline=(200, 200, 200))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws the README's contact sheet.")
+    parser.add_argument("--model", type=Path, default=Path("checkpoints/shapes"))
+    parser.add_argument("--out", type=Path, default=Path("docs/sheet.png"))
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(ClipGen.load(arguments.model)).save(arguments.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Pictures gone wrong in the ways generators go wrong, and pictures a little off that are still right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from clip_gen.worlds.shapes.rendering import coverage, render
+from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, another
+
+
+def wear(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Half the pictures a little off, as a decoder leaves them: tinted, noisy, soft. Still what the caption says."""
+    if rng.random() < 0.5:
+        return picture
+    worn = picture.astype(np.float32)
+    if rng.random() < 0.5:
+        worn = _softened(worn, rng.uniform(0.1, 0.6))
+    worn += rng.normal(0, 4, size=3) + rng.normal(0, rng.uniform(0, 8), size=picture.shape)
+    return worn.clip(0, 255).astype(np.uint8)
+
+
+def _softened(picture: np.ndarray, share: float) -> np.ndarray:
+    """Mixed with its mean over 3 x 3 pixels."""
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    side = picture.shape[0]
+    mean = sum(padded[dy : dy + side, dx : dx + side] for dy in range(3) for dx in range(3)) / 9
+    return picture + np.float32(share) * (mean - picture)
+
+
+def spoil(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """A picture (S, S, 3) uint8 gone wrong in the ways generators go wrong; no caption of this world fits it."""
+    ways = (_chimera, _chimera, _bitten, _scrambled, _scrambled, _two_coloured, _littered, _blurred)
+    picture = ways[rng.integers(len(ways))](scene, rng, resolution)
+    return wear(picture.clip(0, 255).astype(np.uint8), rng)
+
+
+def _chimera(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """One item half one shape and half another, or something between the two."""
+    which = int(rng.integers(len(scene.items)))
+    item = scene.items[which]
+    others = tuple(other for i, other in enumerate(scene.items) if i != which)
+    picture = render(replace(scene, items=others), resolution).astype(np.float32)
+    mine = coverage(item.shape, item.x, item.y, item.radius, resolution)
+    second = coverage(another(rng, SHAPES, item.shape), item.x, item.y, item.radius, resolution)
+    cut = int(resolution * (item.y + rng.uniform(-0.4, 0.4) * item.radius))
+    way = rng.integers(4)
+    if way == 0:
+        mine[cut:] = second[cut:]
+    elif way == 1:
+        cut = int(resolution * (item.x + rng.uniform(-0.4, 0.4) * item.radius))
+        mine[:, cut:] = second[:, cut:]
+    elif way == 2:
+        mine = (mine + second) / 2
+    else:
+        mine = abs(mine - second)
+    return picture + mine[..., None] * (np.float32(COLOURS[item.colour]) - picture)
+
+
+def _spots(scene: Scene, rng: np.random.Generator, resolution: int, count: int, side: int) -> list[tuple[int, int]]:
+    """Top left corners of blocks that lie on an item."""
+    spots = []
+    for _ in range(count):
+        item = scene.items[rng.integers(len(scene.items))]
+        x, y = (rng.uniform(-0.9, 0.9, size=2) * item.radius + (item.x, item.y)) * resolution - side / 2
+        spots.append((int(np.clip(x, 0, resolution - side)), int(np.clip(y, 0, resolution - side))))
+    return spots
+
+
+def _bitten(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    picture = render(scene, resolution)
+    side = int(resolution * rng.uniform(0.1, 0.22))
+    for x, y in _spots(scene, rng, resolution, count=int(rng.integers(1, 4)), side=side):
+        picture[y : y + side, x : x + side] = BACKGROUNDS[scene.background]
+    return picture
+
+
+def _scrambled(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """Blocks of the item exchanged, as when single tokens are wrong."""
+    picture = render(scene, resolution)
+    side = int(rng.choice([resolution // 16, resolution // 16, resolution // 8]))
+    spots = _spots(scene, rng, resolution, count=2 * int(rng.integers(2, 7)), side=side)
+    for (x, y), (u, v) in zip(spots[::2], spots[1::2], strict=True):
+        block = picture[y : y + side, x : x + side].copy()
+        picture[y : y + side, x : x + side] = picture[v : v + side, u : u + side]
+        picture[v : v + side, u : u + side] = block
+    return picture
+
+
+def _two_coloured(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """One item in two colours."""
+    which = int(rng.integers(len(scene.items)))
+    item = scene.items[which]
+    others = tuple(
+        replace(item, colour=another(rng, COLOURS, item.colour)) if i == which else other
+        for i, other in enumerate(scene.items)
+    )
+    picture, second = render(scene, resolution), render(replace(scene, items=others), resolution)
+    cut = int(resolution * (item.y + rng.uniform(-0.5, 0.5) * item.radius))
+    picture[cut:] = second[cut:]
+    return picture
+
+
+def _littered(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """Specks of colour where nothing should be."""
+    picture = render(scene, resolution)
+    for _ in range(rng.integers(1, 5)):
+        side = int(rng.integers(resolution // 16, resolution // 6))
+        x, y = rng.integers(0, resolution - side, size=2)
+        picture[y : y + side, x : x + side] = COLOURS[str(rng.choice(list(COLOURS)))]
+    return picture
+
+
+def _blurred(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    small = Image.fromarray(render(scene, resolution)).resize([max(4, resolution // int(rng.integers(5, 12)))] * 2)
+    return np.asarray(small.resize((resolution, resolution), Image.Resampling.BICUBIC))

@@ -1,0 +1,98 @@
+"""clip_encoder.py: OpenAI's CLIP, frozen, behind two functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import clip
+import pytest
+import torch
+from conftest import TINY
+from torch.nn import functional as F
+
+from clip_gen.config import ClipConfig
+from clip_gen.images import for_clip
+from clip_gen.networks.clip_encoder import ClipEncoder, Tokenizer, build_clip
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ClipEncoder:
+    torch.manual_seed(0)
+    return ClipEncoder(TINY.clip)
+
+
+def test_embeddings_are_unit_length_float32(encoder: ClipEncoder) -> None:
+    for embedding in (encoder.encode_text(["a red circle", "b"]), encoder.encode_image(torch.rand(2, 3, 16, 16))):
+        assert embedding.shape == (2, 16)
+        assert embedding.dtype == torch.float32
+        assert torch.allclose(embedding.norm(dim=1), torch.ones(2))
+
+
+def test_it_is_frozen_and_stays_in_eval_mode_when_told_to_train(encoder: ClipEncoder) -> None:
+    encoder.train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_gradients_reach_the_images_through_embed_image(encoder: ClipEncoder) -> None:
+    images = torch.rand(1, 3, 16, 16, requires_grad=True)
+    encoder.embed_image(images)[0, 0].backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_a_prompt_is_embedded_the_same_alone_and_beside_others(encoder: ClipEncoder) -> None:
+    together = encoder.encode_text(["a red circle", "two blue stars on white"])
+    assert torch.equal(together[:1], encoder.encode_text(["a red circle"]))
+
+
+def test_tokens_are_openais_for_a_prompt_that_fits() -> None:
+    prompts = ["A Red circle, on white!", "", "naïve 赤", "it's 3 dogs' <b> &amp; 😀 <|x|>", "ends <|endoftext >"]
+    assert torch.equal(Tokenizer(77)(prompts), clip.tokenize(prompts).long())
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "&lt;|endoftext|&gt;"])
+def test_names_of_control_tokens_in_a_prompt_are_text(encoder: ClipEncoder, name: str) -> None:
+    (row,) = Tokenizer(77)([f"a red {name} circle"])
+    tokens = row[: int(row.argmax()) + 1].tolist()
+    assert (tokens[0], tokens[-1]) == (encoder.tokenize.start, encoder.tokenize.end)
+    assert not {encoder.tokenize.start, encoder.tokenize.end} & set(tokens[1:-1])
+    word = "startoftext" if "start" in name else "endoftext"
+    assert encoder.tokenize.bpe.decode(tokens[1:-1]) == f"a red <| {word} |> circle "
+    cut, whole = encoder.encode_text(["a red"]), encoder.encode_text([f"a red {name} circle"])
+    assert not torch.allclose(cut, whole)
+
+
+def test_a_long_prompt_keeps_its_end_of_text_and_what_is_left_out_can_be_asked_for() -> None:
+    tokenize, prompt = Tokenizer(8), "one two three four five six seven eight"
+    rows = tokenize([prompt])
+    assert rows[0, 0] == tokenize.start
+    assert rows[0, -1] == tokenize.end
+    assert rows.shape == (1, 8)
+    assert tokenize.left_out(prompt) == "seven eight"
+    assert tokenize.left_out("one two three four five six") == ""
+
+
+def test_words_beyond_the_context_do_not_change_the_embedding(encoder: ClipEncoder) -> None:
+    kept = " ".join(["red"] * 14)
+    assert torch.equal(encoder.encode_text([kept + " blue"]), encoder.encode_text([kept]))
+
+
+def test_embeddings_are_those_of_the_clip_package_for_a_vit_and_a_resnet() -> None:
+    vit = ClipConfig(16, 32, (2,), 64, 8, 16, 49408, 64, 1, 1)
+    for config in (vit, replace(vit, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None)):
+        torch.manual_seed(1)
+        ours = ClipEncoder(config)
+        ours.half().float()  # the package's build_model rounds to float16
+        theirs = clip.model.build_model({k: v.clone() for k, v in ours.clip.state_dict().items()}).float().eval()
+        images = torch.rand(2, 3, 32, 32) * 2 - 1
+        with torch.no_grad():
+            wanted = F.normalize(theirs.encode_image(for_clip(images, 32)), dim=-1)
+            words = F.normalize(theirs.encode_text(clip.tokenize(["a cat"], context_length=16)), dim=-1)
+        assert torch.allclose(ours.encode_image(images), wanted, atol=1e-6)
+        assert torch.allclose(ours.encode_text(["a cat"]), words, atol=1e-6)
+
+
+def test_sizes_decide_between_resnet_and_vit() -> None:
+    assert type(build_clip(TINY.clip).visual).__name__ == "ModifiedResNet"
+    vit = replace(TINY.clip, vision_layers=(1,), vision_width=64, vision_patch_size=8)
+    assert type(build_clip(vit).visual).__name__ == "VisionTransformer"

@@ -1,0 +1,122 @@
+"""float16_linear.py: matrices in sixteen bits on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FLOAT16, TINY
+from torch import nn
+from torch.nn import functional as F
+
+from clip_gen import ClipGen, pipeline
+from clip_gen.networks.float16_linear import Float16Linear, has_products
+from clip_gen.networks.gpt import GPT
+from clip_gen.pipeline import choose_dtype
+from clip_gen.sampling.batcher import batch_bytes
+from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
+
+CPU = torch.device("cpu")
+
+
+@FLOAT16
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_that_fit_make_the_same_products_and_others_are_rounded(bias: bool) -> None:
+    torch.manual_seed(0)
+    rounded, x = nn.Linear(256, 96, bias=bias), torch.randn(5, 7, 256)
+    quick = Float16Linear(rounded)(x)
+    off = (quick - rounded(x)).abs().max()
+    with torch.no_grad():
+        rounded.weight.copy_(rounded.weight.half())
+    assert quick.shape == (5, 7, 96)
+    assert quick.dtype == torch.float32
+    assert torch.allclose(quick, rounded(x), atol=2e-6)
+    assert 1e-5 < off < 1e-3
+
+
+@FLOAT16
+def test_weights_beyond_its_range_are_brought_to_its_ends() -> None:
+    linear = nn.Linear(16, 1, bias=False)
+    nn.init.constant_(linear.weight, -1e6)
+    assert Float16Linear(linear)(torch.eye(16)[:3]).tolist() == [[-65504.0]] * 3
+    assert linear.weight.tolist() == [[-1e6] * 16]
+
+
+@FLOAT16
+def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    exact, model = (ClipGen.load(tiny_model_folder, "cpu", dtype) for dtype in ("float32", None))
+    gpt = model.gpt
+    packed = [module for module in gpt.modules() if isinstance(module, Float16Linear)]
+    assert len(packed) == 4 * gpt.config.n_layer + 1
+    cache = gpt.new_cache(16)
+    assert cache.keys.dtype == torch.float16
+    logits = 16 * gpt.config.codebook_size * 48
+    assert batch_bytes(gpt, Sampling(), 16) == cache.keys.nbytes + cache.values.nbytes + logits
+
+    embedding = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    tokens = torch.randint(0, 32, (4, 15), generator=torch.Generator().manual_seed(1))
+    true = exact.gpt(embedding, tokens)
+    assert torch.allclose(true, gpt(embedding, tokens), atol=0.002 * float(true.std()))
+    tokens = [m.generate("a red circle", 3, 3, seed=1).tokens for m in (exact, model)]
+    assert torch.equal(*tokens)
+
+
+@FLOAT16
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize(("width", "heads"), [(256, 4), (36, 3)])
+def test_a_transformer_that_looks_around_has_its_rows_bits_alone_and_among_others(
+    width: int, heads: int, guidance: float
+) -> None:
+    torch.manual_seed(0)
+    config = replace(TINY.gpt, n_embd=width, n_head=heads, looks_around=True, head_bias=True, rotary=True)
+    gpt = GPT(config).eval().work_in(torch.float16)
+    embedding, uniforms = F.normalize(torch.randn(32, 16), dim=1), candidate_uniforms(0, range(32), 4)
+    seen: list[torch.Tensor] = []
+    step = gpt.step
+    gpt.step = lambda *given: seen.append(step(*given)) or seen[-1]
+
+    def logits(count: int) -> list[torch.Tensor]:
+        """Of so many candidates, (steps, count, V), and with guidance of what they are pushed away from."""
+        seen.clear()
+        sample_tokens(gpt, embedding[:count], uniforms[:count], Sampling(guidance=guidance))
+        steps = torch.stack(seen)
+        return [steps[:, :count]] if guidance == 1 else [steps[:, :count], steps[:, count : 2 * count]]
+
+    every = logits(32)
+    for count in (1, 5, 9, 16, 20):
+        for few, all_of_them in zip(logits(count), every, strict=True):
+            assert torch.equal(few, all_of_them[:, :count])
+
+
+@FLOAT16
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("width", [3, 4, 5, 20, 129, 516])
+def test_widths_need_be_multiples_of_nothing(width: int, rows: int) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(width, 32), torch.randn(rows, width)
+    with torch.no_grad():
+        linear.weight.copy_(linear.weight.half())
+    assert torch.allclose(Float16Linear(linear)(x), linear(x), atol=3e-6)
+
+
+def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match='dtype is "float16", which is for CPUs; on a GPU give "auto"'):
+        choose_dtype("float16", torch.device("cuda"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert choose_dtype("auto", CPU) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(pipeline, "has_products", lambda: True)
+    assert choose_dtype("float16", CPU) == choose_dtype("auto", CPU) == torch.float16
+    monkeypatch.setattr(pipeline, "has_products", lambda: False)
+    assert choose_dtype("auto", CPU) == torch.float32
+    with pytest.raises(ValueError, match='dtype is "float16", whose products need an x86 processor with AVX2'):
+        choose_dtype("float16", CPU)
+
+
+def test_an_x86_processor_with_avx2_can() -> None:
+    assert has_products() == bool(torch.cpu.get_capabilities().get("avx2"))

@@ -1,0 +1,246 @@
+"""gpt.py: the transformer and its cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_gen.config import GPTConfig
+from clip_gen.files import ROOT
+from clip_gen.networks.gpt import GPT, grid_rotation, places_around, quick_gelu, rotate, with_null_condition
+
+
+@pytest.fixture(params=["learnt", "rotary", "looks_around"])
+def gpt(request: pytest.FixtureRequest) -> GPT:
+    torch.manual_seed(0)
+    return GPT(replace(TINY.gpt, rotary=request.param != "learnt", looks_around=request.param == "looks_around")).eval()
+
+
+@pytest.fixture
+def embedding() -> Tensor:
+    return F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(2))
+
+
+def test_logits_for_every_position_from_the_first(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    assert gpt(embedding, tokens[:, :0]).shape == (3, 1, 32)
+    assert gpt(embedding, tokens[:, :-1]).shape == (3, 16, 32)
+
+
+def test_more_tokens_than_the_block_holds_are_a_programming_error(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    with pytest.raises(AssertionError):
+        gpt(embedding, tokens)
+
+
+def test_future_tokens_do_not_change_past_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 32
+    before, after = gpt(embedding, tokens[:, :-1]), gpt(embedding, changed[:, :-1])
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10], after[:, 10])
+
+
+def test_every_logit_depends_on_the_embedding(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    other = gpt(embedding.roll(1, dims=0), tokens[:, :-1])
+    assert ((gpt(embedding, tokens[:, :-1]) - other).abs().amax(dim=(0, 2)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: Tensor, at_work: bool) -> None:
+    whole = gpt(embedding, tokens[:, :-1])
+    if at_work:
+        names = set(gpt.state_dict())
+        gpt.work_in(torch.float32)
+        assert (gpt.neighbours is not None) == gpt.config.looks_around
+        assert set(gpt.state_dict()) == names
+    cache = gpt.new_cache(3)
+    stepwise = [gpt.start(gpt.prefix(embedding), cache)]
+    stepwise += [gpt.step(tokens[:, t], cache) for t in range(15)]
+    assert torch.allclose(torch.stack(stepwise, dim=1), whole, atol=1e-5)
+
+
+def test_the_null_condition_stands_in_for_the_marked_rows_only(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    marked = gpt(embedding, tokens[:, :5], torch.tensor([True, False, True]))
+    plain = gpt(embedding, tokens[:, :5])
+    assert torch.equal(marked[1], plain[1])
+    assert not torch.allclose(marked[0], plain[0])
+    assert torch.equal(marked[0], gpt(embedding.roll(1, dims=0), tokens[:, :5], torch.tensor([True] * 3))[0])
+
+
+def test_the_null_condition_is_learned(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    gpt.train()(embedding, tokens[:, :5], torch.tensor([True, False, False])).square().mean().backward()
+    assert gpt.null_condition.grad.abs().sum() > 0
+
+
+def test_it_can_learn_to_write_what_an_embedding_asks_for(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    gpt.train()
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = F.cross_entropy(gpt(embedding, tokens[:, :-1]).flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    written = gpt.eval()(embedding, tokens[:, :-1]).argmax(dim=2)
+    assert (written == tokens).float().mean() > 0.9
+
+
+def test_rotated_queries_and_keys_feel_how_far_apart_they_are_in_rows_and_columns_and_nothing_else() -> None:
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(3))
+    rotation = grid_rotation(4, 16)
+    scores = rotate(q.expand(1, 1, 16, 16), rotation) @ rotate(k.expand(1, 1, 16, 16), rotation).transpose(-2, -1)
+    by_place = scores.view(4, 4, 4, 4)  # row and column of the query, row and column of the key
+    assert torch.allclose(by_place[:3, 1:, :3, 1:], by_place[1:, :3, 1:, :3], atol=1e-5)
+    for other in (by_place[0, 0, 0, 1], by_place[0, 0, 1, 0], by_place[0, 0, 1, 1], by_place[0, 0, 1, 2]):
+        assert not torch.isclose(by_place[0, 0, 0, 0], other)
+
+
+def test_around_a_place_are_the_one_before_it_and_those_above() -> None:
+    around = places_around(4)
+    assert around.shape == (16, 4)
+    assert around[0].tolist() == [16, 16, 16, 16]
+    assert around[2].tolist() == [1, 16, 16, 16]
+    assert around[4].tolist() == [3, 16, 0, 1]
+    assert around[9].tolist() == [8, 4, 5, 6]
+    assert around[11].tolist() == [10, 6, 7, 16]
+
+
+def test_who_looks_around_sees_what_is_there_at_once(embedding: Tensor, tokens: Tensor) -> None:
+    """Without any layer, logits hang on the four tokens around and on the condition, each in its own way."""
+    torch.manual_seed(0)
+    gpt = GPT(replace(TINY.gpt, looks_around=True)).eval()
+    gpt.blocks = torch.nn.ModuleList()
+    plain = gpt(embedding, tokens[:, :-1])
+    for changed in range(15):
+        other = tokens.clone()
+        other[:, changed] = 31 - other[:, changed]
+        differs = (gpt(embedding, other[:, :-1]) != plain).any(dim=2).all(dim=0)
+        assert differs.tolist() == (places_around(4) == changed).any(dim=1).tolist()
+    assert (gpt(embedding.roll(1, dims=0), tokens[:, :-1]) != plain).any(dim=2).all()
+    swapped = tokens.clone()
+    swapped[:, [4, 6]] = tokens[:, [6, 4]]
+    assert not torch.isclose(gpt(embedding, swapped[:, :-1])[0, 9], plain[0, 9]).all()
+
+
+def test_a_null_condition_can_be_added_for_fine_tuning(embedding: Tensor, tokens: Tensor) -> None:
+    bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True, looks_around=True)).eval()
+    torch.nn.init.normal_(bare.condition.bias)
+    assert "null_condition" not in bare.state_dict()
+    grown = with_null_condition(bare)
+    assert grown.config == replace(bare.config, null_condition=True)
+    assert torch.equal(grown(embedding, tokens[:, :-1]), bare(embedding, tokens[:, :-1]))
+    unconditional = torch.tensor([True, False, False])
+    logits = grown(embedding, tokens[:, :-1], unconditional)
+    assert torch.equal(logits[0], bare(torch.zeros(1, 16), tokens[:1, :-1])[0])
+    logits.square().mean().backward()
+    assert grown.null_condition.grad.abs().sum() > 0
+    assert with_null_condition(grown) is grown
+
+
+def test_without_a_null_condition_nothing_is_unconditional(embedding: Tensor, tokens: Tensor) -> None:
+    bare = GPT(replace(TINY.gpt, null_condition=False))
+    with pytest.raises(AssertionError, match="never unconditional"):
+        bare(embedding, tokens[:, :-1], torch.tensor([True, False, False]))
+
+
+def test_of_all_places_the_logits_are_the_whole_pictures(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    places = torch.arange(16).expand(3, 16)
+    found = gpt(embedding, tokens[:, :-1], None, places, torch.ones(3, 16))
+    assert torch.allclose(found, gpt(embedding, tokens[:, :-1]), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gpt(embedding, tokens[:, :-1], None, places, torch.ones(3, 16))
+    assert torch.allclose(found.float(), gpt(embedding, tokens[:, :-1]), atol=0.02)
+
+
+def test_places_left_out_are_not_looked_at(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    places, changed = torch.tensor([[0, 2, 7, 9], [0, 1, 2, 3], [0, 5, 9, 15]]), tokens.clone()
+    changed[0, [0, 7, 13]] = 31 - tokens[0, [0, 7, 13]]  # not before any of these places, nor above
+    chances = torch.full((3, 4), 0.5)
+    before, after = (gpt(embedding, t[:, :-1], None, places, chances) for t in (tokens, changed))
+    assert before.shape == (3, 4, 32)
+    assert torch.equal(before, after)
+    changed[0, 6] = 31 - tokens[0, 6]
+    after = gpt(embedding, changed[:, :-1], None, places, chances)
+    assert torch.equal(before[0, :2], after[0, :2])
+    assert not torch.isclose(before[0, 2:], after[0, 2:]).all(dim=1).any()
+
+
+def test_a_place_counts_for_those_left_out_that_are_like_it(embedding: Tensor) -> None:
+    """Where all that comes before is alike but for the condition, a few weigh as much as they all."""
+    torch.manual_seed(0)
+    gpt = GPT(replace(TINY.gpt, n_layer=1)).eval()
+    torch.nn.init.zeros_(gpt.position_embedding.weight)
+    plain = torch.full((3, 15), 5)
+    places = torch.tensor([[0, 3, 4, 8, 15]]).expand(3, 5)
+    chances = torch.tensor([[1, 3 / 14, 3 / 14, 3 / 14, 1 / 14]]).expand(3, 5)  # its own chance is not asked for
+    whole, few = gpt(embedding, plain)[:, -1], gpt(embedding, plain, None, places, chances)[:, -1]
+    assert torch.allclose(whole, few, atol=1e-5)
+    assert not torch.allclose(whole, gpt(embedding, plain, None, places, torch.ones(3, 5))[:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [8, 72, 144, 1024, 4096, 40960])
+def test_the_quick_gelu_is_gelu(width: int) -> None:
+    x = torch.randn(20, width, generator=torch.Generator().manual_seed(width))
+    assert torch.allclose(quick_gelu(x), F.gelu(x), atol=1e-5)
+    assert quick_gelu(x).is_contiguous()
+
+
+GELU = """
+import torch
+from clip_gen.networks.gpt import quick_gelu
+
+for threads in (1, 2, 3, 5, 8):
+    torch.set_num_threads(threads)
+    for width in (72, 144, 1024, 3072, 4096):
+        x = torch.randn(72, width)
+        every = [quick_gelu(x[:rows]) for rows in (1, 4, 5, 7, 16, 20, 36, 48, 72)]
+        for found in every:
+            assert torch.equal(found, every[-1][: len(found)]), (threads, width, len(found))
+"""
+
+
+def test_the_quick_gelu_of_a_row_has_the_same_bits_beside_others_with_any_number_of_threads() -> None:
+    subprocess.run([sys.executable, "-c", GELU], cwd=ROOT, check=True)
+
+
+def test_gradients_are_the_same_every_time_on_two_threads() -> None:
+    config = GPTConfig(
+        n_layer=1,
+        n_head=2,
+        n_embd=64,
+        block_size=64,
+        codebook_size=64,
+        embed_dim=32,
+        rotary=True,
+        looks_around=True,
+        dropout=0.0,
+    )
+    gpt, threads = GPT(config).train(), torch.get_num_threads()
+    embedding, tokens = torch.randn(64, 32), torch.randint(0, 64, (64, 64))
+    places = torch.stack(
+        [torch.cat([torch.zeros(1).long(), 1 + torch.randperm(63)[:31].sort().values]) for _ in tokens]
+    )
+
+    def gradients() -> list[torch.Tensor]:
+        gpt.zero_grad()
+        logits = gpt(embedding, tokens[:, :-1], None, places, torch.full((64, 32), 0.9))
+        F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, places).flatten()).backward()
+        return [parameter.grad for parameter in gpt.parameters() if parameter.grad is not None]
+
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        for _ in range(10):
+            assert all(map(torch.equal, first, gradients()))
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,160 @@
+"""vqgan.py: images to tokens and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+from taming.modules.diffusionmodules.model import Decoder
+from torch import Tensor
+from torch.nn import functional as F
+
+from clip_gen.config import VQGANConfig
+from clip_gen.networks.vqgan import VQGAN, quantizer_log
+
+SIZES = {
+    "cosine": TINY.vqgan,
+    "taming": replace(TINY.vqgan, quantizer="taming"),
+    "local": replace(TINY.vqgan, local=True, ch=64),
+    "halving": replace(TINY.vqgan, patch=1, ch_mult=(1, 2, 2), attn_resolutions=(4,)),
+}
+
+
+def started(config: VQGANConfig) -> VQGAN:
+    """With a codebook that has met its first batch."""
+    torch.manual_seed(0)
+    vqgan = VQGAN(config)
+    vqgan(pictures(8))
+    return vqgan.eval()
+
+
+def pictures(count: int) -> Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_tokens_and_images_have_the_contract_shapes_and_ranges(name: str) -> None:
+    vqgan = started(SIZES[name])
+    tokens = vqgan.encode(pictures(3))
+    assert tokens.shape == (3, vqgan.config.grid**2)
+    assert tokens.dtype == torch.long
+    assert 0 <= tokens.min() <= tokens.max() < 32
+    images = vqgan.decode(tokens)
+    assert images.shape == (3, 3, 16, 16)
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_decoding_the_tokens_is_what_the_forward_pass_reconstructs(name: str) -> None:
+    vqgan = started(SIZES[name])
+    with torch.no_grad():
+        out = vqgan(pictures(3))
+    assert torch.equal(out.tokens, vqgan.encode(pictures(3)))
+    assert torch.allclose(out.images.clamp(-1, 1), vqgan.decode(out.tokens), atol=1e-5)
+
+
+def test_tokens_run_row_by_row() -> None:
+    vqgan = started(TINY.vqgan)
+    features = F.normalize(vqgan.features(pictures(1))[0][0], dim=0)  # (C, h, w)
+    codes = vqgan.quantizer.lookup(vqgan.encode(pictures(1)))[0]  # (T, C)
+    alike = torch.einsum("tc,chw->thw", codes, features)
+    every = vqgan.quantizer.lookup(torch.arange(32))
+    best = torch.einsum("kc,chw->khw", every, features).amax(dim=0)
+    for t in range(16):
+        y, x = divmod(t, 4)
+        assert torch.isclose(alike[t, y, x], best[y, x], atol=1e-6)
+    assert torch.equal(vqgan.decode(torch.arange(16)[None]), rows_decoded(vqgan))
+
+
+def rows_decoded(vqgan: VQGAN) -> Tensor:
+    grid = vqgan.quantizer.lookup(torch.arange(16)).reshape(4, 4, 4)  # (h, w, C)
+    with torch.no_grad():
+        return vqgan.pixels(grid.permute(2, 0, 1)[None]).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("name", ["cosine", "taming", "local"])
+def test_gradients_pass_the_codebook_to_the_encoder(name: str) -> None:
+    vqgan = started(SIZES[name]).train()
+    vqgan(pictures(2)).images.square().mean().backward()
+    assert vqgan.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_a_local_token_tells_of_its_own_square_alone() -> None:
+    vqgan = started(SIZES["local"])
+    before, changed = pictures(2), pictures(2)
+    changed[0, :, 4:8, 8:12] = pictures(4)[3, :, :4, :4]
+    differ = (vqgan.encode(before) != vqgan.encode(changed)).nonzero().tolist()
+    assert differ == [[0, 1 * 4 + 2]]
+
+
+def test_the_squares_of_a_plain_picture_are_one_token_when_local() -> None:
+    vqgan = started(SIZES["local"])
+    assert len(vqgan.encode(torch.full((2, 3, 16, 16), 0.3)).unique()) == 1
+
+
+def test_squares_met_often_do_not_weigh_more_in_a_local_codebook() -> None:
+    codebooks = []
+    for often in (1, 9):
+        vqgan = started(SIZES["local"]).train()
+        vqgan(torch.cat([pictures(4), torch.zeros(often, 3, 16, 16)]))
+        codebooks.append(vqgan.quantizer.lookup(torch.arange(32)))
+    assert torch.allclose(*codebooks)
+
+
+def test_commitment_pulls_the_encoder_a_quarter_as_hard_as_the_codebook_is_pulled() -> None:
+    """The right way round: beta weighs what reaches the encoder. taming's legacy order swaps the two."""
+    vqgan = started(SIZES["taming"])
+    features = vqgan.features(pictures(1))[0].detach().requires_grad_()
+    codes, _, loss = vqgan.quantizer(features)
+    loss.backward()
+    difference = features.detach() - codes.detach()
+    assert torch.allclose(features.grad, 0.25 * 2 * difference / difference.numel(), atol=1e-7)
+
+
+@pytest.mark.parametrize("quantizer", ["taming", "cosine", "gumbel"])
+def test_the_nearest_code_is_looked_for_in_float32(quantizer: str) -> None:
+    vqgan, seen = VQGAN(replace(TINY.vqgan, quantizer=quantizer, codebook_dim=TINY.vqgan.z_channels)), []
+
+    def note(_: object, features: tuple[torch.Tensor, ...]) -> None:
+        seen.append((features[0].dtype, torch.is_autocast_enabled("cpu")))
+
+    vqgan.quantizer.register_forward_pre_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        vqgan.encode(torch.rand(4, 3, 16, 16) * 2 - 1)
+    assert seen == [(torch.float32, False)]
+
+
+def test_unit_length_codes_in_the_cosine_codebook() -> None:
+    vqgan = started(TINY.vqgan)
+    codes = vqgan.quantizer.lookup(torch.arange(32)[None])
+    assert torch.allclose(codes.norm(dim=-1), torch.ones(1, 32), atol=1e-5)
+
+
+def test_a_first_batch_with_fewer_squares_than_codes_says_nothing() -> None:
+    said: list[str] = []
+    listening = quantizer_log.add(said.append)
+    try:
+        assert VQGAN(TINY.vqgan)(pictures(1)).tokens.numel() < TINY.vqgan.codebook_size
+    finally:
+        quantizer_log.remove(listening)
+    assert not said
+
+
+def test_the_decoder_is_tamings_own() -> None:
+    vqgan = started(SIZES["halving"])
+    assert isinstance(vqgan.decoder, Decoder)
+    codes = torch.randn(1, 4, 4, 4)
+    assert torch.equal(vqgan.pixels(codes), vqgan.decoder(vqgan.post_quant_conv(codes)))
+
+
+def test_building_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    VQGAN(TINY.vqgan)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_quantizer_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r'"magic".*cosine'):
+        VQGAN(replace(TINY.vqgan, quantizer="magic"))

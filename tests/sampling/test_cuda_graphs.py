@@ -1,0 +1,200 @@
+"""cuda_graphs.py: a cache of fixed size gives what a growing one gives."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
+
+from clip_gen.networks.gpt import GPT
+from clip_gen.sampling import cuda_graphs
+from clip_gen.sampling import sampler as sampling_module
+from clip_gen.sampling.batcher import Batcher, batch_bytes
+from clip_gen.sampling.sampler import Batch, Sampling, candidate_uniforms, most_rows, rows_of
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["", "looks_around"])
+def gpt(request: pytest.FixtureRequest, device: str) -> GPT:
+    torch.manual_seed(0)
+    return GPT(replace(TINY.gpt, rotary=True, looks_around=request.param)).eval().to(device)
+
+
+def begun(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling: Sampling | None = None) -> Batch:
+    device = gpt.head.weight.device
+    embedding = F.normalize(torch.randn(rows, gpt.config.embed_dim, generator=torch.manual_seed(seed)), dim=-1)
+    uniforms = candidate_uniforms(seed, range(rows), gpt.config.block_size)
+    return Batch(gpt, embedding.to(device), uniforms, sampling or Sampling(), recorded)
+
+
+def finished(batch: Batch) -> Tensor:
+    while not batch.done:
+        batch.step()
+    return batch.tokens
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=3.0, top_k=5)])
+@pytest.mark.parametrize("rows", [1, 16, 20])
+def test_the_tokens_are_those_of_a_growing_cache(gpt: GPT, rows: int, sampling: Sampling) -> None:
+    growing = finished(begun(gpt, rows, 3, recorded=False, sampling=sampling))
+    assert growing.unique().numel() > 4
+    assert torch.equal(finished(begun(gpt, rows, 3, sampling=sampling)), growing)
+
+
+def test_the_logits_are_those_of_a_growing_cache_at_every_place(gpt: GPT) -> None:
+    fixed, growing = (begun(gpt, 16, 5, recorded=recorded) for recorded in (True, False))
+    last = None
+    for _ in range(gpt.config.block_size):
+        with torch.inference_mode():
+            found, wanted = fixed.steps(last), growing.steps(last)
+        assert torch.allclose(found, wanted, atol=1e-5)
+        last = wanted.argmax(dim=1)
+
+
+def test_a_recording_is_used_again_and_nothing_of_its_last_batch_remains(gpt: GPT) -> None:
+    first = begun(gpt, 4, 1)
+    used, alone = first.steps.recording, finished(first)
+    finished(second := begun(gpt, 4, 2))
+    other = second.steps.recording
+    assert other is not used  # the first still has it
+    del first, second
+    third = begun(gpt, 4, 1)
+    assert third.steps.recording in (used, other)
+    assert torch.equal(finished(third), alone)
+
+
+def test_batches_side_by_side_do_not_share_memory(gpt: GPT) -> None:
+    alone = [finished(begun(gpt, 4, seed)) for seed in (1, 2)]
+    batches = [begun(gpt, 4, seed) for seed in (1, 2)]
+    for _ in range(gpt.config.block_size):
+        for batch in batches:
+            batch.step()
+    assert all(torch.equal(batch.tokens, tokens) for batch, tokens in zip(batches, alone, strict=True))
+
+
+def test_a_batch_given_up_half_way_leaves_its_recording_to_the_next(gpt: GPT) -> None:
+    alone = finished(begun(gpt, 4, 1))
+    half = begun(gpt, 4, 2)
+    half.step()
+    del half
+    assert torch.equal(finished(begun(gpt, 4, 1)), alone)
+    assert len(cuda_graphs._idle[gpt][rows_of(gpt, 4)]) == 1
+
+
+def test_who_stays_when_others_leave_goes_on_in_a_smaller_recording(gpt: GPT) -> None:
+    whole, fewer = begun(gpt, 40, 1), begun(gpt, 40, 1)
+    large = fewer.steps.recording
+    for _ in range(5):
+        fewer.step()
+    assert not fewer.keep([3, 39])  # none is recorded, and that would take longer than it saves
+    begun(gpt, 2, 1)
+    assert fewer.keep([3, 39])
+    assert fewer.width == rows_of(gpt, 2)
+    assert large in cuda_graphs._idle[gpt][rows_of(gpt, 40)]
+    assert torch.equal(finished(fewer), finished(whole)[[3, 39]])
+
+
+def test_idle_recordings_go_where_memory_is_short_but_for_the_one_wanted_next(gpt: GPT) -> None:
+    cuda_graphs._idle.clear()
+    few, many = rows_of(gpt, 4), rows_of(gpt, 40)
+    batches = [begun(gpt, rows, 1) for rows in (4, 4, 40)]
+    small, large = batches[0].steps.recording.nbytes, batches[2].steps.recording.nbytes
+    del batches
+    idle = cuda_graphs._idle[gpt]
+    cuda_graphs.forget_idle(small + large, gpt, few)
+    assert [len(idle[rows]) for rows in (few, many)] == [2, 1]
+    cuda_graphs.forget_idle(2 * small, gpt, many)
+    assert [len(idle[rows]) for rows in (few, many)] == [2, 1]
+    cuda_graphs.forget_idle(large, gpt, few)
+    assert [len(idle[rows]) for rows in (few, many)] == [1, 1]
+    cuda_graphs.forget_idle(-1, gpt, few)
+    assert [len(idle[rows]) for rows in (few, many)] == [1, 0]
+
+
+def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_graphs._idle.clear()
+    monkeypatch.setattr("clip_gen.sampling.batcher.Batch", partial(Batch, recorded=True))
+    most = batch_bytes(gpt, Sampling(), most_rows(gpt))
+    batcher = Batcher(most)
+    embedding = F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1)
+    for candidates in (1, 40, 1, 20, 40):
+        for guidance in (1.0, 2.0):
+            batcher.sample(gpt, embedding, candidates, 1, Sampling(guidance=guidance))
+    batcher.close()
+    held = sum(recording.nbytes for idle in cuda_graphs._idle[gpt].values() for recording in idle)
+    assert held <= 2 * most  # the one that was under way last, with guidance
+
+
+def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
+    own = GPT(TINY.gpt).eval().to(gpt.head.weight.device)
+    finished(begun(own, 2, 0))
+    recording = weakref.ref(cuda_graphs._idle[own][rows_of(own, 2)][0])
+    del own
+    gc.collect()
+    assert recording() is None
+
+
+@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9, guidance=3.0), Sampling(temperature=0)],
+    ids=["plain", "filtered", "greedy"],
+)
+def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
+    looks_around: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors that say they are on a GPU and hold nothing: whoever asks what is in them, or mixes devices, hears of it.
+    monkeypatch.setattr(cuda_graphs.Recording, "_record", lambda *_: None)
+    monkeypatch.setattr(cuda_graphs, "addresses", lambda gpt: [])
+    for module in (cuda_graphs, sampling_module):
+        monkeypatch.setattr(module, "has_kernels", lambda device: False)
+    with FakeTensorMode(), torch.device("cuda"):
+        gpt = GPT(replace(TINY.gpt, rotary=True, looks_around=looks_around)).eval()
+        if looks_around:
+            gpt._know_neighbours()  # as work_in does, which cannot change such parameters
+        embedding = torch.randn(40, gpt.config.embed_dim)
+        batch = Batch(gpt, embedding, torch.rand(40, gpt.config.block_size), sampling)
+        tokens = finished(batch)
+        assert tokens.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            tokens.max().item()
+
+
+def test_weights_that_were_moved_are_not_drawn_with_where_they_lay(gpt: GPT) -> None:
+    alone = finished(begun(gpt, 4, 1))
+    (used,) = cuda_graphs._idle[gpt][rows_of(gpt, 4)]
+    before = [parameter.data for parameter in gpt.parameters()]  # kept, so that no other tensor gets their places
+    for parameter in gpt.parameters():
+        parameter.data = parameter.data.clone()
+    again = begun(gpt, 4, 1)
+    assert again.steps.recording is not used
+    for data in before:
+        data.zero_()
+    assert torch.equal(finished(again), alone)
+    del again
+    assert len(cuda_graphs._idle[gpt][rows_of(gpt, 4)]) == 1
+    cuda_graphs.forget(gpt)
+    assert gpt not in cuda_graphs._idle
+
+
+def test_where_triton_does_not_work_a_gpu_has_plain_steps(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "clip_gen.sampling.triton_kernels", None)
+    assert not cuda_graphs.has_kernels(torch.device("cuda", 99))  # of which no other test asks: the answer is kept
+    assert "Triton does not work here" in caplog.text

@@ -1,0 +1,316 @@
+"""sampler.py: from logits to tokens, and the promise of seeds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLOAT16, TINY
+from torch import nn
+from torch.nn import functional as F
+
+from clip_gen.networks.gpt import GPT
+from clip_gen.sampling.sampler import (
+    NUMBERS,
+    ROWS,
+    SHARED,
+    Batch,
+    Sampling,
+    Stopped,
+    candidate_uniforms,
+    draw,
+    filtered_probabilities,
+    guided,
+    most_rows,
+    numbers_of_rows,
+    rows_of,
+    sample_tokens,
+)
+
+LENGTH = TINY.gpt.block_size
+LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
+
+
+@pytest.fixture(scope="module")
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY.gpt).eval()
+
+
+def sampled(gpt: GPT, rows: int, sampling: Sampling = Sampling(), seed: int = 3) -> torch.Tensor:  # noqa: B008, frozen
+    embedding = F.normalize(torch.ones(1, 16), dim=-1).expand(rows, -1)
+    return sample_tokens(gpt, embedding, candidate_uniforms(seed, range(rows), 16), sampling)
+
+
+def test_off_settings_leave_the_distribution_as_it_is() -> None:
+    assert torch.allclose(filtered_probabilities(LOGITS, Sampling()), LOGITS.exp())
+
+
+def test_temperature_sharpens_below_one_flattens_above_and_is_greedy_at_zero() -> None:
+    sharp, flat = (filtered_probabilities(LOGITS, Sampling(temperature=t)) for t in (0.5, 2.0))
+    assert sharp[0, 0] > 0.5 > flat[0, 0]
+    greedy = filtered_probabilities(LOGITS, Sampling(temperature=0))
+    assert greedy.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    kept = filtered_probabilities(LOGITS, Sampling(top_k=2))
+    assert (kept > 0).tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert torch.allclose(kept[0, :2], torch.tensor([2 / 3, 1 / 3]))
+    assert torch.equal(filtered_probabilities(LOGITS, Sampling(top_k=9)), filtered_probabilities(LOGITS, Sampling()))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_top_k_keeps_k_tokens_of_equal_ones_the_first(k: int) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0, 1.0, 1.0], [2.0] * 6])
+    kept = filtered_probabilities(logits, Sampling(top_k=k)) > 0
+    assert [row.nonzero().flatten().tolist() for row in kept] == [sorted([1, 3, 2, 4, 5, 0][:k]), list(range(k))]
+
+
+def test_a_row_has_the_same_probabilities_alone_and_beside_others_whatever_the_codebook() -> None:
+    logits = torch.randn(4, 65536, generator=torch.Generator().manual_seed(0))
+    sampling, threads = Sampling(top_p=0.9), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = filtered_probabilities(logits, sampling)
+        alone = [filtered_probabilities(row[None], sampling)[0] for row in logits]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.stack(alone), together)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.0, 1), (0.01, 1), (0.49, 1), (0.51, 2), (0.76, 3), (0.95, 4)])
+def test_top_p_keeps_the_fewest_tokens_that_fill_the_share(top_p: float, kept: int) -> None:
+    probabilities = filtered_probabilities(LOGITS, Sampling(top_p=top_p))
+    assert (probabilities[0] > 0).sum() == kept
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(2))
+
+
+def test_guidance_is_the_conditional_at_one_the_unconditional_at_zero_and_beyond_above() -> None:
+    conditional, unconditional = LOGITS[:1], LOGITS[1:]
+    assert torch.allclose(guided(conditional, unconditional, 1), conditional)
+    assert torch.allclose(guided(conditional, unconditional, 0), unconditional)
+    assert torch.allclose(guided(conditional, unconditional, 3), 3 * conditional - 2 * unconditional)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    tokens = draw(LOGITS[:1].exp().expand(1000, -1), uniform)
+    assert torch.bincount(tokens, minlength=4).tolist() == [500, 250, 150, 100]
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    probabilities = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).expand(3, -1)
+    assert draw(probabilities, torch.tensor([0.0, 0.5, 1.0])).tolist() == [1, 2, 2]
+
+
+def test_a_row_that_is_no_number_gives_some_token_and_is_nobody_elses_trouble() -> None:
+    probabilities = LOGITS.exp()
+    spoilt = torch.stack([probabilities[0], torch.full((4,), torch.nan), probabilities[1]])
+    uniform = torch.tensor([0.6, 0.6, 0.6])
+    tokens = draw(spoilt, uniform)
+    assert torch.equal(tokens[[0, 2]], draw(probabilities, uniform[:2]))
+    assert 0 <= tokens[1] < 4
+
+
+def test_a_candidates_randomness_depends_on_seed_and_number_alone() -> None:
+    many = candidate_uniforms(5, range(40), 16)
+    assert torch.equal(many[7:9], candidate_uniforms(5, range(7, 9), 16))
+    assert many.unique().numel() > 600
+    assert not torch.equal(many, candidate_uniforms(6, range(40), 16))
+
+
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    tiny = filtered_probabilities(LOGITS, Sampling(temperature=1e-38))
+    assert torch.equal(tiny, filtered_probabilities(LOGITS, Sampling(temperature=0)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=8, top_p=0.9, temperature=0.8, guidance=3.0)])
+def test_the_first_n_of_a_batch_equal_a_run_with_n(gpt: GPT, sampling: Sampling) -> None:
+    many = sampled(gpt, 16, sampling)
+    for n in (1, 2, 15):
+        assert torch.equal(sampled(gpt, n, sampling), many[:n])
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(gpt: GPT) -> None:
+    assert torch.equal(sampled(gpt, 4), sampled(gpt, 4))
+    assert not torch.equal(sampled(gpt, 4), sampled(gpt, 4, seed=4))
+
+
+def test_sampling_from_the_cache_draws_what_full_recomputation_draws(gpt: GPT) -> None:
+    uniforms = candidate_uniforms(3, range(4), 16)
+    embedding = F.normalize(torch.ones(1, 16), dim=-1).expand(4, -1)
+    sampling = Sampling(top_p=0.8, guidance=2.0)
+    tokens = torch.zeros(4, 0, dtype=torch.long)
+    null = torch.ones(4, dtype=torch.bool)
+    for t in range(16):
+        logits = guided(gpt(embedding, tokens)[:, -1], gpt(embedding, tokens, null)[:, -1], 2.0)
+        chosen = draw(filtered_probabilities(logits, sampling), uniforms[:, t])
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    assert torch.equal(sampled(gpt, 4, sampling), tokens)
+
+
+def test_greedy_candidates_are_all_alike(gpt: GPT) -> None:
+    tokens = sampled(gpt, 4, Sampling(temperature=0))
+    assert torch.equal(tokens, tokens[:1].expand(4, -1))
+
+
+def test_should_stop_is_asked_before_every_token(gpt: GPT) -> None:
+    asked = []
+
+    def after_five() -> bool:
+        asked.append(True)
+        return len(asked) > 5
+
+    embedding = torch.ones(1, 16)
+    with pytest.raises(Stopped):
+        sample_tokens(gpt, embedding, candidate_uniforms(0, range(1), 16), Sampling(), after_five)
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"guidance": 21.0}, "guidance is 21.0"),
+        ({"top_p": None}, "top_p is None"),
+        ({"temperature": "1"}, "temperature is '1'"),
+        ({"guidance": np.float64("nan")}, "guidance is nan"),
+        ({"top_k": 2.0}, "top_k is 2.0"),
+        ({"top_k": True}, "top_k is True"),
+        ({"top_p": np.True_}, "top_p is np.True_"),
+    ],
+)
+def test_a_value_out_of_range_or_of_another_type_is_named_with_the_remedy(
+    values: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{named}; give a (whole )?number"):
+        Sampling(**values).check()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    Sampling(top_k=np.int64(5), top_p=np.float32(0.5), temperature=np.float64(1), guidance=np.int8(2)).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone"),
+    [
+        ({}, []),
+        ({"top_k": 2, "top_p": 0.9, "temperature": 0.5}, []),
+        ({"temperature": 0}, ["temperature"]),
+        ({"top_k": 1, "top_p": 0.0}, ["top_k", "top_p"]),
+    ],
+)
+def test_settings_that_draw_identical_candidates_are_known(
+    gpt: GPT, settings: dict[str, float], alone: list[str]
+) -> None:
+    assert Sampling(**settings).greedy == alone
+    assert (len(set(map(tuple, sampled(gpt, 8, Sampling(**settings)).tolist()))) == 1) == bool(alone)
+
+
+class Unsteady(nn.Linear):
+    """A layer that rounds otherwise where it has fewer or more rows than so many, or just so many."""
+
+    def __init__(self, linear: nn.Linear, fewer: int = 0, more: int = 10**6, but: int = 0):
+        super().__init__(linear.in_features, linear.out_features)
+        self.fewer, self.more, self.but = fewer, more, but
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        exact = (x.unsqueeze(-2) * self.weight).sum(dim=-1)
+        return exact * (1 + 1e-6) if rows < self.fewer or rows > self.more or rows == self.but else exact
+
+
+LAYERS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc", "blocks.0.mlp.proj", "condition", "head")
+
+
+def unsteady(layer: str, **limits: int) -> GPT:
+    """A transformer of which one layer is."""
+    gpt = GPT(TINY.gpt).eval()
+    for name in LAYERS:
+        parent, _, own = name.rpartition(".")
+        holder = gpt.get_submodule(parent)
+        setattr(holder, own, Unsteady(getattr(holder, own), **(limits if name == layer else {})))
+    return gpt
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers", "guided", "most"),
+    [
+        ({}, NUMBERS, (1, 2, 4, 5, 6, 8, 10, 12, 16, 18, 20, 24, 32, 36), SHARED),
+        ({"fewer": 3}, NUMBERS[2:], (4, 5, 6, 8, 10, 12, 16, 18, 20, 24, 32, 36), SHARED),
+        ({"fewer": 16}, NUMBERS[8:], (16, 18, 20, 24, 32, 36), SHARED),
+        ({"fewer": 17}, NUMBERS[:9], (ROWS,), ROWS),
+        ({"more": 16}, NUMBERS[:9], (ROWS,), ROWS),
+        ({"more": 40}, NUMBERS[:15], (1, 2, 4, 5, 6, 8, 10, 12, 16, 18, 20), ROWS),
+        ({"but": 32}, (*NUMBERS[:12], *NUMBERS[13:]), (1, 2, 4, 5, 6, 8, 10, 12, 18, 20, 24, 36), SHARED),
+        ({"but": 16}, (ROWS,), (ROWS,), ROWS),
+    ],
+)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_batches_have_numbers_of_rows_that_change_nothing_about_any_row(
+    layer: str, limits: dict[str, int], numbers: tuple[int, ...], guided: tuple[int, ...], most: int
+) -> None:
+    gpt = unsteady(layer, **limits)
+    assert numbers_of_rows(gpt) == numbers
+    assert numbers_of_rows(gpt, 2) == guided
+    assert most_rows(gpt) == most
+    assert rows_of(gpt, 1) == numbers[0]
+    assert rows_of(gpt, 16) == 16
+    assert rows_of(gpt, 16, 2) == (18 if "but" in limits and most == SHARED else 16)
+    assert rows_of(gpt, 22) == (24 if 24 in numbers else 22)
+    assert rows_of(gpt, 100) == 100
+
+
+def test_guidance_makes_both_its_passes_in_numbers_that_change_nothing() -> None:
+    gpt, embedding = unsteady("head", but=32), F.normalize(torch.randn(16, 16), dim=1)
+    rows: list[int] = []
+    gpt.head.register_forward_hook(lambda module, given, made: rows.append(len(given[0])))
+    sample_tokens(gpt, embedding, candidate_uniforms(0, range(16), 4), Sampling(guidance=2.0))
+    assert rows[-4:] == [36] * 4
+
+
+def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
+    assert numbers_of_rows(GPT(TINY.gpt).work_in(torch.bfloat16)) == (ROWS,)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int8, pytest.param(torch.float16, marks=FLOAT16)]
+)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
+    recorded: bool, dtype: torch.dtype, looks_around: bool, guidance: float
+) -> None:
+    torch.manual_seed(0)
+    gpt = GPT(replace(TINY.gpt, looks_around=looks_around, rotary=True)).eval().work_in(dtype)
+    embedding, uniforms = F.normalize(torch.randn(30, 16), dim=1), candidate_uniforms(0, range(30), LENGTH)
+    whole, fewer = (Batch(gpt, embedding, uniforms, Sampling(guidance=guidance), recorded) for _ in range(2))
+    assert not fewer.keep([7])  # nothing is drawn yet
+    fewer.step()
+    whole.step()
+    assert not (recorded and fewer.keep([2, 7]))  # a recording for them would have to be made first
+    assert not fewer.keep(list(range(1, 30)))  # a whole cache copied for one row
+    for count in (2, 9):  # which it is now, and idle
+        Batch(gpt, embedding[:count], uniforms[:count], Sampling(guidance=guidance), recorded)
+    kept = [1, 2, 3, 5, 7, 8, 20, 25, 29]
+    while not fewer.done:
+        whole.step()
+        fewer.step()
+        if fewer.drawn == 3:
+            before = fewer.width
+            assert fewer.keep(kept)
+            assert fewer.width < before
+        if fewer.drawn == 9:
+            fits = fewer.keep([1, 4])
+            assert fits != (recorded and dtype == torch.bfloat16)  # which has sixteen rows for two as for five
+            kept = [2, 7] if fits else kept
+    assert torch.equal(fewer.tokens, whole.tokens[kept])

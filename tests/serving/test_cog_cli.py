@@ -1,0 +1,322 @@
+"""script/predict: text in, picture files out, and sentences when something will not do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cog_server import nameless_user
+from model_files import other_folder, slow_folder
+from PIL import Image
+
+from clip_gen.files import ROOT
+from clip_gen.serving.cli import main
+from clip_gen.serving.inputs import InputError, InputField, Kind, checked
+from clip_gen.weights.model_folder import load_config
+from clip_gen.weights.tarball import pack
+
+QUICK = ["-i", "prompt=a large red circle", "-i", "seed=7", "-i", "candidates=4"]
+SCRIPT = str(ROOT / "script" / "predict")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path) -> Path:
+    """An empty current folder, with the toy model for COG_WEIGHTS."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("COG_WEIGHTS", str(tiny_model_folder))
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    return here
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Runs it, makes sure that it exits with 1 and writes nothing, and returns what it said."""
+
+    def run(*arguments: str) -> str:
+        assert main(arguments) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "Traceback" not in said.err
+        assert files(folder) == []
+        return said.err
+
+    return run
+
+
+def test_pictures_are_named_as_cog_predict_names_them(folder: Path) -> None:
+    assert main(QUICK) == 0
+    assert files(folder) == [f"output.{i}.png" for i in range(4)]
+    assert {Image.open(path).size for path in folder.iterdir()} == {(16, 16)}
+
+
+def test_each_file_is_printed_with_its_score_best_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*QUICK, "-i", "num_outputs=3"])
+    lines = capsys.readouterr().out.splitlines()
+    scores = [float(line.split("  score ")[1]) for line in lines[:3]]
+    assert [line.split("  ")[0] for line in lines[:3]] == files(folder)
+    assert scores == sorted(scores, reverse=True)
+    assert re.fullmatch(r"seed 7, model tiny, [\d.]+ seconds", lines[3])
+
+
+def test_the_seed_that_was_drawn_gives_the_same_pictures_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["-i", "prompt=a star", "-i", "candidates=4", "-o", "first"])
+    seed = re.search(r"^seed (\d+),", capsys.readouterr().out, re.MULTILINE).group(1)
+    main(["-i", "prompt=a star", "-i", "candidates=4", "-o", "again", "-i", f"seed={seed}"])
+    for i in range(4):
+        assert Image.open(f"first.{i}.png").tobytes() == Image.open(f"again.{i}.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("cat", "cat.0.png"),
+        ("cat.png", "cat.0.png"),
+        ("sub/cat.webp", "sub/cat.0.webp"),
+        ("sub", "sub/output.0.png"),
+        ("v1.2", "v1.2.0.png"),
+        ("cat.JPEG", "cat.0.jpg"),
+    ],
+)
+def test_the_output_option_names_files_folder_and_format(folder: Path, output: str, expected: str) -> None:
+    (folder / "sub").mkdir()
+    assert main([*QUICK, "-i", "num_outputs=1", "-o", output]) == 0
+    written = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert written == [expected]
+    assert Image.open(expected).format.lower() == {"jpg": "jpeg"}.get(expected[-3:], expected.rpartition(".")[2])
+
+
+def test_an_output_suffix_against_the_format_is_refused(refused: Refuse) -> None:
+    said = refused(*QUICK, "-o", "cat.jpg", "-i", "output_format=png")
+    assert said == "-o cat.jpg asks for jpg, but output_format is png\n"
+
+
+def test_an_output_folder_that_is_not_there_is_refused_before_anything_runs(refused: Refuse) -> None:
+    assert refused(*QUICK, "-o", "absent/cat").startswith("-o absent/cat: absent is no folder")
+
+
+def no_drawing() -> None:
+    raise AssertionError("drew")
+
+
+def test_a_folder_in_a_pictures_place_is_named_before_anything_is_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.serving.cli._predict_module", no_drawing)
+    (folder / "output.2.png").mkdir()
+    assert main(QUICK) == 1
+    assert capsys.readouterr().err == "output.2.png: is there already and no plain file; move it or choose another -o\n"
+    assert files(folder) == ["output.2.png"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.serving.cli._predict_module", no_drawing)
+    assert main([*QUICK, "-o", "/proc/output"]) == 1
+    assert "/proc is no folder that can be written to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_files_that_cannot_all_be_written_leave_things_as_they_were(
+    folder: Path, failing: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [f"output.{failing}.png"]
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name in failures:
+            failures.clear()
+            raise OSError(errno.EACCES, "Permission denied", str(source))
+        os.rename(source, target)
+
+    (folder / "output.1.png").write_text("earlier")
+    monkeypatch.setattr("clip_gen.serving.cli.os.replace", replace)
+    assert main(QUICK) == 1
+    assert capsys.readouterr().err.endswith(f"output.{failing}.png: cannot be written (Permission denied)\n")
+    assert files(folder) == ["output.1.png"]
+    assert (folder / "output.1.png").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([*QUICK, "-i", "num_outputs=5"], "num_outputs is 5, more than the 4 candidates"),
+        (["-i", "prompt=   "], "prompt is '   ', without a letter, a digit or an emoji; say what to draw"),
+    ],
+)
+def test_what_does_not_make_sense_is_refused_before_the_model_is_loaded(
+    refused: Refuse, arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.serving.cli._predict_module", no_drawing)
+    assert sentence in refused(*arguments)
+
+
+def test_identical_candidates_make_one_file_and_metadata_can_be_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main([*QUICK, "-i", "temperature=0", "-i", "output_metadata=false"]) == 0
+    assert files(folder) == ["output.0.png"]
+    assert Image.open("output.0.png").text == {}
+    assert "temperature is 0: all candidates would be the same picture" in caplog.text
+
+
+def test_earlier_pictures_give_way(folder: Path) -> None:
+    (folder / "output.1.png").write_text("earlier")
+    assert main(QUICK) == 0
+    assert Image.open("output.1.png").size == (16, 16)
+    assert files(folder) == [f"output.{i}.png" for i in range(4)]
+
+
+def test_all_bad_inputs_are_listed_at_once_each_with_value_and_remedy(refused: Refuse) -> None:
+    said = refused(
+        *("-i", "promt=a star", "-i", "num_outputs=99", "-i", "top_k=-1", "-i", "guidance=much", "-i", "seed=2.5"),
+        *("-i", "clip_rerank=yes", "-i", "output_format=gif", "-i", "temperature=nan", "-i", "sed=1"),
+    )
+    assert said.splitlines() == [
+        'unknown input "promt"; did you mean "prompt"?',
+        'unknown input "sed"; did you mean "seed"?',
+        "prompt is missing; give 1 to 1000 characters",
+        "num_outputs is 99; give a whole number, 1 to 64",
+        'clip_rerank is "yes"; give true or false',
+        "top_k is -1; give a whole number, 0 to 16384",
+        "temperature is nan; give a number, 0 to 10",
+        'guidance is "much"; give a number, 0 to 20',
+        "seed is 2.5; give a whole number, 0 to 2147483647",
+        'output_format is "gif"; give one of png, webp, jpg',
+    ]
+
+
+def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
+    assert 'unknown input "zzz"; the inputs are prompt, num_outputs,' in refused(*QUICK, "-i", "zzz=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-i", "prompt"], "-i prompt: write it as name=value"),
+        (["-e", "=1"], "-e =1: write it as name=value"),
+        (["-i", "prompt=a", "-i", "prompt=b"], "prompt is given twice; give it once"),
+        (["-i", "prompt=@absent.txt"], "prompt: absent.txt cannot be read (No such file or directory)"),
+        ([*QUICK, "-o", ""], "-o is empty; give the name of the files, or a folder for them"),
+        ([*QUICK, "-i", "replicate_weights=@/dev/null"], "replicate_weights: /dev/null is empty; give a file"),
+        (["-i", "prompt=\udcff\udcfe"], "prompt is no UTF-8 text; say it"),
+        (["-i", "prompt=@../no_text"], "prompt: ../no_text is no UTF-8 text; save it as UTF-8"),
+        ([*QUICK, "-o", "~nobody-here/cat"], "-o ~nobody-here/cat: ~nobody-here is no folder that can be written to"),
+        (["-i", "prompt=@~nobody-here/a"], "prompt: ~nobody-here/a cannot be read (No such file or directory)"),
+        ([*QUICK, "-o", "absent/"], "-o absent/: there is no such folder; create it"),
+        ([*QUICK, "-o", "cat.gif"], "-o cat.gif: .gif is not written here; give .png, .webp or .jpg"),
+        ([*QUICK, "-e", "COG_WEIGHTS=absent"], "absent"),
+        ([*QUICK, "-i", "replicate_weights=absent.tar"], "absent.tar"),
+    ],
+)
+def test_what_will_not_do_is_said_in_a_sentence(refused: Refuse, arguments: list[str], sentence: str) -> None:
+    Path("../no_text").write_bytes(bytes(range(256)))
+    assert sentence in refused(*arguments)
+
+
+def test_what_may_be_left_out_may_be_empty_and_truth_may_be_capital(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["prompt=a star", "candidates=4", "seed=", "replicate_weights=", "clip_rerank=True"]
+    assert main([word for one in given for word in ("-i", one)]) == 0
+    assert "model tiny" in capsys.readouterr().out
+
+
+def test_an_unknown_option_exits_with_1_like_any_other_mistake(folder: Path) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--prompt", "a star"])
+    assert exit.value.code == 1
+
+
+def test_help_lists_every_input_with_its_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    assert re.search(r"num_outputs .*1 to 64; default 4", capsys.readouterr().out)
+
+
+def test_a_prompt_can_come_from_a_file(folder: Path) -> None:
+    (folder / "wish.txt").write_text("a large red circle\n")
+    main([*QUICK, "-o", "typed"])
+    main(["-i", "prompt=@wish.txt", *QUICK[2:], "-o", "read"])
+    assert (folder / "typed.0.png").read_bytes() == (folder / "read.0.png").read_bytes()
+
+
+def test_quotes_around_a_value_are_taken_off_as_cog_does(folder: Path) -> None:
+    main([*QUICK, "-o", "plain"])
+    main(["-i", 'prompt="a large red circle"', *QUICK[2:], "-o", "quoted"])
+    assert (folder / "plain.0.png").read_bytes() == (folder / "quoted.0.png").read_bytes()
+
+
+def test_an_environment_variable_chooses_the_model(folder: Path, tmp_path: Path) -> None:
+    other = other_folder(tmp_path / "other")
+    main([*QUICK, "-o", "own"])
+    main([*QUICK, "-o", "other", "-e", f"COG_WEIGHTS={other}"])
+    assert Image.open("own.0.png").tobytes() != Image.open("other.0.png").tobytes()
+
+
+@pytest.mark.parametrize("mark", ["", "@"])
+def test_a_weights_tar_draws_what_its_folder_draws(
+    folder: Path, tmp_path: Path, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(other_folder(tmp_path / "other"), tar := tmp_path / "other.tar")
+    main([*QUICK, "-o", "folder", "-e", f"COG_WEIGHTS={tmp_path / 'other'}"])
+    main([*QUICK, "-o", "tar", "-i", f"replicate_weights={mark}{tar}"])
+    name = load_config(tmp_path / "other").name
+    assert f"model: {name} from {tar}: replicate_weights names it" in capsys.readouterr().err
+    assert Image.open("folder.0.png").tobytes() == Image.open("tar.0.png").tobytes()
+
+
+def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Path) -> None:
+    (folder / "clip_gen").mkdir()
+    for decoy in ("predict.py", "clip_gen/__init__.py"):
+        (folder / decoy).write_text("raise SystemExit('the wrong file')")
+    run = subprocess.run([SCRIPT, *QUICK], capture_output=True, text=True, check=True)
+    assert {f"output.{i}.png" for i in range(4)} < set(files(folder))
+    assert run.stdout.count("score") == 4
+
+
+def test_a_user_without_a_name_and_a_home_can_draw(folder: Path) -> None:
+    folder.chmod(0o777)
+    environment = {**os.environ, "HOME": "/", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*nameless_user(), SCRIPT, *QUICK], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert {f"output.{i}.png" for i in range(4)} < set(files(folder))
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_it_quietly_and_leaves_no_file(folder: Path, tmp_path: Path) -> None:
+    (scratch := tmp_path / "scratch").mkdir()
+    environment = {**os.environ, "COG_WEIGHTS": str(slow_folder(tmp_path / "slow")), "TMPDIR": str(scratch)}
+    command = [SCRIPT, "-i", "prompt=a star", "-i", "candidates=256", "-i", "guidance=2"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("model: slow")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert files(folder) == files(scratch) == []
+
+
+def test_a_pattern_is_held_by_our_own_check_as_by_the_schema() -> None:
+    field = InputField("word", Kind("str"), {"regex": "^[a-z]+$"})
+    assert checked({"word": "red"}, [field]) == {"word": "red"}
+    with pytest.raises(InputError, match='word is "Red1"; give text that matches'):
+        checked({"word": "Red1"}, [field])

@@ -1,0 +1,453 @@
+"""The predictor in this process, and what it keeps between predictions.
+
+Traps of Cog 0.23.1 held here: 14 (numbers of another type), 18 (no schema, no checks). The others: test_serve.py,
+test_schema.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import os
+import shutil
+import socket
+import tarfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from model_files import other_folder, slow_folder
+from PIL import Image
+
+from clip_gen.pipeline import ClipGen, Generation, Stopped
+from clip_gen.sampling.sampler import most_rows
+from clip_gen.serving.inputs import InputError
+from clip_gen.serving.model_cache import Models, Outputs
+from clip_gen.serving.request_weights import BusyError, RefusedWeightsError
+from clip_gen.serving.slots import Slots, longest_prediction, remove_prediction_folders
+from clip_gen.weights.cache import Cache, WeightsFolder
+from clip_gen.weights.model_folder import ModelFolderError
+from clip_gen.weights.tarball import pack
+from predict import Predictor
+
+QUICK = {
+    **{"prompt": "a large red circle", "num_outputs": 2, "candidates": 4, "clip_rerank": True, "seed": 7},
+    **{"top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0},
+    **{"output_format": "png", "output_quality": 90, "output_metadata": True, "replicate_weights": None},
+}
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_model_folder: Path) -> Predictor:
+    predictor = Predictor()
+    asyncio.run(predictor.setup(str(tiny_model_folder)))
+    return predictor
+
+
+def get(models: Models, weights: str | None) -> ClipGen:
+    """The model that a request is lent, given back at once; weights on this disk are allowed."""
+
+    async def borrow() -> ClipGen:
+        async with models.borrow(weights, lambda: False) as model:
+            return model
+
+    models.rules = None
+    return asyncio.run(borrow())
+
+
+def predict(predictor: Predictor, **inputs: object) -> list[Path]:
+    return asyncio.run(predictor.run(**(QUICK | inputs)))
+
+
+def test_the_log_says_which_model_runs(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(Predictor().setup(str(tiny_model_folder)))
+    assert f"model: tiny from {tiny_model_folder} on cpu: COG_WEIGHTS names it" in capsys.readouterr().out
+
+
+def test_the_log_says_the_seed_that_was_drawn(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
+    first = predict(predictor, seed=None)
+    seed = int(capsys.readouterr().out.split("seed: ")[1].splitlines()[0])
+    again = predict(predictor, seed=seed)
+    assert [Image.open(path).tobytes() for path in first] == [Image.open(path).tobytes() for path in again]
+
+
+def test_a_missing_model_folder_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match="absent"):
+        asyncio.run(Predictor().setup(str(tmp_path / "absent")))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"num_outputs": 65}, "num_outputs is 65; give a whole number, 1 to 64"),
+        ({"num_outputs": 2.5}, "num_outputs is 2.5; give a whole number, 1 to 64"),
+        ({"num_outputs": True}, "num_outputs is true; give a whole number, 1 to 64"),
+        ({"num_outputs": None}, "num_outputs is null; give a whole number, 1 to 64"),
+        ({"candidates": "many"}, 'candidates is "many"; give a whole number, 1 to 256'),
+        ({"temperature": float("nan")}, "temperature is nan; give a number, 0 to 10"),
+        ({"seed": float(2**70)}, f"seed is {2**70}; give a whole number, 0 to 2147483647"),
+        ({"output_format": "gif"}, 'output_format is "gif"; give one of png, webp, jpg'),
+        ({"output_quality": 101}, "output_quality is 101; give a whole number, 0 to 100"),
+        ({"prompt": ""}, "prompt is empty; give 1 to 1000 characters"),
+        ({"prompt": "x" * 1001}, "prompt has 1001 characters; give 1 to 1000 characters"),
+        ({"clip_rerank": "yes"}, 'clip_rerank is "yes"; give true or false'),
+        ({"replicate_weights": 5}, "replicate_weights is 5; give text"),
+    ],
+)
+def test_a_bad_input_is_refused_though_cog_let_it_through(
+    predictor: Predictor, inputs: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        predict(predictor, **inputs)
+    assert str(error.value) == sentence
+
+
+def test_whole_floats_pass_for_whole_numbers_and_whole_numbers_for_floats(predictor: Predictor) -> None:
+    paths = predict(predictor, num_outputs=2.0, candidates=4.0, seed=7.0, guidance=2, output_quality=90.0)
+    assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
+
+
+class Watched(ClipGen):
+    """Counts the generations under way and those that were stopped, and keeps what the others took."""
+
+    under_way, stopped = 0, 0
+
+    def __init__(self, *inputs: object):
+        super().__init__(*inputs)
+        self.gate, self.made = threading.Barrier(1), []
+
+    def generate(self, *inputs: object, **named: object) -> Generation:
+        self.under_way += 1
+        self.gate.wait(30)
+        try:
+            found = super().generate(*inputs, **named)
+            self.made.append(found)
+            return found
+        except Stopped:
+            self.stopped += 1
+            raise
+        finally:
+            self.under_way -= 1
+
+
+def test_a_cancelled_prediction_leaves_the_model_before_it_is_done(tmp_path: Path) -> None:
+    async def cancel_early() -> int:
+        predictor = Predictor()
+        await predictor.setup(str(folder := slow_folder(tmp_path / "slow")))
+        predictor.models.own = model = Watched.load(folder)
+        task = asyncio.create_task(predictor.run(**(QUICK | {"candidates": 256})))
+        while not model.under_way:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        predictor.drawing.shutdown()  # waits for the thread that draws
+        return model.stopped
+
+    assert asyncio.run(cancel_early()) == 1
+
+
+def test_a_cancelled_prediction_makes_way_for_the_next(tmp_path: Path) -> None:
+    async def cancel_and_go_on() -> list[Path]:
+        predictor = Predictor()
+        await predictor.setup(str(slow_folder(tmp_path / "slow")))
+        first = asyncio.create_task(predictor.run(**(QUICK | {"candidates": 256})))
+        waiting = asyncio.create_task(predictor.run(**(QUICK | {"candidates": 256})))
+        await asyncio.sleep(0.2)
+        first.cancel()
+        waiting.cancel()
+        return await asyncio.wait_for(predictor.run(**QUICK), timeout=60)
+
+    assert len(asyncio.run(cancel_and_go_on())) == 2
+
+
+def test_cancelled_downloads_from_a_silent_host_keep_nobody_waiting(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cancel_eight_and_go_on(url: str) -> list[Path]:
+        predictor = Predictor()
+        await predictor.setup(str(tiny_model_folder))
+        for _ in range(8):
+            task = asyncio.create_task(predictor.run(**(QUICK | {"replicate_weights": url})))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return await asyncio.wait_for(predictor.run(**QUICK), timeout=20)
+
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CLIP_GEN_ALLOW_WEIGHTS", "any")
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.tar"
+        assert len(asyncio.run(cancel_eight_and_go_on(address))) == 2
+
+
+def test_downloads_under_way_keep_no_plain_prediction_waiting(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask_beside_eight(url: str) -> list[Path]:
+        predictor = Predictor()
+        await predictor.setup(str(tiny_model_folder))
+        tasks = [asyncio.create_task(predictor.run(**(QUICK | {"replicate_weights": url}))) for _ in range(8)]
+        await asyncio.sleep(0.5)
+        try:
+            return await asyncio.wait_for(predictor.run(**QUICK), timeout=20)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CLIP_GEN_ALLOW_WEIGHTS", "any")
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.tar"
+        assert len(asyncio.run(ask_beside_eight(address))) == 2
+
+
+def test_predictions_at_once_share_their_batches_and_none_can_tell(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LINGER", "LONGEST"):
+        monkeypatch.setattr(f"clip_gen.sampling.batcher.{name}", 1.0)  # however busy the machine
+    alone = Predictor()
+    asyncio.run(alone.setup(str(tiny_model_folder)))
+    expected = [[path.read_bytes() for path in predict(alone, seed=seed)] for seed in range(8)]
+
+    async def eight_at_once() -> tuple[list[list[bytes]], list[Generation]]:
+        predictor = Predictor()
+        await predictor.setup(str(tiny_model_folder))
+        predictor.models.own = Watched.load(tiny_model_folder)
+        predictor.models.own.gate = threading.Barrier(8)
+        found = await asyncio.gather(*(predictor.run(**(QUICK | {"seed": seed})) for seed in range(8)))
+        return [[path.read_bytes() for path in paths] for paths in found], predictor.models.own.made
+
+    found, made = asyncio.run(eight_at_once())
+    assert found == expected
+    # 32 candidates in one batch, or in two of 16 where that is what a batch holds here.
+    full = most_rows(alone.models.own.gpt)
+    assert [generation.metrics["rows_in_batch"] for generation in made] == [full] * 8
+
+
+def test_a_prediction_that_takes_too_long_fails_with_a_sentence_and_leaves_the_model(tmp_path: Path) -> None:
+    async def wait_for_the_end() -> int:
+        predictor = Predictor()
+        await predictor.setup(str(folder := slow_folder(tmp_path / "slow")))
+        predictor.models.own, predictor.slots = Watched.load(folder), Slots(0.5)
+        with pytest.raises(TimeoutError, match=r"the prediction took longer than 0\.5 seconds; ask for fewer"):
+            await predictor.run(**(QUICK | {"candidates": 256}))
+        predictor.drawing.shutdown()  # waits for the thread that draws
+        return predictor.models.own.stopped
+
+    assert asyncio.run(wait_for_the_end()) == 1
+
+
+def test_the_longest_time_of_a_prediction_is_set_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert longest_prediction() == 1800
+    monkeypatch.setenv("CLIP_GEN_MAX_SECONDS", "90.5")
+    assert longest_prediction() == 90.5
+    for text in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("CLIP_GEN_MAX_SECONDS", text)
+        with pytest.raises(ValueError, match=f"CLIP_GEN_MAX_SECONDS is {text}; give a number of seconds, 1 or more"):
+            longest_prediction()
+
+
+def test_only_the_empty_folders_of_a_prediction_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.serving.slots.PREDICTIONS", root := tmp_path / "predictions")
+    for name in ("done", "full", "a/b", "a/c", "../outside", "."):
+        for part in ("inputs", "outputs"):
+            (root / name / part).mkdir(parents=True)
+    (root / "full" / "outputs" / "0.png").touch()
+    for name in ("done", "full", "a/b", "absent", "../outside", "..", ".", str(tmp_path / "outside")):
+        remove_prediction_folders(name)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == [
+        *("outside", "outside/inputs", "outside/outputs"),
+        *("predictions", "predictions/a", "predictions/a/c", "predictions/a/c/inputs", "predictions/a/c/outputs"),
+        *("predictions/full", "predictions/full/outputs", "predictions/full/outputs/0.png"),
+        *("predictions/inputs", "predictions/outputs"),
+    ]
+
+
+def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen) -> None:
+    outputs, generation = Outputs(kept=3), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
+    paths = [outputs.save(generation, {}, "png", 90)[0] for _ in range(8)]
+    assert [path.exists() for path in paths] == [False] * 5 + [True] * 3
+    assert len(list(paths[0].parents[1].iterdir())) == 3
+
+
+def test_pictures_that_cannot_be_saved_leave_nothing_behind(tiny_model: ClipGen, tmp_path: Path) -> None:
+    outputs, generation = Outputs(), tiny_model.generate("a star", candidates=2, num_outputs=2, seed=1)
+    root = outputs.save(generation, {}, "png", 90)[0].parents[1]
+    with pytest.raises(ValueError, match="bmp"):
+        outputs.save(generation, {}, "bmp", 90)
+    assert len(list(root.iterdir())) == 1
+
+
+def test_pictures_are_saved_though_somebody_took_away_their_folder(tiny_model: ClipGen) -> None:
+    outputs, generation = Outputs(), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
+    shutil.rmtree(outputs.save(generation, {}, "png", 90)[0].parents[1])
+    assert outputs.save(generation, {}, "png", 90)[0].is_file()
+
+
+@pytest.mark.parametrize("weights", [None, ""])
+def test_no_weights_mean_the_servers_own_model(tiny_model_folder: Path, weights: str | None) -> None:
+    models = Models(str(tiny_model_folder))
+    assert get(models, weights) is models.own
+
+
+def test_weights_asked_for_twice_load_once(tiny_model_folder: Path, tmp_path: Path) -> None:
+    models, other = Models(str(tiny_model_folder)), str(other_folder(tmp_path / "other"))
+    found = in_threads(lambda: get(models, other), 4)
+    assert len({id(model) for model in found}) == 1
+    assert found[0] is not models.own
+
+
+def test_weights_that_take_long_to_load_keep_nobody_from_those_that_are_loaded(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Models(str(tiny_model_folder))
+    quick, slow = str(other_folder(tmp_path / "quick")), other_folder(tmp_path / "slow")
+    known, load, may_end = get(models, quick), ClipGen.load, threading.Event()
+
+    def loaded(source: WeightsFolder) -> ClipGen:
+        assert source.path != slow or may_end.wait(60)
+        return load(source)
+
+    monkeypatch.setattr(ClipGen, "load", loaded)
+    with ThreadPoolExecutor(2) as pool:
+        loading = pool.submit(get, models, str(slow))
+        assert pool.submit(get, models, quick).result(30) is known
+        assert not loading.done()
+        may_end.set()
+        assert loading.result(60) is get(models, str(slow))
+
+
+def test_weights_that_would_not_load_are_tried_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
+    models, folder = Models(str(tiny_model_folder)), other_folder(tmp_path / "other")
+    whole = (folder / "gpt.safetensors").read_bytes()
+    times = (folder / "config.yaml").stat()
+    (folder / "gpt.safetensors").write_bytes(whole[:-100])
+    os.utime(folder / "gpt.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match="damaged"):
+        get(models, str(folder))
+    (folder / "gpt.safetensors").write_bytes(whole)
+    os.utime(folder / "gpt.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert get(models, str(folder)) is get(models, str(folder))
+
+
+def test_the_weights_asked_for_longest_ago_leave_memory_first(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    models = Models(str(tiny_model_folder), others=2)
+    folder = other_folder(tmp_path / "other")
+    tars = [str(tmp_path / f"{i}.tar") for i in range(3)]
+    for tar in tars:
+        pack(folder, tar)
+    a, b = get(models, tars[0]), get(models, tars[1])
+    get(models, tars[0])
+    get(models, tars[2])
+    assert get(models, tars[0]) is a
+    assert get(models, tars[1]) is not b
+
+
+def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    models = Models(str(tiny_model_folder), others=1, wait_seconds=0.3)
+    models.rules = None
+    first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
+
+    async def ask_for_both() -> weakref.ref[ClipGen]:
+        async with models.borrow(first, lambda: False) as model:
+            async with models.borrow(first, lambda: False) as again:
+                assert again is model
+            with pytest.raises(BusyError, match=r"^the server is busy with other weights; try again later$"):
+                async with models.borrow(second, lambda: False):
+                    pass
+            waiting = asyncio.create_task(models.borrow(second, lambda: False).__aenter__())
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            found = weakref.ref(model)
+            del model, again
+        await waiting
+        return found
+
+    assert asyncio.run(ask_for_both())() is None
+
+
+def test_models_that_are_being_loaded_count_and_one_that_nobody_waits_for_makes_way(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Models(str(tiny_model_folder), others=1, wait_seconds=0.3)
+    first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
+    load, loading, may_end = ClipGen.load, threading.Event(), threading.Event()
+
+    def slow_load(source: WeightsFolder) -> ClipGen:
+        loading.set()
+        assert may_end.wait(60)
+        return load(source)
+
+    async def cancel_the_first() -> None:
+        task = asyncio.create_task(models.borrow(first, lambda: False).__aenter__())
+        await asyncio.to_thread(loading.wait, 60)
+        with pytest.raises(BusyError):
+            await models.borrow(second, lambda: False).__aenter__()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    models.rules = None
+    monkeypatch.setattr(ClipGen, "load", slow_load)
+    asyncio.run(cancel_the_first())
+    may_end.set()
+    models._wait_seconds = 60
+    assert get(models, second).config.name == "tiny"
+
+
+def test_weights_of_a_url_that_cannot_be_loaded_are_named_as_the_request_named_them(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    (folder := other_folder(tmp_path / "other")).joinpath("gpt.safetensors").write_bytes(b"damaged")
+    with tarfile.open(tmp_path / "weights.tar.gz", "w:gz") as tar:
+        tar.add(folder, arcname=".")
+    url = "data:;base64," + base64.b64encode((tmp_path / "weights.tar.gz").read_bytes()).decode()
+    gc.collect()
+    gc.disable()  # what only the garbage collector frees would keep the folder in use for long
+    try:
+        with pytest.raises(ModelFolderError, match=r"^data:;base64,.*\.\.\./gpt\.safetensors: damaged") as error:
+            predict(predictor, replicate_weights=url)
+        assert str(tmp_path) not in str(error.value)
+        del error
+        assert not Cache(most_bytes=0).make_room(1)
+        assert [path.name for path in (tmp_path / "cache" / "weights").iterdir()] == [".lock"]
+    finally:
+        gc.enable()
+
+
+def test_a_request_names_no_file_of_the_server(predictor: Predictor, tiny_model_folder: Path) -> None:
+    with pytest.raises(RefusedWeightsError):
+        predict(predictor, replicate_weights=str(tiny_model_folder))
+
+
+def test_a_folder_trained_anew_is_loaded_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
+    models, folder = Models(str(tiny_model_folder)), other_folder(tmp_path / "other")
+    before = get(models, str(folder))
+    time.sleep(0.01)
+    other_folder(folder)
+    assert get(models, str(folder)) is not before
+
+
+def in_threads(work: Callable[[], ClipGen], count: int) -> list[ClipGen]:
+    found: list[ClipGen] = []
+    threads = [threading.Thread(target=lambda: found.append(work())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found

@@ -1,0 +1,246 @@
+"""train_process.py and train.py: training as Cog runs it, over its real server, at toy size."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cog_server import running, wait_for
+from processes import command_lines, data_url, processes_of, trainings
+
+from clip_gen.files import ROOT
+from clip_gen.serving.inputs import InputField, checked
+from clip_gen.serving.request_weights import REFUSALS
+from clip_gen.serving.schema import project_signatures, write_schema
+from clip_gen.serving.train_process import TrainingFailed, from_here, main, options, run_training
+from clip_gen.training.job import contents_of
+from clip_gen.weights.tarball import pack
+
+TRAINING_SERVER = [str(ROOT / "script" / "serve"), "--x-mode", "train"]
+SERVER = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
+BAKED = {  # what Cog's command line bakes into an image
+    "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+    "COG_TRAIN_TYPE_STUB": "train.py:train",
+    "COG_MAX_CONCURRENCY": "8",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where it finds the worker's python
+}
+STEPS = {"vqgan_steps": 4, "transformer_steps": 4, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def fields() -> tuple[InputField, ...]:
+    return project_signatures()[1].inputs
+
+
+def packed(model: Path, scratch: Path) -> str:
+    """A model as a request may give it."""
+    pack(model, scratch / "base.tar")
+    return data_url(scratch / "base.tar")
+
+
+def test_every_input_becomes_an_option_that_the_command_knows(
+    fields: tuple[InputField, ...], photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = checked({"images": photos}, fields)
+    words = options(values, Path("out"))
+    assert words[:3] == [str(photos), "--out", "out"]
+    assert "--crop" in words
+    assert "--no-crop" in options(values | {"crop": False}, Path("out"))
+    assert not [word for word in words if word.startswith("--base")]
+    assert "--sample-prompts=a star|b" in options(values | {"sample_prompts": "a star|b"}, Path("out"))
+    from clip_gen.__main__ import main as command
+
+    with pytest.raises(SystemExit) as exit:
+        command(["train", *words, "--help"])
+    assert exit.value.code == 0
+    told = capsys.readouterr().out
+    for field in fields[1:]:
+        assert f"--{field.name.replace('_', '-')}" in told, field.name
+
+
+def test_the_inputs_and_the_settings_have_the_same_defaults(fields: tuple[InputField, ...]) -> None:
+    from dataclasses import fields as settings
+
+    from clip_gen.training.plan import TrainSettings
+
+    defaults = {spec.name: spec.default for spec in settings(TrainSettings)}
+    assert {field.name: field.arguments.get("default") or defaults[field.name] for field in fields[1:]} == defaults
+
+
+def test_what_a_training_says_at_the_end_is_the_error(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.zip").write_bytes(b"no archive")
+    with pytest.raises(TrainingFailed, match=r"few\.zip"):
+        asyncio.run(run_training({"images": tmp_path / "few.zip"}, tmp_path / "out"))
+
+
+def test_a_cancelled_training_is_gone_within_two_seconds(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = []
+    start = asyncio.create_subprocess_exec
+
+    async def noted(*words: str, **options: object) -> asyncio.subprocess.Process:
+        groups.append(await start(*words, **options))
+        return groups[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", noted)
+
+    async def cancelled() -> float:
+        values = {"images": photos, "base": str(tiny_model_folder), "vqgan_steps": 100_000, "batch_size": 4}
+        task = asyncio.create_task(run_training(values, tmp_path / "out"))
+        while not (tmp_path / "out" / "work" / "vqgan" / "history.jsonl").is_file():
+            assert not task.done(), task
+            await asyncio.sleep(0.1)
+        assert len(processes_of(groups[0].pid)) >= 2  # the training and what loads its pictures
+        began = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return time.monotonic() - began
+
+    assert asyncio.run(cancelled()) < 2
+    wait_for(lambda: not processes_of(groups[0].pid), seconds=2)
+
+
+def test_the_script_trains_in_a_folder_that_outlives_it(
+    photos: Path,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}
+    words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    said = capfd.readouterr()
+    assert "vqgan 4/4" in said.err
+    assert said.out == f"{tmp_path / 'out' / 'weights.tar'}\n"
+    # Weights are named from where the caller stands.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    short = {"images": f"@{photos}", "stage": "vqgan", "vqgan_steps": 1, "batch_size": 4}
+    words = [word for name, value in short.items() for word in ("-i", f"{name}={value}")]
+    monkeypatch.setenv("COG_WEIGHTS", "")  # whatever it is set to here is as before afterwards
+    for more in (["-i", "base=out/weights.tar"], ["-e", "COG_WEIGHTS=out"]):
+        assert main([*words, *more, "-o", f"{more[0][1]}-further"]) == 0
+        told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
+        assert told["base"] == contents_of(tmp_path / "out" / "model")
+    assert main([*words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
+    assert f"{tmp_path / 'checkpoints' / 'shapes'}: no such file or folder" in capfd.readouterr().err
+    assert main(["-i", "images=@"]) == 1
+    assert "images is empty; give the name of a file" in capfd.readouterr().err
+    assert main(["-i", "images=@nothing.zip"]) == 1
+    assert "nothing.zip: no such file" in capfd.readouterr().err
+    for url in ("https://somewhere/photos.zip", "HTTPS://somewhere/photos.zip"):
+        assert main(["-i", f"images={url}"]) == 1
+        assert f"images is {url}; download it first" in capfd.readouterr().err
+        assert from_here(url) == url
+    assert main(["-i", f"images=@{photos}", "-i", "stage=all"]) == 1
+    assert "stage" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_script_ended_by_a_signal_saves_a_checkpoint_and_says_how_to_resume(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    given = {"images": f"@{photos}", "base": tiny_model_folder, "vqgan_steps": 999, "batch_size": 4}
+    words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
+    words += ["-o", str(out)]
+    command = [sys.executable, "-m", "clip_gen.serving.train_process", *words]
+    files = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    script = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, env=environment, **files)
+    history = out / "work" / "vqgan" / "history.jsonl"
+    wait_for(lambda: history.is_file() and history.stat().st_size > 0, seconds=60)
+    assert any(f"train {photos}" in words for words in command_lines().values())
+    for _ in range(2):  # as `timeout` does it
+        os.killpg(script.pid, number)
+    said = script.communicate(timeout=20)[1]
+    assert script.returncode == 128 + number, said
+    assert (out / "work" / "vqgan" / "last.ckpt").is_file()
+    assert f"vqgan: ended by {number.name}; the checkpoint of step " in said
+    resume = f"{out} holds a checkpoint; this command resumes the training: {shlex.join(['script/train', *words])}\n"
+    assert said.endswith(resume)
+    assert "Traceback" not in said
+    wait_for(lambda: not any(str(out) in words for words in command_lines().values()), seconds=2)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("pymp-", "training-"))]
+
+
+@pytest.fixture(scope="module")
+def trained(photos: Path, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """The reply to a training over HTTP, and the tar that it left in the project's folder."""
+    scratch = tmp_path_factory.mktemp("server")
+    write_schema()
+    with running(TRAINING_SERVER, scratch, scratch) as server:
+        server.wait_until_set_up()
+        given = {"images": data_url(photos), "base": packed(tiny_model_folder, scratch), **STEPS}
+        status, reply = server.request("POST", "/trainings", {"input": given})
+        assert status == 200, reply
+        wait_for(lambda: server.health()["status"] == "READY")
+        outside = []
+        for strange in ({"images": "/etc/passwd"}, {"base": str(tiny_model_folder)}, {"base": "http://127.0.0.1:9/"}):
+            outside.append(server.request("POST", "/trainings", {"input": given | strange})[1])
+            wait_for(lambda: server.health()["status"] == "READY")
+        bad = server.request("POST", "/trainings", {"input": {"images": "data:text/plain;base64,bm8=", **STEPS}})
+        wait_for(lambda: server.health()["status"] == "READY")
+        few = server.request("POST", "/trainings", {"input": {"stage": "all"}})
+    return {"good": reply, "bad": bad, "few": few, "outside": outside}, ROOT / "trained_model.tar"
+
+
+def test_a_zip_becomes_weights_over_the_real_server(trained: tuple[dict, Path]) -> None:
+    replies, tar = trained
+    assert replies["good"]["status"] == "succeeded", replies["good"]
+    assert "gpt 4/4" in replies["good"]["logs"]
+    sent = base64.b64decode(replies["good"]["output"]["weights"].partition(",")[2])
+    assert sent == tar.read_bytes()
+    report = tar.with_suffix(".html")
+    assert replies["good"]["logs"].splitlines()[-1] == f"kept: {tar} and {report}"
+    assert "vqgan" in report.read_text()
+    assert replies["bad"][1]["status"] == "failed"
+    assert "archive" in replies["bad"][1]["error"]
+    assert replies["few"][0] == 422
+
+
+def test_a_request_names_no_file_or_address_of_the_servers_own(trained: tuple[dict, Path]) -> None:
+    images, *bases = trained[0]["outside"]
+    assert 'images is "/etc/passwd"; give a file' in images["error"]
+    for reply in bases:
+        assert reply["status"] == "failed"
+        assert reply["error"].endswith(REFUSALS["https"])
+        assert "clip_gen train" not in reply["logs"]
+
+
+def test_the_weights_predict_over_the_real_server(trained: tuple[dict, Path], tmp_path: Path) -> None:
+    _, tar = trained
+    with running(SERVER, ROOT, tmp_path, **BAKED, COG_WEIGHTS=str(tar)) as server:
+        server.wait_until_set_up()
+        reply = server.predict(prompt="a red circle", candidates=2, num_outputs=2, seed=1)
+    assert reply["status"] == "succeeded", reply
+    assert len(reply["output"]) == 2
+
+
+def test_a_training_over_the_server_is_cancelled_within_two_seconds(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    with running(TRAINING_SERVER, tmp_path, tmp_path) as server:
+        server.wait_until_set_up()
+        base = packed(tiny_model_folder, tmp_path)
+        given = {"images": data_url(photos), "base": base, "vqgan_steps": 100_000, "batch_size": 4}
+        status, _ = server.request("PUT", "/trainings/one", {"input": given}, Prefer="respond-async")
+        assert status == 202
+        wait_for(lambda: "vqgan 100/" in server.log.read_text() or bool(trainings(server)), seconds=60)
+        assert server.request("POST", "/trainings", {"input": given})[0] == 409  # one at a time
+        server.request("POST", "/trainings/one/cancel")
+        wait_for(lambda: not trainings(server), seconds=2)
+        wait_for(lambda: server.health()["status"] == "READY")

@@ -1,0 +1,175 @@
+"""hardware.py: settings of the process are as they were, whatever happened meanwhile, and memory is given back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clip_gen.hardware import at_work, cpus, one_thread, set_threads, spare_cores, tensor_float32
+from clip_gen.serving.train_process import KEEP_MEMORY
+
+CUDA = torch.device("cuda")
+
+
+def allowed() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_a_gpu_may_round_for_as_long_as_it_is_allowed_and_no_longer() -> None:
+    before = allowed()
+    with tensor_float32(CUDA, True):
+        assert allowed() == (True, True)
+        with tensor_float32(CUDA, False):
+            assert allowed() == (False, False)
+        assert allowed() == (True, True)
+    with pytest.raises(KeyError), tensor_float32(CUDA, True):
+        raise KeyError
+    assert allowed() == before
+
+
+def test_a_cpu_is_left_alone() -> None:
+    before = allowed()
+    with tensor_float32(torch.device("cpu"), not before[0]):
+        assert allowed() == before
+
+
+def test_networks_are_back_on_the_cpu_after_an_error_too() -> None:
+    network = nn.Linear(2, 2)
+    with at_work(network) as device:
+        assert network.weight.device.type == device.type
+    with pytest.raises(KeyError), at_work(network):
+        raise KeyError
+    assert network.weight.device.type == "cpu"
+
+
+class Moved(nn.Linear):
+    """Where there is no GPU: elsewhere its numbers are of another type, so that both ways make new tensors."""
+
+    def to(self, device: torch.device) -> nn.Module:
+        return super().to(torch.float64)
+
+    def cpu(self) -> nn.Module:
+        return super().to(torch.float32)
+
+
+def test_networks_that_worked_where_nothing_is_learnt_can_be_trained_afterwards() -> None:
+    network = Moved(2, 2).requires_grad_(False)
+    with torch.inference_mode(), at_work(network):
+        assert network.weight.dtype == torch.float64
+    network.requires_grad_(True)
+    network(torch.ones(1, 2)).sum().backward()
+    assert network.weight.grad.sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "count"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "250000 100000"}, 2),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "1600000 100000"}, 8),
+        ("0::/", {}, 8),
+        # A service has the limits of the groups around it too.
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "600000 100000"}, 3),
+        ("0::/host/path/of/container", {"cpu.max": "400000 100000"}, 4),
+        # The first version of cgroups.
+        ("4:memory:/x\n1:cpu:/\n0::/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("2:cpu,cpuacct:/d/1", {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "50000"}, 3),
+        ("2:cpu:/d", {"cpu/d/cpu.cfs_quota_us": "20000", "cpu/d/cpu.cfs_period_us": "10000"}, 2),
+        ("2:cpuset:/d", {"cpu/d/cpu.cfs_quota_us": "20000", "cpu/d/cpu.cfs_period_us": "10000"}, 8),
+        (None, {"cpu.max": "100000 100000"}, 8),
+    ],
+)
+def test_cpus_are_those_that_the_cgroup_pays_for(
+    own: str | None, files: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr("clip_gen.hardware.CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("clip_gen.hardware.OWN_CGROUPS", tmp_path / "own")
+    if own is not None:
+        (tmp_path / "own").write_text(own + "\n")
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert cpus() == count
+    assert spare_cores() == max(1, count - 1)
+
+
+def test_cpus_are_those_that_this_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= cpus() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5})
+    assert cpus() == spare_cores() == 1
+
+
+def test_a_thread_sets_its_own_number_of_threads_and_no_others() -> None:
+    def in_new_thread(work: Callable[[], int]) -> int:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(work).result()
+
+    def set_and_get() -> int:
+        set_threads(3)
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    assert in_new_thread(set_and_get) == 3
+    assert torch.get_num_threads() == in_new_thread(torch.get_num_threads) == before
+
+
+def test_threads_that_begin_together_all_get_their_number_back() -> None:
+    def set_and_get(delay: float) -> int:
+        time.sleep(delay)
+        with one_thread():
+            pass
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(20):
+            with ThreadPoolExecutor(16) as threads:
+                assert set(threads.map(set_and_get, [number / 8000 for number in range(16)])) == {3}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_kept_for_later_is_given_back_before_processes_that_prepare_samples_get_it() -> None:
+    code = """
+from pathlib import Path
+import torch
+from torch.utils.data import Dataset
+from clip_gen.training.datasets import prepared
+
+def held() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 10**6
+
+class Held(Dataset):  # by a process that prepares samples
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return held() - began
+
+
+began = held()
+used = [torch.ones(2**18) for _ in range(300)]  # 315 MB
+used = used[-1]  # which keeps the heap from shrinking by itself
+kept = held()
+(prepares,) = prepared(Held())
+print(kept - began, held() - began, int(prepares))
+"""
+    environment = os.environ | KEEP_MEMORY
+    kept, *left = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
+    assert int(kept) > 300
+    assert max(map(int, left)) < 30

@@ -1,0 +1,613 @@
+"""training/fit.py: a stage that is cut off, short of memory or of time, at toy size and really trained."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_networks
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+
+from clip_gen.networks.gpt import GPT
+from clip_gen.networks.vqgan import VQGAN
+from clip_gen.training import fit as fit_module
+from clip_gen.training import stage
+from clip_gen.training.checkpoints import find_checkpoint, read_checkpoint
+from clip_gen.training.datasets import EncodedPictures, Endless, encode_embeddings, encode_tokens, whole_array
+from clip_gen.training.fit import Machine, fit, read_history
+from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.grids import Grids
+from clip_gen.training.stage import FitConfig, Stage
+from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
+from clip_gen.weights.model_folder import save_part
+from clip_gen.worlds.shapes.pairs import RenderedPictures
+
+CONFIG = FitConfig(steps=9, batch_size=8, warmup=2, ema_decay=0.5, validate_every=4)
+
+
+SAVING = Machine(save_seconds=0)
+
+
+class Cut(Exception):
+    """Stands for whatever ends a training early."""
+
+
+class CutAfter(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer: object, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise Cut
+
+
+def stage_1(config: FitConfig) -> VQGANTrainer:
+    torch.manual_seed(0)
+    loss = VQGANLoss(perceptual=0.1, adversarial=0.1, adversarial_from=0.33)
+    return VQGANTrainer(VQGAN(TINY.vqgan).train(), replace(config, muon_rate=2e-3), loss, tiny_networks().clip)
+
+
+def stage_2(config: FitConfig) -> GPTTrainer:
+    torch.manual_seed(0)
+    return GPTTrainer(GPT(TINY.gpt).train(), replace(config, muon_rate=3e-3))
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> EncodedPictures:
+    folder, networks, pictures = tmp_path_factory.mktemp("encoded"), tiny_networks(), RenderedPictures(24, 1, 16)
+    embeddings = encode_embeddings(pictures, networks.clip, folder / "embeddings.npy")
+    return EncodedPictures(
+        embeddings, encode_tokens(pictures, networks.vqgan, folder / "tokens.npy"), noise=0.5, dropout=0.1
+    )
+
+
+@pytest.fixture(params=["vqgan", "gpt"])
+def train(request: pytest.FixtureRequest, encoded: EncodedPictures) -> Callable[..., Stage]:
+    """Trains a stage of either kind in a folder and gives it back; cut: the step that it does not outlive."""
+
+    def trained(folder: Path, config: FitConfig = CONFIG, cut: int | None = None, **options: object) -> Stage:
+        pictures = RenderedPictures(1000, 0, 16)
+        samples, held_back = {
+            "vqgan": (pictures, RenderedPictures(8, 2, 16)),
+            "gpt": (Endless(encoded, 3), encoded),
+        }[request.param]
+        stage = {"vqgan": stage_1, "gpt": stage_2}[request.param](config)
+        options.setdefault("machine", SAVING)
+        options["callbacks"] = [*options.get("callbacks", ()), *([CutAfter(cut)] if cut else [])]
+        stage.record = fit("toy", stage, samples, held_back, folder, seed=4, **options)
+        return stage
+
+    return trained
+
+
+def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train: Callable, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole")
+    for cut in (3, 7):
+        with pytest.raises(Cut):
+            train(tmp_path / "cut", cut=cut)
+    resumed = train(tmp_path / "cut")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert read_history(tmp_path / "whole" / "history.jsonl") == read_history(tmp_path / "cut" / "history.jsonl")
+    legs = [(leg["from_step"], leg["to_step"]) for leg in resumed.record["legs"]]
+    assert legs[-1] == (6, 9) or legs[-1] == (7, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_two_threads_train_the_same_compiled_transformer_every_time(tmp_path: Path) -> None:
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    np.save(tmp_path / "embeddings.npy", rng.standard_normal((64, 16), np.float32).astype(np.float16))
+    np.save(tmp_path / "tokens.npy", rng.integers(64, size=(64, 64), dtype=np.uint16))
+    encoded = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "tokens.npy", places=32)
+    gpt = replace(TINY.gpt, n_embd=64, block_size=64, codebook_size=64, rotary=True, looks_around=True)
+
+    def trained(folder: Path) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        trainer = GPTTrainer(GPT(gpt).train(), replace(CONFIG, steps=4, batch_size=64, compile=True))
+        fit("toy", trainer, Endless(encoded, 3), encoded, folder, seed=4)
+        return trainer.state_dict()
+
+    torch.set_num_threads(2)
+    try:
+        first, second = trained(tmp_path / "first"), trained(tmp_path / "second")
+    finally:
+        torch.set_num_threads(threads)
+    assert not torch.are_deterministic_algorithms_enabled()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_stage_that_was_on_a_gpu_goes_on_without_one(
+    encoded: EncodedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*callbacks: Callback) -> GPTTrainer:
+        stage, samples = stage_2(replace(CONFIG, patience=9)), Endless(encoded, 3)
+        fit("toy", stage, samples, encoded, tmp_path, seed=4, machine=SAVING, callbacks=callbacks)
+        return stage
+
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as checkpoints say it there
+    with pytest.raises(Cut):
+        trained(CutAfter(7))
+    ended = trained()
+    assert find_checkpoint(tmp_path).steps == 9
+    assert (tmp_path / "best.ckpt").is_file()
+    again = trained()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in ended.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_transformer_in_shares_is_cut_off_and_goes_on_and_is_that_of_one_process(
+    encoded: EncodedPictures, tmp_path: Path, precision: str
+) -> None:
+    def trained(folder: Path, strategy: str, *callbacks: Callback) -> GPTTrainer:
+        stage = stage_2(replace(CONFIG, patience=9, precision=precision))
+        machine = Machine("1", strategy=strategy, save_seconds=0)
+        samples = Endless(encoded, 3)
+        stage.record = fit("toy", stage, samples, encoded, folder, seed=4, machine=machine, callbacks=[*callbacks])
+        return stage
+
+    plain, drawn = trained(tmp_path / "plain", "auto"), Reads(tmp_path)
+    for cut, strategy in ((3, "fsdp"), (6, "auto"), (7, "fsdp")):
+        with pytest.raises(Cut):
+            trained(tmp_path / "cut", strategy, CutAfter(cut))
+    shares = trained(tmp_path / "cut", "fsdp", drawn)
+    torch.distributed.destroy_process_group()
+    assert type(shares.gpt) is GPT
+    assert shares.record["best_step"] == plain.record["best_step"]
+    for name, value in plain.state_dict().items():
+        # Muon takes the matrices one by one and not together, which rounds otherwise; a step moves them by 1e-3.
+        torch.testing.assert_close(shares.state_dict()[name], value, atol=1e-4, rtol=0, msg=name)
+    assert drawn.seen  # by the whole network, as trained so far
+
+
+class Watched(Callback):
+    def __init__(self):
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: object, stage: Stage, *_: object) -> None:
+        self.seen.append(next(iter(stage.parameters())).detach().clone())
+
+
+@pytest.mark.parametrize(("decay", "last"), [(0.999, 9 / 18), (0.3, 0.7)])
+def test_weights_are_averaged_over_the_last_of_the_steps_there_were(
+    train: Callable, tmp_path: Path, decay: float, last: float
+) -> None:
+    watched = Watched()
+    stage = train(tmp_path, replace(CONFIG, ema_decay=decay), callbacks=[watched])
+    mean = watched.seen[0]
+    for n, weights in enumerate(watched.seen[1:], 1):
+        mean = mean.lerp(weights, max(9 / (10 + n), 1 - decay))
+    assert len(watched.seen) == 9
+    assert max(9 / (10 + n), 1 - decay) == pytest.approx(last)
+    assert torch.allclose(next(iter(stage.parameters())), mean, atol=1e-7)
+
+
+def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: Path) -> None:
+    train(tmp_path)
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 10))
+    assert [entry["step"] for entry in history if "val_psnr" in entry or "val_loss" in entry] == [4, 8]
+    assert all(np.isfinite(value) for entry in history for value in entry.values())
+
+
+def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit_module.Progress.__init__, "__defaults__", (0.1,))  # seconds between lines
+    with caplog.at_level(logging.INFO):
+        stage = train(tmp_path, replace(CONFIG, steps=100_000), machine=Machine(max_minutes=1 / 60))
+    steps = stage.record["steps"]
+    assert 1 <= steps < 100_000
+    assert stage.record["ended_by"] == "time"
+    assert any("minutes are over at step" in line for line in caplog.messages)
+    assert find_checkpoint(tmp_path).steps == steps
+    assert [leg["to_step"] for leg in stage.record["legs"]] == [steps]
+    *on_the_way, last = [line for line in caplog.messages if line.startswith("toy ")]
+    ends = [re.search(r" min left, until about step (\d+)  lr [\d.e-]+  loss ", line) for line in on_the_way[1:]]
+    assert on_the_way
+    assert all(end and steps / 5 < int(end[1]) < 5 * steps for end in ends), on_the_way
+    assert "  0.0 min left  lr " in last
+
+
+class Sketches(Grids):
+    """Grids of a plain picture that takes so many seconds to draw."""
+
+    def __init__(self, folder: Path, seconds: float):
+        super().__init__(folder)
+        self.seconds = seconds
+
+    def rows(self, module: Stage) -> list[list[Image.Image]]:
+        time.sleep(self.seconds)
+        return [[Image.new("RGB", (8, 8))]]
+
+
+class Reads(Grids):
+    """Notes that the network it is given has whole weights, which are no longer those it began with."""
+
+    seen = False
+
+    def rows(self, module: GPTTrainer) -> list[list[Image.Image]]:
+        began = stage_2(CONFIG).gpt.head.weight
+        self.seen = type(module.gpt) is GPT and not torch.equal(module.gpt.head.weight, began)
+        return [[Image.new("RGB", (8, 8))]]
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 3, 10), (0.2, 1, 2)])
+def test_a_stage_that_ends_by_time_has_grids_from_on_the_way_and_from_its_end(
+    train: Callable, tmp_path: Path, seconds: float, least: int, most: int
+) -> None:
+    limited = {"machine": Machine(max_minutes=3 / 60), "callbacks": [Sketches(tmp_path, seconds)]}
+    stage = train(tmp_path, replace(CONFIG, steps=100_000), **limited)
+    drawn = sorted(int(path.stem) for path in (tmp_path / "grids").iterdir())
+    assert least <= len(drawn) <= most  # where they take long there are few
+    assert drawn[-1] == stage.record["steps"]
+
+
+def test_a_terminal_shows_how_far_a_stage_is_on_one_line(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    train(tmp_path)
+    shown = terminal.getvalue()
+    assert re.search(r"\rtoy 9/9, .* pictures/s  0\.0 min left  .*loss \d", shown)
+    assert shown.count("\n") == 1
+    assert shown.endswith("\n")
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_pace_since_the_last(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(step=4.0)
+    monkeypatch.setattr(fit_module.time, "monotonic", lambda: next(clock))
+
+    with caplog.at_level(logging.INFO):
+        train(tmp_path, machine=Machine())
+    said = [line for line in caplog.messages if line.startswith("toy ")]
+    assert 2 <= len(said) < 9
+    assert said[-1].startswith("toy 9/9 ")
+
+
+class Full(Callback):
+    """A machine that is out of memory at step 3."""
+
+    def on_train_batch_start(self, trainer: object, *_: object) -> None:
+        if trainer.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_out_of_memory_ends_a_stage_with_the_setting_to_lower_and_its_checkpoint(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    where = " in one of 2 processes" if processes == 2 else ""
+    sentence = f"toy: out of memory{where} with batch_size 8 .*; train with a smaller batch_size, such as 4, into"
+    with monkeypatch.context() as patched:
+        patched.setattr(fit_module, "processes", lambda: processes)
+        with pytest.raises(ValueError, match=sentence):
+            train(tmp_path, callbacks=[Full()])
+    assert find_checkpoint(tmp_path).steps == 3
+    assert train(tmp_path).record["steps"] == 9
+    history = read_history(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_out_of_memory_for_a_batch_of_one_names_other_settings(train: Callable, tmp_path: Path) -> None:
+    class NoRoom(Callback):
+        def on_fit_start(self, *_: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    with pytest.raises(ValueError, match=r"with batch_size 1 .*; train with a smaller size or resolution, into"):
+        train(tmp_path, replace(CONFIG, batch_size=1), callbacks=[NoRoom()])
+
+
+class Learns(Callback):
+    """Checks that the network is in training mode at every step."""
+
+    def on_train_batch_start(self, trainer: object, module: Stage, batch: object, index: int) -> None:
+        assert module.training
+        assert all(part.training for part in (getattr(module, "vqgan", None) or module.gpt).modules())
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_out_of_memory_for_a_grid_leaves_it_out(train: Callable, tmp_path: Path) -> None:
+    class NoRoom(Grids):
+        tried = 0
+
+        def rows(self, module: Stage) -> list[list[Image.Image]]:
+            self.tried += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    no_room = NoRoom(tmp_path)
+    assert train(tmp_path, callbacks=[no_room, Learns()]).record["steps"] == 9
+    assert no_room.tried > 2
+
+
+@pytest.mark.parametrize(("there", "nodes", "shared_by"), [(0, 1, "auto"), (3, 1, "2"), (8, 1, "8"), (8, 4, "4")])
+def test_as_many_gpus_take_part_as_can_share_every_batch(
+    monkeypatch: pytest.MonkeyPatch, there: int, nodes: int, shared_by: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert Machine(nodes=nodes).sharing(16, 32).devices == shared_by
+    assert Machine("5").sharing(16, 32).devices == "5"
+
+
+@contextmanager
+def disk_with(most: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: the system refuses to write more, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_complete(
+    train: Callable, tmp_path: Path
+) -> None:
+    with pytest.raises(Cut):
+        train(tmp_path, cut=4)
+    last = tmp_path / "last.ckpt"
+    before = last.read_bytes()
+    sentence = (
+        r"last\.ckpt: the checkpoint could not be written \(File too large\); the one before it is complete\. Make"
+    )
+    for room in (10_000, len(before) // 2, len(before) - 1):  # enough for the history
+        with disk_with(room), pytest.raises(OSError, match=sentence):
+            train(tmp_path)
+        assert last.read_bytes() == before
+        assert not list(tmp_path.glob(".saving*"))
+    assert train(tmp_path).record["steps"] == 9
+
+
+def test_weights_and_arrays_that_a_disk_does_not_take_are_sentences_too(tmp_path: Path) -> None:
+    with disk_with(1000), pytest.raises(OSError, match=r"gpt\.safetensors: could not be written \(.*; make room"):
+        save_part(tiny_networks().gpt, tmp_path / "gpt.safetensors")
+    assert not list(tmp_path.iterdir())
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("only root can make a disk that is full")
+    child = os.fork()
+    if not child:  # which a memory map without a disk behind it would end
+        with suppress(OSError), whole_array(tmp_path / "rows.npy", (2, 2**20), np.uint8) as rows:
+            rows[:] = 1
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    subprocess.run(["umount", tmp_path], check=True)
+    assert status == 0
+
+
+def damaged(path: Path, how: str) -> None:
+    whole = path.read_bytes()
+    if how == "cut off":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:  # one bit in the middle of a tensor
+        place = len(whole) // 2
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+
+
+@pytest.mark.parametrize("how", ["cut off", "one bit", "missing"])
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_stage_resumes_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_very_weights(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    whole = train(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with pytest.raises(Cut):
+        train(cut, cut=7)
+    last, previous = find_checkpoint(cut).steps, read_checkpoint(cut / "previous.ckpt")["global_step"]
+    assert previous < last
+    if how == "missing":  # killed between the two renames
+        (cut / "last.ckpt").unlink()
+    else:
+        damaged(cut / "last.ckpt", how)
+    with pytest.raises(Cut):
+        train(cut, cut=previous + 1)  # and what it resumed from is not lost with the next one
+    if how != "missing":
+        said = f"last.ckpt is damaged (.*): resuming from the checkpoint before it, of step {previous}; later steps are"
+        assert any(re.search(said, message) for message in caplog.messages)
+    assert find_checkpoint(cut).path == cut / "last.ckpt"
+    resumed = train(cut)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert read_history(tmp_path / "whole" / "history.jsonl") == read_history(cut / "history.jsonl")
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_damaged_checkpoints_alone_are_refused_with_what_to_do(train: Callable, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        train(tmp_path, cut=4)
+    for name in ("last.ckpt", "previous.ckpt"):
+        damaged(tmp_path / name, "one bit")
+    sentence = (
+        rf"last.ckpt is damaged .* and .*previous.ckpt is damaged .* no other checkpoint: delete {tmp_path} to train"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_the_last_weights_stand_in_for_damaged_best_ones(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, replace(CONFIG, patience=9))
+    damaged(tmp_path / "best.ckpt", "one bit")
+    stage = train(tmp_path, replace(CONFIG, patience=9))
+    assert "best_step" not in stage.record
+    last = read_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    assert all(torch.equal(value, last[name]) for name, value in stage.state_dict().items())
+    assert any("best.ckpt is damaged" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_saves_a_checkpoint_and_then_ends_the_stage(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer: object, *_: object) -> None:
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as end:
+        train(tmp_path, machine=Machine(), callbacks=[Signal()])
+    assert end.value.code == 128 + number
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+    assert find_checkpoint(tmp_path).steps == 3
+    assert f"toy: ended by {number.name}; the checkpoint of step 3 is saved" in caplog.messages
+    with caplog.at_level(logging.INFO):
+        assert train(tmp_path, machine=Machine()).record["steps"] == 9
+    assert "toy: resumed from step 3 of 9, after 0.0 minutes" in caplog.messages
+
+
+class Rates(Callback):
+    """Notes the learning rate and the share of the time that had passed at every step, until a share of it."""
+
+    def __init__(self, until: float = 2.0):
+        self.until, self.seen = until, []
+
+    def on_train_batch_end(self, trainer: object, stage: Stage, *_: object) -> None:
+        self.seen.append((trainer.optimizers[0].param_groups[-1]["lr"], stage.time_spent))
+        if stage.time_spent > self.until:
+            raise Cut
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_resumed_stage_has_the_rest_of_its_minutes_and_its_learning_rate_does_not_rise(
+    train: Callable, tmp_path: Path
+) -> None:
+    endless, limited = replace(CONFIG, steps=100_000), Machine(max_minutes=2 / 60, save_seconds=0)
+    first, second = Rates(until=0.7), Rates()
+    with pytest.raises(Cut):
+        train(tmp_path, endless, machine=limited, callbacks=[first])
+    stage = train(tmp_path, endless, machine=limited, callbacks=[second])
+    assert stage.record["ended_by"] == "time"
+    assert second.seen[0][1] > 0.6
+    rates = [rate for rate, spent in [*first.seen, *second.seen] if spent > 0.1]
+    assert max(rate for rate, _ in second.seen) < 0.5 * rates[0]
+    assert sorted(rate for rate, _ in second.seen)[::-1] == [rate for rate, _ in second.seen]
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_a_stage_that_time_ended_continues_with_more_of_it_and_only_then(train: Callable, tmp_path: Path) -> None:
+    endless = replace(CONFIG, steps=499, patience=10**6)  # all of them are in the history
+    limited = Machine(max_minutes=0.3 / 60)
+    ended = train(tmp_path, endless, machine=limited)
+    again = train(tmp_path, endless, machine=limited)
+    assert {**again.record, "legs": 0} == {**ended.record, "legs": 0}
+    assert again.record["legs"] == ended.record["legs"]
+    longer = train(tmp_path, endless, machine=Machine(max_minutes=0.9 / 60))
+    assert longer.record["steps"] > ended.record["steps"]
+    steps = [entry["step"] for entry in read_history(tmp_path / "history.jsonl") if "loss" in entry]
+    assert len(steps) == len(set(steps))
+
+
+class Few(torch.utils.data.Dataset):
+    """Four pictures again and again: they are learnt by heart, so what was held back fares worse and worse."""
+
+    def __init__(self, encoded: EncodedPictures):
+        self.encoded = encoded
+
+    def __getitem__(self, number: int) -> object:
+        return self.encoded.draw(number % 4, np.random.default_rng(number))
+
+
+OVERFITTING = replace(CONFIG, steps=2000, learning_rate=3e-3, validate_every=10, patience=3)
+
+
+def test_the_best_weights_by_validation_are_kept_and_the_stage_ends_when_they_are_not_beaten(
+    encoded: EncodedPictures, tmp_path: Path
+) -> None:
+    stage = stage_2(OVERFITTING)
+    held_back = torch.utils.data.Subset(encoded, range(8, 24))
+    record = fit("toy", stage, Few(encoded), held_back, tmp_path, seed=0)
+    losses = {e["step"]: e["val_loss"] for e in read_history(tmp_path / "history.jsonl") if "val_loss" in e}
+    assert record["best_step"] == min(losses, key=losses.get)
+    assert record["steps"] == record["best_step"] + 30
+    assert record["val_loss"] == pytest.approx(min(losses.values()), abs=1e-4)
+    stage.gpt.eval()
+    batch = [torch.utils.data.default_collate([held_back[i] for i in range(16)])]
+    with torch.no_grad():
+        logits = stage.gpt(batch[0][3], batch[0][1][:, :-1])
+    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[0][1].flatten())
+    assert float(found) == pytest.approx(record["val_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("when", ["on_validation_start", "on_validation_end"])
+def test_what_a_validation_found_outlives_the_end_of_the_training_right_after_it(
+    encoded: EncodedPictures, tmp_path: Path, when: str
+) -> None:
+    held_back = torch.utils.data.Subset(encoded, range(8, 24))
+
+    def trained(folder: Path, callbacks: list[Callback]) -> dict[str, object]:
+        stage = stage_2(OVERFITTING)
+        return fit("toy", stage, Few(encoded), held_back, folder, seed=0, machine=SAVING, callbacks=callbacks)
+
+    whole = trained(tmp_path / "whole", [])
+
+    def cut(trainer: object, *_: object) -> None:
+        if trainer.global_step == whole["best_step"]:
+            raise Cut
+
+    callback = Callback()
+    setattr(callback, when, cut)
+    with pytest.raises(Cut):
+        trained(tmp_path / "cut", [callback])
+    again = trained(tmp_path / "cut", [])
+    assert {name: again[name] for name in ("steps", "best_step", "val_loss")} == {
+        name: whole[name] for name in ("steps", "best_step", "val_loss")
+    }
+    assert read_history(tmp_path / "cut" / "history.jsonl") == read_history(tmp_path / "whole" / "history.jsonl")
+
+
+def test_a_line_of_history_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert read_history(path) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["vqgan"], indirect=True)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler")
+def test_a_compiled_stage_learns_what_the_plain_one_does(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Muon rounds to bfloat16 differs in its last bits, and soon by more.
+    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: False)
+    plain, compiled = (
+        train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))
+        for compile in (False, True)
+    )
+    losses = [
+        [entry["loss"] for entry in read_history(tmp_path / str(one) / "history.jsonl") if "loss" in entry]
+        for one in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert plain.record["steps"] == compiled.record["steps"] == 5

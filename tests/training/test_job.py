@@ -1,0 +1,912 @@
+"""training/job.py: a zip of pictures to weights that predict, at toy size."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, picture_bytes, tiny_networks
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from clip_gen import ClipGen
+from clip_gen.__main__ import main
+from clip_gen.files import ROOT, alone_in
+from clip_gen.images import from_bytes
+from clip_gen.networks.bridge import Bridge
+from clip_gen.networks.vqgan import build_discriminator
+from clip_gen.training import job
+from clip_gen.training.datasets import PictureFiles, Views
+from clip_gen.training.fit import Machine
+from clip_gen.training.folder import own_training_folder
+from clip_gen.training.grids import SampleGrids, save_grid
+from clip_gen.training.job import Training
+from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
+from clip_gen.training.report import write_report
+from clip_gen.training.vqgan_trainer import VQGANTrainer
+from clip_gen.weights.model_folder import ModelFolderError, knows_its_tokens, save_networks, save_part
+from clip_gen.weights.tarball import resolve_weights
+from clip_gen.worlds.shapes.pairs import RenderedPictures
+
+TOY = TrainSettings(
+    vqgan_steps=8,
+    transformer_steps=8,
+    batch_size=4,
+    sample_prompts="a red circle | a star",
+    precision="32-true",  # in bfloat16 eight steps change too little for the validation to see, and it ends
+    seed=3,
+)
+
+
+@pytest.fixture
+def toy(tiny_model_folder: Path) -> TrainSettings:
+    return replace(TOY, base=str(tiny_model_folder))
+
+
+def test_a_zip_becomes_a_tar_that_predicts(
+    photos: Path, toy: TrainSettings, tiny_model: ClipGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    tar = Training(photos, tmp_path / "out", toy).run()
+    model = ClipGen.load(resolve_weights(str(tar)), "cpu")
+    assert model.config.name == "trained"  # and no longer what its base is called
+    assert len(model.generate("a red circle", candidates=2, num_outputs=2, seed=0).images) == 2
+    for part in ("vqgan", "gpt"):
+        before = getattr(tiny_model, part).state_dict()
+        assert any(not torch.equal(before[name], value) for name, value in getattr(model, part).state_dict().items())
+    for name, value in model.clip_encoder.state_dict().items():
+        assert torch.equal(value, tiny_model.clip_encoder.state_dict()[name])
+    bridge: Bridge = model.bridge
+    assert not torch.equal(bridge.image_mean, tiny_model.bridge.image_mean)
+    assert torch.equal(bridge.text_mean, tiny_model.bridge.text_mean)
+
+    record = json.loads((tmp_path / "out" / "model" / "training.json").read_text())
+    assert record["pictures"]["used"] == 24
+    assert {one["name"] for one in record["pictures"]["skipped"]} == {"album/again.png", "album/notes.txt"}
+    assert record["pictures"]["held_back"] == 2
+    assert record["stages"]["vqgan"]["steps"] == record["stages"]["gpt"]["steps"] == 8
+    assert record["settings"]["seed"] == 3
+    assert record["warnings"] == []
+
+
+def test_prompts_are_moved_towards_the_pictures_where_the_texts_mean_is_known(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    networks = tiny_networks()
+    networks.bridge.text_mean.fill_(0.1)
+    save_networks(networks, tmp_path / "known", training={})
+    for base, shift in ((toy.base, 0.0), (str(tmp_path / "known"), 1.0)):
+        training = Training(photos, tmp_path / str(shift), replace(toy, base=base))
+        training.measure_pictures()
+        moved = training.networks.bridge(torch.eye(16))
+        assert torch.allclose(moved, torch.eye(16), atol=1e-6) == (shift == 0)
+        save_networks(training.networks, tmp_path / "out", training={})
+        assert ClipGen.load(tmp_path / "out", "cpu").bridge.config.mean_shift == shift
+
+
+def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path, toy).run()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<polyline") >= 5
+    grids = [list((tmp_path / "work" / stage / "grids").iterdir()) for stage in ("vqgan", "gpt")]
+    assert all(grids)
+    assert page.count("data:image/png;base64") == sum(map(len, grids))
+    prompts = "what is drawn from their embeddings; “{}”; “{}”.".format(*prompts_of(toy.sample_prompts))
+    shown = ("Pictures that were held back, above what the VQGAN makes of them.", prompts)
+    for words in ("album/notes.txt", "a duplicate", "A training on 24 pictures", "val_psnr", *shown):
+        assert words in page, words
+    assert "http" not in page.replace("http-equiv", "")
+    with Image.open(tmp_path / "work" / "vqgan" / "grids" / "0000008.png") as grid:
+        assert grid.height == 2 * 98 + 2  # two rows: pictures and reconstructions
+    with Image.open(tmp_path / "work" / "gpt" / "grids" / "0000008.png") as grid:
+        assert grid.height == 4 * 98 + 2  # tokens as they are, from embeddings, and two prompts
+
+
+def test_the_report_says_which_prompts_each_grid_was_drawn_for(tmp_path: Path, tiny_model: ClipGen) -> None:
+    (tmp_path / "gpt" / "grids").mkdir(parents=True)
+    picture = [[Image.new("RGB", (8, 8))]]
+    for step, prompts in ((1, ["a <star>"]), (2, ["a <star>"]), (3, ["a heart"])):
+        grids = SampleGrids(tiny_model, [], prompts, tmp_path / "gpt", seed=0)
+        save_grid(picture, tmp_path / "gpt" / "grids" / f"{step:07d}.png", grids.legend)
+    pictures = {"used": 9, "held_back": 2, "skipped": [], "notes": {}}
+    record = {"pictures": pictures, "minutes": 1, "stages": {"gpt": {}}, "settings": {}, "plan": {}}
+    write_report(tmp_path / "report.html", tmp_path, record)
+    page = (tmp_path / "report.html").read_text()
+    words = ["“a &lt;star&gt;”", "step 1", "step 2", "“a heart”", "step 3"]
+    assert [page.count(one) for one in words] == [1] * 5
+    assert sorted(words, key=page.index) == words
+
+
+def test_new_networks_of_a_size_for_the_clip_of_the_base(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_laptop(monkeypatch)
+    Training(photos, tmp_path, replace(toy, size="laptop", resolution=16, codebook_size=32, vqgan_steps=2)).run()
+    model = ClipGen.load(tmp_path / "model", "cpu")
+    assert model.config.vqgan.resolution == 16
+    assert model.config.gpt.codebook_size == model.config.vqgan.codebook_size == 32
+
+
+def test_of_drawings_the_places_that_tell_something_are_learnt_from(
+    toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And killed between encoding and the first checkpoint, a training ends with the same weights."""
+    for i in range(12):
+        drawing = np.full((64, 64, 3), 255, np.uint8)
+        drawing[16:40, 8 + i : 32 + i] = 20 * i
+        (tmp_path / "drawings").mkdir(exist_ok=True)
+        Image.fromarray(drawing).save(tmp_path / "drawings" / f"{i}.png")
+    small_laptop(monkeypatch)
+    told = replace(toy, size="laptop", resolution=32, codebook_size=32, vqgan_steps=2, crop=False, shift=True)
+
+    def trained(folder: str, settings: TrainSettings) -> tuple[object, dict[str, torch.Tensor]]:
+        out = tmp_path / folder
+        Training(tmp_path / "drawings", out, settings).run()
+        record = json.loads((out / "model" / "training.json").read_text())
+        return record["stages"]["gpt"]["places"], load_file(out / "work" / "gpt" / "gpt.safetensors")
+
+    places, weights = trained("few", told)
+    assert places == 32  # of 64
+    shutil.rmtree(tmp_path / "few" / "work" / "gpt")
+    again = trained("few", told)[1]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert trained("contrast", replace(told, contrast_weight=1.0))[0] == 32
+    assert trained("whole", replace(told, embedding_loss_weight=1.0))[0] == "all"
+
+
+def test_pictures_are_told_from_those_like_them_unless_that_is_switched_off(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    for weight in (4.0, 0.0):
+        out = tmp_path / str(weight)
+        Training(photos, out, replace(toy, stage="transformer", contrast_weight=weight, condition_blur=0.0)).run()
+        history = (out / "work" / "gpt" / "history.jsonl").read_text()
+        found = out / "work" / "encoded" / "neighbours-learnt.npy"
+        assert ('"contrast"' in history) == found.exists() == (weight > 0)
+        assert (">contrast</span>" in (out / "report.html").read_text()) == (weight > 0)
+
+
+def test_one_stage_alone_leaves_the_other_network_as_it_is(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_file(Path(toy.base) / "vqgan.safetensors")
+    Training(photos, tmp_path / "gpt", replace(toy, stage="transformer")).run()
+    after = load_file(tmp_path / "gpt" / "model" / "vqgan.safetensors")
+    assert all(torch.equal(base[name], after[name]) for name in base)
+    assert "does not know these tokens" not in caplog.text
+    poor = r"the base's VQGAN reconstructs these pictures at (\d+\.\d) dB, .* and drawn pictures look no better;"
+    quality = float(re.search(poor, caplog.text)[1])
+    record = json.loads((tmp_path / "gpt" / "model" / "training.json").read_text())["stages"]["gpt"]
+    assert record["psnr"] == pytest.approx(quality, abs=0.06)
+    assert quality < 18
+    base = load_file(Path(toy.base) / "gpt.safetensors")
+    Training(photos, tmp_path / "vqgan", replace(toy, stage="vqgan")).run()
+    after = load_file(tmp_path / "vqgan" / "model" / "gpt.safetensors")
+    assert all(torch.equal(base[name], after[name]) for name in base)
+    assert "the transformer does not know these tokens yet" in caplog.text
+    assert "draws noise" not in caplog.text
+    ClipGen.load(tmp_path / "vqgan" / "model", "cpu")
+    assert "its transformer does not know its VQGAN's tokens, so that it draws noise" in caplog.text
+
+
+def small_laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    vqgan, gpt = SIZES["laptop"]
+    small = (replace(vqgan, ch=64, z_channels=64), replace(gpt, n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setitem(SIZES, "laptop", small)
+
+
+def test_what_the_time_does_not_suffice_for_is_said_at_once_and_at_the_end(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New networks: a stage in which too few steps fit is told apart from one with enough of them."""
+    small_laptop(monkeypatch)
+    told = replace(toy, size="laptop", resolution=16, codebook_size=32, max_minutes=0.05, sample_prompts="")
+    told = replace(told, vqgan_steps=10**6, transformer_steps=1, perceptual_weight=0.0, adversarial_weight=0.0)
+    with caplog.at_level(logging.INFO):
+        Training(photos, tmp_path, told).run()
+    said = caplog.messages
+    first = next(
+        i for i, line in enumerate(said) if re.match(r"vqgan: about [\d,]+ of 1,000,000 steps fit into 0.01 mi", line)
+    )
+    assert "minutes: too few for more than blobs; give max_minutes of about " in said[first]
+    assert said[first].endswith(", or a smaller resolution")
+    over = next(i for i, line in enumerate(said) if "minutes are over at step" in line)
+    assert first < over
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    vqgan, gpt = (record["stages"][name] for name in ("vqgan", "gpt"))
+    assert (vqgan["planned_steps"], vqgan["ended_by"], gpt["ended_by"]) == (10**6, "time", "steps")
+    assert vqgan["forecast_steps"] == int(said[first].split()[2].replace(",", ""))
+    assert 0.2 < vqgan["forecast_steps"] / vqgan["steps"] < 5
+    (last,) = record["warnings"]
+    assert said.index(last) > over
+    assert last.startswith(f"vqgan: its time ended after {vqgan['steps']:,} of 1,000,000 steps, too few for more than")
+    minutes = float(re.search("about ([0-9,.]+),", last)[1].replace(",", ""))
+    assert minutes == pytest.approx(0.05 * 250_000 / vqgan["steps"], rel=0.05)
+    assert last in (tmp_path / "report.html").read_text()
+
+
+def test_few_steps_from_a_base_that_fits_leave_it_as_it_is_and_few_views_leave_out_pictures(
+    toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = replace(toy, stage="transformer", sample_prompts="")
+    many = tmp_path / "many"
+    write_folder(many, 100)
+    with caplog.at_level(logging.INFO):
+        Training(many, tmp_path / "few", replace(told, transformer_steps=10**6, max_minutes=1e-3)).run()
+    said = "\n".join(caplog.messages)
+    assert re.search(r"embeddings-learnt.npy: about \d+ of 3,040 views fit into .* minutes\n", said)
+    steps, pictures = json.loads((tmp_path / "few" / "model" / "training.json").read_text())["warnings"]
+    assert re.search(
+        r"gpt: about [\d,]+ of 1,000,000 steps fit into 0.1 minutes: too few to change much of the base", said
+    )
+    assert pictures == (
+        "gpt: its time sufficed to encode 64 of 95 pictures, and it learns from no others; give max_minutes of about "
+        "0.0015"
+    )
+    assert re.match(
+        r"gpt: its time ended after [\d,]+ of 1,000,000 steps, too few to change much of the base model", steps
+    )
+    assert said.index(pictures) < said.index("gpt: about")
+    assert said.count(pictures) == 2
+
+
+def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    Training(photos, tmp_path, toy)
+    Training(photos, tmp_path, replace(toy, max_minutes=5, sample_prompts="a blue star"))
+    Training(photos, tmp_path, replace(toy, sample_prompts=""))
+    with pytest.raises(ValueError, match="holds a training with vqgan_steps 8, not 9; say the same to go on"):
+        Training(photos, tmp_path, replace(toy, vqgan_steps=9))
+
+
+def test_a_training_goes_on_wherever_its_base_and_its_pictures_lie(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path / "out", toy)
+    moved = Path(shutil.copytree(toy.base, tmp_path / "base"))
+    Training(Path(shutil.copy(photos, tmp_path)), tmp_path / "out", replace(toy, base=str(moved)))
+    gpt = moved / "gpt.safetensors"
+    weights = load_file(gpt)
+    save_file({**weights, "head.weight": weights["head.weight"] + 1}, gpt)
+    with pytest.raises(ValueError, match=r"holds a training from another base than .*/base; give the same model"):
+        Training(photos, tmp_path / "out", replace(toy, base=str(moved)))
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_was_what_it_is_by_default(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path, toy)
+    told = tmp_path / "work" / "settings.json"
+    told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "tokens"}))
+    with pytest.raises(ValueError, match="holds a training with tokens 'auto', not 'learn'"):
+        Training(photos, tmp_path, replace(toy, tokens="learn"))
+    Training(photos, tmp_path, toy)
+
+
+def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
+    busy += rf" \(process {os.getpid()} holds it\)"
+    own_training_folder(tmp_path)
+    with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
+        Training(photos, tmp_path, toy)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
+    training = Training(photos, tmp_path, toy)
+    with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
+        training.run()
+    assert not (tmp_path / "work" / "vqgan").exists()
+
+
+def test_other_processes_wait_for_what_the_first_prepares_whatever_an_earlier_start_left(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    """As under torchrun, which starts all of them at once; the earlier start had time for few views."""
+    told = replace(toy, stage="transformer", transformer_steps=2)
+    earlier = Training(photos, tmp_path, replace(told, max_minutes=1e-6))
+    assert earlier.encoded("learnt").rows == 64
+    earlier.ready.close()  # as when its process ends
+    code = f"""
+import sys
+from pathlib import Path
+from clip_gen.training.job import Training, TrainSettings
+print("begun", flush=True)
+training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), {told!r})
+print(training.encoded("learnt").rows, flush=True)
+"""
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as second:
+        assert second.stdout.readline() == "begun\n"
+        assert not select.select([second.stdout], [], [], 3)[0]
+        assert second.poll() is None
+        first = Training(photos, tmp_path, told)
+        assert first.encoded("learnt").rows == 22 * 32
+        assert second.stdout.readline() == f"{22 * 32}\n"
+
+
+def test_what_was_half_written_when_a_training_was_killed_does_not_stay(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    Training(photos, tmp_path, toy)
+    left = tmp_path / "work" / "vqgan" / ".saving-x1y2"
+    left.parent.mkdir()
+    left.write_text("half a checkpoint")
+    Training(photos, tmp_path, toy)
+    assert not left.exists()
+
+
+def test_a_training_cut_off_before_its_first_checkpoint_ends_with_the_very_weights_too(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = replace(toy, stage="vqgan", adversarial_weight=1.0)
+    Training(photos, tmp_path / "whole", toy).run()
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "fit", cut)
+        with pytest.raises(KeyboardInterrupt):
+            Training(photos, tmp_path / "cut", toy).run()
+    Training(photos, tmp_path / "cut", toy).run()
+    whole, found = (load_file(tmp_path / out / "model" / "vqgan.safetensors") for out in ("whole", "cut"))
+    assert all(torch.equal(value, found[name]) for name, value in whole.items())
+
+
+def test_of_the_minutes_the_first_stage_gets_a_fifth(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(*_: object, machine: Machine, **__: object) -> None:
+        raise KeyboardInterrupt(machine.max_minutes)
+
+    monkeypatch.setattr(job, "fit", given)
+    for stage, minutes in (("both", 2.0), ("vqgan", 10.0)):
+        with pytest.raises(KeyboardInterrupt) as told:
+            Training(photos, tmp_path / stage, replace(toy, stage=stage, max_minutes=10)).run()
+        assert told.value.args == (minutes,)
+
+
+def test_tokens_that_the_bases_transformer_does_not_know_are_not_kept(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(toy.base, tmp_path / "base"))
+    record = {"settings": {"stage": "vqgan"}, "stages": {"vqgan": {"tokens_kept": False}}}
+    (base / "training.json").write_text(json.dumps(record))
+    assert Training(photos, tmp_path / "out", replace(toy, base=str(base))).keeps_tokens(tmp_path / "x") is False
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_published_discriminator_is_gone_on_with(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(toy.base, tmp_path / "base"))
+    published = build_discriminator(channels=8, layers=1).half().float()  # as it is saved
+    save_part(published, base / "discriminator.safetensors")
+
+    class Begun(Exception):
+        pass
+
+    def begun(name: str, trainer: VQGANTrainer, *_: object, **__: object) -> None:
+        raise Begun(trainer.discriminator)
+
+    monkeypatch.setattr(job, "fit", begun)
+    told = replace(toy, adversarial_weight=1.0, base=str(base))
+    with pytest.raises(Begun) as found:
+        Training(photos, tmp_path / "further", told).run()
+    assert torch.equal(found.value.args[0].main[0].weight, published.main[0].weight)
+    with pytest.raises(Begun) as found:
+        Training(photos, tmp_path / "anew", replace(told, size="laptop")).run()
+    assert len(found.value.args[0].main[0].weight) == 64
+
+
+def test_minutes_are_of_all_starts(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    training = Training(photos, tmp_path, toy)
+    assert (
+        training.record({"vqgan": {"steps": 1, "minutes": 5.0}, "gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == 12.5
+    )
+    training.clock.began -= 20 * 60
+    training.clock.save()
+    again = Training(photos, tmp_path, toy)
+    assert again.record({"gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == pytest.approx(20, abs=0.5)
+    # A folder of an earlier version has no clock, but what each stage took.
+    (tmp_path / "work" / "clock.json").unlink()
+    (tmp_path / "work" / "vqgan").mkdir()
+    (tmp_path / "work" / "vqgan" / "ledger.json").write_text(json.dumps([{"from_step": 0, "to_step": 5, "minutes": 3}]))
+    assert Training(photos, tmp_path, toy).clock.minutes == pytest.approx(3, abs=0.5)
+
+
+class Killed(Exception):
+    """Stands for whatever ends a training early."""
+
+
+def test_a_resumed_training_has_the_rest_of_its_minutes(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def killed(*_: object, machine: Machine, **__: object) -> None:
+        given.append(machine.max_minutes)
+        raise Killed
+
+    monkeypatch.setattr(job, "fit", killed)
+    toy = replace(toy, stage="transformer", max_minutes=10, crop=False, flip=False)
+    for minutes_before in (0, 3):
+        training = Training(photos, tmp_path, toy)
+        training.clock.began -= minutes_before * 60  # as if it had taken so long to load and encode
+        with pytest.raises(Killed):
+            training.run()
+    training.clock.began -= 4 * 60
+    training.clock.save()  # with a checkpoint of the transformer after 4 minutes of training
+    with pytest.raises(Killed):
+        Training(photos, tmp_path, toy).run()
+    assert given == pytest.approx([10, 7, 7], abs=0.5)
+
+
+def test_a_finished_training_continues_with_more_minutes_and_says_otherwise_that_it_is_finished(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "LEAST_MINUTES", 0.002)
+    toy = replace(toy, vqgan_steps=2, transformer_steps=100, adversarial_weight=0.0, crop=False, flip=False)
+    toy = replace(toy, sample_prompts="a prompt of over sixteen words " * 4)
+
+    def trained(minutes: float) -> tuple[dict, dict[str, torch.Tensor]]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            Training(photos, tmp_path, replace(toy, max_minutes=minutes)).run()
+        record = json.loads((tmp_path / "model" / "training.json").read_text())
+        return record, load_file(tmp_path / "model" / "gpt.safetensors")
+
+    first, weights = trained(0.01)
+    assert first["stages"]["gpt"]["ended_by"] == "time"
+    assert sum("longer than CLIP reads" in message for message in caplog.messages) == 1
+    fewer, same = trained(0.005)
+    steps = ", ".join(f"{name}: {stage['steps']} steps" for name, stage in first["stages"].items())
+    more = (
+        "nothing is trained. To train further, give more than 0.01 max_minutes, or start a training in another folder"
+    )
+    said = f"{tmp_path} holds a finished training ({steps}), so {more}"
+    assert any(message.startswith(said) for message in caplog.messages)
+    assert fewer == first
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    longer, others = trained(0)
+    assert longer["stages"]["gpt"]["steps"] > first["stages"]["gpt"]["steps"]
+    assert longer["stages"]["gpt"]["ended_by"] != "time"
+    assert longer["stages"]["vqgan"] == first["stages"]["vqgan"]
+    assert longer["settings"]["max_minutes"] == 0
+    assert any(not torch.equal(value, others[name]) for name, value in weights.items())
+
+
+def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ModelFolderError, match="no such file"):
+        Training(photos, out, replace(toy, base="nope.tar"))
+    others = tmp_path / "others.zip"
+    write_zip(others, 12)
+    training = Training(others, out, toy)
+    assert len(training.pictures.paths) == 12
+    assert Training(others, out, toy).pictures == training.pictures
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_pictures_that_have_changed_are_not_taken_for_those_of_before(
+    toy: TrainSettings, tmp_path: Path, kind: str
+) -> None:
+    images = tmp_path / "album"
+    write = write_zip if kind == "zip" else write_folder
+    write(images, 10)
+    Training(images, tmp_path / "out", toy)
+    write(images, 10)  # the same, written anew
+    if kind == "folder":
+        for left in (".DS_Store", "Icon\r", "__MACOSX/00.png", ".git/config"):  # by a file manager, or hidden
+            (images / left).parent.mkdir(exist_ok=True)
+            (images / left).write_text("no picture of anybody's")
+    assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10
+    write(images, 11)
+    with pytest.raises(ValueError, match=r"album is not what it was when the training in .*out began; name another"):
+        Training(images, tmp_path / "out", toy)
+    shutil.rmtree(tmp_path / "out" / "work" / "pictures")
+    with pytest.raises(ValueError, match="is not what it was"):
+        Training(images, tmp_path / "out", toy)
+    write(images, 10)
+    Training(images, tmp_path / "out", toy)
+    (images.unlink if kind == "zip" else lambda: shutil.rmtree(images))()
+    assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10  # what is unpacked is enough
+
+
+def write_zip(path: Path, count: int) -> None:
+    pictures = RenderedPictures(count, 5, 24)
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            archive.writestr(zipfile.ZipInfo(f"{i:02}.png"), picture_bytes(pictures[i]))
+
+
+def write_folder(path: Path, count: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    pictures = RenderedPictures(count, 5, 24)
+    for i in range(count):
+        (path / f"{i:02}.png").write_bytes(picture_bytes(pictures[i]))
+
+
+def test_the_command_line_says_one_sentence_when_the_pictures_will_not_do(
+    toy: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "few.zip").write_bytes(b"no archive")
+    assert main(["train", str(tmp_path / "few.zip"), "--out", str(tmp_path / "out"), "--base", toy.base]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("train: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out" / "weights.tar").exists()
+
+
+def command(photos: Path, out: Path, base: str, *more: str) -> list[str]:
+    words = f"train {photos} --out {out} --base {base} --vqgan-steps 24 --transformer-steps 24 --batch-size 4 --seed 3"
+    return [sys.executable, "-m", "clip_gen", *words.split(), "--save-seconds", "0", *more]
+
+
+@pytest.mark.slow
+def test_a_training_ended_again_and_again_ends_with_the_very_weights_of_one_that_was_not(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    whole, ended, scratch = tmp_path / "whole", tmp_path / "ended", tmp_path / "scratch"
+    subprocess.run(command(photos, whole, str(tiny_model_folder)), check=True, capture_output=True)
+    scratch.mkdir()
+    words, environment = command(photos, ended, str(tiny_model_folder)), {**os.environ, "TMPDIR": str(scratch)}
+    chance, ends = random.Random(0), 0
+    for stage, number in itertools.product(("vqgan", "gpt"), (signal.SIGKILL, signal.SIGTERM)):
+        shutil.rmtree(scratch)
+        scratch.mkdir()
+        with (tmp_path / "said").open("w+") as said:
+            process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True, env=environment)
+            # A checkpoint is written at every step, so that some of the signals fall into the writing of one.
+            seen = steps_done(ended, stage)
+            while process.poll() is None and steps_done(ended, stage) < seen + 3:
+                time.sleep(0.02)
+            time.sleep(chance.random() / 5)
+            if process.poll() is None:
+                ends += 1
+                os.killpg(process.pid, number)  # workers get it too
+                assert process.wait() == (-number if number == signal.SIGKILL else 128 + number)
+                said.seek(0)
+                if number == signal.SIGTERM:
+                    text = said.read()
+                    assert "Traceback" not in text, text
+                    resume = f"{ended} holds a checkpoint; this command resumes the training: {shlex.join(words)}\n"
+                    assert text.endswith(resume), text
+                    assert not list(scratch.iterdir())
+    assert ends >= 3
+    subprocess.run(words, check=True, capture_output=True)
+    for part in ("vqgan", "gpt", "bridge"):
+        expected, found = (load_file(out / "model" / f"{part}.safetensors") for out in (whole, ended))
+        for name, value in expected.items():
+            assert torch.equal(value, found[name]), f"{part} {name}"
+
+
+def steps_done(out: Path, stage: str) -> int:
+    path = out / "work" / stage / "history.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    [("vqgan", "auto"), ("transformer", "auto"), pytest.param("transformer", "fsdp", marks=pytest.mark.slow)],
+)
+def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage: str, strategy: str) -> None:
+    # taming's quantiser: the other one draws new codes for dead ones by chance, which processes do each for themselves.
+    # Neither do they drop the same neurons.
+    base = replace(TINY, vqgan=replace(TINY.vqgan, quantizer="taming"), gpt=replace(TINY.gpt, dropout=0.0))
+    save_networks(tiny_networks(config=base), tmp_path / "base", training={})
+    options = ["--stage", stage, "--adversarial-weight", "0", "--precision", "32-true", "--save-seconds", "60"]
+    options += ["--vqgan-steps", "12", "--transformer-steps", "12"]
+    # At higher rates rounding grows from step to step.
+    options += ["--vqgan-learning-rate", "3e-4", "--transformer-learning-rate", "3e-4"]
+    for devices in ("1", "2"):
+        words = command(photos, tmp_path / devices, str(tmp_path / "base"), *options, "--devices", devices)
+        if devices == "1":
+            assert main(words[3:]) == 0
+        else:
+            words += ["--strategy", strategy]
+            run = subprocess.run(words, capture_output=True, timeout=300, text=True)
+            assert run.returncode == 0, run.stderr
+            said = run.stderr
+            assert ("50 % of the transformer's weights are in this process" in said) == (strategy == "fsdp")
+    part = "gpt" if stage == "transformer" else "vqgan"
+    one, two = (
+        [json.loads(line) for line in (tmp_path / devices / "work" / part / "history.jsonl").open()]
+        for devices in ("1", "2")
+    )
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    for a, b in zip(one, two, strict=True):
+        for name in {"loss", "val_loss", "val_psnr"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-3), (a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stage": "all"}, 'stage is "all"; it takes one of both, vqgan, transformer'),
+        ({"size": "huge"}, 'size is "huge"; it takes one of base, laptop'),
+        ({"resolution": 128}, "resolution is 128, but the base model has its own"),
+        ({"tokens": "lose"}, 'tokens is "lose"; it takes one of auto, keep, learn'),
+        ({"size": "laptop", "tokens": "keep"}, "tokens is keep, but new networks have none yet: leave out size laptop"),
+        (
+            {"stage": "transformer", "tokens": "learn"},
+            "tokens is learn, but stage transformer leaves the VQGAN as it is",
+        ),
+        ({"mean_shift": -1.0}, "mean_shift is -1.0; give 0 or more"),
+        ({"size": "laptop", "stage": "transformer"}, "needs the base model's VQGAN"),
+        ({"size": "laptop", "resolution": 30}, "resolution is 30; size laptop takes multiples of 4"),
+        ({"condition_dropout": 1.0}, "condition_dropout is 1.0; give less than 1"),
+        ({"condition_blur": -0.1}, "condition_blur is -0.1; give 0 or more"),
+        ({"batch_size": -3}, "batch_size is -3; give 0 or more"),
+        ({"seed": -1}, "seed is -1; give 0 or more"),
+        ({"vqgan_learning_rate": math.nan}, "vqgan_learning_rate is nan; give 0 or more"),
+        ({"max_minutes": math.inf}, "max_minutes is inf; give 0 or more"),
+        ({"size": "laptop", "codebook_size": 16385}, "codebook_size is 16385; give 16 to 16384, or 0 for"),
+        ({"size": "laptop", "codebook_size": 1}, "codebook_size is 1; give 16 to 16384, or 0 for a size that suits"),
+        ({"size": "laptop", "codebook_size": 15}, "codebook_size is 15; give 16 to 16384"),
+        ({"contrast_weight": -1.0}, "contrast_weight is -1.0; give 0 or more"),
+        ({"precision": "8"}, 'precision is "8"; it takes one of auto, 32-true, bf16-mixed'),
+        ({"max_minutes": -1.0}, "max_minutes is -1.0; give 0 or more"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    settings: dict[str, object], sentence: str, tiny_model: ClipGen
+) -> None:
+    def planned() -> None:
+        told = TrainSettings(**settings)
+        told.check()
+        plan(told, tiny_model.config, 100)
+
+    with pytest.raises(ValueError, match=sentence):
+        planned()
+
+
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    refused = {
+        'strategy is "fsdp_cpu_offload", but weights are averaged': Machine(strategy="fsdp_cpu_offload"),
+        'strategy is "foo", which does not exist; give auto, ddp or fsdp': Machine(strategy="foo"),
+        "devices is 0; give how many": Machine(devices="0"),
+        "devices is all; give how many": Machine(devices="all"),
+        "nodes is 0; give how many": Machine(nodes=0),
+    }
+    for sentence, machine in refused.items():
+        with pytest.raises(ValueError, match=sentence):
+            Training(photos, tmp_path / "out", toy, machine)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("told", "good", "kept"), [("keep", 99, True), ("auto", 99, False)])
+def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
+    photos: Path,
+    toy: TrainSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: str,
+    good: float,
+    kept: bool,
+) -> None:
+    monkeypatch.setattr("clip_gen.training.job.GOOD_DB", good)
+    monkeypatch.setattr("clip_gen.training.job.BETTER_DB", -99)
+    base = load_file(Path(toy.base) / "vqgan.safetensors")
+    Training(photos, tmp_path, replace(toy, stage="vqgan", tokens=told)).run()
+    after = load_file(tmp_path / "model" / "vqgan.safetensors")
+    changed = {name.split(".")[0] for name, value in base.items() if not torch.equal(value, after[name])}
+    assert changed == {"decoder", "post_quant_conv"} if kept else changed >= {"decoder", "encoder", "quantizer"}
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["stages"]["vqgan"]["tokens_kept"] is kept
+    assert knows_its_tokens(tmp_path / "model") is kept
+    (tmp_path / "model" / "gpt.safetensors").unlink()
+    assert not knows_its_tokens(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("pale", "kept"), [(False, True), (True, False)])
+def test_what_is_pale_is_not_taken_for_told_well(tmp_path: Path, pale: bool, kept: bool) -> None:
+    rng, shapes = np.random.default_rng(0), RenderedPictures(8, 5, 64)
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        noise = np.uint8(128 + 8 * rng.standard_normal((64, 64, 3)))
+        Image.fromarray(noise if pale else shapes[i]).save(tmp_path / "pictures" / f"{i}.png")
+    training = Training(
+        tmp_path / "pictures", tmp_path / "out", TrainSettings(base=str(ROOT / "checkpoints" / "shapes"))
+    )
+    decision = tmp_path / "tokens.json"
+    assert training.keeps_tokens(decision) is kept
+    decision.write_text(json.dumps(not kept))  # what was decided once holds
+    assert training.keeps_tokens(decision) is not kept
+
+
+def test_pictures_of_one_colour_do_not_decide_whether_tokens_are_kept(tmp_path: Path) -> None:
+    shapes = RenderedPictures(60, 5, 64)
+    (tmp_path / "pictures").mkdir()
+    for i in range(60):
+        Image.fromarray(shapes[i]).save(tmp_path / "pictures" / f"{i}.png")
+    for i in range(3):
+        white = np.full((64, 128, 3), 255, np.uint8)
+        white[:, : 8 + i] = 0  # outside the square that is looked at
+        Image.fromarray(white).save(tmp_path / "pictures" / f"white{i}.png")
+    for seed in (1, 4):  # which decides which pictures are held back
+        settings = TrainSettings(base=str(ROOT / "checkpoints" / "shapes"), seed=seed)
+        training = Training(tmp_path / "pictures", tmp_path / str(seed), settings)
+        assert len(training.pictures.paths) == 63
+        assert training.keeps_tokens(tmp_path / str(seed) / "tokens.json") is True
+
+
+def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_model: ClipGen) -> None:
+    def rates(**settings: object) -> tuple[float, float, float]:
+        made = plan(TrainSettings(**settings), tiny_model.config, 2000)
+        return made.vqgan.learning_rate, made.transformer.learning_rate, made.transformer.muon_rate
+
+    laptop, small, published = (rates(size=size) for size in ("laptop", "small", "published"))
+    assert laptop == pytest.approx((2e-3, 4.5e-3, 6e-3))
+    assert small == pytest.approx((1e-3, 2.25e-3, 3e-3))
+    assert published == pytest.approx((3e-4, 1.125e-3, 1.5e-3))
+    assert rates() == pytest.approx((1.2e-3, 9e-4, 3.6e-3))
+    assert rates(transformer_learning_rate=1e-4, vqgan_learning_rate=2e-4) == (2e-4, 1e-4, 4e-4)
+    assert rates(size="laptop", transformer_learning_rate=3e-4) == pytest.approx((2e-3, 3e-4, 4e-4))
+
+
+def test_a_flat_vqgans_convolutions_are_muons(tiny_model: ClipGen) -> None:
+    def fits(**settings: object) -> tuple[float, float]:
+        fit = plan(TrainSettings(**settings), tiny_model.config, 2000).vqgan
+        return fit.learning_rate, fit.muon_rate
+
+    assert fits(size="laptop") == (2e-3, 2e-3)
+    assert fits(size="laptop", vqgan_learning_rate=1e-4) == (1e-4, 1e-4)
+    assert fits(size="small") == (1e-3, 0.0)
+
+
+@pytest.mark.parametrize(("on_gpu", "vqgan", "transformer"), [(False, [8, 8], [16, 16]), (True, [16, 32], [16, 32])])
+def test_steps_are_larger_on_a_gpu(tiny_model: ClipGen, on_gpu: bool, vqgan: list[int], transformer: list[int]) -> None:
+    plans = [plan(TrainSettings(), tiny_model.config, count, on_gpu) for count in (300, 2000)]
+    assert [made.vqgan.batch_size for made in plans] == vqgan
+    assert [made.transformer.batch_size for made in plans] == transformer
+    asked = plan(TrainSettings(batch_size=6), tiny_model.config, 300, on_gpu)
+    assert asked.vqgan.batch_size == asked.transformer.batch_size == 6
+
+
+def test_a_training_taken_up_elsewhere_goes_on_as_it_was_planned(
+    photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = replace(toy, batch_size=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    there = Training(photos, tmp_path, told).plan
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Training(photos, tmp_path, told).plan == there
+    assert Training(photos, tmp_path / "new", told).plan != there
+
+
+def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> None:
+    plans = [plan(TrainSettings(size="laptop"), tiny_model.config, count) for count in (50, 1000, 50_000, 200_000)]
+    codes = [one.model.vqgan.codebook_size for one in plans]
+    assert codes == sorted(codes)
+    assert codes[0] < codes[-1]
+    steps = [one.vqgan.steps for one in plans]
+    assert steps == sorted(steps)
+    for one in plans:
+        one.model.check()
+
+
+def test_views_are_encoded_as_long_as_there_is_time_and_the_others_when_there_is_more(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    def begun(max_minutes: float) -> int:
+        training = Training(photos, tmp_path, replace(toy, stage="transformer", max_minutes=max_minutes))
+        encoded = training.encoded("learnt")
+        assert len(encoded) == len(training.learnt) == 22
+        assert training.plan.views == 32
+        # Row v · n + i is a view of picture i.
+        views = Views(training.files(training.learnt), 32, toy.seed)
+        for row in (0, 21, 22, 60):
+            image = from_bytes(torch.from_numpy(views[row][None]))
+            assert encoded.tokens[row].tolist() == training.networks.vqgan.encode(image)[0].tolist()
+        return encoded.rows
+
+    assert begun(1e-6) == 64  # one batch
+    assert begun(0) == 22 * 32
+
+
+def test_a_view_is_of_the_picture_whose_turn_it_is() -> None:
+    class Numbered:
+        def __len__(self) -> int:
+            return 5
+
+        def draw(self, index: int, rng: np.random.Generator) -> tuple[int, float]:
+            return index, rng.random()
+
+    shown = [Views(Numbered(), 3, seed=0)[row] for row in range(15)]
+    assert [index for index, _ in shown] == [0, 1, 2, 3, 4] * 3
+    assert len({chance for _, chance in shown}) == 15
+
+
+def test_what_stands_on_a_plain_ground_is_shown_anywhere_whole(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    drawing = np.full((64, 64, 3), 200, np.uint8) + rng.integers(0, 5, (64, 64, 3), np.uint8)  # as JPEG leaves it
+    thing = rng.integers(0, 100, (10, 20, 3), np.uint8)
+    thing[:, :, 2] = 0
+    drawing[30:40, 5:25] = thing
+    at_edge, photograph = drawing.copy(), rng.integers(0, 255, (64, 64, 3), np.uint8)
+    at_edge[:20, 40:44] = 0  # down from the upper edge
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, pixels in zip(paths, (drawing, at_edge, photograph), strict=True):
+        Image.fromarray(pixels).save(path)
+
+    files = PictureFiles(paths, 64, crop=1.0, flip=False, shift=True)
+    places, across = set(), set()
+    for chance in range(300):
+        shown = files.draw(0, np.random.default_rng(chance))
+        rows, columns = (np.flatnonzero((shown[:, :, 2] == 0).any(axis=axis)) for axis in (1, 0))
+        assert (shown[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == thing).all()
+        places.add((rows[0], columns[0]))
+        sideways = files.draw(1, np.random.default_rng(chance))
+        across.add(int(np.flatnonzero((sideways[0] == 0).all(axis=1))[0]))
+        assert (np.sort(sideways, axis=1) == np.sort(at_edge, axis=1)).all()
+        assert (files.draw(2, np.random.default_rng(chance)) == photograph).all()
+    rows, columns = zip(*places, strict=True)
+    assert (min(rows), max(rows), min(columns), max(columns)) == (2, 52, 2, 42)  # a 32nd of the side from the edge
+    assert len(across) > 10
+    assert (files[0] == drawing).all()
+
+
+def test_few_pictures_are_shown_in_more_ways_each(tiny_model: ClipGen) -> None:
+    def views(pictures: int, **settings: bool) -> int:
+        return plan(TrainSettings(**settings), tiny_model.config, pictures).views
+
+    assert [views(count) for count in (50, 2000, 20_000, 100_000, 1_000_000)] == [32, 20, 8, 4, 1]
+    assert views(50, crop=False) == 2  # itself and its mirror image are all there is
+    assert views(50, crop=False, flip=False) == 1
+    assert views(50, flip=False) == 32
+    assert views(50, crop=False, flip=False, shift=True) == 32
+
+
+def test_a_training_is_compiled_when_it_is_long_enough_to_pay(
+    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiles(**settings: object) -> bool:
+        return plan(TrainSettings(**settings), tiny_model.config, 2000).transformer.compile
+
+    monkeypatch.setattr("clip_gen.training.plan.shutil.which", lambda name: f"/usr/bin/{name}")
+    assert compiles()
+    assert compiles(max_minutes=45)
+    assert not compiles(max_minutes=2)
+    assert not compiles(transformer_steps=100)
+    monkeypatch.setattr("clip_gen.training.plan.shutil.which", lambda name: None)
+    assert not compiles()
+
+
+def test_the_log_tells_how_far_it_is(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        Training(photos, tmp_path, toy).run()
+    said = "\n".join(caplog.messages)
+    for words in ("24 pictures of use; skipped:", "vqgan 8/8  ", "gpt 8/8  ", "pictures/s", "weights: "):
+        assert words in said, words
+
+
+def test_a_folder_inside_that_of_the_pictures_is_refused_before_it_is_there(toy: TrainSettings, tmp_path: Path) -> None:
+    write_folder(tmp_path / "album", 10)
+    with pytest.raises(ValueError, match=r"trained: is inside the folder of pictures .*album; name"):
+        Training(tmp_path / "album", tmp_path / "album" / "trained", toy)
+    assert not (tmp_path / "album" / "trained").exists()

@@ -1,0 +1,1094 @@
+"""training/: both stages and the small CLIP, at toy size and really trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_networks
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from clip_gen import ClipGen, pipeline
+from clip_gen.config import read_config
+from clip_gen.files import MARK, ROOT, alone_in, check_own
+from clip_gen.images import from_bytes
+from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.gpt import GPT
+from clip_gen.networks.vqgan import VQGAN
+from clip_gen.pipeline import choose_dtype
+from clip_gen.training import datasets, processes, stage
+from clip_gen.training import fit as fit_module
+from clip_gen.training.datasets import (
+    LIKEST,
+    Batches,
+    EncodedPictures,
+    Endless,
+    drawn_places,
+    encode_embeddings,
+    encode_tokens,
+    enough_places,
+    find_neighbours,
+    telling,
+    token_type,
+)
+from clip_gen.training.fit import fit
+from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
+from clip_gen.training.processes import wait_for
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, orthogonal
+from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
+from clip_gen.weights.model_folder import load_networks, save_networks
+from clip_gen.worlds.shapes.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
+from clip_gen.worlds.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs, RenderedPictures
+from clip_gen.worlds.shapes.recipe import (
+    ORDER,
+    Recipe,
+    ShapesConfig,
+    _has_parts,
+    add_arguments,
+    fingerprint,
+    parts_in_order,
+)
+from clip_gen.worlds.shapes.recipe import main as train_shapes
+
+FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
+RECIPE = ShapesConfig(
+    model=TINY,
+    clip_fit=FIT,
+    vqgan_fit=FIT,
+    gpt_fit=FIT,
+    ranker_fit=FIT,
+    encoded_pictures=64,
+    contrast=4.0,
+    drawn_pictures=48,
+    condition_blur=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    recipe = Recipe(RECIPE, tmp_path_factory.mktemp("work"))
+    for part in ORDER:
+        recipe.part(part)
+    return recipe
+
+
+def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path: Path) -> None:
+    save_networks(trained.networks, tmp_path / "model", trained.training_record())
+    result = ClipGen.load(tmp_path / "model", "cpu").generate("a red circle", candidates=2, num_outputs=2, seed=0)
+    assert len(result.images) == 2
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    for part in ("clip", "vqgan", "gpt", "ranker"):
+        assert record["stages"][part]["steps"] == 6
+        assert [(leg["from_step"], leg["to_step"]) for leg in record["stages"][part]["legs"]] == [(0, 6)]
+        assert record["stages"][part]["told"]["fit"]["steps"] == 6
+    assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
+
+
+def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = Recipe(RECIPE, trained.work)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
+    again.part("vqgan")
+    for name, tensor in load_file(trained.work / "vqgan" / "vqgan.safetensors").items():
+        assert torch.equal(tensor.float(), again.networks.vqgan.state_dict()[name].float()), name
+
+
+def test_parts_come_with_what_they_rest_on() -> None:
+    assert parts_in_order(["bridge", "vqgan"]) == ["clip", "vqgan", "bridge"]
+    assert parts_in_order(["gpt"]) == ["clip", "vqgan", "gpt"]
+    assert parts_in_order(["ranker"]) == list(ORDER)  # with it the model is whole
+
+
+def test_a_part_that_another_process_trains_is_waited_for(
+    trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, aside = Path(shutil.copytree(trained.work, tmp_path / "work")), tmp_path / "vqgan"
+    (work / "vqgan").rename(aside)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.read_config", lambda *_: RECIPE)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--work", str(work), "--out", str(tmp_path / "model"), "--devices", "1"]
+    arguments = parser.parse_args([*words, "--parts", "clip", "gpt", "bridge", "ranker"])
+    other = threading.Timer(2.0, lambda: aside.rename(work / "vqgan"))
+    other.start()
+    began = time.monotonic()
+    train_shapes(arguments)
+    assert time.monotonic() - began > 1.5
+    assert ClipGen.load(tmp_path / "model", "cpu").config.name == TINY.name
+
+
+def test_what_one_process_trains_alone_the_others_wait_for(
+    trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
+    record, waited = again.work / "ranker" / "record.json", []
+    kept = record.read_bytes()
+    record.unlink()
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.rank_zero_only.rank", 1)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.wait_for", lambda path: waited.append(path.write_bytes(kept)))
+    again.part("ranker")
+    assert waited
+
+
+def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    half = replace(RECIPE, vqgan_fit=replace(FIT, steps=4))
+    Recipe(half, tmp_path).part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    with caplog.at_level(logging.INFO):
+        Recipe(RECIPE, tmp_path).part("vqgan")
+    record = json.loads((tmp_path / "vqgan" / "record.json").read_text())
+    assert record["steps"] == 6
+    assert [(leg["from_step"], leg["to_step"], leg["fit"]["steps"]) for leg in record["legs"]] == [(0, 4, 4), (4, 6, 6)]
+    assert sum("vqgan 6/6" in line for line in caplog.messages) == 1
+    assert not any("4/6" in line for line in caplog.messages)
+
+
+def test_a_part_goes_on_with_the_pictures_it_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = VQGANTrainer.training_step
+
+    def watched(self: VQGANTrainer, batch: torch.Tensor) -> torch.Tensor:
+        seen.extend(hash(picture.numpy().tobytes()) for picture in batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(VQGANTrainer, "training_step", watched)
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    Recipe(RECIPE, tmp_path).part("vqgan")
+    assert len(seen) == 48
+    assert len(set(seen)) == 48
+
+
+def test_a_part_whose_checkpoint_is_the_last_step_keeps_the_averaged_weights(tmp_path: Path) -> None:
+    first = Recipe(RECIPE, tmp_path)
+    first.part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    again = Recipe(RECIPE, tmp_path)
+    again.part("vqgan")
+    for name, tensor in first.networks.vqgan.state_dict().items():
+        assert torch.equal(tensor, again.networks.vqgan.state_dict()[name]), name
+
+
+def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> None:
+    other = Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=7)), trained.work)
+    with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
+        other.part("vqgan")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"vqgan_fit": replace(FIT, learning_rate=0.5)},
+        {"vqgan_fit": replace(FIT, steps=7), "seed": 1},
+        {"model": replace(TINY, vqgan=replace(TINY.vqgan, codebook_dim=8))},
+    ],
+)
+def test_an_unfinished_part_of_another_recipe_is_not_gone_on_with(tmp_path: Path, other: dict[str, object]) -> None:
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).part("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    kept = (tmp_path / "vqgan" / "last.ckpt").read_bytes()
+    with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
+        Recipe(replace(RECIPE, **other), tmp_path).part("vqgan")
+    assert (tmp_path / "vqgan" / "last.ckpt").read_bytes() == kept
+
+
+def test_what_was_drawn_by_another_transformer_is_not_ranked(trained: Recipe, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
+    (work / "ranker" / "record.json").unlink()
+    told = json.loads((work / "ranker" / "told.json").read_text())
+    (work / "ranker" / "told.json").write_text(json.dumps(told | {"gpt": "another"}))
+    with pytest.raises(ValueError, match="ranker was trained by another recipe; remove it"):
+        Recipe(RECIPE, work).part("ranker")
+
+
+def test_the_work_folder_of_a_version_without_marks_is_known(trained: Recipe) -> None:
+    assert not (trained.work / MARK).exists()
+    check_own(trained.work, "train-shapes", _has_parts)
+
+
+def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
+    (work / "vqgan" / "record.json").unlink()
+    with alone_in(work / "vqgan", ""), pytest.raises(ValueError, match="vqgan is in use by another training; wait"):
+        Recipe(RECIPE, work).part("vqgan")
+    assert not (work / "vqgan" / "record.json").is_file()
+
+
+def test_a_part_killed_after_its_last_step_still_tells_what_it_measured(trained: Recipe, tmp_path: Path) -> None:
+    again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
+    record = again.work / "vqgan" / "record.json"
+    before = json.loads(record.read_text())
+    record.unlink()
+    again.part("vqgan")
+    assert json.loads(record.read_text()) == before
+    assert before["val_psnr"] > 0
+
+
+def test_the_bundled_models_recipe_teaches_places_that_tell_something_from_like_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_config(ROOT / "configs" / "shapes.yaml", ShapesConfig)
+    whole.model.check()
+    short = replace(whole.gpt_fit, steps=2, batch_size=16, compile=False)
+    recipe = Recipe(replace(whole, gpt_fit=short, encoded_pictures=64), tmp_path)
+    (tmp_path / "encoded").mkdir()
+    for name, unseen in (("clip", np.zeros((4, 128), np.float16)), ("vqgan", np.zeros((4, 256), np.uint16))):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "checkpoints" / "shapes" / f"{name}.safetensors", tmp_path / name)
+        (tmp_path / name / "record.json").write_text(json.dumps({"told": recipe.told(name)}))
+        recipe.part(name)
+        mark = fingerprint(tmp_path / name / f"{name}.safetensors")
+        np.save(tmp_path / "encoded" / f"{name}-{mark}-unseen-1024.npy", unseen)
+
+    batches, step = [], GPTTrainer.training_step
+
+    def watched(self: GPTTrainer, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        batches.append(batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(GPTTrainer, "training_step", watched)
+    recipe.part("gpt")
+    for conditions, tokens, _, _, near_misses, places, chances in batches:
+        assert places.shape == chances.shape
+        assert tokens.shape[1] / 8 < places.shape[1] < tokens.shape[1] / 2
+        assert 0 < (near_misses != conditions).any(dim=1).sum() < len(conditions)
+    codes = F.normalize(recipe.networks.vqgan.quantizer.lookup(torch.arange(1024)[None])[0].float(), dim=1)
+    tokens = F.normalize(recipe.networks.gpt.token_embedding.weight.float(), dim=1)
+    alike = torch.corrcoef(torch.stack([(codes @ codes.T).flatten(), (tokens @ tokens.T).flatten()]))[0, 1]
+    assert alike > 0.9
+
+
+def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Recipe) -> None:
+    fresh = Recipe(RECIPE, Path("unused")).networks
+    for part in ("vqgan", "gpt", "clip"):
+        before = dict(getattr(fresh, part).named_parameters())
+        moved = [
+            not torch.allclose(before[name], parameter, atol=1e-3)
+            for name, parameter in getattr(trained.networks, part).named_parameters()
+        ]
+        assert sum(moved) > len(moved) / 2, part
+
+
+def test_the_batch_norms_of_clip_learn_what_pictures_look_like(trained: Recipe) -> None:
+    norm = trained.networks.clip.clip.visual.bn1
+    assert norm.num_batches_tracked == 6 + 6  # and again as a ranker
+    assert norm.running_mean.abs().sum() > 0
+
+
+def test_words_never_met_say_nothing(trained: Recipe) -> None:
+    clip = trained.networks.clip
+    table = clip.clip.token_embedding.weight
+    known, unknown = (clip.tokenize([word])[0, 1] for word in ("shape", "zebra"))
+    assert table[unknown].abs().sum() == 0
+    assert table[known].abs().sum() > 0
+
+
+def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> None:
+    networks = tiny_networks()
+    pictures = RenderedPictures(70, 0, 16)  # more than a batch
+
+    def encode() -> EncodedPictures:
+        return EncodedPictures(
+            encode_embeddings(pictures, networks.clip, tmp_path / "embeddings.npy"),
+            encode_tokens(pictures, networks.vqgan, tmp_path / "tokens.npy"),
+        )
+
+    encoded = encode()
+    assert len(encoded) == 70
+    for i in (0, 13, 69):
+        image = from_bytes(torch.from_numpy(pictures[i][None]))
+        condition, tokens, unconditional, embedding, near_miss = encoded[i]
+        assert torch.equal(condition, embedding)
+        assert torch.equal(near_miss, embedding)
+        assert not unconditional
+        assert torch.equal(tokens, networks.vqgan.encode(image)[0])
+        assert torch.allclose(embedding, networks.clip.encode_image(image)[0], atol=1e-3)
+    before = (tmp_path / "tokens.npy").stat().st_mtime_ns
+    encode()
+    assert (tmp_path / "tokens.npy").stat().st_mtime_ns == before
+
+
+def test_tokens_of_a_large_codebook_are_stored_in_full(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(replace(TINY.vqgan, quantizer="taming", codebook_size=2**17)).eval()
+    pictures = RenderedPictures(8, 0, 16)
+    embeddings = encode_embeddings(pictures, tiny_networks().clip, tmp_path / "embeddings.npy")
+    encoded = EncodedPictures(embeddings, encode_tokens(pictures, vqgan, tmp_path / "tokens.npy"))
+    images = from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(8)]))
+    tokens = vqgan.encode(images)
+    assert tokens.max() >= 2**16
+    assert torch.equal(torch.stack([encoded[i][1] for i in range(8)]), tokens)
+    assert [token_type(count) for count in (2**16, 2**16 + 1, 2**31)] == [np.uint16, np.int32, np.int32]
+    with pytest.raises(ValueError, match="the codebook has 2147483649 codes; at most 2147483648 can be stored"):
+        token_type(2**31 + 1)
+    np.save(tmp_path / "tokens.npy", tokens.numpy().astype(np.uint16))  # as earlier versions stored them
+    with pytest.raises(ValueError, match=r"tokens\.npy holds uint16 numbers, but this codebook needs int32; delete"):
+        encode_tokens(pictures, vqgan, tmp_path / "tokens.npy")
+
+
+def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    class Broken(RenderedPictures):
+        def __getitem__(self, index: int) -> np.ndarray:
+            if index == 65:
+                raise OSError("unreadable")
+            return super().__getitem__(index)
+
+    with pytest.raises(OSError, match="unreadable"):
+        encode_tokens(Broken(70, 0, 16), tiny_networks().vqgan, tmp_path / "tokens.npy")
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_encoding_goes_on_with_fewer_pictures_at_a_time_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures, networks = RenderedPictures(70, 0, 16), tiny_networks()
+    whole = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "whole.npy"))
+    encode, sizes, room = VQGAN.encode, [], 20
+
+    def short(vqgan: VQGAN, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(images))
+        return encode(vqgan, images)
+
+    monkeypatch.setattr(VQGAN, "encode", short)
+    assert np.array_equal(np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "short.npy")), whole)
+    assert sizes == [16, 16, 16, 16, 6]
+    assert caplog.messages[-1] == "short.npy: out of memory; going on with 16 pictures at a time"
+
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encode_tokens(pictures, networks.vqgan, tmp_path / "none.npy")
+
+
+def test_encoding_ends_with_its_time_and_keeps_what_it_has(tmp_path: Path) -> None:
+    pictures, networks = RenderedPictures(150, 0, 16), tiny_networks()
+    whole = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "whole.npy"))
+    some = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "some.npy", seconds=0))
+    assert 0 < len(some) < len(whole) == 150
+    assert np.array_equal(some, whole[: len(some)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["some.npy", "whole.npy"]
+
+
+def one_step(gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.nn.functional.normalize(torch.randn(4, 16, generator=generator), dim=1)
+    gpt(embedding, torch.randint(0, 32, (4, 15), generator=generator)).square().mean().backward()
+    optimizer.step()
+
+
+def matrices_of(gpt: GPT) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in gpt.blocks.parameters() if parameter.dim() == 2]
+
+
+def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(TINY.gpt).eval()
+    before = {name: value.clone() for name, value in gpt.state_dict().items()}
+    one_step(gpt, Muon(gpt, matrices_of(gpt), FitConfig(muon_rate=1e-2, learning_rate=1e-4, weight_decay=0.0)))
+    moved = {name: value - before[name] for name, value in gpt.state_dict().items()}
+    turned = torch.linalg.svdvals(moved["blocks.0.mlp.fc.weight"])
+    pushed = torch.linalg.svdvals(gpt.blocks[0].mlp.fc.weight.grad)
+    assert turned.median() > 0.5 * turned.max()
+    assert pushed.median() < 0.3 * pushed.max()
+    assert moved["head.weight"].abs().max() < 1.1e-4
+    assert moved["blocks.0.mlp.fc.bias"].abs().max() < 1.1e-4
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is always in bfloat16: without, ours differs by that rounding."""
+    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: bfloat16)
+    torch.manual_seed(0)
+    ours = GPT(TINY.gpt).eval()
+    theirs, before = deepcopy(ours), deepcopy(ours.blocks.state_dict())
+    options = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizer = Muon(ours, matrices_of(ours), FitConfig(muon_rate=1e-2, learning_rate=1e-12, weight_decay=0.1))
+    reference = torch.optim.Muon(matrices_of(theirs), **options)
+    for _ in range(3):
+        one_step(ours, optimizer)
+        one_step(theirs, reference)
+    for name, start in before.items():
+        if start.dim() == 2:
+            mine, other = (gpt.blocks.get_parameter(name) - start for gpt in (ours, theirs))
+            assert (mine - other).norm() < 0.15 * other.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("able", "learnt_in", "drawn_in"),
+    [
+        ("amx_bf16", "bf16-mixed", torch.bfloat16),
+        ("avx512_bf16", "bf16-mixed", torch.float16),
+        ("avx2", "32-true", None),
+    ],
+)
+def test_cpus_learn_in_bfloat16_where_they_multiply_it(
+    able: str, learnt_in: str, drawn_in: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
+    monkeypatch.setattr(pipeline, "has_products", lambda: drawn_in is not None)
+    assert fit_module._precision("auto") == learnt_in
+    assert fit_module._precision("32-true") == "32-true"
+    assert choose_dtype("auto", torch.device("cpu")) == (drawn_in or torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 12), (2, 12, 40), (2, 40, 12)])
+def test_singular_values_are_brought_near_one_whatever_the_shape(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: False)
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(matrices)
+    u, values, v = torch.linalg.svd(matrices, full_matrices=False)
+    values = values / values.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert torch.allclose(found, u @ torch.diag_embed(values) @ v, atol=1e-4)
+
+
+def test_muon_takes_a_convolutions_weights_as_a_matrix_and_leaves_a_vqgans_rest_to_adamw() -> None:
+    torch.manual_seed(0)
+    vqgan = VQGAN(TINY.vqgan).train()
+    config = FitConfig(muon_rate=1e-2, learning_rate=1e-4, weight_decay=0.0)
+    trainer = VQGANTrainer(vqgan, config, VQGANLoss(adversarial=1.0))
+    optimizer = trainer.configure_optimizers()["optimizer"]
+    for group, rate in zip(optimizer.param_groups, (1e-2, 1e-4), strict=True):
+        group["lr"] = rate  # as after the warm-up
+    before = deepcopy(vqgan.state_dict())
+    reconstruction = vqgan(torch.rand(4, 3, 16, 16) * 2 - 1)
+    (reconstruction.images.square().mean() + reconstruction.loss).backward()
+    optimizer.step()
+    moved = vqgan.decoder.conv_in.weight - before["decoder.conv_in.weight"]
+    turned, pushed = (torch.linalg.svdvals(w.flatten(1)) for w in (moved, vqgan.decoder.conv_in.weight.grad))
+    assert turned.median() > 0.5 * turned.max()
+    assert pushed.median() < 0.4 * pushed.max()
+    assert (vqgan.decoder.conv_in.bias - before["decoder.conv_in.bias"]).abs().max() < 1.1e-4
+    convolutions, others = (set(map(id, group["params"])) for group in optimizer.param_groups)
+    assert convolutions.isdisjoint(map(id, trainer.discriminator.parameters()))
+    assert others.issuperset(map(id, trainer.discriminator.parameters()))
+
+
+def test_each_networks_gradients_are_cut_back_for_themselves() -> None:
+    trainer = VQGANTrainer(VQGAN(TINY.vqgan).train(), FIT, VQGANLoss(adversarial=1.0))
+    for network, size in ((trainer.vqgan, 1e-4), (trainer.discriminator, 1e2)):
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+    small = trainer.vqgan.decoder.conv_in.weight.grad.clone()
+    trainer.configure_gradient_clipping(None, 1.0, None)
+    assert torch.equal(trainer.vqgan.decoder.conv_in.weight.grad, small)
+    norms = torch.stack([parameter.grad.norm() for parameter in trainer.discriminator.parameters()])
+    assert float(norms.norm()) == pytest.approx(1, abs=1e-3)
+
+
+@torch.no_grad()
+def test_reconstruction_is_measured_by_the_mean_error_of_pictures_that_are_not_plain() -> None:
+    vqgan = tiny_networks().vqgan
+    pictures = torch.from_numpy(np.stack([RenderedPictures(6, 2, 16)[i] for i in range(6)]))
+    images = from_bytes(pictures)
+    errors = (vqgan.decode(vqgan.encode(images)) - images).square().mean(dim=(1, 2, 3))
+    wanted = float(10 * torch.log10(4 / errors.mean()))
+    plain = torch.full((3, 16, 16, 3), 255, dtype=torch.uint8)
+    plain[1, ::2] -= 3  # as JPEG may leave it
+
+    def measured(*batches: torch.Tensor) -> float:
+        trainer, logged = VQGANTrainer(vqgan, FIT), {}
+        trainer.log = lambda name, value, **_: logged.update({name: float(value)})
+        trainer.on_validation_epoch_start()
+        for batch in batches:
+            trainer.validation_step(batch)
+        trainer.on_validation_epoch_end()
+        return logged["val_psnr"]
+
+    assert measured(pictures) == pytest.approx(wanted, abs=1e-4)
+    assert measured(pictures[:4], torch.cat([pictures[4:], plain])) == pytest.approx(wanted, abs=1e-4)
+    assert np.isfinite(measured(plain))  # without others, they are all there is to say
+
+
+def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> None:
+    torch.manual_seed(0)
+    gpt = GPT(TINY.gpt).eval()
+    optimizer = Muon(gpt, matrices_of(gpt), FitConfig(muon_rate=1e-2, learning_rate=1e-3, weight_decay=0.1))
+    one_step(gpt, optimizer)
+    weights, state = deepcopy(gpt.state_dict()), deepcopy(optimizer.state_dict())
+    one_step(gpt, optimizer)
+    other = GPT(TINY.gpt).eval()
+    other.load_state_dict(weights)
+    taken_up = Muon(other, matrices_of(other), FitConfig(muon_rate=0.0, learning_rate=0.0, weight_decay=0.0))
+    taken_up.load_state_dict(state)
+    one_step(other, taken_up)
+    for name, value in gpt.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_the_discriminator_comes_in_by_steps_or_by_time_and_then_moves_the_decoder(
+    tmp_path: Path,
+) -> None:
+    def trained(folder: Path, adversarial_from: float, time_spent: float = 0.0) -> tuple[dict, dict]:
+        torch.manual_seed(0)
+        loss = VQGANLoss(adversarial=1.0, adversarial_from=adversarial_from)
+        trainer = VQGANTrainer(VQGAN(TINY.vqgan).train(), replace(FIT, weight_decay=0.0), loss)
+        trainer.time_spent = time_spent
+        before = deepcopy(trainer.discriminator.state_dict())
+        fit("toy", trainer, RenderedPictures(100, 0, 16), RenderedPictures(8, 1, 16), folder, seed=0)
+        after = trainer.discriminator.state_dict()
+        moved = {name: not torch.equal(value, after[name]) for name, value in before.items() if "weight" in name}
+        return moved, trainer.vqgan.state_dict()
+
+    never, plain = trained(tmp_path / "never", 1.0)
+    late, touched = trained(tmp_path / "late", 0.5)
+    in_time, _ = trained(tmp_path / "in time", 0.9, time_spent=0.95)
+    assert not any(never.values())
+    assert all(late.values())
+    assert all(in_time.values())
+    assert not torch.equal(plain["decoder.conv_out.weight"], touched["decoder.conv_out.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+def test_contrast_teaches_what_hardly_shows_in_the_loss() -> None:
+    """One token of sixteen tells two kinds of picture apart, of which the condition says little."""
+    generator = torch.Generator().manual_seed(0)
+    shared, hint = torch.randn(2, 1, 16, generator=generator)
+    kind = torch.arange(32) % 2
+    conditions = torch.nn.functional.normalize(shared + 0.15 * (2 * kind[:, None] - 1) * hint, dim=1)
+    tokens = torch.randint(0, 32, (32, 16), generator=generator)
+    tokens[:, 9] = kind
+    batch = conditions, tokens, torch.zeros(32, dtype=torch.bool), conditions, conditions[1 - kind]
+
+    def surer(contrast: float) -> float:
+        torch.manual_seed(0)
+        trainer = GPTTrainer(GPT(TINY.gpt), FIT, contrast=contrast)
+        optimizer = torch.optim.AdamW(trainer.parameters(), lr=3e-3)
+        for _ in range(40):
+            optimizer.zero_grad()
+            trainer.training_step(batch).backward()
+            optimizer.step()
+        with torch.no_grad():
+            own, other = (token_nats(trainer.gpt(c, tokens[:, :-1]), tokens).sum(dim=1) for c in (conditions, batch[4]))
+        return float((other - own).mean())
+
+    assert surer(0.0) < 0.5
+    assert surer(4.0) > 1.5
+
+
+def four_pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (4, 16) and tokens (4, 16) at random."""
+    embeddings = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    return embeddings, torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+@torch.no_grad()
+def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
+    gpt = GPT(TINY.gpt).eval()
+    conditions, tokens = four_pictures()
+    never, always = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    plain = GPTTrainer(gpt, FIT).training_step((conditions, tokens, never, conditions, conditions))
+    trainer = GPTTrainer(gpt, FIT, contrast=4.0)
+    same = trainer.training_step((conditions, tokens, never, conditions, conditions))
+    assert float(same) == pytest.approx(float(plain), abs=1e-6)
+    # Drawn without a condition, there is none to mistake.
+    dropped = trainer.training_step((conditions, tokens, always, conditions, -conditions))
+    without = GPTTrainer(gpt, FIT).training_step((conditions, tokens, always, conditions, -conditions))
+    assert float(dropped) == pytest.approx(float(without), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+@torch.no_grad()
+def test_a_place_that_was_drawn_stands_for_those_that_were_not() -> None:
+    gpt = GPT(TINY.gpt).eval()
+    conditions, tokens = four_pictures()
+    batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
+    plain = GPTTrainer(gpt, FIT).training_step(batch)
+    every = torch.arange(16).expand(4, 16)
+    found = GPTTrainer(gpt, FIT).training_step((*batch, every, torch.ones(4, 16)))
+    assert float(found) == pytest.approx(float(plain), abs=1e-6)
+
+    places, chances = torch.tensor([[0, 4, 9, 14]]).expand(4, 4), torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
+    nats = token_nats(gpt(conditions, tokens[:, :-1], None, places, chances), tokens.gather(1, places))
+    found = GPTTrainer(gpt, FIT).training_step((*batch, places, chances))
+    assert float(found) == pytest.approx(float((nats * torch.tensor([1.0, 5.0, 5.0, 2.0])).sum() / 64), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+@torch.no_grad()
+def test_near_misses_are_told_apart_by_the_places_drawn() -> None:
+    gpt = GPT(TINY.gpt).eval()
+    conditions, tokens = four_pictures()
+    missed = conditions.roll(1, dims=0)
+    missed[:2] = conditions[:2]  # they have none
+    batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, missed
+    sure = GPTTrainer(gpt, FIT, contrast=2.0)
+    whole, every = sure.training_step(batch), (torch.arange(16).expand(4, 16), torch.ones(4, 16))
+    assert float(sure.training_step((*batch, *every))) == pytest.approx(float(whole), abs=1e-5)
+
+    rows = torch.tensor([[0, 3, 4, 9], [0, 4, 9, 14], [0, 1, 2, 3], [0, 5, 6, 7]])  # each its own
+    places, chances = rows, torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
+    nats, missed_nats = (
+        (token_nats(gpt(c, tokens[:, :-1], None, places, chances), tokens.gather(1, places)) / chances).sum(dim=1)
+        for c in (conditions, missed)
+    )
+    # A quarter of the pictures is looked at, one of the two that have a near miss, and stands for both.
+    wanted = [(nats.sum() + 2.0 * 2 * F.softplus(nats - missed_nats)[one]) / 64 for one in (2, 3)]
+    found = float(sure.training_step((*batch, places, chances)))
+    assert any(found == pytest.approx(float(value), abs=1e-5) for value in wanted)
+
+
+def test_tokens_of_like_squares_start_alike() -> None:
+    networks = tiny_networks()
+    start_from_codes(networks.gpt, networks.vqgan, seed=0)
+    codes = F.normalize(networks.vqgan.quantizer.lookup(torch.arange(32)[None])[0], dim=1)
+    started = F.normalize(networks.gpt.token_embedding.weight.detach(), dim=1)
+    alike = torch.stack([(vectors @ vectors.T)[torch.ones(32, 32).tril(-1) > 0] for vectors in (codes, started)])
+    assert torch.corrcoef(alike)[0, 1] > 0.7
+
+
+def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:
+    gpt = GPT(replace(TINY.gpt, looks_around=True))
+    optimizer = GPTTrainer(gpt, replace(FIT, muon_rate=1e-3)).configure_optimizers()["optimizer"]
+    matrices, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert id(gpt.around.weight) in matrices
+    assert {id(gpt.outside), id(gpt.token_embedding.weight)} <= others
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to")
+@pytest.mark.parametrize("looks_around", [False, True])
+@torch.no_grad()
+def test_who_does_not_look_around_sees_whole_pictures_again_before_the_end(looks_around: bool) -> None:
+    trainer = GPTTrainer(GPT(replace(TINY.gpt, looks_around=looks_around)).eval(), FIT)
+    conditions, tokens = four_pictures()
+    batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
+    sampled = torch.tensor([[0, 4, 9, 14]]).expand(4, 4), torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
+    whole, few = trainer.training_step(batch), trainer.training_step((*batch, *sampled))
+    assert not torch.isclose(whole, few)
+    trainer.time_spent = 0.6
+    assert torch.equal(trainer.training_step((*batch, *sampled)), few)
+    trainer.time_spent = 0.7
+    assert torch.equal(trainer.training_step((*batch, *sampled)), few if looks_around else whole)
+
+
+def test_a_picture_drawn_comes_with_its_places(encoded: EncodedPictures, tmp_path: Path) -> None:
+    tokens = np.zeros((400, 16), np.uint16)
+    tokens[:, 5] = np.arange(400) % 7 + 1
+    np.save(tmp_path / "drawings.npy", tokens)
+    pictures = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "drawings.npy", pictures=200, places=8)
+    assert len(pictures[0]) == 5
+    for number in range(50):
+        *drawn, places, chances = Endless(pictures, seed=0)[number]
+        assert torch.equal(places, Endless(pictures, seed=0)[number][5])
+        assert {0, 5, 6, 9} <= set(places.tolist())  # where something begins, and where it ends
+        assert chances[places == 5] == chances[0] == 1
+        assert (chances[~torch.isin(places, torch.tensor([0, 5, 6, 9]))] == 4 / 12).all()
+        assert len(drawn) == 5
+
+
+@pytest.mark.parametrize("edges", [0, 1, 2, 4])
+def test_places_are_drawn_as_often_as_their_chances_say(edges: int) -> None:
+    """Of a plain picture, of drawings, and of one that is no drawing at all."""
+    tokens = np.zeros((16, 16), np.int64)
+    side = 4 * edges
+    tokens[:side, :side] = np.arange(side**2).reshape(side, side)
+    rng, of_all = np.random.default_rng(0), np.zeros(256)
+    for _ in range(2000):
+        places, chances = drawn_places(tokens.ravel(), 96, rng)
+        assert places[0] == 0
+        assert chances[0] == 1
+        assert len(places) == len(chances) == 96
+        assert (np.diff(places) > 0).all()
+        of_all[places] += 1 / chances
+    drawn = of_all > 0
+    assert drawn.all()
+    assert np.allclose(of_all / 2000, 1, atol=0.25)
+    assert of_all.mean() / 2000 == pytest.approx(1, abs=0.02)
+
+
+def test_enough_places_are_those_that_tell_something_and_some_more() -> None:
+    tokens = np.zeros((10, 16, 16), np.uint16)
+    tokens[:, 4:9, 4:9] = 7  # changes where each of five rows and columns begins and ends; one place is in both
+    assert telling(tokens.reshape(10, -1)).sum(axis=1).tolist() == [1 + 19] * 10  # and the first
+    assert enough_places(tokens.reshape(10, -1)) == 64  # 20 and 32, in sixteens
+    photographs = np.random.default_rng(0).integers(0, 512, (10, 256))
+    assert enough_places(photographs) == 0
+
+
+def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_along_its_gradient() -> None:
+    # The bundled CLIP and VQGAN: to an untrained CLIP all pictures are one.
+    networks = load_networks(ROOT / "checkpoints" / "shapes")
+    vqgan, clip = networks.vqgan, networks.clip
+    torch.manual_seed(0)
+    gpt = GPT(replace(networks.gpt.config, n_layer=1, n_head=2, n_embd=64, null_condition=False)).eval()
+    images = from_bytes(torch.stack([torch.from_numpy(RenderedPictures(4, 0, 64)[i]) for i in range(4)]))
+    embeddings, tokens = clip.encode_image(images), vqgan.encode(images)
+    optimizer = torch.optim.Adam(gpt.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = embedding_loss(gpt(embeddings, tokens[:, :-1]), embeddings, vqgan, clip)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    for name, parameter in gpt.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for part in (vqgan, clip) for parameter in part.parameters())
+    # Not at every step: where the likeliest token changes, it does so all over the picture. How far it falls hangs on a
+    # processor's rounding; a gradient that never comes leaves it where it was.
+    assert min(losses) < 0.9 * losses[0]
+
+
+def test_the_second_loss_is_that_of_the_picture_the_likeliest_tokens_decode_to() -> None:
+    networks = tiny_networks()
+    logits = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+    drawn = networks.clip.encode_image(networks.vqgan.decode(logits.argmax(dim=2)))
+    expected = 1 - (drawn * embeddings).sum(dim=1).mean()
+    found = embedding_loss(logits, embeddings, networks.vqgan, networks.clip)
+    assert float(found) == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> EncodedPictures:
+    """Two views each of 200 pictures, of random embeddings and tokens."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(400, 16)).astype(np.float32)
+    np.save(tmp_path / "embeddings.npy", embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
+    np.save(tmp_path / "tokens.npy", np.arange(400)[:, None] + np.zeros((1, 16), np.uint16))
+    return EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "tokens.npy", pictures=200, noise=0.5, dropout=0.1)
+
+
+def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy(encoded: EncodedPictures) -> None:
+    samples = Endless(encoded, seed=0)
+    conditions, _, dropped, embeddings, near_misses = zip(*(samples[n] for n in range(4000)), strict=True)
+    assert abs(np.mean(dropped) - 0.1) < 0.02
+    cosine = (torch.stack(conditions) * torch.stack(embeddings)).sum(dim=1)
+    assert cosine.min() > 1 / 1.25**0.5 - 0.2
+    assert 0.9 < cosine.mean() < 0.99
+    assert torch.equal(torch.stack(near_misses), torch.stack(conditions))  # there are none
+
+
+def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp_path: Path) -> None:
+    embeddings, tokens, missed = (tmp_path / f"{name}.npy" for name in ("embeddings", "tokens", "missed"))
+    rows = np.array(encoded.embeddings)
+    # Of every other picture the very same, encoded at another time.
+    np.save(missed, np.where(np.arange(400)[:, None] % 2, -rows, rows + np.float32(2e-4)))
+    samples = Endless(EncodedPictures(embeddings, tokens, pictures=200, noise=0.5, near_misses=missed), seed=0)
+    for n in range(100):
+        condition, tokens, _, embedding, near_miss = samples[n]
+        if int(tokens[0]) % 2:
+            assert near_miss @ embedding < -0.8
+        else:
+            assert torch.equal(near_miss, condition)
+
+
+@pytest.mark.parametrize("pool", [2048, 150])
+def test_neighbours_are_other_pictures_much_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: int) -> None:
+    monkeypatch.setattr(datasets, "POOL", pool)
+    monkeypatch.setattr(datasets, "NEAREST", 10)
+    rng = np.random.default_rng(0)
+    # Ten kinds of twenty pictures each, in two views that are nearer each other than anything else.
+    pictures = np.arange(400) % 200
+    kinds = pictures // 20
+    rows = rng.normal(size=(10, 16))[kinds] + 0.1 * rng.normal(size=(200, 16))[pictures]
+    np.save(tmp_path / "embeddings.npy", (rows + 0.01 * rng.normal(size=rows.shape)).astype(np.float16))
+    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 200, tmp_path / "found.npy", 0))
+    assert found.shape == (400, 10)
+    assert (pictures[found] != pictures[:, None]).all()
+    assert (kinds[found] == kinds[:, None]).mean() > (0.99 if pool > 400 else 0.85)
+    rows = np.load(tmp_path / "embeddings.npy").astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    likeness = (rows[found] * rows[:, None]).sum(axis=2)
+    assert (np.diff(likeness, axis=1) <= 1e-6).all()  # the likest first
+
+    again = np.load(find_neighbours(tmp_path / "embeddings.npy", 200, tmp_path / "again.npy", 0))
+    assert np.array_equal(again, found)
+
+
+def test_where_there_is_no_other_picture_a_row_is_its_own_neighbour(tmp_path: Path) -> None:
+    np.save(tmp_path / "embeddings.npy", np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32))
+    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 1, tmp_path / "found.npy", 0))
+    assert np.array_equal(found, np.arange(3)[:, None] + np.zeros((1, 3), int))
+
+
+def test_some_conditions_are_blurred_with_their_neighbours(encoded: EncodedPictures, tmp_path: Path) -> None:
+    embeddings, tokens = tmp_path / "embeddings.npy", tmp_path / "tokens.npy"
+    neighbours = find_neighbours(embeddings, 200, tmp_path / "neighbours.npy", 0)
+    rows, found = torch.from_numpy(np.load(embeddings)), np.load(neighbours)
+
+    def drawn(blur: float) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        samples = Endless(EncodedPictures(embeddings, tokens, pictures=200, neighbours=neighbours, blur=blur), seed=0)
+        drawn = (samples[n] for n in range(400))
+        return [(int(tokens[0]), condition, missed) for condition, tokens, _, _, missed in drawn]
+
+    for row, condition, missed in drawn(0.0):
+        assert torch.allclose(condition, rows[row])
+        assert any(torch.allclose(missed, rows[other]) for other in found[row, :LIKEST])
+
+    counts = []
+    for row, condition, missed in drawn(0.5):
+        means = [F.normalize(rows[row] + rows[found[row, :count]].sum(dim=0), dim=0) for count in range(64)]
+        off = [float((condition - mean).abs().max()) for mean in means]
+        assert min(off) < 1e-5
+        counts.append(int(np.argmin(off)))
+        assert torch.equal(condition, missed) == (counts[-1] > 0)  # of many pictures there is no near miss
+    blurred = np.array([count for count in counts if count])
+    assert abs(len(blurred) / 400 - 0.5) < 0.1
+    assert blurred.min() == 1
+    assert blurred.max() > 50
+    assert 5 < np.median(blurred) < 12
+
+
+def test_a_sample_is_the_same_whatever_came_before_and_every_picture_comes_once_a_round(
+    encoded: EncodedPictures,
+) -> None:
+    samples = Endless(encoded, seed=5)
+    rounds = [[int(samples[n][1][0]) % 200 for n in range(200 * turn, 200 * (turn + 1))] for turn in (0, 1)]
+    assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(200))
+    assert rounds[0] != rounds[1] != list(range(200))
+    for n in (399, 0, 250):
+        for a, b in zip(samples[n], Endless(encoded, seed=5)[n], strict=True):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert not torch.equal(samples[0][0], Endless(encoded, seed=6)[0][0])
+
+
+def test_every_view_of_a_picture_is_drawn(encoded: EncodedPictures) -> None:
+    samples = Endless(encoded, seed=0)
+    assert len({int(samples[n][1][0]) for n in range(2000)}) > 390
+
+
+def test_of_views_cut_short_each_picture_has_those_there_are(encoded: EncodedPictures, tmp_path: Path) -> None:
+    for rows, pictures in ((250, 200), (150, 150)):
+        np.save(tmp_path / "few.npy", encoded.tokens[:rows])
+        few = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "few.npy", pictures=200)
+        assert len(few) == pictures
+        drawn = [int(Endless(few, seed=0)[n][1][0]) for n in range(20 * pictures)]
+        assert set(drawn) == set(range(rows))
+        assert {drawn.count(row) for row in range(50, pictures)} == {20}  # the only view of each
+
+
+def test_processes_share_out_every_batch_and_a_resumed_run_takes_up_the_next() -> None:
+    whole = list(Batches(5, 6))
+    assert whole[2] == list(range(12, 18))
+    shares = [list(Batches(5, 6, rank=rank, ranks=2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == whole
+    assert list(Batches(5, 6, first=3)) == whole[3:]
+    assert len(Batches(5, 6, first=3)) == 5
+    with pytest.raises(ValueError, match="batch_size is 6; 4 processes share it"):
+        Batches(5, 6, ranks=4)
+
+
+def test_other_true_captions_are_not_held_against_a_picture() -> None:
+    stated = torch.tensor([[0, -1, 1, 2, -1, -1, -2, -2, -2], [0, -1, 1, 2, 3, -1, -2, -2, -2]])
+    shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [0, -1, 1, 2, 3, 1, -2, -2, -2]])
+    # Caption 0 leaves the colour unsaid, so it is true of both pictures; only caption 1 may tell them apart.
+    logits = torch.tensor([[0.0, 9.0], [0.0, 9.0]], requires_grad=True)
+    contrastive_loss(logits, stated, shown).backward()
+    assert logits.grad[0, 1] == 0
+    assert logits.grad[1, 0] > 0
+
+
+def test_no_caption_is_pulled_towards_a_spoilt_picture() -> None:
+    stated = shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [1, -1, 1, 2, 3, 1, -2, -2, -2]])
+    logits = torch.zeros(2, 3, requires_grad=True)
+    contrastive_loss(logits, stated, shown).backward()
+    assert (logits.grad[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize("naming_alone", [0.0, 1.0])
+def test_the_small_clip_learns(naming_alone: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.worlds.shapes.clip_trainer.NAMING_ALONE", naming_alone)
+    torch.manual_seed(0)
+    encoder = ClipEncoder(TINY.clip)
+    trainer = ClipTrainer(encoder, FitConfig(steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0))
+    trainer.log_dict = lambda *_, **__: None
+    pairs = CaptionedPairs(8, 0, 32)
+    batch = Collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])
+    batch = (batch[0], batch[1][:, :16], *batch[2:])
+    optimizer = trainer.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(40):
+        loss = trainer.training_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_naming_asks_only_what_was_said() -> None:
+    torch.manual_seed(0)
+    naming = Naming(8)
+    circle = torch.tensor([[0, UNSAID, 1, 0, UNSAID, 1, ABSENT, ABSENT, ABSENT]])
+    naming(torch.randn(1, 8), circle).backward()
+    asked = [gradient.any().item() for gradient in naming.read[-1].bias.grad.split(CHOICES)]
+    assert asked == [True, True, True, False, True, False, False, False]
+    nothing = torch.full((1, 9), UNSAID)
+    nothing[:, 2] = 2
+    both = torch.cat([circle, nothing])
+    embeddings = torch.randn(2, 8)
+    assert torch.allclose(naming(embeddings, both), naming(embeddings[:1], circle))
+
+
+def test_only_matrices_are_decayed() -> None:
+    groups = adamw(GPT(TINY.gpt), FitConfig(weight_decay=0.1), (0.9, 0.95)).param_groups
+    assert {p.dim() for p in groups[0]["params"]} == {2}
+    assert {p.dim() for p in groups[1]["params"]} == {1}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+def rates(time_spent: float) -> list[float]:
+    stage = Stage(FitConfig(steps=100, warmup=10))
+    stage.time_spent = time_spent
+    learning = stage.learning(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    optimizer, schedule = learning["optimizer"], learning["lr_scheduler"]["scheduler"]
+    found = []
+    for _ in range(101):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_rate_warms_up_and_falls_to_a_hundredth() -> None:
+    found = rates(time_spent=0.0)
+    assert found[0] == pytest.approx(0.1)
+    assert max(found) == found[9] == found[10] == 1.0
+    assert found[100] == pytest.approx(0.01)
+    assert found[10:] == sorted(found[10:], reverse=True)
+
+
+def test_the_rate_is_down_when_time_is_over_however_many_steps_are_left() -> None:
+    assert rates(time_spent=1.0)[20] == pytest.approx(0.01)
+    assert rates(time_spent=0.5)[20] == pytest.approx(0.505)
+    assert rates(time_spent=0.5)[90] == pytest.approx(rates(time_spent=0.0)[90])
+
+
+def test_the_rate_is_up_after_a_twentieth_of_the_time_but_not_at_once_and_then_falls_with_the_time() -> None:
+    assert rates(time_spent=0.04)[3:5] == pytest.approx([0.8, 0.8])
+    assert rates(time_spent=0.05)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, rates(time_spent=0.05)[10]])
+    assert rates(time_spent=0.01)[5] == pytest.approx(0.6)
+    assert rates(time_spent=0.5)[5] == pytest.approx(0.505)
+
+
+SMALL_SHARED_MEMORY = """
+import logging
+import numpy as np
+from torch.utils.data import Dataset
+from clip_gen.training import datasets
+
+class Pictures(Dataset):
+    def __len__(self):
+        return 320
+
+    def __getitem__(self, index):
+        return np.full(2**16, index % 256, np.uint8)
+
+logging.basicConfig(format="%(message)s")
+datasets.spare_cores = lambda: 4
+for size in (2, 16, 64):
+    loader = datasets.prepared(Pictures(), batch_size=size)
+    print(loader.num_workers, [int(picture[0]) for batch in loader for picture in batch] == [*range(256), *range(64)])
+    datasets.prepared(Pictures(), batch_size=size)
+"""
+
+
+def test_fewer_processes_load_pictures_where_shared_memory_is_small() -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+    mounted = "mount -t tmpfs -o size=8m tmpfs /dev/shm && "
+    if subprocess.run([*namespace, mounted + "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces of mounts")
+    words = [*namespace, mounted + 'exec "$@"', "bash", sys.executable, "-W", "ignore", "-c", SMALL_SHARED_MEMORY]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "4 True\n2 True\n0 True\n", run.stderr
+    some, none = run.stderr.splitlines()
+    sentence = "/dev/shm has 8 MB free, too little for 4 processes that load pictures ({} MB): {}; a larger one makes"
+    assert some.startswith(sentence.format(10, "2 will load them"))
+    assert none.startswith(sentence.format(42, "the training process loads them itself"))
+    assert none.endswith("(docker run --shm-size=1g)")
+
+
+LONG_TEMPORARY_FOLDER = """
+from multiprocessing.process import current_process
+import numpy as np
+from clip_gen.training import datasets
+
+batches = list(datasets.prepared([np.full(4, index) for index in range(8)], batch_size=2))
+print(len(batches), current_process()._config["tempdir"])
+"""
+
+
+def test_batches_arrive_whatever_the_length_of_the_temporary_folder(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 120)  # a socket's address has at most 107 bytes
+    folder.mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", LONG_TEMPORARY_FOLDER],
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.stdout.startswith("4 "), run.stderr
+    assert not Path(run.stdout.split()[1]).exists()
+
+
+CONTAINER = """
+import os, sys, time
+from pathlib import Path
+file, waiting = map(Path, sys.argv[1:])
+if not (child := os.fork()):
+    from clip_gen.training.processes import wait_for
+    waiting.write_text(str(os.getppid()))
+    wait_for(file)
+    os._exit(0)
+while not waiting.is_file():
+    time.sleep(0.05)
+time.sleep(0.5)
+file.touch()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_the_first_process_of_a_container_is_waited_for(tmp_path: Path) -> None:
+    """Process 1 of a namespace writes the file that its child waits for."""
+    namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces of processes")
+    words = [sys.executable, "-c", CONTAINER, str(tmp_path / "file"), str(tmp_path / "waiting")]
+    assert subprocess.run([*namespace, *words], timeout=120).returncode == 0
+    assert (tmp_path / "waiting").read_text() == "1"
+
+
+def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path) -> None:
+    said, waiting = tmp_path / "said", tmp_path / "waiting"
+    if not (writer := os.fork()):
+        if not os.fork():
+            processes.PARENT = os.getppid()  # as when a process of its own imports the module
+            waiting.touch()
+            try:
+                wait_for(tmp_path / "file")
+            except OSError as error:
+                said.write_text(str(error))
+            os._exit(0)
+        while not waiting.is_file():
+            time.sleep(0.01)
+        os._exit(0)
+    os.waitpid(writer, 0)
+    until = time.monotonic() + 60
+    while not (said.is_file() and said.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert "file is missing, and the process that was to write it has ended" in said.read_text()

@@ -1,0 +1,159 @@
+"""weights/download.py against a server that fails in every way: a whole file, or a sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from bad_server import bad_server
+
+from clip_gen.weights import download
+from clip_gen.weights import url as url_module
+from clip_gen.weights.download import fetch
+
+CONTENT = bytes(range(256)) * 4000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "BACK_OFF_SECONDS", 0.001)
+    monkeypatch.setattr(url_module, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setenv("PATH", "/nowhere")  # no pget
+
+
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        *([], ["drop"], ["truncate"], ["stall"], [500], [503, 429, 408], ["drop"] * 12),
+        *(["drop", "ignore"], ["wrong"], ["drop", "wrong"], ["truncate", 500, "stall", "drop", "ignore"]),
+    ],
+    ids=str,
+)
+def test_a_failing_server_still_gives_the_whole_file(plan: list[str | int], tags: bool, tmp_path: Path) -> None:
+    with bad_server({"a.pt": CONTENT}, plan, tags) as server:
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    with bad_server({"a.pt": CONTENT}, ["truncate", "truncate"]) as server:
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
+    half, quarters = len(CONTENT) // 2, len(CONTENT) * 3 // 4
+    assert [asked for _, asked in server.asked] == [None, f"bytes={half}-", f"bytes={quarters}-"]
+
+
+def test_the_next_run_goes_on_too(tmp_path: Path) -> None:
+    with bad_server({"a.pt": CONTENT}, ["truncate", *[500] * 5]) as server:
+        with pytest.raises(ValueError, match=r"answers 500.*resumes where this one stopped"):
+            fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
+        assert not (tmp_path / "a.pt").exists()
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+    assert server.asked[-1][1] == f"bytes={len(CONTENT) // 2}-"
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
+def test_a_file_that_changed_meanwhile_is_not_glued_to_the_old_half(tags: bool, tmp_path: Path) -> None:
+    with bad_server({"a.pt": CONTENT}, ["truncate", *[500] * 5], tags) as server:
+        with pytest.raises(ValueError, match="answers 500"):
+            fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
+        server.files["a.pt"] = new = CONTENT[::-1] + b"more"
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == new
+
+
+def test_a_part_that_is_the_whole_file_is_not_asked_for_again(tmp_path: Path) -> None:
+    (tmp_path / "a.pt.part").write_bytes(CONTENT)
+    (tmp_path / "a.pt.part.json").write_text(f'{{"validator": null, "total": {len(CONTENT)}}}')
+    with bad_server({"a.pt": CONTENT}) as server:
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+    assert server.asked == []
+
+
+def test_a_part_longer_than_the_file_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "a.pt.part").write_bytes(CONTENT + b"more")
+    (tmp_path / "a.pt.part.json").write_text('{"validator": null, "total": 1024000}')
+    with bad_server({"a.pt": CONTENT}) as server:
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence", "requests"),
+    [
+        ([404], r"the server answers 404 \(Not Found\); look at the address, or give another --mirror", 1),
+        ([403], r"the server answers 403", 1),
+        ([500] * 9, r"cannot be downloaded \(the server answers 500.*6 times in a row", 6),
+        (["stall", *[503] * 6], r"the server answers 503", 6),
+        (["wrong", "wrong"], r"its sha256 is \w{64}, wanted is " + SHA256, 2),
+    ],
+)
+def test_what_cannot_be_had_is_one_sentence_and_no_file(
+    plan: list[str | int], sentence: str, requests: int, tmp_path: Path
+) -> None:
+    with bad_server({"a.pt": CONTENT}, plan) as server, pytest.raises(ValueError, match=sentence) as raised:
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+    assert "\n" not in str(raised.value)
+    assert len(server.asked) == requests
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_no_server_at_all_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be downloaded \(.*refused"):
+        fetch("http://127.0.0.1:9/a.pt", tmp_path / "a.pt")
+
+
+def test_a_file_that_is_there_already_is_not_asked_for_unless_its_bytes_are_wrong(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(CONTENT)
+    with bad_server({"a.pt": CONTENT}) as server:
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+        assert server.asked == []
+        (tmp_path / "a.pt").write_bytes(CONTENT[:-1])
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+
+
+def test_a_disk_without_room_is_noticed_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with bad_server({"a.pt": CONTENT}) as server, pytest.raises(ValueError, match=r"0\.0 GB are free there"):
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_proxy_is_used_where_one_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with bad_server({"a.pt": CONTENT}) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address)
+        monkeypatch.delenv("no_proxy", raising=False)
+        fetch("http://weights.invalid/a.pt", tmp_path / "a.pt", SHA256)
+    assert proxy.asked == [("http://weights.invalid/a.pt", None)]
+
+
+@pytest.mark.parametrize(
+    "does", ['cp "$FROM" "$2"', 'echo other bytes > "$2"', "exit 1"], ids=["well", "wrong", "fail"]
+)
+def test_pget_is_used_where_it_is_installed_and_not_trusted(
+    does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pget").write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/asked\n{does}\n")
+    (tmp_path / "bin" / "pget").chmod(0o755)
+    (tmp_path / "from").write_bytes(CONTENT)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setenv("FROM", str(tmp_path / "from"))
+    with bad_server({"a.pt": CONTENT}) as server:
+        if "other" in does:
+            with pytest.raises(ValueError, match="its sha256 is"):
+                fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+            assert not (tmp_path / "a.pt").exists()
+        else:
+            fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+            assert (tmp_path / "a.pt").read_bytes() == CONTENT
+        assert len(server.asked) == (1 if "exit" in does else 0)
+    assert f"{server.address}/a.pt" in (tmp_path / "asked").read_text()

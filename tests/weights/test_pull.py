@@ -1,0 +1,256 @@
+"""pull.py: from a server's files to a model folder that predicts, or a sentence and no folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import clip
+import pytest
+import torch
+from bad_server import BadServer, bad_server
+from importer_files import VIT, clip_state, hfailab_files
+from safetensors.torch import load_file
+from torchvision.models import VGG16_Weights
+
+from clip_gen import ClipGen
+from clip_gen.__main__ import main
+from clip_gen.files import ROOT
+from clip_gen.weights import default_model, download, pull
+from clip_gen.weights import url as url_module
+from clip_gen.weights.model_folder import load_config
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a mirror of both publishers holds, in small."""
+    folder = hfailab_files(tmp_path_factory.mktemp("published"))
+    torch.save(clip_state(VIT), folder / "clip.pt")
+    names = {"gpt.pt": "gpt_coco.pt", "vqgan.pt": "vqgan_coco.pt", "clip.pt": "ViT-B-32.pt"}
+    return {theirs: (folder / ours).read_bytes() for ours, theirs in names.items()}
+
+
+@pytest.fixture(autouse=True)
+def _small(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The published addresses, but sizes and the known sha256 are those of the small files."""
+    clip = replace(pull.CLIPS["ViT-B/32"], sha256=hashlib.sha256(files["ViT-B-32.pt"]).hexdigest())
+    monkeypatch.setitem(pull.CLIPS, "ViT-B/32", clip)
+    monkeypatch.setitem(pull.COCO, "clip", clip)
+    monkeypatch.setattr(pull, "COCO_BYTES", 10**8)
+    monkeypatch.setattr(download, "BACK_OFF_SECONDS", 0.001)
+    monkeypatch.setattr(url_module, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setenv("PATH", "/nowhere")  # no pget
+    monkeypatch.setattr(pull, "CHECKPOINTS", Path("checkpoints"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_what_is_pulled_lies_where_predictions_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert default_model.COCO == pull.CHECKPOINTS / "coco" == ROOT / "checkpoints" / "coco"
+
+
+def test_pull_coco_makes_a_folder_that_predicts_and_leaves_nothing_else(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with bad_server(files, ["truncate", 500, "drop", "stall"]) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["coco"]
+    assert len(ClipGen.load("checkpoints/coco", "cpu").generate("a cat", 2, 1, seed=0).images) == 1
+    record = json.loads((tmp_path / "checkpoints" / "coco" / "training.json").read_text())["imported"]
+    for part, name in (("gpt", "gpt_coco.pt"), ("vqgan", "vqgan_coco.pt"), ("clip", "ViT-B-32.pt")):
+        assert record[part]["sha256"] == hashlib.sha256(files[name]).hexdigest()
+        assert record[part]["bytes"] == len(files[name])
+
+
+def test_pull_clip_by_its_published_name(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    with bad_server(files) as server:
+        monkeypatch.setenv("CLIP_GEN_MIRROR", f"{server.address}/some/folder/")
+        assert main(["pull", "clip", "ViT-B/32"]) == 0
+    assert server.asked == [("/some/folder/ViT-B-32.pt", None)]
+    assert load_config(Path("checkpoints/clip-vit-b-32")).clip == VIT
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ([404], "the server answers 404"),
+        ([500] * 6, "cannot be downloaded"),
+        (["well", "well", "wrong", "wrong"], "its sha256 is"),
+        (["wrong"], "vqgan_coco.pt: is damaged, or not a file of torch.save or safetensors; download it again"),
+    ],
+)
+def test_a_pull_that_fails_leaves_no_model_folder_and_the_next_one_succeeds(
+    plan: list[str | int], sentence: str, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bad_server(files, plan) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "checkpoints" / "coco").exists()
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["coco"]
+
+
+@pytest.mark.parametrize("name", ["gpt_coco.pt", "ViT-B-32.pt"])
+def test_a_web_page_in_the_place_of_weights_is_called_one_and_not_kept(
+    name: str, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with bad_server(files | {name: b"\n<!DOCTYPE html><title>Sign in</title>"}) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+        assert f"/{name}: the server sends a web page, not the file; open the address" in capsys.readouterr().err
+        assert len([path for path, _ in server.asked if path == f"/{name}"]) == 1
+        server.files = files
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+
+
+def test_a_pull_that_fails_leaves_the_model_that_was_there(files: dict[str, bytes], tmp_path: Path) -> None:
+    with bad_server(files) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 0
+        before = {path.name: path.read_bytes() for path in (tmp_path / "checkpoints" / "coco").iterdir()}
+        server.plan = ["well", "wrong"]
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints" / "coco").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["coco", "--mirror", "elsewhere"], 'mirror is "elsewhere"; give an address that begins with http'),
+        (["clip", "ViT-B/64"], "there is no CLIP ViT-B/64; name one of RN50, "),
+        (["clip"], "which CLIP is wanted; name one of RN50, "),
+        (["coco", "ViT-B/32"], "coco takes no name"),
+        (["lpips", "vgg"], "lpips takes no name"),
+    ],
+)
+def test_a_name_that_is_not_published_is_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pull", *words]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_too_little_room_is_said_before_anything_is_asked_for(
+    files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pull, "COCO_BYTES", 10**18)
+    with bad_server(files) as server:
+        assert main(["pull", "coco", "--mirror", server.address]) == 1
+    assert server.asked == []
+    assert "wanted are 1000000000.0; make room" in capsys.readouterr().err
+
+
+def test_a_persons_file_among_the_downloads_stays(lpips_server: BadServer, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / ".pulling-lpips"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_two_pulls_of_one_folder_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints" / ".pulling-coco").mkdir(parents=True)
+    with (tmp_path / "checkpoints" / ".pulling-coco" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["pull", "coco"]) == 1
+    assert "is being pulled already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def lpips_server(lpips_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
+    """Has the two files of LPIPS, whose known sha256 are of these."""
+    files = {path.name: path.read_bytes() for path in lpips_files.iterdir()}
+    vgg, linear = (hashlib.sha256(files[pull.LPIPS[part].name]).hexdigest() for part in ("vgg", "linear"))
+    monkeypatch.setitem(pull.LPIPS, "vgg", replace(pull.LPIPS["vgg"], sha256_start=vgg[:8]))
+    monkeypatch.setitem(pull.LPIPS, "linear", replace(pull.LPIPS["linear"], sha256=linear))
+    monkeypatch.setattr(pull, "LPIPS_BYTES", 10**8)
+    with bad_server(files) as server:
+        yield server
+
+
+def test_pull_lpips_makes_one_small_folder_that_says_what_it_came_from_and_can_be_pulled_again(
+    lpips_server: BadServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints" / "lpips"
+    for _ in range(2):
+        assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
+        assert [path.name for path in folder.parent.iterdir()] == ["lpips"]
+        assert sorted(path.name for path in folder.iterdir()) == ["lpips.json", "lpips.safetensors"]
+    tensors = load_file(folder / "lpips.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert len(tensors) == 13 * 2 + 5
+    assert sum(tensor.numel() for tensor in tensors.values()) == 14_714_688 + 1472  # VGG-16's features; five layers
+    record = json.loads((folder / "lpips.json").read_text())["imported"]
+    for part, file in pull.LPIPS.items():
+        content = lpips_server.files[file.name]
+        assert record[part]["sha256"] == hashlib.sha256(content).hexdigest()
+        assert record[part]["bytes"] == len(content)
+        assert record[part]["url"] == file.url
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "sentence"),
+    [
+        ("vgg", {"sha256_start": "397923af"}, "wanted is one that starts with 397923af"),
+        ("linear", {"sha256": "0" * 64}, "wanted is 0000"),
+    ],
+)
+def test_a_file_of_another_sha256_makes_no_lpips(
+    part: str,
+    change: dict[str, str],
+    sentence: str,
+    lpips_server: BadServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(pull.LPIPS, part, replace(pull.LPIPS[part], **change))
+    assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "lpips").exists()
+
+
+def test_a_vgg_that_is_here_already_is_not_downloaded_again_unless_its_sha256_starts_otherwise(
+    lpips_server: BadServer, tmp_path: Path
+) -> None:
+    folder, name = tmp_path / "checkpoints" / ".pulling-lpips", pull.LPIPS["vgg"].name
+    for content in (lpips_server.files[name], b"other bytes"):
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+        assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
+    assert [path for path, _ in lpips_server.asked] == ["/vgg.pth", f"/{name}", "/vgg.pth"]
+
+
+def test_lpips_and_a_model_do_not_take_each_others_place(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pull", "lpips", "--out", str(tiny_model_folder)]) == 1
+    assert "which is no part of a LPIPS folder; give another folder" in capsys.readouterr().err
+    (tmp_path / "lpips.json").write_text("{}")
+    assert main(["pull", "coco", "--out", str(tmp_path)]) == 1
+    assert "holds lpips.json, which is no part of a model folder" in capsys.readouterr().err
+
+
+def test_every_clip_has_the_address_and_sha256_that_openais_package_has() -> None:
+    assert {name: file.url for name, file in pull.CLIPS.items()} == clip.clip._MODELS
+    for name, file in pull.CLIPS.items():
+        assert name == "ViT-B/32" or f"/{file.sha256}/" in file.url  # that one's is a small file's here
+
+
+def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
+    readme = (ROOT / "checkpoints" / "README.md").read_text()
+    for file in [*pull.CLIPS.values(), *pull.COCO.values()]:
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
+        known = "not published" if file.sha256 is None else file.url.split("/")[-2]
+        assert known in row
+    for file in pull.LPIPS.values():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
+        assert f"`{file.sha256 or file.sha256_start}`" in row
+
+
+def test_the_vgg_is_torchvisions_and_its_sha256_starts_as_its_name_says() -> None:
+    file = pull.LPIPS["vgg"]
+    assert file.url == VGG16_Weights.IMAGENET1K_V1.url
+    assert file.name == f"vgg16-{file.sha256_start}.pth"

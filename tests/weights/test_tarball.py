@@ -1,0 +1,388 @@
+"""weights.py: weights tars."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import gzip
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from urllib.parse import quote_from_bytes
+
+import pytest
+from model_files import web_server
+
+from clip_gen.files import ROOT
+from clip_gen.weights import tarball as module
+from clip_gen.weights.model_folder import ModelFolderError
+from clip_gen.weights.tarball import pack, resolve_weights
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+@pytest.fixture
+def weights_tar(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    pack(tiny_model_folder, tmp_path / "weights.tar")
+    return tmp_path / "weights.tar"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_packed_folder_comes_back_file_by_file(tiny_model_folder: Path, weights_tar: Path, cache: Path) -> None:
+    with tarfile.open(weights_tar) as tar:
+        assert set(tar.getnames()) == {path.name for path in tiny_model_folder.iterdir()}
+    assert contents(resolve_weights(str(weights_tar))) == contents(tiny_model_folder)
+
+
+PACKING = """
+import sys, time
+from pathlib import Path
+from clip_gen.files import whole_or_not
+with whole_or_not(Path(sys.argv[1])) as temporary:
+    Path(temporary).write_bytes(b"half")
+    print(temporary, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next(tiny_model_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PACKING, str(tmp_path / "weights.tar")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        temporary = Path(process.stdout.readline().strip())
+        age(temporary, 100)
+        pack(tiny_model_folder, tmp_path / "weights.tar")
+        assert temporary.is_file()  # somebody writes it
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    pack(tiny_model_folder, tmp_path / "weights.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.tar"]
+
+
+def test_a_folder_is_itself(tiny_model_folder: Path) -> None:
+    assert resolve_weights(str(tiny_model_folder)) == tiny_model_folder
+
+
+def test_a_folder_that_a_training_left_holds_one(tiny_model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_folder, tmp_path / "trained" / "model")
+    assert resolve_weights(str(tmp_path / "trained")) == tmp_path / "trained" / "model"
+
+
+def test_a_tar_is_unpacked_once_and_again_when_it_changes(weights_tar: Path, cache: Path) -> None:
+    first = resolve_weights(str(weights_tar))
+    assert resolve_weights(str(weights_tar)) == first
+    os.utime(weights_tar, ns=(1, 1))
+    assert resolve_weights(str(weights_tar)) != first
+
+
+@pytest.mark.parametrize("form", ["data:application/x-tar;base64,", "DATA:;BASE64,"])
+def test_a_data_url_holds_a_tar(tiny_model_folder: Path, weights_tar: Path, cache: Path, form: str) -> None:
+    url = form + base64.b64encode(weights_tar.read_bytes()).decode()
+    assert contents(resolve_weights(url)) == contents(tiny_model_folder)
+
+
+def test_a_data_url_may_be_percent_encoded(tiny_model_folder: Path, weights_tar: Path, cache: Path) -> None:
+    data = gzip.compress(weights_tar.read_bytes())
+    assert contents(resolve_weights("data:," + quote_from_bytes(data))) == contents(tiny_model_folder)
+
+
+def write_zip(folder: Path, path: Path, inside: str, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in folder.iterdir():
+            archive.write(file, inside + file.name)
+    return path
+
+
+def write_tar(folder: Path, path: Path, inside: str) -> Path:
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, arcname=inside)
+    return path
+
+
+@pytest.mark.parametrize("inside", ["mine", "./mine", "trained/model", "."])
+def test_a_tar_may_hold_the_model_in_a_folder(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path, inside: str
+) -> None:
+    path = write_tar(tiny_model_folder, tmp_path / "weights.tar", inside)
+    assert contents(resolve_weights(str(path))) == contents(tiny_model_folder)
+
+
+@pytest.mark.parametrize("inside", ["", "mine/", "a\\b\\"])
+def test_a_zip_of_a_model_folder_is_as_good_as_a_tar(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path, inside: str
+) -> None:
+    path = write_zip(tiny_model_folder, tmp_path / "model.zip", inside)
+    assert contents(resolve_weights(path)) == contents(tiny_model_folder)
+    with web_server(tmp_path) as address:
+        assert contents(resolve_weights(f"{address}/model.zip")) == contents(tiny_model_folder)
+
+
+def test_parts_of_a_model_elsewhere_in_a_tar_are_passed_over(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    """As a whole training's folder has them."""
+    shutil.copytree(tiny_model_folder, tmp_path / "trained" / "model")
+    (tmp_path / "trained" / "work" / "gpt").mkdir(parents=True)
+    (tmp_path / "trained" / "work" / "gpt" / "gpt.safetensors").write_bytes(b"half-trained")
+    path = write_tar(tmp_path / "trained", tmp_path / "all.tar", "trained")
+    assert contents(resolve_weights(path)) == contents(tiny_model_folder)
+
+
+def test_an_archive_of_two_models_is_refused(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(tiny_model_folder, tmp_path / "both" / name)
+    path = write_tar(tmp_path / "both", tmp_path / "both.tar", "both")
+    with pytest.raises(ModelFolderError, match=r"both\.tar: holds several models, both/a and both/b; pack one of them"):
+        resolve_weights(path)
+    assert not folders(cache)
+
+
+def test_a_zip_that_would_unpack_without_bounds_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    path = write_zip(tiny_model_folder, tmp_path / "model.zip", "", zipfile.ZIP_LZMA)
+    with pytest.raises(ModelFolderError, match=r"model\.zip: .* compressed in an unusual way"):
+        resolve_weights(path)
+    assert not folders(cache)
+
+
+def test_a_zip_with_too_much_in_it_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_zip(tiny_model_folder, tmp_path / "model.zip", "")
+    monkeypatch.setattr(module, "MOST_BYTES", path.stat().st_size + 1000)
+    monkeypatch.setattr(module, "LEAST_BYTES", 0)
+    with pytest.raises(ModelFolderError, match=r"model\.zip: holds more than"):
+        resolve_weights(path)
+    assert not folders(cache)
+
+
+def folders(cache: Path) -> list[Path]:
+    return [path for path in cache.glob("*") if path.name != ".lock"]
+
+
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "gpt.safetensors"])
+def test_a_tar_with_too_much_in_it_is_refused_wanted_or_not(
+    tmp_path: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 2**20)
+    (tmp_path / "big").write_bytes(bytes(2**20 + 1))
+    with tarfile.open(tmp_path / "big.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "big", arcname=name)
+    with pytest.raises(ModelFolderError, match=r"big\.tar\.gz: .*holds more than"):
+        resolve_weights(str(tmp_path / "big.tar.gz"))
+
+
+def test_a_tar_of_endless_empty_files_is_refused(tmp_path: Path, cache: Path) -> None:
+    with tarfile.open(tmp_path / "many.tar.gz", "w:gz") as tar:
+        for i in range(5000):
+            tar.addfile(tarfile.TarInfo(str(i)))
+    with pytest.raises(ModelFolderError, match="thousands of files"):
+        resolve_weights(str(tmp_path / "many.tar.gz"))
+
+
+def test_a_full_disk_is_called_that(weights_tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*files: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(ModelFolderError, match=r"the disk is full; make room, or set CLIP_GEN_CACHE"):
+        resolve_weights(str(weights_tar))
+    assert not folders(cache)
+
+
+def test_a_url_is_unpacked_once_and_again_when_its_file_changes(weights_tar: Path, tmp_path: Path, cache: Path) -> None:
+    (site := tmp_path / "site").mkdir()
+    shutil.copy(weights_tar, site)
+    with web_server(site) as address:
+        url = f"{address}/weights.tar"
+        first = resolve_weights(url)
+        assert resolve_weights(url) == first
+        age(site / "weights.tar", 60)  # as long as before: retrained weights are
+        assert resolve_weights(url) != first
+
+
+def test_without_a_mark_of_its_version_a_url_is_read_each_time(
+    weights_tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with web_server(weights_tar.parent, hidden=("Last-Modified",)) as address:
+        url = f"{address}/weights.tar"
+        assert resolve_weights(url) != resolve_weights(url)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No CLIP_GEN_CACHE, a HOME that cannot be written to, and a temporary folder of our own."""
+    (tmp_path / "home").write_text("a file")
+    (temporary := tmp_path / "tmp").mkdir()
+    monkeypatch.delenv("CLIP_GEN_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    return temporary
+
+
+def test_where_home_cannot_be_written_to_a_private_temporary_folder_serves(weights_tar: Path, nowhere: Path) -> None:
+    assert nowhere in resolve_weights(str(weights_tar)).parents
+    assert [path.stat().st_mode & 0o777 for path in nowhere.iterdir()] == [0o700]
+
+
+def test_where_there_is_no_home_too(weights_tar: Path, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert nowhere in resolve_weights(str(weights_tar)).parents
+
+
+def test_a_temporary_folder_that_others_can_write_to_is_refused(weights_tar: Path, nowhere: Path) -> None:
+    (nowhere / f"clip-gen-{os.getuid()}").mkdir()
+    (nowhere / f"clip-gen-{os.getuid()}").chmod(0o777)
+    with pytest.raises(ModelFolderError, match="set CLIP_GEN_CACHE"):
+        resolve_weights(str(weights_tar))
+
+
+def test_a_named_cache_that_cannot_be_written_to_is_refused(weights_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_GEN_CACHE", __file__)
+    with pytest.raises(ModelFolderError, match=r"^CLIP_GEN_CACHE is .* cannot be written to"):
+        resolve_weights(str(weights_tar))
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ("/no/such/thing", "/no/such/thing: no such file or folder; give a model folder"),
+        ("", "the name of the weights is empty; give a model folder"),
+        ("ftp://example.com/weights.tar", "no such file or folder"),
+        ("http://127.0.0.1:9/weights.tar", "http://127.0.0.1:9/weights.tar: cannot be opened (<urlopen error"),
+        ("http://[bad/x", "Invalid IPv6 URL"),
+        ("http://", "no host given"),
+        ("http://exämple.com/weights.tar", "a URL is ASCII"),
+        ("http://127.0.0.1:9/" + "x y" * 2000, "URL can't contain control characters"),
+        ("data:application/x-tar;base64,???", "its data is not base64: Only base64 data is allowed"),
+        ("data:application/x-tar;base64,ä", "its data is not base64"),
+        ("data:application/x-tar;base64,aGVsbG8=", "cannot be read (truncated header)"),
+        ("data:,x", "cannot be read (truncated header)"),
+        ("data:x", "a data URL needs a comma before its data"),
+        ("long" * 1250, "File name too long"),
+        ("\0", "no such file or folder"),
+        (__file__, "cannot be read (invalid header)"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_is_no_weights_is_a_short_sentence_and_leaves_nothing(weights: str, sentence: str, cache: Path) -> None:
+    with pytest.raises(ModelFolderError) as error:
+        resolve_weights(weights)
+    assert sentence in str(error.value)
+    assert weights[:101] not in str(error.value) or len(weights) <= 100
+    assert len(str(error.value)) < 350
+    assert not folders(cache)
+
+
+@pytest.mark.parametrize("kept", [5_120, 50_000])  # between two files, and within one
+def test_a_truncated_tar_is_to_be_downloaded_again_and_leaves_nothing(
+    weights_tar: Path, cache: Path, kept: int
+) -> None:
+    weights_tar.write_bytes(weights_tar.read_bytes()[:kept])
+    with pytest.raises(ModelFolderError, match=r"weights\.tar: is damaged or cut off \(.*\); download or copy it"):
+        resolve_weights(str(weights_tar))
+    assert not folders(cache)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"<!DOCTYPE html><html>Log in", "is an HTML page, not weights"),
+        (b"\n<html>", "is an HTML page, not weights"),
+        (b"", "is empty"),
+        (b"PK\3\4 and no zip", "cannot be read (File is not a zip file)"),
+        (bytes(10_240), "holds no weights, nothing in it is called config.yaml"),
+    ],
+)
+def test_a_file_that_is_something_else_is_called_that(
+    tmp_path: Path, cache: Path, content: bytes, sentence: str
+) -> None:
+    (tmp_path / "weights.tar").write_bytes(content)
+    with pytest.raises(ModelFolderError) as error:
+        resolve_weights(tmp_path / "weights.tar")
+    assert f"weights.tar: {sentence}" in str(error.value)
+    assert not folders(cache)
+
+
+def test_a_folder_without_a_model_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"holds no model, its config\.yaml is missing"):
+        resolve_weights(tmp_path)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ModelFolderError, match=r"holds a training that has not ended; start the same command again"):
+        resolve_weights(tmp_path)
+
+
+def test_a_hostile_tar_writes_nothing_outside_its_folder(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "hostile.tar"
+    with tarfile.open(path, "w") as tar:
+        for file in tiny_model_folder.iterdir():
+            if file.name != "training.json":
+                tar.add(file, arcname=file.name)
+        for name in ("../climbed", str(tmp_path / "absolute"), "sub/config.yaml"):
+            tar.add(tiny_model_folder / "config.yaml", arcname=name)
+        link = tarfile.TarInfo("training.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+    unpacked = contents(resolve_weights(str(path)))
+    assert unpacked == {name: data for name, data in contents(tiny_model_folder).items() if name != "training.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"hostile.tar", "cache"}
+
+
+def test_a_tar_without_a_model_is_named(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(__file__, arcname="photo.jpg")
+    with pytest.raises(ModelFolderError, match=r"photos\.tar: holds no weights, nothing in it is called config\.yaml"):
+        resolve_weights(str(tmp_path / "photos.tar"))
+    with tarfile.open(tmp_path / "half.tar", "w") as tar:
+        tar.add(tiny_model_folder / "config.yaml", arcname="config.yaml")
+    with pytest.raises(ModelFolderError, match=r"half\.tar: has no clip\.safetensors; pack the whole model folder"):
+        resolve_weights(str(tmp_path / "half.tar"))
+    assert not folders(cache)
+
+
+def empty_files(path: Path, names: Iterable[str]) -> Path:
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    return path
+
+
+def test_names_in_a_tar_cannot_fill_the_memory(tmp_path: Path, cache: Path) -> None:
+    path = empty_files(tmp_path / "long.tar.gz", (f"{i}/" + "a/" * 200_000 + "config.yaml" for i in range(3)))
+    with pytest.raises(ModelFolderError, match=r"long\.tar\.gz: holds no weights"):
+        resolve_weights(path)
+    path = empty_files(tmp_path / "many.tar.gz", (f"{i}/config.yaml" for i in range(100)))
+    with pytest.raises(ModelFolderError, match=r"many\.tar\.gz: holds model files in more than 64 folders"):
+        resolve_weights(path)
+    assert not folders(cache)
+
+
+def test_a_tar_may_have_any_name_that_linux_allows(weights_tar: Path, tiny_model_folder: Path, cache: Path) -> None:
+    named = weights_tar.rename(weights_tar.with_name(os.fsdecode(b"gewichte-\xfc.tar")))
+    assert contents(resolve_weights(named)) == contents(tiny_model_folder)
