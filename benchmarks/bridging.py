@@ -119,7 +119,7 @@ def graded(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "checkpoints" / "shapes")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shapes.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "clip_gen" / "configs" / "shapes.yaml")
     parser.add_argument("--noise", type=float, nargs="+", help="train at these strengths instead")
     parser.add_argument("--from-nothing", action="store_true", help="new transformers")
     parser.add_argument("--steps", type=int, default=400, help="of those")

@@ -7,10 +7,14 @@ sampling/sampler, networks/gpt and networks/vqgan; to follow a training, trainin
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from clip_gen.pipeline import ClipGen, Generation
+
+if sys.platform != "linux":
+    raise ImportError("clip_gen runs on Linux only; on macOS use Docker, on Windows use WSL 2 or Docker")
 
 __all__ = ["ClipGen", "Generation"]
 

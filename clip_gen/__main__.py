@@ -1,10 +1,11 @@
-"""The command line: `python -m clip_gen generate | import | pull | shapes | train | train-shapes | evaluate`."""
+"""The command line, `python -m clip_gen COMMAND`; after `pip install` also `clip-gen COMMAND`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import logging
+import os
 import sys
 
 from clip_gen.files import name_cache_folders
@@ -25,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 1 and one sentence on stderr when the input is at fault."""
     name_cache_folders()
     words = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m clip_gen")
+    installed = os.path.basename(sys.argv[0]) == "clip-gen"
+    parser = argparse.ArgumentParser(prog="clip-gen" if installed else "python -m clip_gen")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (module, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what.capitalize() + ".")

@@ -12,13 +12,21 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # the project's folder
+ROOT = Path(__file__).resolve().parent.parent  # the project's folder; site-packages after `pip install`
 COMMAND = "CLIP_GEN_COMMAND"  # the variable that holds what a person typed to start a training, for messages
 SAVING = ".saving-"  # how the names of incomplete files and folders begin
 LEFT_OVER_SECONDS = 60  # a new file may not have its lock yet
 MARK = ".clip-gen"  # the file that marks a folder as written by this program
 # Left by the system, not by a person; nothing here writes or removes them.
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
+
+
+def checkpoints_folder() -> Path:
+    """Where model folders are kept: the project's checkpoints/, or the user's data folder after `pip install`."""
+    if (ROOT / "checkpoints").is_dir():
+        return ROOT / "checkpoints"
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(data) / "clip-gen" / "checkpoints"
 
 
 @contextmanager

@@ -32,9 +32,14 @@ def own_weights(given: str | None = None) -> tuple[str, str]:
         return named if is_url(named) else str(ROOT / Path(named).expanduser()), "CLIP_GEN_MODEL names it"
     if (COCO / CONFIG).is_file():
         return str(COCO), "it was pulled"
+    if not (BUNDLED / CONFIG).is_file():
+        raise ValueError(
+            "no model is installed: `clip-gen pull coco` downloads one of photographs (2 GB); or name a model folder, a "
+            "weights tar or its URL"
+        )
     return str(BUNDLED), "no other was named or pulled; it knows plain shapes only"
 
 
 def own_lpips() -> Path:
     """The file with LPIPS's weights, there or not: in the folder CLIP_GEN_LPIPS names, else where it is pulled to."""
-    return ROOT / (os.environ.get("CLIP_GEN_LPIPS") or "checkpoints/lpips") / lpips.WEIGHTS
+    return ROOT / (os.environ.get("CLIP_GEN_LPIPS") or CHECKPOINTS / "lpips") / lpips.WEIGHTS

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from clip_gen.files import ROOT, alone_in
+from clip_gen.files import alone_in, checkpoints_folder
 from clip_gen.weights.download import check_room, fetch
 from clip_gen.weights.importers import openai_clip
 from clip_gen.weights.importers.cli import DTYPES
@@ -19,7 +19,7 @@ from clip_gen.weights.importers.convert import import_clip, import_hfailab
 from clip_gen.weights.importers.lpips import check_lpips_folder, import_lpips
 from clip_gen.weights.model_folder import check_model_folder
 
-CHECKPOINTS = ROOT / "checkpoints"
+CHECKPOINTS = checkpoints_folder()
 HFAILAB = "https://github.com/HFAiLab/clip-gen/releases/download/v0.1.0"
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 

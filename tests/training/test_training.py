@@ -241,7 +241,7 @@ def test_a_part_killed_after_its_last_step_still_tells_what_it_measured(trained:
 def test_the_bundled_models_recipe_teaches_places_that_tell_something_from_like_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = read_config(ROOT / "configs" / "shapes.yaml", ShapesConfig)
+    whole = read_config(ROOT / "clip_gen" / "configs" / "shapes.yaml", ShapesConfig)
     whole.model.check()
     short = replace(whole.gpt_fit, steps=2, batch_size=16, compile=False)
     recipe = Recipe(replace(whole, gpt_fit=short, encoded_pictures=64), tmp_path)

@@ -1,6 +1,6 @@
 """The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, and last CLIP as a ranker.
 
-    python -m clip_gen train-shapes [--config configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
+    python -m clip_gen train-shapes [--config clip_gen/configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
 Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint. With
 --parts several processes train parts at a time in one work folder, each waiting for what the others train, as
@@ -26,6 +26,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+import clip_gen
 from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import alone_in, names_in, own, write_whole
 from clip_gen.hardware import at_work
@@ -52,6 +53,8 @@ from clip_gen.worlds.shapes.ranker import RankedPictures, RankerTrainer, ranked_
 from clip_gen.worlds.shapes.scenes import HELD_OUT, sample_scene
 
 log = logging.getLogger(__name__)
+
+CONFIG = Path(clip_gen.__file__).parent / "configs" / "shapes.yaml"
 
 # Streams of pictures that never meet: each is a seed of its own.
 PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
@@ -270,7 +273,7 @@ def fingerprint(path: Path) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=Path("configs/shapes.yaml"))
+    parser.add_argument("--config", type=Path, default=CONFIG, help="default: the recipe of the bundled model")
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"), help="checkpoints and encoded pictures")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where the model folder goes")
     parser.add_argument("--devices", default="auto", help="GPUs or, on a CPU, processes that share the work")
