@@ -34,8 +34,8 @@ def own_weights(given: str | None = None) -> tuple[str, str]:
         return str(COCO), "it was pulled"
     if not (BUNDLED / CONFIG).is_file():
         raise ValueError(
-            "no model is installed: `clip-gen pull coco` downloads one of photographs (2 GB); or name a model folder, a "
-            "weights tar or its URL"
+            "no model is installed: `clip-gen pull coco` downloads one of photographs (2 GB); "
+            "or name a model folder, a weights tar or its URL"
         )
     return str(BUNDLED), "no other was named or pulled; it knows plain shapes only"
 

@@ -1,6 +1,6 @@
 """The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, and last CLIP as a ranker.
 
-    python -m clip_gen train-shapes [--config clip_gen/configs/shapes.yaml] [--out checkpoints/shapes] [--work runs/shapes]
+    python -m clip_gen train-shapes [--config RECIPE.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
 Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint. With
 --parts several processes train parts at a time in one work folder, each waiting for what the others train, as
