@@ -24,7 +24,7 @@ import torch
 from figures import Figure, keep, machine, table
 from subjects import BUNDLED, Subject, write_published
 
-from clip_gen.pipeline import choose_device
+from clip_gen.hardware import choose_device
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -24,8 +24,8 @@ import torch
 
 from clip_gen import ClipGen
 from clip_gen.config import BridgeConfig, read_config
+from clip_gen.hardware import choose_dtype
 from clip_gen.networks.gpt import GPT
-from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.training.datasets import (
     EncodedPictures,
@@ -151,7 +151,7 @@ def main() -> None:
         way = f"noise {noise}" + (" from nothing" if arguments.from_nothing else "")
         print(f"{way}: {nats:.4f} nats a token on pictures never seen")
         found.setdefault("nats", {})[way] = nats
-        model.gpt = gpt.to(model.device).work_in(choose_dtype(None, model.device))
+        model.gpt = gpt.to(model.device).cast_for_inference(choose_dtype(None, model.device))
         measure(way, "text", Sampling())
         measure(f"{way}, image embeddings", "image", Sampling())
 

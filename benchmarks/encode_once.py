@@ -32,12 +32,11 @@ from pytorch_lightning.callbacks import Callback
 from torch.utils.data import Subset, default_collate
 
 from clip_gen.config import ModelConfig, read_config
-from clip_gen.hardware import at_work
+from clip_gen.hardware import choose_device, on_device
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.pipeline import choose_device
 from clip_gen.training.datasets import (
     EncodedPictures,
     Endless,
@@ -90,7 +89,7 @@ def measure(size: str, clip: ClipEncoder, pictures: int, batch_size: int, steps:
         images = from_bytes(pixels.to(device))
         step(clip.encode_image(images), vqgan.encode(images))
 
-    with at_work(gpt, vqgan, clip) as device:
+    with on_device(gpt, vqgan, clip) as device:
         found = {
             "every step": speed(encoded_every_time, batch_size, steps),
             "once": speed(encoded_once, batch_size, steps),

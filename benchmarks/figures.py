@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from clip_gen.pipeline import choose_dtype
+from clip_gen.hardware import choose_dtype
 
 COLUMNS = ("what", "ours", "plain", "ratio", "share", "bar")
 

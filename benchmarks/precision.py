@@ -20,14 +20,14 @@ import numpy as np
 
 from clip_gen import ClipGen
 from clip_gen.files import write_whole
-from clip_gen.networks.float16_linear import has_products
+from clip_gen.hardware import supports_float16
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.worlds.shapes.grading import CANDIDATES, TITLES, TOGETHER, Evaluation, Graded
 from clip_gen.worlds.shapes.prompts import KINDS, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {
-    "cpu": ("float32", *(["float16"] if has_products() else []), "bfloat16", "int8"),
+    "cpu": ("float32", *(["float16"] if supports_float16() else []), "bfloat16", "int8"),
     "cuda": ("float32", "bfloat16"),
 }
 

@@ -51,7 +51,7 @@ def beside(reference: dict[int, float], theirs: GPT, ours: GPT, subject: Subject
         taken = MOST_ROWS * our_seconds(ours, device, MOST_ROWS, times)
         others = [Figure(f"all of {MOST_ROWS}", taken, MOST_ROWS * reference[best], most_seconds=most)]
     else:
-        gpt = copy.deepcopy(theirs).work_in(torch.int8)
+        gpt = copy.deepcopy(theirs).cast_for_inference(torch.int8)
         ones["one candidate alone, int8"] = our_seconds(gpt, device, 1, times)
         others = [Figure("each of 16, int8", our_seconds(gpt, device, 16, times), reference[best])]
     quickest = min(ones, key=ones.get)

@@ -1,4 +1,4 @@
-"""What the machine has: CPUs, threads for torch, and a GPU to work on."""
+"""What the machine has: CPU cores, threads for torch, the device, its number formats and its free memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import gc
 import math
 import os
+import platform
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +18,86 @@ import torch
 from torch import nn
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMORY_FILES = (  # limit, usage and statistics: of cgroups version 2 and version 1
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The device for "cpu", "cuda" or "auto", which is the GPU if there is one. ValueError for any other."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f'device is "{device}"; give "auto", "cpu" or "cuda"')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device is "cuda", but torch sees none here; give "cpu" or "auto"')
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The type of the transformer's matrices. None: $CLIP_GEN_DTYPE, or auto if that is not set.
+
+    auto: bfloat16 where the hardware multiplies it, float16 on other x86 CPUs, else float32. ValueError for an unknown
+    type, and for one that this device does not support.
+    """
+    dtype = dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto"
+    if dtype not in ("auto", "float32", "bfloat16", "float16", "int8"):
+        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16", "float16" or "int8"')
+    if dtype in ("float16", "int8") and device.type != "cpu":
+        raise ValueError(f'dtype is "{dtype}", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
+    if dtype == "float16" and not supports_float16():
+        raise ValueError('dtype is "float16", whose products need an x86 processor with AVX2; give "auto"')
+    if dtype == "auto" and prefers_bfloat16(device):
+        dtype = "bfloat16"
+    elif dtype == "auto":
+        dtype = "float16" if device.type == "cpu" and supports_float16() else "float32"
+    return getattr(torch, dtype)
+
+
+def prefers_bfloat16(device: torch.device, training: bool = False) -> bool:
+    """Whether products are faster in bfloat16 than in float32: on a GPU that supports it, and on a CPU with AMX.
+
+    A CPU with AVX512_BF16 counts in training only: the large products of training are faster there (208 GFLOP/s on one
+    core of an EPYC 9004, against 78), but the small ones of sampling are not.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or (training and capabilities.get("avx512_bf16")))
+
+
+def supports_float16() -> bool:
+    """Whether this CPU can multiply with float16 weights (networks/float16_linear.py): FBGEMM needs x86 with AVX2."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")  # torch lists FBGEMM on ARM too
+    return x86 and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device; for a CPU in a container, within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = [int(lines["MemAvailable"].split()[0]) * 1024]
+    for limit, usage, statistics in MEMORY_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            most, used = (int((CGROUPS / name).read_text()) for name in (limit, usage))
+            kinds = dict(line.split() for line in (CGROUPS / statistics).read_text().splitlines())
+            cached = sum(int(kinds.get(name, 0)) for name in ("inactive_file", "active_file"))  # freed on demand
+            available.append(most - used + cached)
+    return max(0, min(available))
 
 
 def cpus() -> int:
-    """How many CPUs this process can keep busy: those it may run on, and no more than its cgroup's quota pays for. At
-    least 1; a quota of 1.5 CPUs counts as 1, because two threads would both wait for the next period.
+    """How many CPUs this process can use: those it may run on, limited by its cgroup's quota. At least 1.
+
+    A quota of 1.5 CPUs counts as 1, because two threads would both wait for the next period.
     """
     return max(1, math.floor(min(len(os.sched_getaffinity(0)), _cpu_quota())))
 
 
 def _cpu_quota() -> float:
-    """The least quota of this process's cgroups and of those around them, in CPUs; infinite without a limit."""
+    """The smallest quota of this process's cgroups and their parents, in CPUs; infinite without a limit."""
     quotas = [math.inf]
     for folder in _cpu_cgroups():
         with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
@@ -40,8 +110,9 @@ def _cpu_quota() -> float:
 
 
 def _cpu_cgroups() -> Iterator[Path]:
-    """Folders of the cgroups that limit CPU time. In a container the path in /proc may be the host's, and only the
-    folder at the top is there.
+    """Folders of the cgroups that limit CPU time.
+
+    In a container the path in /proc may be the host's. Then only the top folder exists.
     """
     lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []
     for line in lines:
@@ -53,38 +124,38 @@ def _cpu_cgroups() -> Iterator[Path]:
 
 
 def spare_cores() -> int:
-    """How many processes may prepare samples while this one works: 1 on 2 cores, never more than 16."""
+    """How many processes may load data while this one computes: all cores but one, from 1 to 16."""
     return min(16, max(1, cpus() - 1))
 
 
 def get_threads() -> int:
-    """How many threads torch uses for work of the calling thread. The lock is for a thread's first use of torch, which
-    would otherwise find the number that set_threads gives to another thread.
+    """How many threads torch uses for work of the calling thread.
+
+    The lock matters when a thread uses torch for the first time: set_threads changes that default for a moment.
     """
     with _setting_threads:
         return torch.get_num_threads()
 
 
 def set_threads(count: int) -> None:
-    """How many threads torch uses for work of the calling thread. Other threads keep their number.
+    """Sets how many threads torch uses for work of the calling thread, and of no other.
 
-    torch.set_num_threads alone also sets it for every thread that uses torch for the first time later.
+    torch.set_num_threads alone also changes the default for threads that use torch for the first time later.
     """
     if get_threads() == count:
         return
     with _setting_threads, ThreadPoolExecutor(1) as new_thread:
-        usual = new_thread.submit(torch.get_num_threads).result()
+        default = new_thread.submit(torch.get_num_threads).result()
         torch.set_num_threads(count)
-        new_thread.submit(torch.set_num_threads, usual).result()
+        new_thread.submit(torch.set_num_threads, default).result()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch works in the calling thread alone.
+    """Torch uses the calling thread alone.
 
-    A thread that works on several keeps helpers for good. With more helpers than processors, GNU's OpenMP puts all of
-    them to sleep between two operations, and a batcher that works on several threads takes two and a half times as
-    long.
+    A thread keeps the OpenMP threads that it started. With more of them than CPUs, GNU's OpenMP puts all to sleep
+    between two operations, and a batcher that uses several threads takes 2.5 times as long.
     """
     before = get_threads()
     set_threads(1)
@@ -95,7 +166,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _new_lock() -> None:
-    """A forked child has no thread that would release the lock."""
+    """Rebackends the lock in a forked child, where no thread would release it."""
     global _setting_threads
     _setting_threads = threading.Lock()
 
@@ -104,8 +175,8 @@ _new_lock()
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def give_back_memory() -> None:
-    """Returns to the system what malloc holds on to once it is freed (serving.train_process.KEEP_MEMORY)."""
+def release_memory() -> None:
+    """Returns freed memory, which malloc keeps (serving.train_process.KEEP_MEMORY), to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
@@ -113,10 +184,10 @@ def give_back_memory() -> None:
 
 
 @contextmanager
-def at_work(*networks: nn.Module) -> Iterator[torch.device]:
-    """Networks on a GPU for as long as they are used, where there is one; yields the device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.inference_mode(False):  # what is moved in there could not be trained afterwards
+def on_device(*networks: nn.Module) -> Iterator[torch.device]:
+    """Moves networks to the GPU, if there is one, and back to the CPU at the end; yields the device."""
+    device = choose_device()
+    with torch.inference_mode(False):  # parameters moved in inference mode could not be trained afterwards
         for network in networks:
             network.to(device)
     try:
@@ -129,16 +200,16 @@ def at_work(*networks: nn.Module) -> Iterator[torch.device]:
 
 @contextmanager
 def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
-    """Whether a GPU may round the factors of float32 products to the ten bits of TF32, several times as fast."""
+    """Whether a GPU may use TF32 in float32 products: mantissas of ten bits, several times as fast."""
     if device.type != "cuda":
         yield
         return
-    places = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [place.allow_tf32 for place in places]
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        for place in places:
-            place.allow_tf32 = allowed
+        for backend in backends:
+            backend.allow_tf32 = allowed
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.allow_tf32 = value
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_gen.hardware import one_thread, tensor_float32
+from clip_gen.hardware import choose_device, choose_dtype, one_thread, tensor_float32
 from clip_gen.images import to_pil
-from clip_gen.networks.float16_linear import has_products
-from clip_gen.networks.gpt import multiplies_bfloat16
 from clip_gen.sampling.batcher import Busy, shared_batcher
 from clip_gen.sampling.sampler import Sampling, Stopped, padded
 from clip_gen.validation import MAX_SEED, check_request
@@ -74,7 +71,7 @@ class ClipGen:
         source = weights if isinstance(weights, WeightsFolder) else open_weights(weights)
         with one_thread():
             networks = load_networks(source.path, chosen)
-            networks.gpt.work_in(choose_dtype(dtype, chosen))
+            networks.gpt.cast_for_inference(choose_dtype(dtype, chosen))
             if chosen.type == "cpu" and networks.config.vqgan.patch == 1:
                 # A seventh faster over whole pictures; over patches, whose images are small, a third slower.
                 networks.vqgan.decoder.to(memory_format=torch.channels_last)
@@ -207,33 +204,3 @@ class ClipGen:
         if not all(map(math.isfinite, scores)):
             raise ValueError(f"the scores are {scores[:4]}: what this model's CLIP or VQGAN was saved with is damaged")
         return images, scores
-
-
-def choose_device(device: str) -> torch.device:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f'device is "{device}"; give "auto", "cpu" or "cuda"')
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError('device is "cuda", but torch sees none here; give "cpu" or "auto"')
-    return torch.device(device)
-
-
-def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the hardware multiplies it, float16 on other x86 CPUs, else float32. If not given,
-    CLIP_GEN_DTYPE says, else auto.
-
-    ValueError for a type that there is not, or not on this device.
-    """
-    dtype = dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto"
-    if dtype not in ("auto", "float32", "bfloat16", "float16", "int8"):
-        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16", "float16" or "int8"')
-    if dtype in ("float16", "int8") and device.type != "cpu":
-        raise ValueError(f'dtype is "{dtype}", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
-    if dtype == "float16" and not has_products():
-        raise ValueError('dtype is "float16", whose products need an x86 processor with AVX2; give "auto"')
-    if dtype == "auto" and multiplies_bfloat16(device):
-        dtype = "bfloat16"
-    elif dtype == "auto":
-        dtype = "float16" if device.type == "cpu" and has_products() else "float32"
-    return getattr(torch, dtype)

@@ -17,13 +17,13 @@ from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.config import ClipConfig, GPTConfig, ModelConfig, VQGANConfig
-from clip_gen.networks.float16_linear import has_products
+from clip_gen.hardware import supports_float16
 from clip_gen.weights.importers.lpips import import_lpips
 from clip_gen.weights.model_folder import Networks, build, save_networks
 from clip_gen.worlds.shapes.pairs import RenderedPictures
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FLOAT16 = pytest.mark.skipif(not has_products(), reason="float16 is for x86 with AVX2")
+FLOAT16 = pytest.mark.skipif(not supports_float16(), reason="float16 is for x86 with AVX2")
 
 TINY = ModelConfig(
     name="tiny",

@@ -32,7 +32,8 @@ from torch.nn import functional as F
 
 from clip_gen import ClipGen
 from clip_gen.config import GPTConfig
-from clip_gen.networks.float16_linear import Float16Linear, has_products
+from clip_gen.hardware import supports_float16
+from clip_gen.networks.float16_linear import Float16Linear
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.int8_linear import Int8Linear
 from clip_gen.networks.kv_cache import SummedCache
@@ -186,7 +187,9 @@ def summed_attention(x: torch.Tensor) -> torch.Tensor:
     [
         ("matrix products", lambda x: F.linear(x, x)),
         ("matrix products", Int8Linear(nn.Linear(512, 512))),
-        pytest.param("matrix products", Float16Linear(nn.Linear(512, 512)) if has_products() else None, marks=FLOAT16),
+        pytest.param(
+            "matrix products", Float16Linear(nn.Linear(512, 512)) if supports_float16() else None, marks=FLOAT16
+        ),
         ("attention", lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])),
         ("attention", lambda x: summed_attention(x)),
         ("normalisation and activation", lambda x: F.gelu(x)),

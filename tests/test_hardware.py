@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from clip_gen.hardware import at_work, cpus, one_thread, set_threads, spare_cores, tensor_float32
+from clip_gen.hardware import available_memory, cpus, on_device, one_thread, set_threads, spare_cores, tensor_float32
 from clip_gen.serving.train_process import KEEP_MEMORY
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def allowed() -> tuple[bool, bool]:
@@ -44,9 +44,9 @@ def test_a_cpu_is_left_alone() -> None:
 
 def test_networks_are_back_on_the_cpu_after_an_error_too() -> None:
     network = nn.Linear(2, 2)
-    with at_work(network) as device:
+    with on_device(network) as device:
         assert network.weight.device.type == device.type
-    with pytest.raises(KeyError), at_work(network):
+    with pytest.raises(KeyError), on_device(network):
         raise KeyError
     assert network.weight.device.type == "cpu"
 
@@ -63,7 +63,7 @@ class Moved(nn.Linear):
 
 def test_networks_that_worked_where_nothing_is_learnt_can_be_trained_afterwards() -> None:
     network = Moved(2, 2).requires_grad_(False)
-    with torch.inference_mode(), at_work(network):
+    with torch.inference_mode(), on_device(network):
         assert network.weight.dtype == torch.float64
     network.requires_grad_(True)
     network(torch.ones(1, 2)).sum().backward()
@@ -173,3 +173,24 @@ print(kept - began, held() - began, int(prepares))
     kept, *left = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
     assert int(kept) > 300
     assert max(map(int, left)) < 30
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "statistics"),
+    [
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ],
+)
+def test_available_memory_is_the_containers_with_its_file_cache_counted_as_free(
+    limit: str, usage: str, statistics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_gen.hardware.CGROUPS", tmp_path)
+    assert available_memory(CPU) > 1e8
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("5000000\n")
+    (tmp_path / usage).write_text("4800000\n")
+    (tmp_path / statistics).write_text("anon 2000000\nfile 2800000\ninactive_file 1500000\nactive_file 1300000\n")
+    assert available_memory(CPU) == 3_000_000
+    (tmp_path / limit).write_text("max\n")
+    assert available_memory(CPU) > 1e8

@@ -18,11 +18,12 @@ from conftest import FLOAT16, TINY, tiny_networks
 from model_files import web_server
 from PIL import Image
 
-from clip_gen import ClipGen, pipeline
+from clip_gen import ClipGen
 from clip_gen.config import BridgeConfig
+from clip_gen.hardware import choose_device
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.networks.bridge import Bridge
-from clip_gen.pipeline import Stopped, choose_device
+from clip_gen.pipeline import Stopped
 from clip_gen.validation import check_prompt
 from clip_gen.weights.model_folder import ModelFolderError, build, load_networks, save_networks
 from clip_gen.weights.tarball import pack
@@ -108,7 +109,7 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.sampling import sampler
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=8, codebook_size=512, embed_dim=128)).eval()
-gpt.work_in(getattr(torch, sys.argv[1]))
+gpt.cast_for_inference(getattr(torch, sys.argv[1]))
 seen = []
 step = gpt.step
 gpt.step = lambda *given: seen.append(step(*given)) or seen[-1]
@@ -280,7 +281,7 @@ def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert types() == {torch.bfloat16}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    monkeypatch.setattr(pipeline, "has_products", lambda: False)
+    monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: False)
     assert types() == {torch.float32}
     monkeypatch.setenv("CLIP_GEN_DTYPE", "bfloat16")
     assert types() == {torch.bfloat16}

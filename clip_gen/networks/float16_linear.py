@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-
 import torch
 from torch import Tensor, nn
 
@@ -27,9 +25,3 @@ class Float16Linear(nn.Module):
         # Else torch looks for __torch_function__ on what is packed, which throws: a small product takes twice as long.
         with torch._C.DisableTorchFunctionSubclass():
             return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-
-
-def has_products() -> bool:
-    """Whether this CPU can: FBGEMM is for x86 with AVX2 alone."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")  # torch names the engine on ARM too
-    return x86 and "fbgemm" in torch.backends.quantized.supported_engines

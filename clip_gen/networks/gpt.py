@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
+from clip_gen.hardware import prefers_bfloat16
 from clip_gen.networks.float16_linear import Float16Linear
 from clip_gen.networks.int8_linear import Int8Linear
 from clip_gen.networks.kv_cache import KVCache, SummedCache
@@ -163,7 +164,7 @@ class GPT(nn.Module):
         self.register_buffer("rotation", rotation, persistent=False)
         places = places_around(math.isqrt(config.block_size)) if config.looks_around else None
         self.register_buffer("places_around", places, persistent=False)
-        self.register_buffer("neighbours", None, persistent=False)  # work_in's, and where the four begin in it
+        self.register_buffer("neighbours", None, persistent=False)  # set in cast_for_inference
         self.register_buffer("neighbour_starts", None, persistent=False)
         self.apply(self._start)
 
@@ -310,7 +311,7 @@ class GPT(nn.Module):
         """Whether a row has the same bits in a batch of any size, so that no batch need be filled up."""
         return isinstance(self.head, Int8Linear)
 
-    def work_in(self, dtype: torch.dtype) -> GPT:
+    def cast_for_inference(self, dtype: torch.dtype) -> GPT:
         """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is. It
         draws from then on, and is not to be trained.
 
@@ -318,7 +319,7 @@ class GPT(nn.Module):
         that, else float32, in which torch's attention is twice as fast. What was made of them cannot be saved, moved or
         made into another type.
         """
-        between = torch.bfloat16 if multiplies_bfloat16(self.device) else torch.float32
+        between = torch.bfloat16 if prefers_bfloat16(self.device) else torch.float32
 
         def kept(linear: nn.Linear) -> nn.Module:
             if dtype == torch.float16:
@@ -374,12 +375,3 @@ def with_null_condition(gpt: GPT) -> GPT:
     grown.load_state_dict(weights, assign=True)
     grown.rotation, grown.places_around = gpt.rotation, gpt.places_around
     return grown.train(gpt.training).requires_grad_(weight.requires_grad)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a few rows are quickest so: on a GPU that can, or a CPU with AMX. Trainings have more of them; see
-    training/stage.py.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -16,13 +16,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from clip_gen.hardware import cpus, set_threads
+from clip_gen.hardware import available_memory, cpus, set_threads
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.cuda_graphs import forget_idle
 from clip_gen.sampling.sampler import (
@@ -38,11 +37,6 @@ from clip_gen.sampling.sampler import (
 
 Row, Result = TypeVar("Row"), TypeVar("Result")
 
-CONTAINER = Path("/sys/fs/cgroup")
-CONTAINER_FILES = (  # limit, usage and what it is made of: in the second version of cgroups, and in the first
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
 LINGER = 0.02  # seconds that candidates which do not fill a batch wait for others to share it, from the last to come
 LONGEST = 0.1  # and from the first; ten times that while others' prompts are being read
 # Multiply-adds in a transformer's largest product for ROWS candidates, from which several threads pay. Threads wait for
@@ -436,23 +430,9 @@ def shared_batcher(device: torch.device) -> Batcher:
     with _making:
         batcher = _shared.get(key)
         if batcher is None or batcher.closed:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-            batcher = _shared[key] = Batcher(free / 2)
+            batcher = _shared[key] = Batcher(available_memory(device) / 2)
             atexit.register(batcher.close)  # a thread cut off inside torch would abort the process
         return batcher
-
-
-def available_memory() -> int:
-    """Bytes that processes here may still take, as Linux reckons them; in a container, of what it was given."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    room = [int(lines["MemAvailable"].split()[0]) * 1024]
-    for limit, usage, statistics in CONTAINER_FILES:
-        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-            most, held = (int((CONTAINER / name).read_text()) for name in (limit, usage))
-            kinds = dict(line.split() for line in (CONTAINER / statistics).read_text().splitlines())
-            # What is kept of files, such as weights that were read, is given back where it is wanted.
-            room.append(most - held + sum(int(kinds.get(name, 0)) for name in ("inactive_file", "active_file")))
-    return max(0, min(room))
 
 
 def _forget() -> None:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.data.decoding import load_picture
-from clip_gen.hardware import at_work, give_back_memory, spare_cores
+from clip_gen.hardware import on_device, release_memory, spare_cores
 from clip_gen.images import from_bytes
 from clip_gen.networks.bridge import add_noise
 from clip_gen.networks.clip_encoder import ClipEncoder
@@ -175,7 +175,7 @@ def prepared(samples: Dataset, sharing: int = 1, **options: object) -> DataLoade
     """
     wanted = max(1, spare_cores() // sharing)
     workers = workers_that_fit(DataLoader(samples, **options), wanted, sharing)
-    give_back_memory()
+    release_memory()
     if workers:
         make_socket_folder()
     return Loader(samples, num_workers=workers, worker_init_fn=_leave_signals, **options)
@@ -403,7 +403,7 @@ def _encoded_once(
     done, progress = 0, _Progress(path.name, len(pictures), seconds)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".rows")  # how many there will be is known at the end
-    with unfinished.open("wb") as file, at_work(network) as device:
+    with unfinished.open("wb") as file, on_device(network) as device:
         for batch in prepared(pictures, batch_size=batch_size):
             rows, batch_size = _encoded(batch, encode, device, batch_size, path.name)
             file.write(rows.numpy().astype(dtype).tobytes())

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.files import write_whole
+from clip_gen.hardware import choose_device, prefers_bfloat16
 from clip_gen.training.checkpoints import (
     LAST,
     PREVIOUS,
@@ -41,7 +42,7 @@ from clip_gen.training.datasets import Batches, prepared
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.interrupts import Interrupts
 from clip_gen.training.sharding import Sharding, in_one
-from clip_gen.training.stage import FitConfig, Stage, learns_in_bfloat16, processes
+from clip_gen.training.stage import FitConfig, Stage, processes
 
 log = logging.getLogger(__name__)
 
@@ -231,8 +232,7 @@ def _quiet_lightning() -> None:
 def _precision(wanted: str) -> str:
     if wanted != "auto":
         return wanted
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return "bf16-mixed" if learns_in_bfloat16(device) else "32-true"
+    return "bf16-mixed" if prefers_bfloat16(choose_device(), training=True) else "32-true"
 
 
 class Samples(pl.LightningDataModule):

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Subset
 from clip_gen.data.archive import Pictures, check_outside, fingerprint, unpack
 from clip_gen.data.manifest import unpacked
 from clip_gen.files import SAVING, alone_in, digest_of, remove_left_over, write_whole
-from clip_gen.hardware import at_work
+from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.clock import Clock
@@ -359,7 +359,7 @@ class Training:
     def base_quality(self) -> Quality:
         """How well the base's VQGAN reconstructs these pictures, by JUDGED_BY of them."""
         vqgan, errors = self.networks.vqgan, []
-        with at_work(vqgan) as device:
+        with on_device(vqgan) as device:
             for batch in DataLoader(self.files([*self.held_back, *self.learnt][:JUDGED_BY]), 16):
                 images = from_bytes(batch.to(device))
                 decoded = vqgan.decode(vqgan.encode(images))
@@ -504,7 +504,7 @@ class Training:
     def measure_pictures(self) -> None:
         """The bridge's image mean, over these pictures; the text mean stays the base's."""
         loader = prepared(self.files(self.learnt[:4000]), batch_size=64)
-        with at_work(self.networks.clip) as device:
+        with on_device(self.networks.clip) as device:
             embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_gen.networks.gpt import multiplies_bfloat16
+from clip_gen.hardware import prefers_bfloat16
 from clip_gen.training.sharding import share_of, whole
 
 
@@ -85,15 +85,6 @@ class Stage(pl.LightningModule):
 def processes() -> int:
     """How many train together."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def learns_in_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies it quicker than float32 where there are many rows, as in training: a GPU, AMX,
-    and AVX-512's instructions for it (208 GFLOP/s on a core of an EPYC 9004, and 78 in float32). With those a few
-    rows, as when candidates are drawn, are still quickest in float16.
-    """
-    able = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return bool(able) or multiplies_bfloat16(device)
 
 
 def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
@@ -175,7 +166,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """(n, rows, columns) with all singular values brought to about 1, within a third or so, by Newton and Schulz's
     iteration with the post's coefficients, which trade exactness for speed.
     """
-    x = matrices.bfloat16() if learns_in_bfloat16(matrices.device) else matrices.float()
+    x = matrices.bfloat16() if prefers_bfloat16(matrices.device, training=True) else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -11,10 +11,10 @@ from conftest import FLOAT16, TINY
 from torch import nn
 from torch.nn import functional as F
 
-from clip_gen import ClipGen, pipeline
-from clip_gen.networks.float16_linear import Float16Linear, has_products
+from clip_gen import ClipGen
+from clip_gen.hardware import choose_dtype, supports_float16
+from clip_gen.networks.float16_linear import Float16Linear
 from clip_gen.networks.gpt import GPT
-from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling.batcher import batch_bytes
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 
@@ -74,7 +74,7 @@ def test_a_transformer_that_looks_around_has_its_rows_bits_alone_and_among_other
 ) -> None:
     torch.manual_seed(0)
     config = replace(TINY.gpt, n_embd=width, n_head=heads, looks_around=True, head_bias=True, rotary=True)
-    gpt = GPT(config).eval().work_in(torch.float16)
+    gpt = GPT(config).eval().cast_for_inference(torch.float16)
     embedding, uniforms = F.normalize(torch.randn(32, 16), dim=1), candidate_uniforms(0, range(32), 4)
     seen: list[torch.Tensor] = []
     step = gpt.step
@@ -110,13 +110,13 @@ def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert choose_dtype("auto", CPU) == torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    monkeypatch.setattr(pipeline, "has_products", lambda: True)
+    monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: True)
     assert choose_dtype("float16", CPU) == choose_dtype("auto", CPU) == torch.float16
-    monkeypatch.setattr(pipeline, "has_products", lambda: False)
+    monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: False)
     assert choose_dtype("auto", CPU) == torch.float32
     with pytest.raises(ValueError, match='dtype is "float16", whose products need an x86 processor with AVX2'):
         choose_dtype("float16", CPU)
 
 
 def test_an_x86_processor_with_avx2_can() -> None:
-    assert has_products() == bool(torch.cpu.get_capabilities().get("avx2"))
+    assert supports_float16() == bool(torch.cpu.get_capabilities().get("avx2"))

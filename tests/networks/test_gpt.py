@@ -56,12 +56,12 @@ def test_every_logit_depends_on_the_embedding(gpt: GPT, embedding: Tensor, token
     assert ((gpt(embedding, tokens[:, :-1]) - other).abs().amax(dim=(0, 2)) > 1e-4).all()
 
 
-@pytest.mark.parametrize("at_work", [False, True])
-def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: Tensor, at_work: bool) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: Tensor, on_device: bool) -> None:
     whole = gpt(embedding, tokens[:, :-1])
-    if at_work:
+    if on_device:
         names = set(gpt.state_dict())
-        gpt.work_in(torch.float32)
+        gpt.cast_for_inference(torch.float32)
         assert (gpt.neighbours is not None) == gpt.config.looks_around
         assert set(gpt.state_dict()) == names
     cache = gpt.new_cache(3)

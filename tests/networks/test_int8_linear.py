@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from clip_gen import ClipGen
 from clip_gen.config import GPTConfig
-from clip_gen.networks.gpt import GPT, multiplies_bfloat16
+from clip_gen.hardware import choose_dtype, prefers_bfloat16
+from clip_gen.networks.gpt import GPT
 from clip_gen.networks.int8_linear import Int8Linear
-from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling.batcher import batch_bytes
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 
@@ -54,7 +54,7 @@ def test_a_width_that_torch_would_read_past_is_refused() -> None:
 def test_a_row_has_the_same_bits_alone_and_among_others(guidance: float, looks_around: bool) -> None:
     torch.manual_seed(0)
     config = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=9, codebook_size=512, embed_dim=128, rotary=True)
-    gpt = GPT(replace(config, looks_around=looks_around)).eval().work_in(torch.int8)
+    gpt = GPT(replace(config, looks_around=looks_around)).eval().cast_for_inference(torch.int8)
     embedding, uniforms = F.normalize(torch.randn(40, 128), dim=1), candidate_uniforms(0, range(40), 9)
     seen: list[torch.Tensor] = []
     step = gpt.step
@@ -78,7 +78,7 @@ def test_a_model_draws_in_it(tiny_model_folder: Path, monkeypatch: pytest.Monkey
     gpt = model.gpt
     assert {block.attn.qkv.weight.dtype for block in gpt.blocks} == {gpt.head.weight.dtype} == {torch.int8}
     cache = gpt.new_cache(16)
-    assert cache.keys.dtype == (torch.bfloat16 if multiplies_bfloat16(model.device) else torch.float32)
+    assert cache.keys.dtype == (torch.bfloat16 if prefers_bfloat16(model.device) else torch.float32)
     logits = 16 * gpt.config.codebook_size * 48
     assert batch_bytes(gpt, Sampling(), 16) == cache.keys.nbytes + cache.values.nbytes + logits
 

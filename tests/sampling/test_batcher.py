@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -28,7 +27,6 @@ from clip_gen.sampling.batcher import (
     Batcher,
     Busy,
     Sampled,
-    available_memory,
     batch_bytes,
     shared_batcher,
 )
@@ -524,30 +522,9 @@ def test_a_forked_child_has_a_batcher_of_its_own(gpt: GPT) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
 
-@pytest.mark.parametrize(
-    ("limit", "usage", "statistics"),
-    [
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ],
-)
-def test_memory_is_that_of_the_container_without_what_it_keeps_of_files(
-    limit: str, usage: str, statistics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clip_gen.sampling.batcher.CONTAINER", tmp_path)
-    assert available_memory() > 1e8
-    (tmp_path / limit).parent.mkdir(exist_ok=True)
-    (tmp_path / limit).write_text("5000000\n")
-    (tmp_path / usage).write_text("4800000\n")
-    (tmp_path / statistics).write_text("anon 2000000\nfile 2800000\ninactive_file 1500000\nactive_file 1300000\n")
-    assert available_memory() == 3_000_000
-    (tmp_path / limit).write_text("max\n")
-    assert available_memory() > 1e8
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_predicted_from_the_rows(dtype: torch.dtype) -> None:
-    gpt = GPT(TINY.gpt).work_in(dtype)
+    gpt = GPT(TINY.gpt).cast_for_inference(dtype)
     for passes, sampling in ((1, Sampling()), (2, Sampling(guidance=2.0))):
         cache = gpt.new_cache(passes * 5)
         logits = passes * 5 * TINY.gpt.codebook_size * 48

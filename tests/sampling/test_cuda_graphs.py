@@ -166,7 +166,7 @@ def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
     with FakeTensorMode(), torch.device("cuda"):
         gpt = GPT(replace(TINY.gpt, rotary=True, looks_around=looks_around)).eval()
         if looks_around:
-            gpt._know_neighbours()  # as work_in does, which cannot change such parameters
+            gpt._know_neighbours()  # as cast_for_inference does, which cannot change such parameters
         embedding = torch.randn(40, gpt.config.embed_dim)
         batch = Batch(gpt, embedding, torch.rand(40, gpt.config.block_size), sampling)
         tokens = finished(batch)

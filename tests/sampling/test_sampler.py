@@ -278,7 +278,7 @@ def test_guidance_makes_both_its_passes_in_numbers_that_change_nothing() -> None
 
 
 def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
-    assert numbers_of_rows(GPT(TINY.gpt).work_in(torch.bfloat16)) == (ROWS,)
+    assert numbers_of_rows(GPT(TINY.gpt).cast_for_inference(torch.bfloat16)) == (ROWS,)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -291,7 +291,7 @@ def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
     recorded: bool, dtype: torch.dtype, looks_around: bool, guidance: float
 ) -> None:
     torch.manual_seed(0)
-    gpt = GPT(replace(TINY.gpt, looks_around=looks_around, rotary=True)).eval().work_in(dtype)
+    gpt = GPT(replace(TINY.gpt, looks_around=looks_around, rotary=True)).eval().cast_for_inference(dtype)
     embedding, uniforms = F.normalize(torch.randn(30, 16), dim=1), candidate_uniforms(0, range(30), LENGTH)
     whole, fewer = (Batch(gpt, embedding, uniforms, Sampling(guidance=guidance), recorded) for _ in range(2))
     assert not fewer.keep([7])  # nothing is drawn yet

@@ -600,7 +600,7 @@ def test_a_compiled_stage_learns_what_the_plain_one_does(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What Muon rounds to bfloat16 differs in its last bits, and soon by more.
-    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(stage, "prefers_bfloat16", lambda device, training: False)
     plain, compiled = (
         train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))
         for compile in (False, True)

@@ -22,14 +22,14 @@ from conftest import TINY, tiny_networks
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from clip_gen import ClipGen, pipeline
+from clip_gen import ClipGen
 from clip_gen.config import read_config
 from clip_gen.files import MARK, ROOT, alone_in, check_own
+from clip_gen.hardware import choose_dtype
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.pipeline import choose_dtype
 from clip_gen.training import datasets, processes, stage
 from clip_gen.training import fit as fit_module
 from clip_gen.training.datasets import (
@@ -413,7 +413,7 @@ def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is always in bfloat16: without, ours differs by that rounding."""
-    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(stage, "prefers_bfloat16", lambda device, training: bfloat16)
     torch.manual_seed(0)
     ours = GPT(TINY.gpt).eval()
     theirs, before = deepcopy(ours), deepcopy(ours.blocks.state_dict())
@@ -442,7 +442,7 @@ def test_cpus_learn_in_bfloat16_where_they_multiply_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
-    monkeypatch.setattr(pipeline, "has_products", lambda: drawn_in is not None)
+    monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: drawn_in is not None)
     assert fit_module._precision("auto") == learnt_in
     assert fit_module._precision("32-true") == "32-true"
     assert choose_dtype("auto", torch.device("cpu")) == (drawn_in or torch.float32)
@@ -452,7 +452,7 @@ def test_cpus_learn_in_bfloat16_where_they_multiply_it(
 def test_singular_values_are_brought_near_one_whatever_the_shape(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "learns_in_bfloat16", lambda device: False)
+    monkeypatch.setattr(stage, "prefers_bfloat16", lambda device, training: False)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = orthogonal(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)

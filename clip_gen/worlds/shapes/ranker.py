@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from clip_gen.hardware import at_work
+from clip_gen.hardware import choose_dtype, on_device
 from clip_gen.images import for_clip, from_bytes, to_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
-from clip_gen.pipeline import choose_dtype
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, draw, sample_tokens
 from clip_gen.training.datasets import prepared, whole_array
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
@@ -94,11 +93,11 @@ def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, 
     side, length = config.vqgan.resolution, config.gpt.block_size
     loader = prepared(Firsts(pairs, numbers), batch_size=TOGETHER, collate_fn=list)
     with (
-        at_work(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
+        on_device(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
         whole_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
         whole_array(texts, (len(numbers), 2, config.clip.embed_dim), np.float32) as rows,
     ):
-        gpt.work_in(choose_dtype("auto", device))
+        gpt.cast_for_inference(choose_dtype("auto", device))
         for start, firsts in zip(range(0, len(numbers), TOGETHER), loader, strict=True):
             indices = numbers[start : start + TOGETHER]
             turn, here = indices[0] // TOGETHER, slice(start, start + len(indices))

@@ -29,7 +29,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 import clip_gen
 from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import alone_in, names_in, own, write_whole
-from clip_gen.hardware import at_work
+from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training.datasets import (
     EncodedPictures,
@@ -213,7 +213,7 @@ class Recipe:
         bridge, clip = self.networks.bridge, self.networks.clip
         loader = prepared(self.pictures(4000, PICTURES), batch_size=64)
         scenes = (sample_scene(np.random.default_rng([self.stream(UNSEEN), i])) for i in range(4000))
-        with at_work(clip) as device:
+        with on_device(clip) as device:
             image = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader]).mean(dim=0).cpu()
             text = clip.encode_text([caption(describe(scene)) for scene in scenes]).mean(dim=0).cpu()
         bridge.image_mean.copy_(image)
