@@ -13,8 +13,7 @@ from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from clip_gen.files import COMMAND, ROOT
-from clip_gen.serving.signature import read_signature
+from clip_gen.files import COMMAND
 from clip_gen.training.checkpoints import has_checkpoint
 from clip_gen.training.fit import Machine
 from clip_gen.training.interrupts import ended_by_signals
@@ -38,18 +37,15 @@ MACHINE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="zip, tar or folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights; the same command resumes")
-    inputs = {one.name: one.arguments for one in read_signature(ROOT / "train.py", "train").inputs}
-    specs = {spec.name: spec for spec in (*fields(TrainSettings), *fields(Machine))}
-    for name, spec in specs.items():
-        told, kind = inputs.get(name, {}), type(spec.default)
-        words = told.get("description") or MACHINE[name]
+    for spec in (*fields(TrainSettings), *fields(Machine)):
+        kind, choices = type(spec.default), spec.metadata.get("choices")
+        words = spec.metadata.get("description") or MACHINE[spec.name]
         words += "" if spec.default == "" else " Default: %(default)s."
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        else:  # choices are TrainSettings.check's, which names the value and the remedy
-            how = {"type": kind, "metavar": "|".join(told.get("choices", [kind.__name__]))}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=spec.default, help=words, **how)
-
+        else:  # TrainSettings.check() names a value that is no choice, and the remedy
+            how = {"type": kind, "metavar": "|".join(choices or [kind.__name__])}
+        parser.add_argument(f"--{spec.name.replace('_', '-')}", default=spec.default, help=words, **how)
     words = "when standard input closes: save a checkpoint and end, or end at once"
     parser.add_argument("--watch-stdin", choices=WAYS, help=words)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.training.stage import FitConfig
@@ -54,52 +56,94 @@ VQGAN_STEPS = {"scratch": (4_000, 100, 60_000), "base": (1_500, 30, 20_000)}
 GPT_STEPS = {"scratch": (5_000, 150, 100_000), "base": (2_000, 50, 40_000)}
 
 
+def setting(default: object, description: str, **limits: object) -> Any:
+    """A field of TrainSettings, with its description and limits: ge, le, max_length and choices, as in Cog's Input().
+
+    train.py repeats them, because Cog reads that file without running it; a test compares the two.
+    """
+    return field(default=default, metadata={"description": description, **limits})
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a person may say of a training; 0 and "" leave it to the plan."""
+    """The settings of a training; 0 and "" leave the choice to plan()."""
 
-    stage: str = "both"
-    tokens: str = "auto"
-    base: str = ""
-    size: str = "base"
-    resolution: int = 0
-    codebook_size: int = 0
-    vqgan_steps: int = 0
-    transformer_steps: int = 0
-    batch_size: int = 0
-    vqgan_learning_rate: float = 0.0
-    transformer_learning_rate: float = 0.0
-    perceptual_weight: float = 0.2
-    adversarial_weight: float = 0.1
-    embedding_noise: float = 0.5
-    condition_dropout: float = 0.1
-    condition_blur: float = 0.25
-    mean_shift: float = 1.0
-    contrast_weight: float = 0.0
-    embedding_loss_weight: float = 0.0
-    crop: bool = True
-    flip: bool = True
-    shift: bool = False
-    sample_prompts: str = ""
-    precision: str = "auto"
-    max_minutes: float = 0.0
-    seed: int = 0
+    stage: str = setting("both", "What to train. vqgan alone makes a base for the transformer.", choices=STAGES)
+    tokens: str = setting(
+        "auto",
+        "keep: train the decoder alone, so the base's transformer still fits. learn: all. auto: as suits.",
+        choices=TOKENS,
+    )
+    base: str = setting(
+        "", "Model to start from: https URL of a weights tar; in script/train also a path. Blank: the default."
+    )
+    size: str = setting(
+        "base",
+        "base goes on with the base model; the others train new networks of that size for its CLIP.",
+        choices=("base", *SIZES),
+    )
+    resolution: int = setting(
+        0, "Side of the pictures for new networks; multiples of 16 suit all sizes. 0: by the size.", ge=0, le=1024
+    )
+    codebook_size: int = setting(0, "Codes of a new VQGAN, 16 or more. 0: by the number of pictures.", ge=0, le=16384)
+    vqgan_steps: int = setting(0, "Steps of stage 1. 0: by the number of pictures.", ge=0, le=1000000)
+    transformer_steps: int = setting(
+        0, "Most steps of stage 2; it ends when it no longer improves. 0: by the number of pictures.", ge=0, le=1000000
+    )
+    batch_size: int = setting(0, "Pictures a step. 0: by the pictures and the machine.", ge=0, le=4096)
+    vqgan_learning_rate: float = setting(0.0, "0: the usual one.", ge=0, le=0.1)
+    transformer_learning_rate: float = setting(0.0, "0: the usual one.", ge=0, le=0.1)
+    perceptual_weight: float = setting(
+        0.2, "How much reconstructions should look alike, to LPIPS if pulled, else to CLIP.", ge=0, le=100
+    )
+    adversarial_weight: float = setting(
+        0.1, "How much reconstructions should look real to a discriminator.", ge=0, le=100
+    )
+    embedding_noise: float = setting(
+        0.5, "Most noise added to a picture's embedding; with more, looser prompts work.", ge=0, le=10
+    )
+    condition_dropout: float = setting(
+        0.1, "Share of pictures learnt without their embedding, which guidance needs.", ge=0, le=0.9
+    )
+    condition_blur: float = setting(
+        0.25,
+        "Share of pictures learnt from embeddings that others like them fit too, as vague prompts' do.",
+        ge=0,
+        le=0.9,
+    )
+    mean_shift: float = setting(
+        1.0, "How far prompts are moved towards these pictures. 1: by what lies between their means.", ge=0, le=4
+    )
+    contrast_weight: float = setting(
+        0.0,
+        "Weight of a loss that tells each picture from a similar one; takes half as long again. 0: off.",
+        ge=0,
+        le=100,
+    )
+    embedding_loss_weight: float = setting(0.0, "Weight of CLIP-GEN's second loss; slow. 0: off.", ge=0, le=100)
+    crop: bool = setting(True, "Learn from random crops too.")
+    flip: bool = setting(True, "Learn from mirrored pictures too. Off for text and faces.")
+    shift: bool = setting(False, "Move about what stands on a plain ground. For drawings and logos.")
+    sample_prompts: str = setting(
+        "", "Prompts to draw now and then for the report, with | between them.", max_length=2000
+    )
+    precision: str = setting(
+        "auto", "Number format of the arithmetic. auto: bfloat16 where the hardware multiplies it.", choices=PRECISIONS
+    )
+    max_minutes: float = setting(0.0, "Stop after so long and keep what there is. 0: no end.", ge=0)
+    seed: int = setting(
+        0, "The same seed trains the same weights, on a CPU with the same number of threads.", ge=0, le=2147483647
+    )
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not 0 <= value < math.inf:
-                raise ValueError(f"{field.name} is {value}; give 0 or more")
-        if self.codebook_size and not LEAST_CODES <= self.codebook_size <= MOST_CODES:
+        if self.codebook_size > 0 and not LEAST_CODES <= self.codebook_size <= MOST_CODES:
             raise ValueError(
                 f"codebook_size is {self.codebook_size}; give {LEAST_CODES} to {MOST_CODES}, or 0 for a size "
                 "that suits the number of pictures"
             )
-        choices = {"stage": STAGES, "tokens": TOKENS, "size": ("base", *SIZES), "precision": PRECISIONS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f'{name} is "{getattr(self, name)}"; it takes one of {", ".join(allowed)}')
+        for spec in fields(self):
+            check_limits(spec.name, getattr(self, spec.name), spec.metadata)
         if self.size == "base":
             for name in ("resolution", "codebook_size"):
                 if getattr(self, name):
@@ -113,9 +157,17 @@ class TrainSettings:
             raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
         if self.stage == "transformer" and self.tokens != "auto":
             raise ValueError(f"tokens is {self.tokens}, but stage transformer leaves the VQGAN as it is: leave it out")
-        for name in ("condition_dropout", "condition_blur"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give less than 1")
+
+
+def check_limits(name: str, value: object, limits: Mapping[str, Any]) -> None:
+    """Raises ValueError with the value and the remedy. limits: a field's metadata."""
+    if value not in limits.get("choices", [value]):
+        raise ValueError(f'{name} is "{value}"; it takes one of {", ".join(limits["choices"])}')
+    if isinstance(value, int | float):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; give 0 or more")
+        if value > limits.get("le", math.inf):
+            raise ValueError(f"{name} is {value}; give {limits['le']} or less")
 
 
 @dataclass(frozen=True)
