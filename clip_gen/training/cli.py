@@ -37,7 +37,8 @@ MACHINE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, help="zip, tar or folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights; the same command resumes")
-    for spec in (*fields(TrainSettings), *fields(Machine)):
+    machine = [spec for spec in fields(Machine) if spec.name in MACHINE]
+    for spec in (*fields(TrainSettings), *machine):
         kind, choices = type(spec.default), spec.metadata.get("choices")
         words = spec.metadata.get("description") or MACHINE[spec.name]
         words += "" if spec.default == "" else " Default: %(default)s."
