@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_gen import ClipGen
-from clip_gen.files import write_whole
+from clip_gen.files import write_text_atomic
 from clip_gen.hardware import supports_float16
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.worlds.shapes.grading import CANDIDATES, TITLES, TOGETHER, Evaluation, Graded
@@ -83,7 +83,7 @@ def main() -> None:
         print(f"{title}\n{json.dumps(result, indent=1)}", flush=True)
         found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.out, json.dumps(found | {title: result}, indent=1) + "\n")
+        write_text_atomic(arguments.out, json.dumps(found | {title: result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 
-from clip_gen.files import name_cache_folders
+from clip_gen.files import set_compile_cache_folders
 
 # Each module brings add_arguments(parser) and main(arguments); imported only when asked for, since torch is slow.
 COMMANDS = {
@@ -24,7 +24,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 1 and one sentence on stderr when the input is at fault."""
-    name_cache_folders()
+    set_compile_cache_folders()
     words = sys.argv[1:] if arguments is None else arguments
     installed = os.path.basename(sys.argv[0]) == "clip-gen"
     parser = argparse.ArgumentParser(prog="clip-gen" if installed else "python -m clip_gen")

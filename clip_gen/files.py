@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder; site-packages after `pip install`
-COMMAND = "CLIP_GEN_COMMAND"  # the variable that holds what a person typed to start a training, for messages
-SAVING = ".saving-"  # how the names of incomplete files and folders begin
-LEFT_OVER_SECONDS = 60  # a new file may not have its lock yet
+COMMAND = "CLIP_GEN_COMMAND"  # the environment variable with the command that started a training, for messages
+PARTIAL = ".saving-"  # prefix of incomplete files and folders
+LEFTOVER_SECONDS = 60  # a newer file may not be locked yet
 MARK = ".clip-gen"  # the file that marks a folder as written by this program
-# Left by the system, not by a person; nothing here writes or removes them.
+# Made by the operating system. They do not count as content and are never removed.
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
 
 
@@ -30,14 +30,14 @@ def checkpoints_folder() -> Path:
 
 
 @contextmanager
-def whole_or_not(path: Path, durable: bool = True) -> Iterator[str]:
-    """A temporary name beside `path`. It replaces `path` on success and is removed on failure.
+def atomic_file(path: Path, durable: bool = True) -> Iterator[str]:
+    """A temporary file beside `path`. It replaces `path` on success and is removed on failure.
 
-    What a killed process left of this is removed the next time. durable: the data has reached the disk before `path`
-    changes, so that a power failure cannot lose both versions.
+    Leftovers of killed processes are removed first. durable: sync the data to disk before `path` changes, so that a
+    power failure cannot lose both versions.
     """
-    remove_left_over(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=SAVING)
+    remove_leftovers(path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
@@ -55,13 +55,13 @@ def whole_or_not(path: Path, durable: bool = True) -> Iterator[str]:
         sync(path.parent)
 
 
-def remove_left_over(folder: Path, seconds: float = LEFT_OVER_SECONDS) -> None:
-    """Removes what whole_or_not and whole_folder_or_not began so long ago and nobody holds the lock of.
+def remove_leftovers(folder: Path, seconds: float = LEFTOVER_SECONDS) -> None:
+    """Removes unlocked leftovers of atomic_file and atomic_folder that are older than this.
 
-    Between the two renames of whole_folder_or_not the old folder is there alone: it gets its name back.
+    If a process was killed between the two renames of atomic_folder, the old folder gets its name back.
     """
-    for path in folder.glob(f"{SAVING}*"):
-        with suppress(OSError), _opened(path) as descriptor:  # OSError: in use, or another user's
+    for path in folder.glob(f"{PARTIAL}*"):
+        with suppress(OSError), _opened(path) as descriptor:  # locked, or another user's
             if time.time() - os.fstat(descriptor).st_mtime < seconds:
                 continue
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +74,7 @@ def remove_left_over(folder: Path, seconds: float = LEFT_OVER_SECONDS) -> None:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[int]:
-    """A descriptor of a file or a folder."""
+    """File descriptor of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield descriptor
@@ -83,19 +83,19 @@ def _opened(path: str | Path) -> Iterator[int]:
 
 
 def _put_back(temporary: Path) -> None:
-    """Undoes the first half of a replacement that was interrupted before the second."""
+    """Restores the old folder if atomic_folder was interrupted between its two renames."""
     for old in temporary.glob("old/*"):
         if not (temporary.parent / old.name).exists():
             os.replace(old, temporary.parent / old.name)
 
 
-def write_whole(path: Path, text: str, durable: bool = True) -> None:
-    with whole_or_not(path, durable) as temporary:
+def write_text_atomic(path: Path, text: str, durable: bool = True) -> None:
+    with atomic_file(path, durable) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
 def sync(path: str | Path) -> None:
-    """Returns when the file's data, or the folder's list of names, is on the disk."""
+    """fsync of a file, or of a folder's list of names."""
     with _opened(path) as descriptor:
         os.fsync(descriptor)
 
@@ -105,11 +105,10 @@ def is_web_page(head: bytes) -> bool:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
 
 
-def name_cache_folders() -> None:
-    """Names the folders for compiled code, where nobody has. To be called before torch is imported.
+def set_compile_cache_folders() -> None:
+    """Sets the cache folders of torch's compiler and Triton, unless they are set. Call it before torch is imported.
 
-    Torch's default has the name of the user in it, and Triton's is in the home folder: a user of a container may have
-    neither.
+    Torch's default contains the user's name, and Triton's is in the home folder. A container's user may have neither.
     """
     folder = Path(tempfile.gettempdir())
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / f"torchinductor-{os.getuid()}"))
@@ -118,33 +117,33 @@ def name_cache_folders() -> None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a folder can be made in this one. Tried, since permissions alone do not tell: root has them all."""
+    """Whether a folder can be created in this one. Found out by trying: permissions say nothing about root."""
     try:
-        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=SAVING))
+        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=PARTIAL))
     except OSError:
         return False
     return True
 
 
-def digest_of(path: Path) -> str:
-    """Its SHA-256, in hexadecimal."""
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def alone_in(folder: Path, otherwise: str) -> Iterator[None]:
-    """Holds the folder's lock, which at most one process can. ValueError(otherwise, and by which process) if taken."""
+def folder_lock(folder: Path, message: str) -> Iterator[None]:
+    """Holds the lock of a folder. ValueError with the message and the other process's id if it is held already."""
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a+")  # not "w": that would erase the holder's number
+        lock = (folder / "lock").open("a+")  # "w" would erase the holder's process id
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip()
-            raise ValueError(otherwise + (f" (process {holder} holds it)" if holder else "")) from None
+            raise ValueError(message + (f" (process {holder} holds it)" if holder else "")) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -152,12 +151,12 @@ def alone_in(folder: Path, otherwise: str) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder_or_not(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`. It replaces `path` on success; on any failure `path` is as it was before."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`. It replaces `path` on success; on failure `path` stays as it was."""
     path = Path(os.path.realpath(path))  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_left_over(path.parent)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=SAVING))
+    remove_leftovers(path.parent)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=PARTIAL))
     new, old = temporary / "new", temporary / "old"
     try:
         with _opened(temporary) as lock:
@@ -179,7 +178,7 @@ def whole_folder_or_not(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def errors_named(folder: Path) -> Iterator[None]:
-    """Turns an OSError into a ValueError that names the folder and the remedy."""
+    """Turns an OSError into a ValueError that names the folder and what to do."""
     try:
         yield
     except OSError as error:
@@ -187,7 +186,7 @@ def errors_named(folder: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError when this cannot be a folder that this process writes into. Leaves nothing there."""
+    """ValueError unless this process can write into the folder, or create it. Leaves nothing there."""
     with errors_named(folder):
         nearest = folder.absolute()
         while not nearest.exists():
@@ -204,14 +203,14 @@ def check_writable(folder: Path) -> None:
             raise ValueError(f"{folder}: {nearest} cannot be written to; name another folder or change its permissions")
 
 
-def check_own(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
-    """ValueError unless the folder is new, empty or one that this program made. Changes no file.
+def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
+    """ValueError unless the folder is new, empty or made by this program. Changes no file.
 
-    kind: what the mark must say, such as "training". made_before_marks: whether a version of this program that wrote
-    no marks made the folder.
+    kind: the kind of folder in the mark, such as "training". made_before_marks: recognises folders of older versions,
+    which wrote no mark.
     """
     check_writable(folder)
-    names = names_in(folder)
+    names = list_names(folder)
     mark = folder / MARK
     if not names or (mark.is_file() and mark.read_text(errors="replace").startswith(f"{kind}\n")):
         return
@@ -221,32 +220,32 @@ def check_own(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]
 
 
 def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here: Callable[[Path], bool]) -> None:
-    """ValueError unless the folder is new, empty, or holds only files of these names and made_here accepts it.
+    """ValueError unless the folder is new or empty, or holds only files of these names and made_here accepts it.
 
-    kind: what such a folder is called in the error.
+    kind: the kind of folder in the message.
     """
     check_writable(folder)
-    check_writable(folder.absolute().parent)  # where the new one is written first
-    found = names_in(folder)
-    strange = [name for name in found if name not in names]
-    if strange:
-        raise ValueError(f"{folder}: holds {strange[0]}, which is no part of a {kind}; give another folder")
-    if found and not made_here(folder):
-        raise ValueError(f"{folder}: holds {found[0]}, but is no {kind} of this program; give another folder")
+    check_writable(folder.absolute().parent)  # where atomic_folder writes first
+    present = list_names(folder)
+    unknown = [name for name in present if name not in names]
+    if unknown:
+        raise ValueError(f"{folder}: holds {unknown[0]}, which is no part of a {kind}; give another folder")
+    if present and not made_here(folder):
+        raise ValueError(f"{folder}: holds {present[0]}, but is no {kind} of this program; give another folder")
 
 
-def own(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
-    """Creates and marks the folder, so that check_own accepts it from now on; ValueError where check_own says so."""
-    check_own(folder, kind, made_before_marks)
+def claim_folder(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
+    """Creates the folder and marks it as made by this program. Raises what check_claimable raises."""
+    check_claimable(folder, kind, made_before_marks)
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARK).is_file():
             text = f"{kind}\nCLIP-GEN made this folder and replaces files in it. Keep your own files elsewhere.\n"
-            write_whole(folder / MARK, text)
+            write_text_atomic(folder / MARK, text)
 
 
-def names_in(folder: Path) -> list[str]:
-    """Sorted names of what is in the folder, without the system's files and those that are being written."""
+def list_names(folder: Path) -> list[str]:
+    """Sorted names in the folder, without SYSTEM_FILES and incomplete files; none if there is no such folder."""
     with errors_named(folder):
         names = os.listdir(folder) if folder.exists() else []
-    return sorted(name for name in names if name not in SYSTEM_FILES and not name.startswith(SAVING))
+    return sorted(name for name in names if name not in SYSTEM_FILES and not name.startswith(PARTIAL))

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.files import whole_or_not
+from clip_gen.files import atomic_file
 from clip_gen.validation import check_number
 
 OUTPUT_FORMATS = ("png", "webp", "jpg")
@@ -99,5 +99,5 @@ def save_image(
         exif = Image.Exif()
         exif[EXIF_IMAGE_DESCRIPTION] = json.dumps(metadata)
         options["exif"] = exif
-    with whole_or_not(path, durable=False) as temporary:
+    with atomic_file(path, durable=False) as temporary:
         image.save(temporary, "jpeg" if output_format == "jpg" else output_format, **options)

@@ -12,15 +12,15 @@ import pytest
 
 from clip_gen.files import (
     MARK,
+    PARTIAL,
     ROOT,
-    SAVING,
-    alone_in,
-    check_own,
-    own,
-    remove_left_over,
-    whole_folder_or_not,
-    whole_or_not,
-    write_whole,
+    atomic_file,
+    atomic_folder,
+    check_claimable,
+    claim_folder,
+    folder_lock,
+    remove_leftovers,
+    write_text_atomic,
 )
 
 
@@ -29,11 +29,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def saved(folder: Path) -> dict[str, str]:
-    return {name: text for name, text in contents(folder).items() if not name.startswith(SAVING)}
+    return {name: text for name, text in contents(folder).items() if not name.startswith(PARTIAL)}
 
 
 def replace_folder(path: Path) -> None:
-    with whole_folder_or_not(path) as folder:
+    with atomic_folder(path) as folder:
         (folder / "config.yaml").write_text("new")
         (folder / "more.yaml").write_text("new")
 
@@ -64,7 +64,7 @@ def stop_at_call(number: int, call: Callable[..., object], after: bool) -> Calla
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("name", ["replace", "fsync", "open", "chmod", "mkdir"])
-@pytest.mark.parametrize("replace", [replace_folder, lambda path: write_whole(path / "config.yaml", "new")])
+@pytest.mark.parametrize("replace", [replace_folder, lambda path: write_text_atomic(path / "config.yaml", "new")])
 def test_an_interruption_at_any_call_leaves_the_old_or_the_new(
     replace: Callable[[Path], None], name: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +90,7 @@ def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path) -> None:
     replace_folder(tmp_path / "model")
 
     def fail() -> None:
-        with whole_folder_or_not(tmp_path / "model") as folder:
+        with atomic_folder(tmp_path / "model") as folder:
             (folder / "config.yaml").write_text("newer")
             raise OSError("No space left on device")
 
@@ -104,7 +104,7 @@ def test_data_is_on_the_disk_before_the_name_changes(tmp_path: Path, monkeypatch
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"{a} to {b}"), replace(a, b)))
-    with whole_or_not(tmp_path / "file") as temporary:
+    with atomic_file(tmp_path / "file") as temporary:
         Path(temporary).write_text("text")
     assert calls == [temporary, f"{temporary} to {tmp_path / 'file'}", str(tmp_path)]
     calls.clear()
@@ -113,7 +113,7 @@ def test_data_is_on_the_disk_before_the_name_changes(tmp_path: Path, monkeypatch
     assert {Path(call).name for call in calls[:moved]} == {"config.yaml", "more.yaml", "new"}
     assert calls[moved + 1 :] == [str(tmp_path)]
     calls.clear()
-    write_whole(tmp_path / "file", "text", durable=False)
+    write_text_atomic(tmp_path / "file", "text", durable=False)
     assert len(calls) == 1
 
 
@@ -126,19 +126,19 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_a_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
-    hold = "import sys; from pathlib import Path; from clip_gen.files import alone_in"
-    hold += "\nwith alone_in(Path(sys.argv[1]), ''): print('held', flush=True); sys.stdin.read()"
+    hold = "import sys; from pathlib import Path; from clip_gen.files import folder_lock"
+    hold += "\nwith folder_lock(Path(sys.argv[1]), ''): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
         for _ in range(2):  # whoever is refused leaves the holder's number
             busy = rf"^busy \(process {holder.pid} holds it\)$"
-            with pytest.raises(ValueError, match=busy), alone_in(tmp_path, "busy"):
+            with pytest.raises(ValueError, match=busy), folder_lock(tmp_path, "busy"):
                 pass
         holder.kill()
         holder.wait()
-        with alone_in(tmp_path, "busy"):
+        with folder_lock(tmp_path, "busy"):
             assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
@@ -146,20 +146,20 @@ def test_only_a_folder_that_is_new_or_empty_or_marked_is_written_into(tmp_path: 
     def never(folder: Path) -> bool:
         return False
 
-    own(tmp_path / "new" / "folder", "training", never)
+    claim_folder(tmp_path / "new" / "folder", "training", never)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".DS_Store").write_text("")
-    own(tmp_path / "empty", "training", never)
+    claim_folder(tmp_path / "empty", "training", never)
     (tmp_path / "empty" / "more").write_text("")
-    own(tmp_path / "empty", "training", never)
+    claim_folder(tmp_path / "empty", "training", never)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"own holds thesis\.txt and is no training folder of this"):
-        own(tmp_path / "own", "training", never)
+        claim_folder(tmp_path / "own", "training", never)
     assert contents(tmp_path / "own") == {"thesis.txt": "years of work"}
-    own(tmp_path / "own", "training", lambda folder: folder == tmp_path / "own")
+    claim_folder(tmp_path / "own", "training", lambda folder: folder == tmp_path / "own")
     with pytest.raises(ValueError, match=r"thesis\.txt and is no evaluation folder of this program; name"):
-        check_own(tmp_path / "own", "evaluation", lambda folder: True)
+        check_claimable(tmp_path / "own", "evaluation", lambda folder: True)
     assert (tmp_path / "own" / MARK).read_text().startswith("training\n")
 
 
@@ -175,14 +175,14 @@ def test_a_place_that_cannot_be_a_folder_is_refused_in_a_sentence(tmp_path: Path
     }
     for path, sentence in refused.items():
         with pytest.raises(ValueError, match=sentence):
-            own(path, "training", lambda folder: True)
+            claim_folder(path, "training", lambda folder: True)
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 def test_a_folder_without_permission_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    check = "import os, sys; from pathlib import Path; from clip_gen.files import own"
-    check += "\nos.getuid() or os.setuid(65534)\nown(Path(sys.argv[1]), 'training', lambda folder: True)"
+    check = "import os, sys; from pathlib import Path; from clip_gen.files import claim_folder"
+    check += "\nos.getuid() or os.setuid(65534)\nclaim_folder(Path(sys.argv[1]), 'training', lambda folder: True)"
     (tmp_path / "there").mkdir()
     for name in ("there", "new"):
         run = subprocess.run([sys.executable, "-c", check, tmp_path / name], capture_output=True, text=True)
@@ -190,8 +190,8 @@ def test_a_folder_without_permission_is_refused_before_anything_is_written(tmp_p
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    write = "import os, sys; from pathlib import Path; from clip_gen.files import whole_folder_or_not, whole_or_not"
-    write += "\nwith whole_folder_or_not(Path(sys.argv[1])), whole_or_not(Path('f')):"
+    write = "import os, sys; from pathlib import Path; from clip_gen.files import atomic_folder, atomic_file"
+    write += "\nwith atomic_folder(Path(sys.argv[1])), atomic_file(Path('f')):"
     write += " print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", write, "model"],
@@ -199,23 +199,23 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as process:
         assert process.stdout.readline() == "held\n"
-        remove_left_over(tmp_path, seconds=0)
+        remove_leftovers(tmp_path, seconds=0)
         assert len(os.listdir(tmp_path)) == 2
         process.kill()
         process.wait()
-    remove_left_over(tmp_path)
+    remove_leftovers(tmp_path)
     assert len(os.listdir(tmp_path)) == 2  # too new to be sure
-    remove_left_over(tmp_path, seconds=0)
+    remove_leftovers(tmp_path, seconds=0)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_process_killed_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     replace_folder(tmp_path / "model")
-    kill = "import os, sys, tempfile; from pathlib import Path; from clip_gen.files import whole_folder_or_not"
+    kill = "import os, sys, tempfile; from pathlib import Path; from clip_gen.files import atomic_folder"
     kill += "\nreplace = os.replace\nos.replace = lambda a, b: (replace(a, b), os.kill(os.getpid(), 9))"
-    kill += "\nwith whole_folder_or_not(Path(sys.argv[1])): pass"
+    kill += "\nwith atomic_folder(Path(sys.argv[1])): pass"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", kill, tmp_path / "model"], env=environment).returncode == -9
     assert not (tmp_path / "model").exists()
-    remove_left_over(tmp_path, seconds=0)
+    remove_leftovers(tmp_path, seconds=0)
     assert contents(tmp_path) == {"model/config.yaml": "new", "model/more.yaml": "new"}

@@ -35,7 +35,7 @@ from clip_gen.data.file_kinds import HEAD_BYTES, PictureError, kind_of
 from clip_gen.data.limits import ArchiveError, Limits
 from clip_gen.data.manifest import Pictures, Skipped, shown
 from clip_gen.data.tars import CHUNK
-from clip_gen.files import digest_of
+from clip_gen.files import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def fingerprint(source: Path) -> str:
             )
             return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
         if source.is_file():
-            return digest_of(source)
+            return sha256_of(source)
     except OSError:
         pass
     return ""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from clip_gen.files import ROOT, SAVING, is_writable, name_cache_folders
+from clip_gen.files import PARTIAL, ROOT, is_writable, set_compile_cache_folders
 from clip_gen.serving.inputs import InputError, InputField, checked
 from clip_gen.serving.schema import PREDICT, project_signatures
 from clip_gen.validation import check_request
@@ -34,7 +34,7 @@ FORMATS = {"png": "png", "webp": "webp", "jpg": "jpg", "jpeg": "jpg"}
 def main(arguments: Sequence[str]) -> int:
     """Runs one prediction. 1 and a sentence on stderr when an input or the model will not do; 130 after Ctrl-C."""
     started = time.monotonic()
-    name_cache_folders()
+    set_compile_cache_folders()
     try:
         fields = project_signatures()[0].inputs
         options = parse_options(arguments, fields, PREDICTS)
@@ -224,7 +224,7 @@ def _deliver(files: Sequence[Path], paths: Sequence[Path]) -> None:
     """Copies the files to these paths, all of them or, when one cannot be written, none: then all is as before."""
     path = paths[0]
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=SAVING) as folder, contextlib.ExitStack() as undo:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder, contextlib.ExitStack() as undo:
             for path, file in zip(paths, files, strict=True):
                 shutil.copyfile(file, Path(folder, path.name))
             for path in paths:

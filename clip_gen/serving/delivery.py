@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clip_gen.files import ROOT, alone_in, is_writable, whole_or_not
+from clip_gen.files import ROOT, atomic_file, folder_lock, is_writable
 
 KEPT = {"weights.tar": "trained_model.tar", "report.html": "trained_model.html"}
 BUSY = "this server trains one model at a time, and a training is under way; try again when it has ended"
@@ -58,7 +58,7 @@ def one_training() -> Iterator[tuple[Path, Path]]:
         kept = scratch_folder() / "kept"
         print(f"{ROOT} cannot be written to: the weights go to {kept}, which the server removes when it ends")
     with (
-        alone_in(kept / ".cog" / "training", BUSY),
+        folder_lock(kept / ".cog" / "training", BUSY),
         tempfile.TemporaryDirectory(dir=scratch_folder(), ignore_cleanup_errors=True) as folder,
     ):
         yield Path(folder), kept
@@ -68,7 +68,7 @@ def keep(folder: Path, kept: Path) -> Path:
     """Copies the weights and the report out of the training's folder; returns where the weights are."""
     try:
         for made, name in KEPT.items():
-            with whole_or_not(kept / name) as temporary:
+            with atomic_file(kept / name) as temporary:
                 shutil.copyfile(folder / made, temporary)
     except OSError as error:
         elsewhere = scratch_folder() / "kept"

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from clip_gen.files import ROOT, write_whole
+from clip_gen.files import ROOT, write_text_atomic
 from clip_gen.serving.openapi import COMMON, components_and_paths
 from clip_gen.serving.signature import Signature, SignatureError, read_signature
 
@@ -60,7 +60,7 @@ def write_schema(root: Path = ROOT) -> Path:
     path = root / SCHEMA_PATH
     if not path.is_file() or path.read_text(encoding="utf-8") != text:  # the project's folder may be read-only
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, text)
+        write_text_atomic(path, text)
     return path
 
 

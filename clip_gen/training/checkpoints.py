@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from clip_gen.files import whole_or_not
+from clip_gen.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class KeptCheckpoints(TorchCheckpointIO):
 def save_checkpoint(values: dict, path: Path, previous: Path | None = None) -> None:
     """Replaces `path`, which becomes `previous`. OSError with the remedy when the disk does not take it."""
     try:
-        with whole_or_not(path) as temporary:
+        with atomic_file(path) as temporary:
             # Given the name, torch would refuse one that starts with a dot.
             with open(temporary, "wb") as file:
                 torch.save(values, file)

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 
-from clip_gen.files import write_whole
+from clip_gen.files import write_text_atomic
 from clip_gen.training.fit import read_ledger
 
 
@@ -49,7 +49,7 @@ class Clock(Callback):
 
     def save(self) -> None:
         if not rank_zero_only.rank:
-            write_whole(self.path, json.dumps({"minutes": round(self.minutes, 4), "outside": self.outside}))
+            write_text_atomic(self.path, json.dumps({"minutes": round(self.minutes, 4), "outside": self.outside}))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self.save()

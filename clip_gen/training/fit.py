@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from clip_gen.files import write_whole
+from clip_gen.files import write_text_atomic
 from clip_gen.hardware import choose_device, prefers_bfloat16
 from clip_gen.training.checkpoints import (
     LAST,
@@ -314,7 +314,7 @@ class History(Callback):
         # What came after the checkpoint will come again.
         kept = [entry for entry in read_history(self.path) if entry["step"] <= trainer.global_step]
         if trainer.is_global_zero:
-            write_whole(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         if trainer.global_step % self.every == 0 and trainer.is_global_zero:
@@ -425,7 +425,7 @@ class Ledger(Callback):
             return
         minutes = round((time.perf_counter() - self.began) / 60, 2)
         leg = {"from_step": self.from_step, "to_step": trainer.global_step, "minutes": minutes}
-        write_whole(self.path, json.dumps([*self.earlier, leg | {"fit": asdict(self.config)}]))
+        write_text_atomic(self.path, json.dumps([*self.earlier, leg | {"fit": asdict(self.config)}]))
 
 
 def read_ledger(path: Path) -> list[dict]:

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from clip_gen.data.manifest import INDEX, unpacked
-from clip_gen.files import SAVING, check_own, names_in, own
+from clip_gen.files import PARTIAL, check_claimable, claim_folder, list_names
 from clip_gen.training.plan import TrainSettings
 from clip_gen.weights.model_folder import check_model_folder
 
@@ -24,7 +24,7 @@ UNPACKED = re.compile(r"(\d{6}|staged)[.-]\w+")  # the names that archives.unpac
 
 def check_training_folder(out: Path) -> None:
     """ValueError, which names the first file in the way, unless a training may write here. Writes nothing."""
-    check_own(out, KIND, made_before_marks)
+    check_claimable(out, KIND, made_before_marks)
     check_model_folder(out / "model")
     pictures = out / "work" / PICTURES
     strange = _not_unpacked(pictures)
@@ -35,7 +35,7 @@ def check_training_folder(out: Path) -> None:
 def own_training_folder(out: Path) -> None:
     """Creates and marks the folder where check_training_folder allows it."""
     check_training_folder(out)
-    own(out, KIND, made_before_marks)
+    claim_folder(out, KIND, made_before_marks)
 
 
 def made_before_marks(out: Path) -> bool:
@@ -58,7 +58,7 @@ def _has_settings(path: Path) -> bool:
 def _stopped_while_unpacking(out: Path) -> bool:
     """Whether it holds just what a training leaves that ends before it has written its settings."""
     work = out / "work"
-    if names_in(out) != ["work"] or not (work / "lock").is_file() or (work / "lock").stat().st_size:
+    if list_names(out) != ["work"] or not (work / "lock").is_file() or (work / "lock").stat().st_size:
         return False
     for path in work.iterdir():
         if path.name == PICTURES:
@@ -67,14 +67,14 @@ def _stopped_while_unpacking(out: Path) -> bool:
         elif path.name == f".unpacking-{PICTURES}":
             if not all(UNPACKED.fullmatch(one.name) or one.name == INDEX for one in path.iterdir()):
                 return False
-        elif path.name not in ("lock", "source") and not path.name.startswith(SAVING):
+        elif path.name not in ("lock", "source") and not path.name.startswith(PARTIAL):
             return False
     return True
 
 
 def _not_unpacked(pictures: Path) -> list[str]:
     """Names in a folder of unpacked pictures that its index does not list; all of them where it has no index."""
-    names = names_in(pictures)
+    names = list_names(pictures)
     try:
         listed = {path.name for path in unpacked(pictures).paths} | {INDEX}
     except (OSError, ValueError, KeyError, TypeError):

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from clip_gen.files import whole_or_not
+from clip_gen.files import atomic_file
 from clip_gen.images import from_bytes, to_pil
 from clip_gen.networks.bridge import Bridge
 from clip_gen.sampling.cuda_graphs import forget
@@ -81,7 +81,7 @@ class Grids(Callback, ABC):
         finally:
             module.train(training)
         self.folder.mkdir(exist_ok=True)
-        with whole_or_not(self.folder / f"{trainer.global_step:07d}.png", durable=False) as temporary:
+        with atomic_file(self.folder / f"{trainer.global_step:07d}.png", durable=False) as temporary:
             save_grid(rows, temporary, self.legend)
         self.drawn = time.monotonic()
         self.took = self.drawn - began

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset
 
 from clip_gen.data.archive import Pictures, check_outside, fingerprint, unpack
 from clip_gen.data.manifest import unpacked
-from clip_gen.files import SAVING, alone_in, digest_of, remove_left_over, write_whole
+from clip_gen.files import PARTIAL, folder_lock, remove_leftovers, sha256_of, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
@@ -156,13 +156,13 @@ class Training:
     def _alone(self) -> AbstractContextManager[None]:
         """No other training works in the folder meanwhile; ValueError when one does."""
         busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
-        return nullcontext() if rank_zero_only.rank else alone_in(self.work, busy)
+        return nullcontext() if rank_zero_only.rank else folder_lock(self.work, busy)
 
     def _remove_left_over(self) -> None:
         """Files and folders that were being written when a training here was killed."""
         if not rank_zero_only.rank:
-            for folder in (self.out, *(path.parent for path in self.work.rglob(f"{SAVING}*"))):
-                remove_left_over(folder, seconds=0)
+            for folder in (self.out, *(path.parent for path in self.work.rglob(f"{PARTIAL}*"))):
+                remove_leftovers(folder, seconds=0)
 
     def _pictures(self, images: Path) -> Pictures:
         """What is in `images`, unpacked once; ValueError when the folder holds a training on something else.
@@ -185,7 +185,7 @@ class Training:
             source.unlink(missing_ok=True)
             shutil.rmtree(folder)
         pictures = unpack(images, folder)
-        write_whole(source, found)
+        write_text_atomic(source, found)
         return pictures
 
     def _on_gpu(self) -> bool:
@@ -217,7 +217,7 @@ class Training:
                         f"{self.out} holds a training with {name} {before[name]!r}, not {value!r}; "
                         "say the same to go on with it, or name another folder"
                     )
-        write_whole(path, json.dumps(told, indent=1))
+        write_text_atomic(path, json.dumps(told, indent=1))
 
     def _split(self) -> tuple[list[Path], list[Path]]:
         """The pictures to learn from, and a twentieth to watch the losses on; at least 2, at most 512."""
@@ -305,7 +305,7 @@ class Training:
             if not rank_zero_only.rank:
                 (folder / PREVIOUS).unlink(missing_ok=True)
                 save_part(network.cpu(), weights)
-                write_whole(record, json.dumps(values | {"max_minutes": self.settings.max_minutes}))
+                write_text_atomic(record, json.dumps(values | {"max_minutes": self.settings.max_minutes}))
                 self.clock.save()
         wait_for(record)
         load_part(network, weights)
@@ -352,7 +352,7 @@ class Training:
         keeps = quality.good
         log.info("%s: %s", quality, "its tokens are kept and its decoder learns" if keeps else "it learns other tokens")
         decision.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(decision, json.dumps(keeps))
+        write_text_atomic(decision, json.dumps(keeps))
         return keeps
 
     @torch.no_grad()
@@ -481,7 +481,7 @@ class Training:
         if not rank_zero_only.rank:
             self.clock.save()
             if not (folder / TIME_LIMIT).is_file():
-                write_whole(folder / TIME_LIMIT, str(settings.max_minutes or inf))
+                write_text_atomic(folder / TIME_LIMIT, str(settings.max_minutes or inf))
         neighbours = None
         if settings.contrast_weight or settings.condition_blur:
             neighbours = find_neighbours(embeddings, len(files), folder / "neighbours-learnt.npy", settings.seed)
@@ -536,5 +536,5 @@ class Training:
 
 def contents_of(model: Path) -> str:
     """What tells a model folder from any other, wherever it lies."""
-    digests = [f"{name} {digest_of(model / name)}" for name in FILES if (model / name).is_file()]
+    digests = [f"{name} {sha256_of(model / name)}" for name in FILES if (model / name).is_file()]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
-from clip_gen.files import write_whole
+from clip_gen.files import write_text_atomic
 from clip_gen.networks.skip_init import Unfilled
 from clip_gen.networks.vqgan import build_lpips
 from clip_gen.training.processes import wait_for
@@ -34,7 +34,7 @@ def chosen_lpips(folder: Path, resolution: int) -> nn.Module | None:
         fits = file.is_file() and resolution >= LEAST_SIDE and not begun
         if fits:
             _loaded(file)  # or there is nothing to go on with
-        write_whole(note, "LPIPS" if fits else "CLIP")
+        write_text_atomic(note, "LPIPS" if fits else "CLIP")
     wait_for(note)
     if note.read_text() == "LPIPS":
         return _loaded(file)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from clip_gen.files import SAVING
+from clip_gen.files import PARTIAL
 
 PARENT = os.getppid()  # 1 where that is a container's first process
 
@@ -19,7 +19,7 @@ def announce(path: Path) -> IO[str]:
 
     The kernel closes it when this process ends, however it does, so that a file from an earlier start tells nothing.
     """
-    unseen = path.with_name(f"{SAVING}{path.name}")
+    unseen = path.with_name(f"{PARTIAL}{path.name}")
     file = unseen.open("w")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.replace(unseen, path)

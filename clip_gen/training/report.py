@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from clip_gen.data.decoding import PictureError
-from clip_gen.files import write_whole
+from clip_gen.files import write_text_atomic
 from clip_gen.training.fit import read_history
 
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
@@ -55,7 +55,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
         body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
     body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
-    write_whole(path, page + "\n".join(body) + "</html>\n")
+    write_text_atomic(path, page + "\n".join(body) + "</html>\n")
 
 
 def _plain(values: dict[str, object]) -> list[tuple[str, object]]:

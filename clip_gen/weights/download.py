@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clip_gen.files import digest_of, is_web_page
+from clip_gen.files import is_web_page, sha256_of
 from clip_gen.weights.url import open_url
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
     server does not give the file, or not the one of this sha256.
     """
     part = path.with_name(f"{path.name}.part")
-    if path.is_file() and (sha256 is None or digest_of(path).startswith(sha256)):
+    if path.is_file() and (sha256 is None or sha256_of(path).startswith(sha256)):
         return
     for _ in range(2):  # a part that was damaged on the disk is worth a second download
         if not _by_pget(url, part):
             _transfer(url, part)
         _refuse_web_page(url, part)
-        found = digest_of(part)
+        found = sha256_of(part)
         if sha256 is None or found.startswith(sha256):
             os.replace(part, path)
             _notes(part).unlink(missing_ok=True)

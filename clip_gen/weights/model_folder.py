@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clip_gen.config import ModelConfig, read_config, read_settings, write_config
-from clip_gen.files import check_replaceable, whole_folder_or_not, whole_or_not
+from clip_gen.files import atomic_file, atomic_folder, check_replaceable
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT, with_null_condition
@@ -307,7 +307,7 @@ def _has_model_config(folder: Path) -> bool:
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:
     """Writes a model folder, all of it or nothing, in the place of one that is there; parameters as float16."""
     check_model_folder(Path(folder))
-    with whole_folder_or_not(Path(folder)) as temporary:
+    with atomic_folder(Path(folder)) as temporary:
         for part in PARTS:
             save_part(getattr(networks, part), temporary / f"{part}.safetensors")
         write_description(temporary, networks.config, training)
@@ -342,7 +342,7 @@ def narrowed(tensors: dict[str, Tensor], names: Collection[str], dtype: torch.dt
 
 def write_part(tensors: dict[str, Tensor], path: Path) -> None:
     """A weights file, atomically. OSError when the disk does not take it."""
-    with whole_or_not(path) as temporary:
+    with atomic_file(path) as temporary:
         try:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
         except SafetensorError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from clip_gen.files import alone_in, checkpoints_folder
+from clip_gen.files import checkpoints_folder, folder_lock
 from clip_gen.weights.download import check_room, fetch
 from clip_gen.weights.importers import openai_clip
 from clip_gen.weights.importers.cli import DTYPES
@@ -119,7 +119,7 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
     if mirror and not mirror.startswith(("http://", "https://")):
         raise ValueError(f'mirror is "{mirror}"; give an address that begins with http:// or https://')
     folder = out.parent / f".pulling-{out.name}"
-    with alone_in(folder, f"{out} is being pulled already; wait for the other to end"):
+    with folder_lock(folder, f"{out} is being pulled already; wait for the other to end"):
         here = sum(path.stat().st_size for path in folder.iterdir())
         check_room(folder, room - here)
         paths = {part: folder / file.name for part, file in files.items()}

@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 from clip_gen.data.entries import ZIP_STARTS
 from clip_gen.data.tars import tar_files
 from clip_gen.data.zips import SMALL, ZIP_ERRORS, open_zip
-from clip_gen.files import whole_or_not
+from clip_gen.files import atomic_file
 from clip_gen.weights.cache import Cache, CacheError, WeightsFolder, disk_is_full
 from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
 from clip_gen.weights.url import PublicOnly, is_url, open_url
@@ -44,7 +44,7 @@ def pack(folder: str | Path, path: str | Path) -> None:
     """Writes a weights tar, a model folder with its files at the root; whole or not at all."""
     folder, path = Path(folder), Path(path)
     load_config(folder)
-    with whole_or_not(path) as temporary, tarfile.open(temporary, "w") as tar:
+    with atomic_file(path) as temporary, tarfile.open(temporary, "w") as tar:
         for name in FILES:
             if (folder / name).is_file():
                 tar.add(folder / name, arcname=name)

@@ -20,7 +20,7 @@ import pytest
 from cog_server import Server, running, wait_for
 from processes import data_url, trainings
 
-from clip_gen.files import ROOT, alone_in
+from clip_gen.files import ROOT, folder_lock
 from clip_gen.serving import delivery
 from clip_gen.serving.delivery import keep, one_training, scratch_folder, sent_name
 from clip_gen.serving.schema import write_schema
@@ -187,7 +187,10 @@ def test_one_training_at_a_time_across_processes(monkeypatch: pytest.MonkeyPatch
         other.wait()
     with one_training() as (_, kept):
         assert kept == tmp_path
-        with pytest.raises(ValueError, match=f"process {os.getpid()} holds it"), alone_in(kept / ".cog/training", ""):
+        with (
+            pytest.raises(ValueError, match=f"process {os.getpid()} holds it"),
+            folder_lock(kept / ".cog/training", ""),
+        ):
             pass
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
-from clip_gen.files import ROOT, alone_in
+from clip_gen.files import ROOT, folder_lock
 from clip_gen.images import from_bytes
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.vqgan import build_discriminator
@@ -306,11 +306,11 @@ def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, t
     busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
     busy += rf" \(process {os.getpid()} holds it\)"
     own_training_folder(tmp_path)
-    with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
+    with folder_lock(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
         Training(photos, tmp_path, toy)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
     training = Training(photos, tmp_path, toy)
-    with alone_in(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
+    with folder_lock(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
         training.run()
     assert not (tmp_path / "work" / "vqgan").exists()
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from clip_gen import ClipGen
 from clip_gen.config import read_config
-from clip_gen.files import MARK, ROOT, alone_in, check_own
+from clip_gen.files import MARK, ROOT, check_claimable, folder_lock
 from clip_gen.hardware import choose_dtype
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
@@ -217,13 +217,13 @@ def test_what_was_drawn_by_another_transformer_is_not_ranked(trained: Recipe, tm
 
 def test_the_work_folder_of_a_version_without_marks_is_known(trained: Recipe) -> None:
     assert not (trained.work / MARK).exists()
-    check_own(trained.work, "train-shapes", _has_parts)
+    check_claimable(trained.work, "train-shapes", _has_parts)
 
 
 def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) -> None:
     work = Path(shutil.copytree(trained.work, tmp_path / "work"))
     (work / "vqgan" / "record.json").unlink()
-    with alone_in(work / "vqgan", ""), pytest.raises(ValueError, match="vqgan is in use by another training; wait"):
+    with folder_lock(work / "vqgan", ""), pytest.raises(ValueError, match="vqgan is in use by another training; wait"):
         Recipe(RECIPE, work).part("vqgan")
     assert not (work / "vqgan" / "record.json").is_file()
 

@@ -52,8 +52,8 @@ def test_a_packed_folder_comes_back_file_by_file(tiny_model_folder: Path, weight
 PACKING = """
 import sys, time
 from pathlib import Path
-from clip_gen.files import whole_or_not
-with whole_or_not(Path(sys.argv[1])) as temporary:
+from clip_gen.files import atomic_file
+with atomic_file(Path(sys.argv[1])) as temporary:
     Path(temporary).write_bytes(b"half")
     print(temporary, flush=True)
     time.sleep(60)

@@ -12,7 +12,7 @@ from PIL import Image
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.evaluation.metrics import Share
-from clip_gen.files import MARK, check_own
+from clip_gen.files import MARK, check_claimable
 from clip_gen.images import to_tensor
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.weights.model_folder import Networks
@@ -65,7 +65,7 @@ def test_the_command_writes_the_table_as_json_and_a_sheet(
         assert row["total"] == 3 or (row["total"] < 3 and "left unsaid, best of 16, " in name)
     assert Image.open(tmp_path / "sheet.png").size[0] > 100
     (tmp_path / MARK).unlink()
-    check_own(tmp_path, "evaluation", _has_report)  # as versions without marks left it
+    check_claimable(tmp_path, "evaluation", _has_report)  # as versions without marks left it
 
 
 def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny_model: ClipGen) -> None:

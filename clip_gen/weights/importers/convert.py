@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clip_gen.config import BridgeConfig, ClipConfig, GPTConfig, ModelConfig
-from clip_gen.files import whole_folder_or_not
+from clip_gen.files import atomic_folder
 from clip_gen.networks.bridge import Bridge
 from clip_gen.weights.importers import hfailab_gpt, hfailab_vqgan, openai_clip, taming
 from clip_gen.weights.importers.reader import origin, read_checkpoint
@@ -112,7 +112,7 @@ def _write(
         config.check()
     except ValueError as error:
         raise ValueError(f"{out}: not written, its parts do not fit one another: {error}") from error
-    with whole_folder_or_not(out) as folder:
+    with atomic_folder(out) as folder:
         for name, tensors in parts.items():
             if tensors:
                 write_part(tensors, folder / f"{name}.safetensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip_gen.files import check_replaceable, whole_folder_or_not
+from clip_gen.files import atomic_folder, check_replaceable
 from clip_gen.networks.vqgan import build_lpips
 from clip_gen.weights.importers.reader import origin, read_checkpoint
 from clip_gen.weights.importers.state_dict import Foreign, Source, planned
@@ -32,7 +32,7 @@ def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype
     tensors = convert_lpips(read_checkpoint(vgg), read_checkpoint(linear), dtype)
     sources = {"vgg": ("torchvision", vgg), "linear": ("lpips", linear)}
     record = {part: {"format": form, **origin(path), "url": urls[part]} for part, (form, path) in sources.items()}
-    with whole_folder_or_not(out) as folder:
+    with atomic_folder(out) as folder:
         write_part(tensors, folder / WEIGHTS)
         (folder / RECORD).write_text(json.dumps({"imported": record}, indent=2) + "\n", encoding="utf-8")
     log.info(f"{out}: {WEIGHTS}, {RECORD}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_gen.config import ClipConfig
-from clip_gen.files import digest_of
+from clip_gen.files import sha256_of
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.weights.importers.reader import AGAIN, read_checkpoint
 from clip_gen.weights.importers.state_dict import REMEDY, Foreign, Source, planned
@@ -53,7 +53,7 @@ def read_clip(path: Path, scripts: Collection[str] = frozenset(SHA256.values()))
 
 def chosen_activation(path: Path, asked: str | None) -> str:
     """The activation function to build this CLIP with: weights do not tell it."""
-    if digest_of(path) in SHA256.values():
+    if sha256_of(path) in SHA256.values():
         if asked == "gelu":
             raise ValueError(f"--activation is gelu, but {path} is OpenAI's, trained with quick_gelu; leave it out")
         return "quick_gelu"

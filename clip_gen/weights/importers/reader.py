@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch._weights_only_unpickler import get_globals_in_pkl
 
-from clip_gen.files import digest_of, is_web_page
+from clip_gen.files import is_web_page, sha256_of
 from clip_gen.weights.importers.state_dict import Foreign
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def check_there(path: Path) -> None:
 
 def origin(path: Path) -> dict[str, object]:
     """What training.json says of a file that weights came from."""
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest_of(path)}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _content(path: Path, scripts: Collection[str]) -> object:

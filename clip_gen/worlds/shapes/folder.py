@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_gen.files import check_writable, whole_or_not
+from clip_gen.files import atomic_file, check_writable
 from clip_gen.worlds.shapes.captions import caption, describe
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import Scene, sample_scene
@@ -105,7 +105,7 @@ def _write_zip(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int) 
         raise ValueError(f"{out} is there already; name another file or move that one away")
     check_writable(out.absolute().parent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_or_not(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic_file(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, scene in scenes:
             # A ZipInfo of its own carries no clock time, so a seed gives the same bytes every day.
             archive.writestr(zipfile.ZipInfo(name), _png(scene, resolution))

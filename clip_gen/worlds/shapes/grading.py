@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_gen.evaluation.metrics import Share
-from clip_gen.files import check_own, own, whole_or_not, write_whole
+from clip_gen.files import atomic_file, check_claimable, claim_folder, write_text_atomic
 from clip_gen.hardware import spare_cores
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.pipeline import ClipGen
@@ -199,14 +199,14 @@ def main(arguments: argparse.Namespace) -> None:
     sampling.check()
     if arguments.prompts < 1:
         raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")
-    check_own(arguments.out, "evaluation", _has_report)
+    check_claimable(arguments.out, "evaluation", _has_report)
     model = ClipGen.load(arguments.model, arguments.device)
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
     evaluation.run(arguments.kinds)
     print(evaluation.table())
-    own(arguments.out, "evaluation", _has_report)
-    write_whole(arguments.out / REPORT, json.dumps(evaluation.as_json(), indent=2) + "\n")
-    with whole_or_not(arguments.out / SHEET) as temporary:
+    claim_folder(arguments.out, "evaluation", _has_report)
+    write_text_atomic(arguments.out / REPORT, json.dumps(evaluation.as_json(), indent=2) + "\n")
+    with atomic_file(arguments.out / SHEET) as temporary:
         evaluation.sheet().save(temporary, "png")
     print(f"wrote {arguments.out / REPORT} and {arguments.out / SHEET}")
 

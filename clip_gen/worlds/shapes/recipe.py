@@ -28,7 +28,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 import clip_gen
 from clip_gen.config import ModelConfig, read_config
-from clip_gen.files import alone_in, names_in, own, write_whole
+from clip_gen.files import claim_folder, folder_lock, list_names, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training.datasets import (
@@ -100,7 +100,7 @@ class Recipe:
         other = f"{folder} was trained by another recipe; remove it, or name another --work folder"
         if not record.is_file() and (name in SHARED or first):
             busy = f"{folder} is in use by another training; wait for it to end, or name another --work folder"
-            with alone_in(folder, busy) if first else nullcontext():
+            with folder_lock(folder, busy) if first else nullcontext():
                 if first and not goes_on(folder / "told.json", told):
                     raise ValueError(other)
                 pl.seed_everything(self.config.seed)
@@ -259,7 +259,7 @@ def goes_on(path: Path, told: dict[str, object]) -> bool:
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
-    write_whole(path, json.dumps(values))
+    write_text_atomic(path, json.dumps(values))
 
 
 def stated(config: object) -> dict[str, object]:
@@ -285,7 +285,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, ShapesConfig)
     if not rank_zero_only.rank:
         check_model_folder(arguments.out)
-        own(arguments.work, "train-shapes", _has_parts)
+        claim_folder(arguments.work, "train-shapes", _has_parts)
     recipe = Recipe(config, arguments.work, Machine(arguments.devices))
     for name in parts_in_order(arguments.parts):
         if name not in arguments.parts:
@@ -298,7 +298,7 @@ def main(arguments: argparse.Namespace) -> None:
 def _has_parts(work: Path) -> bool:
     """Whether a version of this command that wrote no mark made the folder: it holds parts and nothing else."""
     written = [*work.glob("*/told.json"), *work.glob("*/record.json")]
-    return bool(written) and set(names_in(work)) <= {*ORDER, "encoded"} and all(map(_is_of_a_part, written))
+    return bool(written) and set(list_names(work)) <= {*ORDER, "encoded"} and all(map(_is_of_a_part, written))
 
 
 def _is_of_a_part(path: Path) -> bool:

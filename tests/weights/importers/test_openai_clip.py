@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from clip_gen.__main__ import main
 from clip_gen.config import BridgeConfig, ClipConfig
-from clip_gen.files import digest_of
+from clip_gen.files import sha256_of
 from clip_gen.images import CLIP_MEAN, CLIP_STD, for_clip, to_tensor
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder, build_clip
@@ -75,7 +75,7 @@ def test_an_archive_as_openai_publishes_gives_the_embeddings_of_the_clip_package
 ) -> None:
     theirs = clip.model.build_model({name: tensor.clone() for name, tensor in clip_state(sizes).items()})
     write_archive({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, tmp_path / "clip.pt")
-    config, tensors = convert_clip(read_clip(tmp_path / "clip.pt", {digest_of(tmp_path / "clip.pt")}))
+    config, tensors = convert_clip(read_clip(tmp_path / "clip.pt", {sha256_of(tmp_path / "clip.pt")}))
     assert config == sizes
     ours = ClipEncoder(config)
     ours.load_state_dict(tensors)
@@ -125,7 +125,7 @@ def test_openais_own_files_have_their_activation_without_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "clip.pt").write_bytes(b"as published")
-    monkeypatch.setitem(openai_clip.SHA256, "ViT-B/32", digest_of(tmp_path / "clip.pt"))
+    monkeypatch.setitem(openai_clip.SHA256, "ViT-B/32", sha256_of(tmp_path / "clip.pt"))
     for asked in (None, "quick_gelu"):
         assert openai_clip.chosen_activation(tmp_path / "clip.pt", asked) == "quick_gelu"
     with pytest.raises(
@@ -205,7 +205,7 @@ def test_a_damaged_archive_is_refused_in_a_sentence(tmp_path: Path) -> None:
         for name, content in files.items():
             archive.writestr(name, content[: len(content) // 2] if name.endswith("/data.pkl") else content)
     with pytest.raises(ValueError, match=r"clip\.pt: PyTorch .* cannot load this TorchScript archive$"):
-        read_clip(tmp_path / "clip.pt", {digest_of(tmp_path / "clip.pt")})
+        read_clip(tmp_path / "clip.pt", {sha256_of(tmp_path / "clip.pt")})
 
 
 def test_a_clip_of_another_embedding_size_does_not_join_a_transformer(
