@@ -1,4 +1,4 @@
-"""What is measured and how it is told: seconds of ours beside those of a plain reference, and the machine."""
+"""Timing, tables and result files: our seconds beside those of a plain reference, and the machine."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ import torch
 
 from clip_gen.hardware import choose_dtype
 
-COLUMNS = ("what", "ours", "plain", "ratio", "share", "bar")
+RESULTS = Path(__file__).resolve().parent / "results"
+COLUMNS = ("what", "ours", "plain", "ratio", "target")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Seconds of ours, beside those of the plain reference where there is one, and what is wanted of them."""
+    """Our seconds, those of the plain reference if there is one, and the target if there is one."""
 
     name: str
     ours: float
     plain: float | None = None
-    least_ratio: float | None = None  # the bar: how many times as fast as the reference
-    hoped_ratio: float | None = None
-    most_seconds: float | None = None  # or how long it may take at most
-    share: float | None = None  # of the whole that it is a part of
+    min_ratio: float | None = None  # target: how many times as fast as the reference
+    max_seconds: float | None = None  # or target: our seconds
 
     @property
     def ratio(self) -> float | None:
@@ -37,35 +36,35 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether it passes its bar; None without one."""
-        if self.least_ratio is not None:
-            return self.ratio is not None and self.ratio >= self.least_ratio
-        return None if self.most_seconds is None else self.ours <= self.most_seconds
+        """Whether it meets its target; None without one."""
+        if self.min_ratio is not None:
+            return self.ratio is not None and self.ratio >= self.min_ratio
+        return None if self.max_seconds is None else self.ours <= self.max_seconds
 
     def cells(self) -> dict[str, str]:
-        """Text for the columns that it has something to say in."""
+        """Text by column; empty columns are left out."""
         cells = {"what": self.name, "ours": f"{self.ours:.4g} s"}
         if self.plain is not None:
             cells |= {"plain": f"{self.plain:.4g} s", "ratio": f"{self.ratio:.1f}×"}
-        if self.share is not None:
-            cells["share"] = f"{100 * self.share:.1f} %"
         if self.met is not None:
-            bar = f"at most {self.most_seconds:g} s" if self.least_ratio is None else f"{self.least_ratio:g}× or more"
-            hoped = "" if self.hoped_ratio is None else f", {self.hoped_ratio:g}× hoped for"
-            cells["bar"] = f"{bar}{hoped}: {'met' if self.met else 'MISSED'}"
+            target = f"at most {self.max_seconds:g} s" if self.min_ratio is None else f"{self.min_ratio:g}× or more"
+            cells["target"] = f"{target}: {'met' if self.met else 'MISSED'}"
         return cells
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Markdown, without the columns that stay empty."""
+    """A Markdown table of the figures, without empty columns."""
     rows = [figure.cells() for figure in figures]
-    columns = [column for column in COLUMNS if any(column in row for row in rows)]
-    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    return markdown(rows, [column for column in COLUMNS if any(column in row for row in rows)])
+
+
+def markdown(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> str:
+    lines = [columns, ["---"] * len(columns), *([str(row.get(name, "")) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 3) -> float:
-    """The least of several runs, after one that sets everything up."""
+    """The shortest of several runs, after a first run that is not counted."""
     taken = []
     for _ in range(times + 1):
         began = time.perf_counter()
@@ -77,7 +76,7 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 3) ->
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What the figures hold for."""
+    """The hardware and the versions that the figures hold for."""
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -91,18 +90,18 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def processor() -> str:
-    """Its model name, as Linux tells it."""
+    """The processor's model name, from /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
 
 
-def keep(path: Path, part: str, machine: dict[str, object], figures: Sequence[Figure]) -> None:
-    """Puts a part into the JSON file, in the place of its earlier figures; those of other parts stay."""
-    found = json.loads(path.read_text()) if path.exists() else {}
+def save(path: Path, part: str, machine: dict[str, object], figures: Sequence[Figure]) -> None:
+    """Writes the figures of one part to the JSON file; those of other parts stay."""
+    results = json.loads(path.read_text()) if path.exists() else {}
     rows = [{**asdict(figure), "ratio": figure.ratio, "met": figure.met} for figure in figures]
     rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
-    found[part] = {"machine": machine, "seconds": rows}
+    results[part] = {"machine": machine, "seconds": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")

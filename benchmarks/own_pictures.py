@@ -1,17 +1,16 @@
-"""Training on a zip of pictures, measured: from scratch, towards a style the base model never saw, and in memory.
+"""Training on a zip of pictures: quality from scratch, fine-tuning to a new style, and memory.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py scratch --out /tmp/scratch [--minutes 44] [--pictures 2000]
-    PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py style --out /tmp/style [--minutes 10] [--pictures 300]
-    PYTHONPATH=. .venv/bin/python benchmarks/own_pictures.py memory --out /tmp/memory [--pictures 20000]
+    .venv/bin/python -m benchmarks own-pictures scratch --out /tmp/scratch [--minutes 44] [--pictures 2000]
+    .venv/bin/python -m benchmarks own-pictures style --out /tmp/style [--minutes 10] [--pictures 300]
+    .venv/bin/python -m benchmarks own-pictures memory --out /tmp/memory [--pictures 20000]
 
-scratch: new networks of size laptop for the bundled CLIP, on plain shapes, moved about but without crops: sizes that
-the judge does not know would come of them. Prints the reconstructions' PSNR and the codebook's use on pictures never
-seen, and how many one-object prompts come out all right by the judge, best of 16.
-style: from the bundled model, on shapes with an outline of another colour. Prints how much of what is drawn has the
-outline's colour, and the share of pictures that are outlined, before, after and in the pictures trained on; leaves
-sheet.png with after below before.
-memory: a few steps of both stages on 200 pictures and on many; prints the peak of all processes' memory together.
-Other options go to `python -m clip_gen train`. All leave result.json.
+scratch: trains new networks of size laptop for the bundled CLIP on plain shapes, shifted but not cropped, since crops
+make shapes of sizes that the judge does not know. Prints the PSNR of reconstructions and the share of codes used on
+unseen pictures, and the share of one-object prompts that the judge calls right, best of 16.
+style: fine-tunes the bundled model on outlined shapes. Prints the share of foreground in the outline's colour and the
+share of outlined pictures: before, after, and in the training pictures. sheet.png has before above after.
+memory: a few steps of both stages on 200 pictures and on many; prints the peak memory of all processes together.
+Other options go to `python -m clip_gen train`. Each writes result.json.
 """
 
 from __future__ import annotations
@@ -32,7 +31,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.models import BUNDLED
 from clip_gen import ClipGen
+from clip_gen.files import ROOT
 from clip_gen.images import from_bytes
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.serving.train_process import KEEP_MEMORY
@@ -45,29 +46,28 @@ from clip_gen.worlds.shapes.prompts import cases
 from clip_gen.worlds.shapes.rendering import coverage, render
 from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, Scene, sample_scene
 
-ROOT = Path(__file__).resolve().parent.parent
-UNSEEN = 1_000_003  # a seed of pictures that no training here takes
+UNSEEN = 1_000_003  # seed of pictures that no training uses
 
 
 def train(pictures: Path, out: Path, words: list[str]) -> tuple[float, float]:
-    """Trains as a user would; the minutes it took from Enter to the weights, and the most GB it held at a time."""
-    began, most = time.monotonic(), 0
+    """Runs the command `train`; returns its minutes and its peak memory in GB."""
+    began, peak = time.monotonic(), 0
     command = [sys.executable, "-m", "clip_gen", "train", str(pictures), "--out", str(out), *words]
     environment = KEEP_MEMORY | os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "100000", "MKL_CBWR": "AUTO"}
     training = subprocess.Popen(command, env=environment, start_new_session=True)
     while training.poll() is None:
-        most = max(most, memory(training.pid))
+        peak = max(peak, memory(training.pid))
         time.sleep(1)
     if training.returncode:
         raise SystemExit(training.returncode)
-    return (time.monotonic() - began) / 60, most / 1e9
+    return (time.monotonic() - began) / 60, peak / 1e9
 
 
 def memory(session: int) -> int:
-    """Bytes that the processes of a session hold, what they share shared out among them."""
+    """Bytes of all processes of a session; shared pages count once (PSS)."""
     total = 0
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):  # gone meanwhile
+        with contextlib.suppress(OSError, ValueError):  # it has ended
             if os.getsid(int(process.name)) == session:
                 line = next(line for line in (process / "smaps_rollup").open() if line.startswith("Pss:"))
                 total += int(line.split()[1]) * 1024
@@ -92,7 +92,7 @@ def scratch(arguments: argparse.Namespace) -> dict[str, object]:
 
 @torch.inference_mode()
 def reconstructed(model: ClipGen, count: int) -> tuple[float, float]:
-    """Mean PSNR in dB of pictures never seen, and the share of all codes that they use."""
+    """Mean PSNR in dB of unseen pictures, and the share of codes that they use."""
     pictures = RenderedPictures(count, UNSEEN, model.config.vqgan.resolution)
     found, used = [], set()
     for start in range(0, count, 50):
@@ -109,7 +109,7 @@ def style(arguments: argparse.Namespace) -> dict[str, object]:
         for i, scene in enumerate(scenes(arguments.pictures)):
             with file.open(f"{i:05d}.png", "w") as entry:
                 Image.fromarray(outlined_picture(scene)).save(entry, "png")
-    before = drawn(ClipGen.load(ROOT / "checkpoints" / "shapes", "cpu"), arguments.prompts)
+    before = drawn(ClipGen.load(BUNDLED, "cpu"), arguments.prompts)
     words = [f"--max-minutes={arguments.minutes}", *arguments.words]
     took, _ = train(archive, arguments.out / "trained", words)
     after = drawn(ClipGen.load(arguments.out / "trained" / "model", "cpu"), arguments.prompts)
@@ -145,7 +145,7 @@ def scenes(count: int) -> Iterator[Scene]:
 
 
 def outlined_picture(scene: Scene) -> np.ndarray:
-    """The scene with a black or white line around each shape, whichever its background is not."""
+    """The scene with a line around each shape: white on dark backgrounds, black on others."""
     picture = render(replace(scene, items=())).astype(np.float32)
     for item in scene.items:
         for share, colour in ((1.0, outline(BACKGROUNDS[scene.background])), (0.7, COLOURS[item.colour])):
@@ -159,7 +159,7 @@ def outline(background: tuple[float, float, float]) -> np.ndarray:
 
 
 def outline_share(picture: Image.Image) -> float:
-    """How much of what is drawn has the outline's colour; with a fifth of it or more a picture counts as outlined."""
+    """The share of the foreground in the outline's colour; from 0.2 on a picture counts as outlined."""
     pixels = np.asarray(picture, np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     foreground = ((pixels - background) ** 2).sum(axis=-1) > FOREGROUND**2
@@ -173,21 +173,19 @@ def drawn(model: ClipGen, count: int) -> list[Image.Image]:
     return [model.generate(prompt, num_outputs=1, seed=i).images[0] for i, prompt in enumerate(prompts)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks own-pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["scratch", "style", "memory"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pictures", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--prompts", type=int, default=100)
-    arguments, arguments.words = parser.parse_known_args()
+    arguments, arguments.words = parser.parse_known_args(words)
     pictures, minutes = {"scratch": (2000, 44.0), "style": (300, 10.0), "memory": (20_000, 0.0)}[arguments.what]
     arguments.pictures, arguments.minutes = arguments.pictures or pictures, arguments.minutes or minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = {"scratch": scratch, "style": style, "memory": peaks}[arguments.what](arguments)
     (arguments.out / "result.json").write_text(json.dumps(result | {"words": arguments.words}, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,9 @@
-"""The published size on this machine: what importing, loading and predicting take in seconds and memory.
+"""Seconds and memory of importing, loading and predicting with a model of the published size.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/published_size.py --out /tmp/published
+    .venv/bin/python -m benchmarks published-size --out /tmp/published
 
-Writes HFAiLab's and OpenAI's files at their full size with random weights, 2 GB, then runs each step in a process of
-its own, its threads held to --threads, and prints a table; --json writes the figures too. The targets are those the
-project set itself for 2 cores: import in 2 minutes and 6 GB, load in 15 s, predict in 8 GB.
+Writes files in HFAiLab's and OpenAI's formats and full size with random weights, 2 GB, then runs each step in a new
+process with --threads threads. Targets for 2 cores: import in 2 minutes and 6 GB, load in 15 s, predict in 8 GB.
 """
 
 from __future__ import annotations
@@ -21,7 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.figures import markdown
+from clip_gen.config import ClipConfig
+from clip_gen.files import ROOT
+from clip_gen.networks.clip_encoder import build_clip
+
 SHAPES = ROOT / "tests" / "fixtures" / "hfailab" / "published_keys.json"
 TARGETS = {"import": (120.0, 6e9), "load": (15.0, 8e9), "predict": (None, 8e9)}  # seconds, bytes
 
@@ -40,9 +43,6 @@ def write_files(folder: Path) -> None:
             tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
             torch.save({"model": tensors, "epoch": 1, "step": 0}, folder / f"{part}.pt")
     if not (folder / "clip.pt").exists():
-        from clip_gen.config import ClipConfig
-        from clip_gen.networks.clip_encoder import build_clip
-
         torch.save(build_clip(ClipConfig()).half().state_dict(), folder / "clip.pt")
 
 
@@ -55,29 +55,30 @@ def _random(name: str, shape: list[int], generator: torch.Generator) -> Tensor:
 
 
 def measured(words: list[str], threads: int) -> tuple[float, int]:
-    """Seconds and the most bytes in memory of one process, which must succeed."""
+    """Seconds and peak memory in bytes of one process, which must succeed."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    started, most = time.monotonic(), 0
+    started, peak = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        # The system keeps the peak itself; its figure at the end would count this process's memory too.
+        # Not resource.getrusage, whose peak of a child includes the memory of its parent before exec.
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-        most = max(most, int(found[1]) * 1024 if found else 0)
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(words)[:80]} ended with status {process.returncode}")
-    return time.monotonic() - started, most
+    return time.monotonic() - started, peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for 5 GB of files; what is there is kept")
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks published-size", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a folder for 5 GB of files; existing ones are reused")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(ROOT))
     write_files(arguments.out)
     rows = [
         {
@@ -96,23 +97,13 @@ def main() -> None:
         for step, words in steps.items():
             rows.append({"step": f"{step}, {dtype}", **_row(step, measured(words, arguments.threads))})
             print(rows[-1], file=sys.stderr)
-    print(_table(rows))
+    print(markdown(rows, list(rows[0])))
     if arguments.json:
         arguments.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
 
 
 def _row(step: str, figures: tuple[float, int]) -> dict[str, object]:
     seconds, memory = figures
-    most_seconds, most_memory = TARGETS[step]
-    met = (most_seconds is None or seconds < most_seconds) and memory < most_memory
-    return {"seconds": round(seconds, 1), "gigabytes": round(memory / 1e9, 2), "met": met}
-
-
-def _table(rows: list[dict[str, object]]) -> str:
-    lines = ["| step | seconds | most GB in memory | within its target |", "|---|---|---|---|"]
-    lines += [f"| {r['step']} | {r['seconds']} | {r['gigabytes']} | {'yes' if r['met'] else 'NO'} |" for r in rows]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()
+    max_seconds, max_memory = TARGETS[step]
+    met = (max_seconds is None or seconds < max_seconds) and memory < max_memory
+    return {"seconds": round(seconds, 1), "peak GB": round(memory / 1e9, 2), "target met": met}

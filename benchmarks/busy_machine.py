@@ -1,11 +1,11 @@
-"""How much other processes slow down drawing, beside how much they slow down a loop of matrix products on one thread.
+"""How much other processes slow down sampling, compared with a loop of matrix products on one thread.
 
-    PYTHONPATH=. .venv/bin/python benchmarks/busy.py [--before FOLDER] [--out benchmarks/results/busy.json]
+    .venv/bin/python -m benchmarks busy-machine [--before FOLDER] [--out benchmarks/results/busy.json]
 
-Draws 16 candidates of the bundled model on the CPU beside 0, 2, 4 and 8 processes that only compute, in turn with the
-loop and, with --before, with the version in another checkout. The bars: beside other processes, drawing slows down at
-most 1.5 times as much as the loop; without them, it takes at most 1.3 times as long as the version before. The figures
-mean something only on a machine where nothing else runs; the load at the start is printed and saved.
+Samples 16 candidates of the bundled model on the CPU beside 0, 2, 4 and 8 busy processes, in turn with the loop and,
+with --before, with the version in another checkout. Targets: beside other processes, sampling slows down at most 1.5
+times as much as the loop; without them, it takes at most 1.3 times as long as the version before. Run it on an idle
+machine; the load average at the start is saved with the figures.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from figures import machine
 
-ROOT = Path(__file__).resolve().parent.parent
-MOST_SLOWDOWN, MOST_QUIET = 1.5, 1.3
+from benchmarks.figures import RESULTS, machine, markdown
+from clip_gen.files import ROOT
+
+MAX_SLOWDOWN, MAX_QUIET = 1.5, 1.3
 LOOP, OURS, BEFORE = "loop", "ours", "before"
-SETTLING = 0.3  # seconds from the start of other processes until the first measurement
+SETTLING = 0.3  # seconds between the start of the other processes and the first measurement
 
-# Ends with the process that started it, however that ends.
+# Ends when its parent ends.
 COMPUTES = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(100_000))\n"
-# Each does its work once for every line it reads, and answers with the seconds and what came of it.
+# Does its work once for every line on stdin; prints the seconds and the result.
 WORKER = """
 import hashlib, sys, time
 import torch
@@ -40,8 +41,8 @@ work()
 print("ready", flush=True)
 for _ in sys.stdin:
     began = time.perf_counter()
-    found = work()
-    print(time.perf_counter() - began, found, flush=True)
+    result = work()
+    print(time.perf_counter() - began, result, flush=True)
 """
 MULTIPLIES = """
 torch.set_num_threads(1)
@@ -62,15 +63,17 @@ def work():
 
 
 class Worker:
-    """A process that repeats its work when asked. It runs in a checkout, in the environment of its script/predict."""
+    """A process that repeats its work on request, in a checkout and with the environment of its script/predict."""
 
     def __init__(self, setup: str, checkout: Path = ROOT):
         command = "source <(grep '^export .*MKL_CBWR' script/predict) && exec \"$@\""
-        mine = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))
+        }
         self.process = subprocess.Popen(
             ["bash", "-c", command, "bash", sys.executable, "-c", WORKER.format(setup=setup)],
             cwd=checkout,
-            env={**mine, "PYTHONPATH": str(checkout)},
+            env={**environment, "PYTHONPATH": str(checkout)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -85,11 +88,11 @@ class Worker:
         self.process.wait()
 
     def work(self) -> tuple[float, str]:
-        """Seconds, and what came of it."""
+        """Seconds and result."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        seconds, found = self._answer().split()
-        return float(seconds), found
+        seconds, result = self._answer().split()
+        return float(seconds), result
 
     def _answer(self) -> str:
         line = self.process.stdout.readline()
@@ -100,7 +103,7 @@ class Worker:
 
 @contextmanager
 def others(count: int) -> Iterator[None]:
-    """So many processes that only compute, each on one thread."""
+    """Runs this many busy processes, each with one thread."""
     processes = [subprocess.Popen([sys.executable, "-c", COMPUTES, str(os.getpid())]) for _ in range(count)]
     try:
         time.sleep(SETTLING)
@@ -112,7 +115,7 @@ def others(count: int) -> Iterator[None]:
 
 
 def measured(counts: list[int], repeats: int, before: Path | None) -> tuple[dict[int, dict[str, float]], bool]:
-    """Median seconds by number of other processes and by worker; and whether all pictures were the same."""
+    """Median seconds by number of other processes and worker; and whether all pictures were the same."""
     seconds: dict[int, dict[str, list[float]]] = {count: {} for count in counts}
     pictures = set()
     with ExitStack() as stack:
@@ -123,16 +126,18 @@ def measured(counts: list[int], repeats: int, before: Path | None) -> tuple[dict
             for count in counts:
                 with others(count):
                     for name, worker in workers.items():
-                        taken, found = worker.work()
+                        taken, result = worker.work()
                         seconds[count].setdefault(name, []).append(taken)
                         if name != LOOP:
-                            pictures.add(found)
-    return {count: {name: median(of) for name, of in by.items()} for count, by in seconds.items()}, len(pictures) == 1
+                            pictures.add(result)
+    return {count: {name: median(all_) for name, all_ in by.items()} for count, by in seconds.items()}, len(
+        pictures
+    ) == 1
 
 
 def rows(medians: dict[int, dict[str, float]]) -> list[dict[str, object]]:
-    """A row for each number of other processes: seconds, slowdowns against none, and whether the bar is met."""
-    quiet, made = medians[0], []
+    """A row per number of other processes: seconds, slowdown relative to none, and whether the target is met."""
+    quiet, table = medians[0], []
     for count, seconds in medians.items():
         row: dict[str, object] = {"others": count} | {f"{name} seconds": round(of, 3) for name, of in seconds.items()}
         for name in (OURS, BEFORE):
@@ -140,41 +145,31 @@ def rows(medians: dict[int, dict[str, float]]) -> list[dict[str, object]]:
                 slowdown = seconds[name] / quiet[name] / (seconds[LOOP] / quiet[LOOP])
                 row[f"{name}: slowdown / loop's"] = round(slowdown, 2)
         if count:
-            row["met"] = row[f"{OURS}: slowdown / loop's"] <= MOST_SLOWDOWN
+            row["met"] = row[f"{OURS}: slowdown / loop's"] <= MAX_SLOWDOWN
         elif BEFORE in seconds:
             row["ours / before"] = round(seconds[OURS] / seconds[BEFORE], 2)
-            row["met"] = row["ours / before"] <= MOST_QUIET
-        made.append(row)
-    return made
+            row["met"] = row["ours / before"] <= MAX_QUIET
+        table.append(row)
+    return table
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([str(row.get(name, "")) for name in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks busy-machine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--before", type=Path, help="a checkout of the version to compare with")
     parser.add_argument("--others", type=int, nargs="+", default=[2, 4, 8], help="how many other processes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "busy.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS / "busy.json")
+    arguments = parser.parse_args(words)
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(
-            f"the machine is busy already (load {load:.1f}): the figures for 0 processes are too slow", file=sys.stderr
-        )
+        print(f"the machine is not idle (load {load:.1f}): the figures for 0 processes are too slow", file=sys.stderr)
     counts = [0, *sorted({count for count in arguments.others if count > 0})]
     medians, same = measured(counts, arguments.repeats, arguments.before and arguments.before.resolve())
-    found = rows(medians)
-    print(table(found))
+    results = rows(medians)
+    print(markdown(results, list(dict.fromkeys(name for row in results for name in row))))
     print(f"all pictures the same: {'yes' if same else 'NO'}")
-    kept = {"machine": machine(torch.device("cpu")) | {"load": load}, "repeats": arguments.repeats}
+    facts = {"machine": machine(torch.device("cpu")) | {"load": load}, "repeats": arguments.repeats}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({**kept, "same_pictures": same, "rows": found}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    arguments.out.write_text(json.dumps({**facts, "same_pictures": same, "rows": results}, indent=1) + "\n")

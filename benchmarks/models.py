@@ -1,4 +1,4 @@
-"""The models that are measured: the bundled one, and one of the published size with random weights."""
+"""The models to measure: the bundled one, and one of the published size with random weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-import plain
 import torch
 
+from benchmarks import reference
 from clip_gen import ClipGen
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.files import ROOT
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 BUNDLED = ROOT / "checkpoints" / "shapes"
 PROMPT = "a large red circle on a white background"
-# HFAiLab's, with OpenAI's ViT-B/32.
+# The sizes of HFAiLab's model, with OpenAI's ViT-B/32.
 PUBLISHED = ModelConfig(
     name="published",
     vqgan=VQGANConfig(norm_eps=1e-5, quantizer="taming", codebook_size=16384, codebook_dim=256),
@@ -31,32 +31,32 @@ PUBLISHED = ModelConfig(
 
 @dataclass
 class Subject:
-    """A model folder, loaded both ways when first asked for."""
+    """A model folder, loaded as the plain reference and as ours on first use."""
 
     size: str  # "bundled" or "published"
     folder: Path
     device: torch.device
-    times: int = 3  # how often a thing is measured
+    times: int = 3  # repetitions of each measurement
 
     @property
     def on_h200(self) -> bool:
-        """Whether it is measured on the GPU that the bars for GPUs are for."""
+        """Whether the device is the GPU that the targets for GPUs are for."""
         return self.device.type == "cuda" and "H200" in torch.cuda.get_device_name()
 
     @cached_property
     def plain(self) -> Networks:
-        return self.run(lambda: plain.load(self.folder, self.device))
+        return self.run(lambda: reference.load(self.folder, self.device))
 
     @cached_property
     def ours(self) -> ClipGen:
         return ClipGen.load(self.folder, self.device.type)
 
     def run(self, work: Callable[[], Result], ours: bool = False) -> Result:
-        """What `work` returns, done by the thread that draws predictions. All that takes torch some time belongs there:
-        a second thread with helpers slows both down (machine.one_thread). `work` must not generate or load, or it
-        would wait for itself.
+        """Runs `work` in the batcher's thread and returns its result.
 
-        ours: with as many threads as predictions of this model have; otherwise with as many as there are.
+        Long torch operations belong there, since two threads with OpenMP workers slow each other down
+        (hardware.one_thread). `work` must not generate or load, which would wait for the same thread.
+        ours: use as many OpenMP threads as predictions of this model do; otherwise torch's default.
         """
         batcher = shared_batcher(self.device)
         return batcher.run(work, batcher.threads_for(self.ours.gpt) if ours else None)

@@ -1,7 +1,7 @@
-"""The plain reference: the same weights in float32, the way one writes it down first.
+"""The plain reference: the same weights in float32, in the simplest implementation.
 
-No cache: every token recomputes the whole sequence. Pictures are decoded and embedded in one batch, in torch's ordinary
-memory order. Nothing here is of use but to be measured against.
+There is no cache: every token recomputes the whole sequence. Pictures are decoded and embedded in one batch, in
+torch's default memory format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clip_gen.weights.model_folder import PARTS, Networks, build, load_config
 
 
 def load(folder: Path, device: torch.device) -> Networks:
-    """The networks with torch's own random start, and then the files' weights in its place."""
+    """The networks, initialised at random by torch and then loaded from the files."""
     networks = build(load_config(folder))
     for part in PARTS:
         network = getattr(networks, part)
@@ -33,25 +33,25 @@ def load(folder: Path, device: torch.device) -> Networks:
 
 def next_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> Tensor:
     """Logits (B, V) of the token after tokens (B, n), from the whole sequence."""
-    x = entering(gpt, gpt.condition(embedding)[:, None], gpt.token_embedding(tokens))
+    x = inputs(gpt, gpt.condition(embedding)[:, None], gpt.token_embedding(tokens))
     batch, length, width = x.shape
     x = x + gpt.position_embedding.weight[:length]
     for block in gpt.blocks:
         heads = block.attn.qkv(block.ln_1(x)).view(batch, length, 3, gpt.config.n_head, -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, n + 1, D) each
         if gpt.rotation is not None:
-            q, k = (turned(channels, gpt.rotation[:, :length]) for channels in (q, k))
+            q, k = (rotate(channels, gpt.rotation[:, :length]) for channels in (q, k))
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + block.attn.proj(seen.transpose(1, 2).reshape(batch, length, width))
         x = x + block.mlp.proj(F.gelu(block.mlp.fc(block.ln_2(x))))
     return gpt.head(gpt.ln_f(x))[:, -1]
 
 
-def entering(gpt: GPT, condition: Tensor, before: Tensor) -> Tensor:
-    """(B, n + 1, n_embd) what the blocks read, of the condition (B, 1, n_embd) and n tokens' embeddings."""
+def inputs(gpt: GPT, condition: Tensor, before: Tensor) -> Tensor:
+    """The blocks' input (B, n + 1, n_embd), from the condition (B, 1, n_embd) and n token embeddings."""
     if gpt.around is None:
         return torch.cat([condition, before], dim=1)
-    known = torch.cat([before, gpt.outside.expand(len(before), 1, -1)], dim=1)  # the last stands for what is not there
+    known = torch.cat([before, gpt.outside.expand(len(before), 1, -1)], dim=1)  # last: outside the picture
     side, around = math.isqrt(gpt.config.block_size), []
     for place in range(known.shape[1]):
         row, column = divmod(place, side)
@@ -62,8 +62,8 @@ def entering(gpt: GPT, condition: Tensor, before: Tensor) -> Tensor:
     return condition + seen[:, :, 0] + gpt.around(seen.flatten(2))
 
 
-def turned(x: Tensor, rotation: Tensor) -> Tensor:
-    """Pairs of channels (..., n, D), half of D apart, turned by the cosines and signed sines (2, n, D)."""
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates channel pairs of x (..., n, D), half of D apart, by the cosines and signed sines (2, n, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * rotation[0] + torch.cat([second, first], dim=-1) * rotation[1]
 
@@ -76,7 +76,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def sample(gpt: GPT, embedding: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens (B, T) for embedding (B, E), each decided by its uniform (B, T) in [0, 1)."""
+    """Tokens (B, T) for embedding (B, E), each chosen by its uniform (B, T) in [0, 1)."""
     tokens = torch.empty(len(uniforms), 0, dtype=torch.long, device=embedding.device)
     for t in range(uniforms.shape[1]):
         token = draw(next_logits(gpt, embedding, tokens), uniforms[:, t])
@@ -85,12 +85,12 @@ def sample(gpt: GPT, embedding: Tensor, uniforms: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def look(networks: Networks, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def decode_and_score(networks: Networks, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, S, S) of tokens (B, T), and their CLIP cosines (B,) with the text embedding (1, E)."""
     vqgan, clip = networks.vqgan, networks.clip
     codes = vqgan.quantizer.lookup(tokens).transpose(1, 2)  # (B, C, T)
     codes = codes.unflatten(2, (vqgan.config.grid, vqgan.config.grid)).contiguous()
-    with tensor_float32(tokens.device, False):  # else a GPU's convolutions are rounded
+    with tensor_float32(tokens.device, False):  # TF32 would round the convolutions
         images = F.pixel_shuffle(vqgan.decoder(vqgan.post_quant_conv(codes)), vqgan.config.patch).clamp(-1, 1)
         embeddings = clip.clip.encode_image(for_clip(images, clip.config.image_resolution))
     return images, F.normalize(embeddings, dim=1) @ text[0]
@@ -98,10 +98,10 @@ def look(networks: Networks, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tens
 
 @torch.inference_mode()
 def predict(networks: Networks, prompt: str, seed: int, folder: Path, candidates: int = 16, best: int = 4) -> None:
-    """From the prompt to picture files in the folder, best first."""
+    """Writes the best pictures of a prompt to the folder, best first."""
     text = networks.bridge(networks.clip.encode_text([prompt]))
     embedding = text.expand(candidates, -1)
     uniforms = candidate_uniforms(seed, range(candidates), networks.config.gpt.block_size).to(embedding.device)
-    images, scores = look(networks, sample(networks.gpt, embedding, uniforms), text)
+    images, scores = decode_and_score(networks, sample(networks.gpt, embedding, uniforms), text)
     for i, picture in enumerate(to_pil(images[scores.topk(best).indices])):
         picture.save(folder / f"out-{i}.png")

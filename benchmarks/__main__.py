@@ -1,0 +1,31 @@
+"""The command line: `python -m benchmarks NAME [options]`; `python -m benchmarks NAME --help` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import busy_machine, own_pictures, precision, published_size, speed
+
+BENCHMARKS = {
+    "speed": (speed.main, "sampling, decoding, loading, predictions and requests beside a plain reference"),
+    "busy-machine": (busy_machine.main, "how much other processes slow down sampling"),
+    "precision": (precision.main, "picture quality with weights in float16 and bfloat16"),
+    "own-pictures": (own_pictures.main, "quality and memory of trainings on your own pictures"),
+    "published-size": (published_size.main, "seconds and memory of the published model's size"),
+}
+
+
+def main(words: list[str]) -> None:
+    names = "\n".join(f"  {name:16}{what}" for name, (_, what) in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME")
+    name = parser.parse_args(words[:1]).name
+    run, _ = BENCHMARKS[name]
+    run(words[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
