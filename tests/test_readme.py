@@ -1,9 +1,12 @@
-"""README.md: what it says is so."""
+"""README.md and docs/ agree with the code."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+import pytest
+from PIL import Image
 
 from clip_gen.files import ROOT
 from clip_gen.serving.schema import project_signatures
@@ -42,6 +45,20 @@ def test_the_input_table_has_every_input_with_its_default() -> None:
         if default is not None:
             shown = str(default).lower() if isinstance(default, bool) else str(default)
             assert rows[field.name] == shown
+
+
+def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(block.replace("candidates=16", "candidates=4"), names)
+    assert len(names["result"].images) == 4
+    assert Image.open(tmp_path / "circle.png").size == (64, 64)
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1500
 
 
 def test_pictures_and_links_point_at_files() -> None:
