@@ -39,9 +39,7 @@ from clip_gen.training.checkpoints import (
     save_checkpoint,
 )
 from clip_gen.training.datasets import Batches, prepared
-from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.interrupts import Interrupts
-from clip_gen.training.sharding import Sharding, in_one
 from clip_gen.training.stage import FitConfig, Stage, processes
 
 log = logging.getLogger(__name__)
@@ -58,32 +56,19 @@ class Machine:
     save_seconds: float = 60.0  # between checkpoints
 
     def check(self) -> None:
-        """Raises ValueError for what Lightning has not, and for a strategy that shares out the weights in another way
-        than `fsdp` does.
-        """
+        """Raises ValueError for values that Lightning does not know."""
         if not re.fullmatch(r"auto|0*[1-9]\d*|\d+(,\d+)+", self.devices):
             raise ValueError(f"devices is {self.devices}; give how many, 1 or more, which, as 0,2, or auto")
         if self.nodes < 1:
             raise ValueError(f"nodes is {self.nodes}; give how many machines train together, 1 or more")
-        if self.strategy.lower().startswith(("fsdp_", "deepspeed", "model_parallel")):
-            raise ValueError(
-                f'strategy is "{self.strategy}", but weights are averaged here, and Muon takes them whole, which only '
-                "fsdp is made for: give fsdp, or ddp"
-            )
         if self.strategy.lower() not in ("auto", *StrategyRegistry.available_strategies()):
-            raise ValueError(f'strategy is "{self.strategy}", which does not exist; give auto, ddp or fsdp')
+            raise ValueError(f'strategy is "{self.strategy}", which Lightning does not have; give auto or ddp')
 
     def sharing(self, *batch_sizes: int) -> Machine:
         """With as many of the GPUs, where that is left to it, as can share each of these batches."""
         there = torch.cuda.device_count() if self.devices == "auto" else 0
         counts = [n for n in range(1, there + 1) if not any(size % (n * self.nodes) for size in batch_sizes)]
         return replace(self, devices=str(counts[-1])) if counts else self
-
-    def strategy_for(self, stage: Stage) -> str | Sharding:
-        """fsdp is for transformers; what else is trained fits one device, and is shared out by batch alone."""
-        if self.strategy.lower() != "fsdp":
-            return self.strategy
-        return Sharding() if isinstance(stage, GPTTrainer) else "ddp"
 
 
 def fit(
@@ -155,7 +140,7 @@ def _trainer(stage: Stage, machine: Machine, folder: Path, callbacks: list[Callb
         accelerator="auto",
         devices=int(machine.devices) if machine.devices.isdecimal() else machine.devices,
         num_nodes=machine.nodes,
-        strategy=machine.strategy_for(stage),
+        strategy=machine.strategy,
         precision=_precision(config.precision),
         gradient_clip_val=1.0,
         callbacks=callbacks,
@@ -445,23 +430,12 @@ class Averaging(WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=average)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Where the weights are going, or only shares of them.
-        self._device = torch.device("cpu") if isinstance(trainer.strategy, Sharding) else trainer.strategy.root_device
+        self._device = trainer.strategy.root_device  # the stage itself is still on the CPU
         super().setup(trainer, pl_module, stage)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(trainer.strategy, Sharding):
-            trainer.strategy.share_out(self._average_model.module.gpt)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
-    ) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint["state_dict"] = in_one(checkpoint["state_dict"])
-
     def weights(self) -> dict[str, Tensor]:
-        """The mean, by the names of the stage's own state."""
-        return in_one(self._average_model.module.state_dict())
+        """The averages, by the names of the stage's state_dict."""
+        return self._average_model.module.state_dict()
 
 
 class Best(Callback):

@@ -6,7 +6,6 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from clip_gen.networks.bridge import Bridge
 from clip_gen.sampling.cuda_graphs import forget
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.datasets import EncodedPictures, PictureFiles
-from clip_gen.training.sharding import Sharding
 from clip_gen.weights.model_folder import Networks
 
 log = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ class Grids(Callback, ABC):
         tenths = self._tenths(trainer, module)
         if self.tenths < tenths < 10 and trainer.global_step:
             rested = time.monotonic() - self.drawn >= 19 * self.took
-            if trainer.strategy.broadcast(rested):  # the first process's word, for all may have to take part
+            if rested:
                 self.tenths = tenths
                 self._draw(trainer, module)
 
@@ -63,11 +61,10 @@ class Grids(Callback, ABC):
         return int(10 * max(trainer.global_step / trainer.max_steps, module.time_spent))
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        sharding = trainer.strategy if isinstance(trainer.strategy, Sharding) else None
+        if not trainer.is_global_zero:
+            return
         try:
-            with sharding.together(module) if sharding else nullcontext():
-                if trainer.is_global_zero:
-                    self._draw_here(trainer, module)
+            self._draw_here(trainer, module)
         except torch.OutOfMemoryError:  # which would stop this process alone
             log.warning("there was no memory for the pictures of step %d", trainer.global_step)
 

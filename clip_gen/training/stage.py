@@ -12,11 +12,9 @@ import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_gen.hardware import prefers_bfloat16
-from clip_gen.training.sharding import share_of, whole
 
 
 @dataclass(frozen=True)
@@ -144,11 +142,9 @@ class Muon(torch.optim.Optimizer):
         self, params: list[Tensor], lr: float, weight_decay: float, momentum: float, **_: object
     ) -> None:
         alike: dict[tuple[int, ...], list[Tensor]] = {}  # those of one shape at a time
-        for number, matrix in enumerate(params):
+        for matrix in params:
             if matrix.grad is not None:
-                shape = (matrix.shape[0], matrix.shape[1:].numel())
-                # Those in shares one by one, for each is brought together.
-                alike.setdefault(shape + (number,) * isinstance(matrix, DTensor), []).append(matrix)
+                alike.setdefault((matrix.shape[0], matrix.shape[1:].numel()), []).append(matrix)
         for shape, matrices in alike.items():
             directions = []
             for matrix in matrices:
@@ -156,10 +152,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 average = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                directions.append(whole(matrix.grad.lerp(average, momentum)).flatten(1))  # as Nesterov looks ahead
-            rate = 0.2 * max(shape[:2]) ** 0.5 * lr
+                directions.append(matrix.grad.lerp(average, momentum).flatten(1))  # as Nesterov looks ahead
+            rate = 0.2 * max(shape) ** 0.5 * lr
             for matrix, direction in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
-                matrix.mul_(1 - lr * weight_decay).sub_(share_of(direction.view(matrix.shape), matrix), alpha=rate)
+                matrix.mul_(1 - lr * weight_decay).sub_(direction.view(matrix.shape), alpha=rate)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -606,10 +606,7 @@ def steps_done(out: Path, stage: str) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-@pytest.mark.parametrize(
-    ("stage", "strategy"),
-    [("vqgan", "auto"), ("transformer", "auto"), pytest.param("transformer", "fsdp", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("stage", "strategy"), [("vqgan", "auto"), ("transformer", "ddp")])
 def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage: str, strategy: str) -> None:
     # taming's quantiser: the other one draws new codes for dead ones by chance, which processes do each for themselves.
     # Neither do they drop the same neurons.
@@ -627,8 +624,6 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
             words += ["--strategy", strategy]
             run = subprocess.run(words, capture_output=True, timeout=300, text=True)
             assert run.returncode == 0, run.stderr
-            said = run.stderr
-            assert ("50 % of the transformer's weights are in this process" in said) == (strategy == "fsdp")
     part = "gpt" if stage == "transformer" else "vqgan"
     one, two = (
         [json.loads(line) for line in (tmp_path / devices / "work" / part / "history.jsonl").open()]
@@ -686,8 +681,7 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     refused = {
-        'strategy is "fsdp_cpu_offload", but weights are averaged': Machine(strategy="fsdp_cpu_offload"),
-        'strategy is "foo", which does not exist; give auto, ddp or fsdp': Machine(strategy="foo"),
+        'strategy is "foo", which Lightning does not have; give auto or ddp': Machine(strategy="foo"),
         "devices is 0; give how many": Machine(devices="0"),
         "devices is all; give how many": Machine(devices="all"),
         "nodes is 0; give how many": Machine(nodes=0),
