@@ -19,6 +19,7 @@ MOST_RES_BLOCKS = 32  # at each resolution of a VQGAN; published ones have 2 or 
 MOST_RESOLUTION = 2048  # a picture of 2**18 pixels a side would need 800 GB, and small weights can ask for one
 ACTIVATIONS = ("quick_gelu", "gelu")  # of a CLIP's transformers: OpenAI's approximation, the function itself
 MOST_NESTED = 20  # lists and mappings inside one another in a YAML file
+RENAMED_FIELDS = {"looks_around": "neighbour_context"}  # in config files of earlier versions
 CLIP_TOKENS = 49408  # of OpenAI's CLIP, whose tokenizer is the only one here
 
 
@@ -79,7 +80,7 @@ class GPTConfig:
     head_bias: bool = False  # HFAiLab's published transformer has one
     null_condition: bool = True  # learnt in training; without it guidance has nothing to push away from
     rotary: bool = False  # turn queries and keys by their token's row and column, besides learnt positions
-    looks_around: bool = False  # every place takes in the tokens above it and the condition, not the last token alone
+    neighbour_context: bool = False  # a position's input: the tokens above and beside it and the condition
     dropout: float = 0.1
 
 
@@ -148,12 +149,20 @@ def read_config(path: Path, kind: type[Config]) -> Config:
         # OmegaConf would fill in ${oc.env:SECRET}, and model folders come from strangers.
         if "${" in path.read_text(encoding="utf-8"):
             raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(path))
+        given = _with_new_names(OmegaConf.to_container(OmegaConf.load(path)))
+        merged = OmegaConf.merge(OmegaConf.structured(kind), given)
         values = OmegaConf.to_container(merged)
     except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from error
     return _build(kind, values)
+
+
+def _with_new_names(values: object) -> object:
+    """The same values; fields that have been renamed get their new names."""
+    if isinstance(values, dict):
+        return {RENAMED_FIELDS.get(name, name): _with_new_names(value) for name, value in values.items()}
+    return values
 
 
 def read_settings(path: Path) -> dict[str, object]:

@@ -38,7 +38,7 @@ def subject(tiny_model_folder: Path) -> Subject:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rotary": True}, {"head_bias": True, "null_condition": False}, {"looks_around": True}]
+    "changes", [{"rotary": True}, {"head_bias": True, "null_condition": False}, {"neighbour_context": True}]
 )
 def test_the_plain_loop_draws_the_tokens_of_our_sampler(changes: dict[str, bool]) -> None:
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY
 
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig, read_config, write_config
+from clip_gen.files import ROOT
 
 
 def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
@@ -21,6 +22,13 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
     config = read_config(tmp_path / "config.yaml", ModelConfig)
     assert config.gpt == replace(GPTConfig(), n_layer=3)
     assert config.vqgan == VQGANConfig()
+
+
+def test_a_field_loads_under_its_former_name(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("gpt: {looks_around: true}\n")
+    assert read_config(tmp_path / "config.yaml", ModelConfig).gpt.neighbour_context
+    bundled = read_config(ROOT / "checkpoints" / "shapes" / "config.yaml", ModelConfig)
+    assert bundled.gpt.neighbour_context
 
 
 def test_values_are_frozen_and_hashable(tmp_path: Path) -> None:

@@ -152,8 +152,8 @@ class GPT(nn.Module):
         self.null_condition = nn.Parameter(torch.zeros(config.n_embd)) if config.null_condition else None
         self.token_embedding = nn.Embedding(config.codebook_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.around = nn.Linear(4 * config.n_embd, config.n_embd, bias=False) if config.looks_around else None
-        self.outside = nn.Parameter(torch.zeros(config.n_embd)) if config.looks_around else None
+        self.around = nn.Linear(4 * config.n_embd, config.n_embd, bias=False) if config.neighbour_context else None
+        self.outside = nn.Parameter(torch.zeros(config.n_embd)) if config.neighbour_context else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -162,7 +162,7 @@ class GPT(nn.Module):
             grid_rotation(math.isqrt(config.block_size), config.n_embd // config.n_head) if config.rotary else None
         )
         self.register_buffer("rotation", rotation, persistent=False)
-        places = places_around(math.isqrt(config.block_size)) if config.looks_around else None
+        places = places_around(math.isqrt(config.block_size)) if config.neighbour_context else None
         self.register_buffer("places_around", places, persistent=False)
         self.register_buffer("neighbours", None, persistent=False)  # set in cast_for_inference
         self.register_buffer("neighbour_starts", None, persistent=False)
@@ -236,7 +236,7 @@ class GPT(nn.Module):
         return torch.cat([prefix[:, None], self.token_embedding(before)], dim=1)
 
     def surrounded(self, prefix: Tensor, tokens: Tensor, around: Tensor) -> Tensor:
-        """What goes in at K places, (B, K, n_embd), where the transformer looks around: prefix (B, n_embd) and what
+        """What goes in at K places, (B, K, n_embd), with `neighbour_context`: prefix (B, n_embd) and what
         stands at the places `around` each, (K, 4) or (B, K, 4).
 
         tokens: (B, T + 1), codebook_size where there is none and at T, which stands for outside the picture.

@@ -29,7 +29,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows, self.length = rows, 0
-        self.prefix: Tensor | None = None  # for a transformer that looks around: (B, n_embd), and the tokens so far,
+        self.prefix: Tensor | None = None  # with `neighbour_context`: (B, n_embd), and the tokens so far,
         self.tokens: Tensor | None = None  # (B, T + 1), as GPT.surrounded wants them
         self.steps: list[Callable] | None = None  # of the layers of the transformer that made this cache
         self.mask: Tensor | None = None  # which of what `extend` returns may be looked at, where not all of it

@@ -12,7 +12,8 @@ from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 
 Batch = tuple[Tensor, ...]
-WHOLE_FROM = 2 / 3  # of a training without `looks_around`: what places left out told of others is to be found again
+# Without `neighbour_context`, the share of the stage after which all positions of an image are trained on again.
+WHOLE_FROM = 2 / 3
 
 
 class GPTTrainer(Stage):

@@ -30,7 +30,7 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
             attn_resolutions=(),
             z_channels=96,
         ),
-        GPTConfig(n_layer=4, n_head=3, n_embd=192, rotary=True, looks_around=True),
+        GPTConfig(n_layer=4, n_head=3, n_embd=192, rotary=True, neighbour_context=True),
     ),
     "small": (
         VQGANConfig(resolution=128, ch=64, ch_mult=(1, 2, 2, 4), z_channels=128),

@@ -69,11 +69,9 @@ def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
 @FLOAT16
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize(("width", "heads"), [(256, 4), (36, 3)])
-def test_a_transformer_that_looks_around_has_its_rows_bits_alone_and_among_others(
-    width: int, heads: int, guidance: float
-) -> None:
+def test_neighbour_context_keeps_a_row_the_same_alone_and_among_others(width: int, heads: int, guidance: float) -> None:
     torch.manual_seed(0)
-    config = replace(TINY.gpt, n_embd=width, n_head=heads, looks_around=True, head_bias=True, rotary=True)
+    config = replace(TINY.gpt, n_embd=width, n_head=heads, neighbour_context=True, head_bias=True, rotary=True)
     gpt = GPT(config).eval().cast_for_inference(torch.float16)
     embedding, uniforms = F.normalize(torch.randn(32, 16), dim=1), candidate_uniforms(0, range(32), 4)
     seen: list[torch.Tensor] = []

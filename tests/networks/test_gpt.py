@@ -17,10 +17,12 @@ from clip_gen.files import ROOT
 from clip_gen.networks.gpt import GPT, grid_rotation, places_around, quick_gelu, rotate, with_null_condition
 
 
-@pytest.fixture(params=["learnt", "rotary", "looks_around"])
+@pytest.fixture(params=["learnt", "rotary", "neighbour_context"])
 def gpt(request: pytest.FixtureRequest) -> GPT:
     torch.manual_seed(0)
-    return GPT(replace(TINY.gpt, rotary=request.param != "learnt", looks_around=request.param == "looks_around")).eval()
+    return GPT(
+        replace(TINY.gpt, rotary=request.param != "learnt", neighbour_context=request.param == "neighbour_context")
+    ).eval()
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: T
     if on_device:
         names = set(gpt.state_dict())
         gpt.cast_for_inference(torch.float32)
-        assert (gpt.neighbours is not None) == gpt.config.looks_around
+        assert (gpt.neighbours is not None) == gpt.config.neighbour_context
         assert set(gpt.state_dict()) == names
     cache = gpt.new_cache(3)
     stepwise = [gpt.start(gpt.prefix(embedding), cache)]
@@ -115,10 +117,10 @@ def test_around_a_place_are_the_one_before_it_and_those_above() -> None:
     assert around[11].tolist() == [10, 6, 7, 16]
 
 
-def test_who_looks_around_sees_what_is_there_at_once(embedding: Tensor, tokens: Tensor) -> None:
+def test_neighbour_context_takes_in_known_tokens_at_once(embedding: Tensor, tokens: Tensor) -> None:
     """Without any layer, logits hang on the four tokens around and on the condition, each in its own way."""
     torch.manual_seed(0)
-    gpt = GPT(replace(TINY.gpt, looks_around=True)).eval()
+    gpt = GPT(replace(TINY.gpt, neighbour_context=True)).eval()
     gpt.blocks = torch.nn.ModuleList()
     plain = gpt(embedding, tokens[:, :-1])
     for changed in range(15):
@@ -133,7 +135,7 @@ def test_who_looks_around_sees_what_is_there_at_once(embedding: Tensor, tokens: 
 
 
 def test_a_null_condition_can_be_added_for_fine_tuning(embedding: Tensor, tokens: Tensor) -> None:
-    bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True, looks_around=True)).eval()
+    bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True, neighbour_context=True)).eval()
     torch.nn.init.normal_(bare.condition.bias)
     assert "null_condition" not in bare.state_dict()
     grown = with_null_condition(bare)
@@ -222,7 +224,7 @@ def test_gradients_are_the_same_every_time_on_two_threads() -> None:
         codebook_size=64,
         embed_dim=32,
         rotary=True,
-        looks_around=True,
+        neighbour_context=True,
         dropout=0.0,
     )
     gpt, threads = GPT(config).train(), torch.get_num_threads()

@@ -49,12 +49,12 @@ def test_a_width_that_torch_would_read_past_is_refused() -> None:
         Int8Linear(nn.Linear(20, 32))
 
 
-@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize("neighbour_context", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_row_has_the_same_bits_alone_and_among_others(guidance: float, looks_around: bool) -> None:
+def test_a_row_has_the_same_bits_alone_and_among_others(guidance: float, neighbour_context: bool) -> None:
     torch.manual_seed(0)
     config = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=9, codebook_size=512, embed_dim=128, rotary=True)
-    gpt = GPT(replace(config, looks_around=looks_around)).eval().cast_for_inference(torch.int8)
+    gpt = GPT(replace(config, neighbour_context=neighbour_context)).eval().cast_for_inference(torch.int8)
     embedding, uniforms = F.normalize(torch.randn(40, 128), dim=1), candidate_uniforms(0, range(40), 9)
     seen: list[torch.Tensor] = []
     step = gpt.step

@@ -29,10 +29,10 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["", "looks_around"])
+@pytest.fixture(params=[False, True], ids=["", "neighbour_context"])
 def gpt(request: pytest.FixtureRequest, device: str) -> GPT:
     torch.manual_seed(0)
-    return GPT(replace(TINY.gpt, rotary=True, looks_around=request.param)).eval().to(device)
+    return GPT(replace(TINY.gpt, rotary=True, neighbour_context=request.param)).eval().to(device)
 
 
 def begun(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling: Sampling | None = None) -> Batch:
@@ -149,14 +149,14 @@ def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
     assert recording() is None
 
 
-@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize("neighbour_context", [False, True])
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9, guidance=3.0), Sampling(temperature=0)],
     ids=["plain", "filtered", "greedy"],
 )
 def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
-    looks_around: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    neighbour_context: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tensors that say they are on a GPU and hold nothing: whoever asks what is in them, or mixes devices, hears of it.
     monkeypatch.setattr(cuda_graphs.Recording, "_record", lambda *_: None)
@@ -164,8 +164,8 @@ def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
     for module in (cuda_graphs, sampling_module):
         monkeypatch.setattr(module, "has_kernels", lambda device: False)
     with FakeTensorMode(), torch.device("cuda"):
-        gpt = GPT(replace(TINY.gpt, rotary=True, looks_around=looks_around)).eval()
-        if looks_around:
+        gpt = GPT(replace(TINY.gpt, rotary=True, neighbour_context=neighbour_context)).eval()
+        if neighbour_context:
             gpt._know_neighbours()  # as cast_for_inference does, which cannot change such parameters
         embedding = torch.randn(40, gpt.config.embed_dim)
         batch = Batch(gpt, embedding, torch.rand(40, gpt.config.block_size), sampling)

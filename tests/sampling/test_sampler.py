@@ -282,16 +282,16 @@ def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize("neighbour_context", [False, True])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.int8, pytest.param(torch.float16, marks=FLOAT16)]
 )
 @pytest.mark.parametrize("recorded", [False, True])
 def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
-    recorded: bool, dtype: torch.dtype, looks_around: bool, guidance: float
+    recorded: bool, dtype: torch.dtype, neighbour_context: bool, guidance: float
 ) -> None:
     torch.manual_seed(0)
-    gpt = GPT(replace(TINY.gpt, looks_around=looks_around, rotary=True)).eval().cast_for_inference(dtype)
+    gpt = GPT(replace(TINY.gpt, neighbour_context=neighbour_context, rotary=True)).eval().cast_for_inference(dtype)
     embedding, uniforms = F.normalize(torch.randn(30, 16), dim=1), candidate_uniforms(0, range(30), LENGTH)
     whole, fewer = (Batch(gpt, embedding, uniforms, Sampling(guidance=guidance), recorded) for _ in range(2))
     assert not fewer.keep([7])  # nothing is drawn yet

@@ -118,7 +118,7 @@ def test_two_threads_train_the_same_compiled_transformer_every_time(tmp_path: Pa
     np.save(tmp_path / "embeddings.npy", rng.standard_normal((64, 16), np.float32).astype(np.float16))
     np.save(tmp_path / "tokens.npy", rng.integers(64, size=(64, 64), dtype=np.uint16))
     encoded = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "tokens.npy", places=32)
-    gpt = replace(TINY.gpt, n_embd=64, block_size=64, codebook_size=64, rotary=True, looks_around=True)
+    gpt = replace(TINY.gpt, n_embd=64, block_size=64, codebook_size=64, rotary=True, neighbour_context=True)
 
     def trained(folder: Path) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

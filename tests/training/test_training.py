@@ -659,7 +659,7 @@ def test_tokens_of_like_squares_start_alike() -> None:
 
 
 def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:
-    gpt = GPT(replace(TINY.gpt, looks_around=True))
+    gpt = GPT(replace(TINY.gpt, neighbour_context=True))
     optimizer = GPTTrainer(gpt, replace(FIT, muon_rate=1e-3)).configure_optimizers()["optimizer"]
     matrices, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     assert id(gpt.around.weight) in matrices
@@ -667,10 +667,10 @@ def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to")
-@pytest.mark.parametrize("looks_around", [False, True])
+@pytest.mark.parametrize("neighbour_context", [False, True])
 @torch.no_grad()
-def test_who_does_not_look_around_sees_whole_pictures_again_before_the_end(looks_around: bool) -> None:
-    trainer = GPTTrainer(GPT(replace(TINY.gpt, looks_around=looks_around)).eval(), FIT)
+def test_without_neighbour_context_the_last_third_trains_on_whole_images(neighbour_context: bool) -> None:
+    trainer = GPTTrainer(GPT(replace(TINY.gpt, neighbour_context=neighbour_context)).eval(), FIT)
     conditions, tokens = four_pictures()
     batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
     sampled = torch.tensor([[0, 4, 9, 14]]).expand(4, 4), torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
@@ -679,7 +679,7 @@ def test_who_does_not_look_around_sees_whole_pictures_again_before_the_end(looks
     trainer.time_spent = 0.6
     assert torch.equal(trainer.training_step((*batch, *sampled)), few)
     trainer.time_spent = 0.7
-    assert torch.equal(trainer.training_step((*batch, *sampled)), few if looks_around else whole)
+    assert torch.equal(trainer.training_step((*batch, *sampled)), few if neighbour_context else whole)
 
 
 def test_a_picture_drawn_comes_with_its_places(encoded: EncodedPictures, tmp_path: Path) -> None:

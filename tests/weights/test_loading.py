@@ -109,7 +109,7 @@ def test_loading_draws_no_random_number(tiny_model_folder: Path) -> None:
 @pytest.fixture(params=["resnet", "vit"])
 def saved(request: pytest.FixtureRequest) -> Networks:
     """As a folder gives them back, with everything that no file holds: rotations, masks, positions."""
-    config = replace(TINY, gpt=replace(TINY.gpt, rotary=True, looks_around=True))
+    config = replace(TINY, gpt=replace(TINY.gpt, rotary=True, neighbour_context=True))
     if request.param == "vit":
         sizes = {"vision_layers": (1,), "vision_width": 64, "vision_patch_size": 8}
         config = replace(config, clip=replace(config.clip, **sizes))
