@@ -149,7 +149,7 @@ def test_memory_kept_for_later_is_given_back_before_processes_that_prepare_sampl
 from pathlib import Path
 import torch
 from torch.utils.data import Dataset
-from clip_gen.training.datasets import prepared
+from clip_gen.training.loading import loader_with_workers
 
 def held() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 10**6
@@ -166,7 +166,7 @@ began = held()
 used = [torch.ones(2**18) for _ in range(300)]  # 315 MB
 used = used[-1]  # which keeps the heap from shrinking by itself
 kept = held()
-(prepares,) = prepared(Held())
+(prepares,) = loader_with_workers(Held())
 print(kept - began, held() - began, int(prepares))
 """
     environment = os.environ | KEEP_MEMORY

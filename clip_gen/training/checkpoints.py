@@ -1,4 +1,4 @@
-"""A stage's checkpoints: last.ckpt and the one before it, each complete, and checked before a training resumes."""
+"""A stage's checkpoints: last.ckpt and previous.ckpt, written completely and verified before a training resumes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Checkpoint:
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint of the stage in `folder`; None where it has none.
+    """The newest intact checkpoint of the stage in `folder`; None without checkpoints.
 
-    ValueError when there is none but damaged ones. Changes nothing, so every process of a training finds the same.
+    ValueError if all are damaged. Changes no files, so every process of a training finds the same one.
     """
     damaged = []
     for path in (folder / LAST, folder / PREVIOUS):
@@ -59,13 +59,13 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 class DamagedError(ValueError):
-    """A file that was cut off or changed after it was written."""
+    """A checkpoint file that was truncated or changed after it was written."""
 
 
 def read_checkpoint(path: Path) -> dict[str, object]:
-    """What is in a checkpoint, on the CPU. DamagedError unless every byte of its tensors is as it was written."""
+    """The values of a checkpoint, on the CPU. DamagedError if a checksum is wrong or the file cannot be read."""
     try:
-        with zipfile.ZipFile(path) as archive:  # which is what torch writes; its entries have checksums
+        with zipfile.ZipFile(path) as archive:  # torch's format; its entries have checksums
             bad = archive.testzip()
         if bad is None:
             return torch.load(path, "cpu", weights_only=True, mmap=True)
@@ -74,22 +74,22 @@ def read_checkpoint(path: Path) -> dict[str, object]:
     raise DamagedError(f"{path} is damaged (wrong checksum of {bad})")
 
 
-class KeptCheckpoints(TorchCheckpointIO):
-    """Replaces a checkpoint when the new one is completely on disk, and keeps the one before it as previous.ckpt."""
+class CheckpointFiles(TorchCheckpointIO):
+    """Replaces a checkpoint once the new one is completely on disk, and keeps the one before as previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
         path = Path(path)
         previous = path.with_name(PREVIOUS)
         if path.is_file():
-            previous.unlink(missing_ok=True)  # before the new one is written: there is never need for space for three
+            previous.unlink(missing_ok=True)  # first, so the disk never holds three
         save_checkpoint(checkpoint, path, previous)
 
 
 def save_checkpoint(values: dict, path: Path, previous: Path | None = None) -> None:
-    """Replaces `path`, which becomes `previous`. OSError with the remedy when the disk does not take it."""
+    """Writes `path`; an existing file there becomes `previous`. OSError with a remedy when the disk is full."""
     try:
         with atomic_file(path) as temporary:
-            # Given the name, torch would refuse one that starts with a dot.
+            # torch.save refuses names that start with a dot.
             with open(temporary, "wb") as file:
                 torch.save(values, file)
             if previous and path.is_file():
@@ -106,7 +106,7 @@ def save_checkpoint(values: dict, path: Path, previous: Path | None = None) -> N
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the disk behind what torch raised: its writer fails once more while it closes the file."""
+    """The disk's error behind torch's: its writer fails a second time while it closes the file."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error

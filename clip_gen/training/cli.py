@@ -16,9 +16,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from clip_gen.files import COMMAND
 from clip_gen.training.checkpoints import has_checkpoint
 from clip_gen.training.fit import Machine
-from clip_gen.training.interrupts import ended_by_signals
+from clip_gen.training.interrupts import ON_CLOSED_STDIN, ended_by_signals, watch_stdin
 from clip_gen.training.job import Training
-from clip_gen.training.parent import WAYS, watch_stdin
 from clip_gen.training.plan import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             how = {"type": kind, "metavar": "|".join(choices or [kind.__name__])}
         parser.add_argument(f"--{spec.name.replace('_', '-')}", default=spec.default, help=words, **how)
     words = "when standard input closes: save a checkpoint and end, or end at once"
-    parser.add_argument("--watch-stdin", choices=WAYS, help=words)
+    parser.add_argument("--watch-stdin", choices=ON_CLOSED_STDIN, help=words)
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -1,59 +1,39 @@
-"""What the stages learn from: pictures read from disk, and pictures encoded once into arrays.
+"""What the stages train on: images read from disk, and images encoded once into arrays.
 
-Sample number n of a training is the same picture with the same chance in it whatever came before, on how many machines
-and after how many restarts: everything random about it is drawn from (seed, n).
+Sample number n of a training is always the same image with the same random crop, flip and noise, on any number of
+machines and after any number of restarts: all its randomness is drawn from (seed, n).
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import multiprocessing.util
-import os
-import signal
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from math import ceil, inf, isqrt
+from collections.abc import Iterator, Sequence
+from math import ceil, isqrt
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from clip_gen.data.decoding import load_picture
-from clip_gen.hardware import on_device, release_memory, spare_cores
-from clip_gen.images import from_bytes
 from clip_gen.networks.bridge import add_noise
-from clip_gen.networks.clip_encoder import ClipEncoder
-from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training.processes import wait_for
-from clip_gen.training.shared_memory import SHARED_MEMORY, workers_that_fit
 
-log = logging.getLogger(__name__)
-
-ORDER, CHANCE = range(2)  # what a sample's number is turned into by chance: which picture, and how it is shown
-POOL, NEAREST = 2048, 64  # among so many embeddings, so many of the nearest are looked for
-LIKEST = 16  # of them, one of which is a near miss
-MIDDLE = (1.0, 0.5, 0.5)  # the whole shorter side, as far from either end of the longer one
-LOOKED_AT = 2000  # pictures, for how many places of their tokens tell something
-ROUNDING = 1e-3  # between a picture's embeddings, as float16, of two networks that were compiled differently
-REDUCING_GAP = 3.0  # times the wanted size that a picture is reduced to first, which is fast; the rest is bicubic
-PR_SET_PDEATHSIG = 1  # of prctl(2): the signal for this process when its parent ends
-PLAIN = 12  # levels of 255 by which a plain ground may vary, as JPEG makes it
+ORDER, CHANCE = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
+NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
+CENTRE = (1.0, 0.5, 0.5)  # the whole shorter side, in the middle of the longer one
+MAX_SAMPLED = 2000  # images that enough_places looks at
+MAX_ROUNDING = 1e-3  # between two float16 encodings of one image, by networks compiled differently
+REDUCING_GAP = 3.0  # a picture is first reduced to this multiple of its final size, which is fast; the rest is bicubic
+MAX_GROUND_NOISE = 12  # levels of 255 by which a plain background may vary, as after JPEG compression
 
 
 class Batches(Sampler[list[int]]):
-    """The sample numbers of each batch from batch `first` on: batch b holds b·B to (b + 1)·B - 1, shared out by rank.
+    """The sample numbers of each batch from batch `first` on: batch b has b·B to (b + 1)·B - 1, split between ranks.
 
-    Says it is as long as the whole, since Lightning counts in what a stage did before.
+    Its length includes the batches before `first`: Lightning counts them too.
     """
 
     def __init__(self, count: int, batch_size: int, first: int = 0, rank: int = 0, ranks: int = 1):
@@ -73,7 +53,7 @@ Drawn = TypeVar("Drawn", covariant=True)
 
 
 class Drawable(Protocol[Drawn]):
-    """So many pictures, each of which can be shown in ways that chance decides."""
+    """Pictures of which `draw` gives a random variant."""
 
     def __len__(self) -> int: ...
 
@@ -81,24 +61,24 @@ class Drawable(Protocol[Drawn]):
 
 
 class Endless(Dataset):
-    """Sample number n of a set gone through again and again, in another order each time."""
+    """An endless dataset: sample n is the nth of pass after pass over the pictures, each in a new random order."""
 
     def __init__(self, pictures: Drawable, seed: int):
         self.pictures, self.seed = pictures, seed
-        self.round, self.order = -1, np.empty(0, int)
+        self.epoch, self.order = -1, np.empty(0, int)
 
     def __getitem__(self, number: int) -> object:
-        turn, place = divmod(number, len(self.pictures))
-        if turn != self.round:
-            self.round = turn
-            self.order = np.random.default_rng([self.seed, ORDER, turn]).permutation(len(self.pictures))
-        return self.pictures.draw(int(self.order[place]), np.random.default_rng([self.seed, CHANCE, number]))
+        epoch, index = divmod(number, len(self.pictures))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.pictures))
+        return self.pictures.draw(int(self.order[index]), np.random.default_rng([self.seed, CHANCE, number]))
 
 
 class PictureFiles(Dataset):
-    """Pictures on disk as (S, S, 3) uint8: item i is the middle square; `draw` crops, shifts and flips by chance.
+    """Pictures on disk as (S, S, 3) uint8: item i is the central square; `draw` crops, shifts and flips at random.
 
-    crop: the least share of the shorter side that a crop keeps, 1 for none. shift: move what stands on a plain ground.
+    crop: the smallest crop, as a fraction of the shorter side; 1 for no crops. shift: see `shifted`.
     """
 
     def __init__(
@@ -110,51 +90,52 @@ class PictureFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._square(self._load(index), *MIDDLE)
+        return self._square(self._load(index), *CENTRE)
 
     def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        # Every number is drawn whatever the settings, so that switching one leaves the others as they were.
+        # All numbers are drawn with any settings, so changing one setting leaves the other numbers the same.
         share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
         down, right = rng.random(2)
-        square = (share, x, y) if self.crop < 1 else MIDDLE
+        square = (share, x, y) if self.crop < 1 else CENTRE
         pixels = self._square(self._load(index), *square)
         pixels = shifted(pixels, down, right) if self.shift else pixels
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
 
     def _load(self, index: int) -> Image.Image:
-        # Large JPEGs are decoded at the smallest scale that _square reduces to by itself.
+        # Large JPEGs are decoded at the smallest scale that _square would reduce them to.
         return load_picture(self.paths[index], ceil(REDUCING_GAP * self.resolution / self.crop))
 
     def _square(self, picture: Image.Image, share: float, x: float, y: float) -> np.ndarray:
-        """A square of this share of the shorter side, at x and y in [0, 1] of the room there is, at S x S."""
+        """A square with this share of the shorter side, resized to S x S; x and y in [0, 1] say where."""
         side = max(1, round(min(picture.size) * share))
         left, top = round((picture.width - side) * x), round((picture.height - side) * y)
         box = (left, top, left + side, top + side)
         if side == self.resolution:
             return np.array(picture.crop(box))
         size = (self.resolution, self.resolution)
-        # Lanczos overshoots at hard edges; reducing first is several times faster on photographs.
+        # Not Lanczos, which overshoots at hard edges. Reducing first is several times faster on photographs.
         return np.array(picture.resize(size, Image.Resampling.BICUBIC, box, REDUCING_GAP))
 
 
 def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
-    """(S, S, 3) uint8 with what stands on a ground of one colour moved to `down` and `right` in [0, 1] of where it can
-    stand whole and as far from the edges as it was, or a 32nd of the side. Where the ground is not plain all along two
-    opposite edges, nothing moves between them.
+    """Moves the content of (S, S, 3) uint8 pixels on their plain background; down and right in [0, 1] say where to.
+
+    The content stays whole and at least as far from the edges as before, or a 32nd of the side. If the background is
+    not plain along two opposite edges, nothing moves between them.
     """
     ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    stands = (np.abs(pixels - ground) > PLAIN).any(axis=2)
+    content = (np.abs(pixels - ground) > MAX_GROUND_NOISE).any(axis=2)
     moves = []
-    for lines, place in ((stands.any(axis=1), down), (stands.any(axis=0), right)):
-        there = np.flatnonzero(lines)
-        before, after = (there[0], len(lines) - 1 - there[-1]) if len(there) else (0, 0)
-        edge = min(before, after, max(1, len(lines) // 32))
-        moves.append(round((before + after - 2 * edge) * place) - (before - edge) if edge else 0)
+    for lines, target in ((content.any(axis=1), down), (content.any(axis=0), right)):
+        filled = np.flatnonzero(lines)
+        before, after = (filled[0], len(lines) - 1 - filled[-1]) if len(filled) else (0, 0)
+        margin = min(before, after, max(1, len(lines) // 32))
+        moves.append(round((before + after - 2 * margin) * target) - (before - margin) if margin else 0)
     return np.roll(pixels, moves, axis=(0, 1))
 
 
 class Views(Dataset):
-    """Each picture `count` times over, as chance shows it: item v · n + i is view v of picture i of n."""
+    """Each picture in `count` random variants: item v · n + i is view v of picture i of n."""
 
     def __init__(self, pictures: Drawable, count: int, seed: int):
         self.pictures, self.count, self.seed = pictures, count, seed
@@ -168,73 +149,22 @@ class Views(Dataset):
         return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, CHANCE, row]))
 
 
-def prepared(samples: Dataset, sharing: int = 1, **options: object) -> DataLoader:
-    """Batches from as many processes as there are cores to spare and shared memory for; `sharing` processes of this
-    machine do the same. They are forked from this one, which gives back what it has freed first: with KEEP_MEMORY each
-    would hold a copy of it.
-    """
-    wanted = max(1, spare_cores() // sharing)
-    workers = workers_that_fit(DataLoader(samples, **options), wanted, sharing)
-    release_memory()
-    if workers:
-        make_socket_folder()
-    return Loader(samples, num_workers=workers, worker_init_fn=_leave_signals, **options)
-
-
-def make_socket_folder() -> None:
-    """The folder for the sockets through which workers hand over batches, shared by all workers and removed when this
-    process ends. It is in shared memory because an address has at most 107 bytes: where TMPDIR has some 75, no worker
-    could send a batch, and the training would wait for ever.
-    """
-    before, tempfile.tempdir = tempfile.tempdir, SHARED_MEMORY
-    try:
-        multiprocessing.util.get_temp_dir()
-    finally:
-        tempfile.tempdir = before
-
-
-class Loader(DataLoader):
-    """Its workers get no signal before they are ready for it."""
-
-    def __iter__(self) -> Iterator:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_signals(worker: int) -> None:
-    """A worker ends when its parent does. Signals that a terminal or `timeout` sends to both are for the parent, which
-    may need the worker's batch to reach a checkpoint; SIGTERM from the parent itself still ends the worker.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_parent, daemon=True).start()
-
-
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
 Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor] | tuple[Tensor, Tensor, bool, Tensor, Tensor, Tensor, Tensor]
 
 
 class EncodedPictures(Dataset):
-    """Of each picture: condition (E,) float32, tokens (T,) int64, whether to draw it without one, embedding (E,), near
-    miss (E,).
+    """Condition (E,) float32, tokens (T,) int64, whether to drop the condition, embedding (E,) and near miss (E,).
 
-    The rows are views of so many `pictures`, in Views' order; 0: each is a picture of its own. Item i is picture i as
-    it is, its embedding the condition. `draw` takes one of its views, pushes the condition by up to `noise` in a random
-    direction, and drops it at the chance `dropout`. A near miss is the embedding of another picture that is much like
-    it, pushed as the condition is: that of `near_misses`, or one of its neighbours; where there are none it is the
-    condition itself. At the chance `blur` the condition is the mean of the embedding and some of its neighbours', which
-    is where the embedding of a text lies that fits them all. With `places` a picture drawn comes with so many places of
-    its tokens to learn from, (K,) int64, and the chance that each had, (K,) float32; see drawn_places.
+    The rows of the arrays are views of `pictures` pictures, in Views' order (0: each row is a picture). Item i is the
+    first view of picture i, with its embedding as condition. `draw` takes a random view and changes its condition:
+
+    noise: it is pushed in a random direction, by up to this much. dropout: the probability of training without it.
+    blur: the probability that it is the mean of the embedding and some of its neighbours', where the embedding of a
+    text that fits all of them lies. places: that many positions to train on, (K,) int64, follow with their
+    probabilities, (K,) float32; see drawn_places.
+
+    A near miss is the embedding of a similar picture, pushed like the condition: a row of `near_misses`, or one of the
+    `neighbours`; without either it is the condition.
     """
 
     def __init__(
@@ -267,7 +197,7 @@ class EncodedPictures(Dataset):
     def draw(self, index: int, rng: np.random.Generator) -> Encoded:
         row = int(rng.choice(np.arange(index, self.rows, self.pictures)))
         embedding, tokens = self._row(row)
-        # Each picture at a strength of its own, so that clean and far-off embeddings are both at home.
+        # A random strength per sample: the transformer sees clean and noisy embeddings.
         strength = self.noise * rng.random()
         seed = int(rng.integers(2**62))
 
@@ -277,19 +207,20 @@ class EncodedPictures(Dataset):
         condition = near_miss = embedding
         if self.near_misses is not None:
             near_miss = self._embedding(self.near_misses[row])
-            if torch.allclose(near_miss, embedding, rtol=0, atol=ROUNDING):
-                near_miss = embedding  # the same picture, encoded at another time
+            if torch.allclose(near_miss, embedding, rtol=0, atol=MAX_ROUNDING):
+                near_miss = embedding  # the same picture, encoded twice
         elif self.neighbours is not None:
-            near_miss = self._embedding(self.embeddings[rng.choice(self.neighbours[row, :LIKEST])])
+            near_miss = self._embedding(self.embeddings[rng.choice(self.neighbours[row, :NEAR_MISS_NEIGHBOURS])])
         if rng.random() < self.blur:
-            # As often few as many: the more of them, the less they have in common.
+            # Few neighbours as often as many: the more there are, the less they have in common.
             some = self.neighbours[row, : int(self.neighbours.shape[1] ** rng.random())]
             others = self._embedding(self.embeddings[some])
             condition = near_miss = F.normalize(embedding + others.sum(dim=0), dim=0)
-        drawn = pushed(condition), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
-        return (
-            (*drawn, *map(torch.from_numpy, drawn_places(tokens.numpy(), self.places, rng))) if self.places else drawn
-        )
+        sample = pushed(condition), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
+        if not self.places:
+            return sample
+        places, probabilities = drawn_places(tokens.numpy(), self.places, rng)
+        return *sample, torch.from_numpy(places), torch.from_numpy(probabilities)
 
     def _row(self, row: int) -> tuple[Tensor, Tensor]:
         return self._embedding(self.embeddings[row]), torch.from_numpy(self.tokens[row].astype(np.int64))
@@ -298,182 +229,37 @@ class EncodedPictures(Dataset):
         return torch.from_numpy(rows.astype(np.float32))
 
 
-def telling(tokens: np.ndarray) -> np.ndarray:
-    """(N, T) bool: whether a token (N, T) is another than the one to its left or the one above. The others, plain
-    ground, are most of a drawing and teach little.
+def informative(tokens: np.ndarray) -> np.ndarray:
+    """(N, T) bool: whether a token (N, T) differs from its left or upper neighbour. The others are plain background,
+    which is most of a drawing and teaches little.
     """
     side = isqrt(tokens.shape[1])
     grid = tokens.reshape(-1, side, side)
-    tells = np.zeros(grid.shape, bool)
-    tells[:, :, 1:] |= grid[:, :, 1:] != grid[:, :, :-1]
-    tells[:, 1:] |= grid[:, 1:] != grid[:, :-1]
-    tells[:, 0, 0] = True
-    return tells.reshape(tokens.shape)
+    differs = np.zeros(grid.shape, bool)
+    differs[:, :, 1:] |= grid[:, :, 1:] != grid[:, :, :-1]
+    differs[:, 1:] |= grid[:, 1:] != grid[:, :-1]
+    differs[:, 0, 0] = True
+    return differs.reshape(tokens.shape)
 
 
 def enough_places(tokens: np.ndarray) -> int:
-    """How many places of tokens (N, T) to learn from at a time: about those that tell something and an eighth of all;
-    0 for all, where leaving some out would save little.
+    """How many positions of tokens (N, T) to train on at a time: about the informative ones and an eighth of all; 0 for
+    all, if leaving some out would save little.
     """
-    count = -(-(telling(tokens[:LOOKED_AT]).sum(axis=1).mean() + tokens.shape[1] / 8) // 16) * 16
+    count = -(-(informative(tokens[:MAX_SAMPLED]).sum(axis=1).mean() + tokens.shape[1] / 8) // 16) * 16
     return int(count) if count <= 0.75 * tokens.shape[1] else 0
 
 
 def drawn_places(tokens: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """`count` of the places of tokens (T,) in order, int64, and the chance that each had to be among them, float32.
+    """`count` random positions of tokens (T,), ascending, int64, and the probability that each had, float32.
 
-    The first always is. Then come those that tell something, and by chance as many others as there is room for; others
-    are a sixth at least, for which some that tell give way where a picture has many.
+    The first position is always among them. Informative positions come next, but at least a sixth are others.
     """
-    tells = telling(tokens[None])[0]
-    edges, plain = np.flatnonzero(tells[1:]) + 1, np.flatnonzero(~tells)
-    of_plain = min(len(plain), max(count - 1 - len(edges), count // 6))
-    of_edges = count - 1 - of_plain
-    places = np.concatenate([[0], rng.permutation(edges)[:of_edges], rng.permutation(plain)[:of_plain]])
-    chances = [1.0, of_edges / max(1, len(edges)), of_plain / max(1, len(plain))]
+    differs = informative(tokens[None])[0]
+    edges, plain = np.flatnonzero(differs[1:]) + 1, np.flatnonzero(~differs)
+    plain_count = min(len(plain), max(count - 1 - len(edges), count // 6))
+    edge_count = count - 1 - plain_count
+    places = np.concatenate([[0], rng.permutation(edges)[:edge_count], rng.permutation(plain)[:plain_count]])
+    probabilities = [1.0, edge_count / max(1, len(edges)), plain_count / max(1, len(plain))]
     order = places.argsort()
-    return places[order], np.repeat(chances, [1, of_edges, of_plain])[order].astype(np.float32)
-
-
-def find_neighbours(embeddings: Path, pictures: int, path: Path, seed: int) -> Path:
-    """Which rows are most like each, the likest first, as a .npy of (N, NEAREST) int32, unless it is there already.
-
-    Like is by cosine, and looked for in a random pool that both are in: the time would grow as the square of the
-    pictures. Views of one of the `pictures` (0: every row is one) are no neighbours; where there are too few others, a
-    row stands in for them itself.
-    """
-    if rank_zero_only.rank:
-        wait_for(path)
-    if path.is_file():
-        return path
-    rows = np.load(embeddings, mmap_mode="r")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    pools = np.array_split(order, -(-len(rows) // POOL))
-    count = min(NEAREST, min(map(len, pools)))
-    with whole_array(path, (len(rows), count), np.int32) as found:
-        for pool in pools:
-            directions = F.normalize(torch.from_numpy(rows[pool].astype(np.float32)), dim=1)
-            shown = torch.from_numpy(pool % (pictures or len(rows)))
-            likeness = (directions @ directions.T).masked_fill(shown[:, None] == shown, -2.0)
-            values, nearest = likeness.topk(count, dim=1)
-            found[pool] = np.where(values > -2.0, pool[nearest.numpy()], pool[:, None])
-    return path
-
-
-def token_type(codebook_size: int) -> type[np.integer]:
-    """The smallest type that holds every token of the codebook; ValueError for a codebook that none holds."""
-    for dtype in (np.uint16, np.int32):
-        if codebook_size <= np.iinfo(dtype).max + 1:
-            return dtype
-    raise ValueError(f"the codebook has {codebook_size} codes; at most {np.iinfo(np.int32).max + 1} can be stored")
-
-
-def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path, seconds: float = inf) -> Path:
-    """The tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) in token_type, unless it is there already.
-
-    After so many seconds it holds those there was time for, and at least a first batch.
-    """
-    dtype = token_type(vqgan.config.codebook_size)
-    return _encoded_once(pictures, vqgan, vqgan.encode, path, dtype, vqgan.config.grid**2, seconds)
-
-
-def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path, seconds: float = inf) -> Path:
-    """Their CLIP embeddings as a .npy of (N, E) float16, as encode_tokens has it."""
-    width = clip_encoder.config.embed_dim
-    return _encoded_once(pictures, clip_encoder, clip_encoder.encode_image, path, np.float16, width, seconds)
-
-
-@torch.no_grad()
-def _encoded_once(
-    pictures: Dataset,
-    network: nn.Module,
-    encode: Callable[[Tensor], Tensor],
-    path: Path,
-    dtype: type,
-    width: int,
-    seconds: float,
-    batch_size: int = 64,
-) -> Path:
-    """A row for each picture, in their order; the file is whole or not there. Of several processes one writes it."""
-    if rank_zero_only.rank:
-        wait_for(path)
-    if path.is_file():
-        _check_type(path, dtype)
-        return path
-    done, progress = 0, _Progress(path.name, len(pictures), seconds)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".rows")  # how many there will be is known at the end
-    with unfinished.open("wb") as file, on_device(network) as device:
-        for batch in prepared(pictures, batch_size=batch_size):
-            rows, batch_size = _encoded(batch, encode, device, batch_size, path.name)
-            file.write(rows.numpy().astype(dtype).tobytes())
-            done += len(batch)
-            if progress.out_of_time(done):
-                break
-    with whole_array(path, (done, width), dtype) as rows:
-        rows[:] = np.memmap(unfinished, dtype, "r", shape=rows.shape)
-    unfinished.unlink()
-    return path
-
-
-class _Progress:
-    """Logs how far encoding is, and after the first batch how much of it the time suffices for."""
-
-    def __init__(self, name: str, count: int, seconds: float):
-        self.name, self.count, self.seconds = name, count, seconds
-        self.began, self.said, self.reach = time.perf_counter(), 0.0, None
-
-    def out_of_time(self, done: int) -> bool:
-        passed = time.perf_counter() - self.began
-        if self.reach is None:
-            self.reach = max(done, min(self.count, done * self.seconds / passed))
-            if self.reach < self.count:
-                words = "%s: about %s of %s views fit into %.2g minutes"
-                log.info(words, self.name, f"{self.reach:,.0f}", f"{self.count:,}", max(0, self.seconds) / 60)
-        if passed >= self.seconds and done < self.count:
-            log.info("%s: there was time for %d of %d views", self.name, done, self.count)
-            return True
-        if passed - self.said >= 30:
-            self.said = passed
-            log.info("%s: %d of %d pictures, %.0f a second", self.name, done, self.count, done / passed)
-        return False
-
-
-def _check_type(path: Path, dtype: type) -> None:
-    """ValueError for tokens of an earlier version, which stored 16 bits of each whatever the codebook."""
-    found = np.load(path, mmap_mode="r").dtype
-    if found != dtype:
-        raise ValueError(
-            f"{path} holds {found} numbers, but this codebook needs {np.dtype(dtype)}; delete {path.parent} and "
-            f"{path.parent.parent / 'gpt'} to encode the pictures and train the transformer again"
-        )
-
-
-def _encoded(
-    batch: Tensor, encode: Callable[[Tensor], Tensor], device: torch.device, most: int, name: str
-) -> tuple[Tensor, int]:
-    """A row for each picture of the batch, and how many at a time there was memory for, of `most` at first."""
-    while True:
-        try:
-            return torch.cat([encode(from_bytes(part.to(device))).cpu() for part in batch.split(most)]), most
-        except torch.OutOfMemoryError:
-            if most == 1:
-                raise
-        # Out here nothing holds on to what there was no room for.
-        torch.cuda.empty_cache()
-        most //= 2
-        log.warning("%s: out of memory; going on with %d pictures at a time", name, most)
-
-
-@contextmanager
-def whole_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[np.ndarray]:
-    """An array on disk to fill in; the .npy is there when all of it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    rows = np.lib.format.open_memmap(part, "w+", dtype, shape)
-    # A mapped file that runs out of disk ends the process by SIGBUS; here it is an OSError.
-    with part.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    yield rows
-    rows.flush()
-    os.replace(part, path)
+    return places[order], np.repeat(probabilities, [1, edge_count, plain_count])[order].astype(np.float32)

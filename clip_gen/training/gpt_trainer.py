@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
+from clip_gen.training.muon import Muon
+from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 
 Batch = tuple[Tensor, ...]
 # Without `neighbour_context`, the share of the stage after which all positions of an image are trained on again.

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: a stage saves a checkpoint before the training ends."""
+"""How a training is interrupted: Ctrl-C, SIGTERM, a closed terminal, or the end of the process that started it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from pytorch_lightning.callbacks import Callback
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAVE, END = ON_CLOSED_STDIN = ("save", "end")
+MAX_SAVE_SECONDS = 600
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
-    """Sets the handler for all SIGNALS that are not ignored, as nohup has it; returns the handlers before."""
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+    """Sets the handler of all SIGNALS that are not ignored (nohup ignores some); returns the handlers before."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         return {}
     wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in wanted}
@@ -31,15 +33,17 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int
 
 @contextmanager
 def ended_by_signals(seconds: float) -> Iterator[None]:
-    """A signal raises SystemExit, with the exit status that shells know: 128 and its number. The process ends in so
-    many seconds in any case: the exception can leave code that it interrupted, a compiler's say, waiting for a lock.
+    """A signal raises SystemExit with the status that shells expect, 128 plus its number.
+
+    The process ends after `seconds` in any case: the exception can leave interrupted code, such as a compiler, waiting
+    for a lock.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        _once_only()
-        last = threading.Timer(seconds, os._exit, [128 + number])
-        last.daemon = True
-        last.start()
+        _ignore_further_signals()
+        timer = threading.Timer(seconds, os._exit, [128 + number])
+        timer.daemon = True
+        timer.start()
         raise SystemExit(128 + number)
 
     before = handle_signals(end)
@@ -50,8 +54,8 @@ def ended_by_signals(seconds: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _once_only() -> None:
-    """From now on another Ctrl-C ends the process at once, and other signals do nothing."""
+def _ignore_further_signals() -> None:
+    """From now on Ctrl-C ends the process at once and the other signals do nothing."""
     time.sleep(0.2)  # `timeout` sends its signal twice
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -59,7 +63,7 @@ def _once_only() -> None:
 
 
 class Interrupts(Callback):
-    """Once a step is done, a signal does not end the stage: it waits for Checkpoints, which saves and calls `end`."""
+    """After the first step a signal does not end the stage at once: SaveCheckpoints saves and calls `end`."""
 
     def __init__(self, name: str):
         self.name, self.number, self.stepped = name, 0, False
@@ -69,31 +73,50 @@ class Interrupts(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.alone, self.first = trainer.world_size == 1, trainer.is_global_zero
-        # In place of Lightning's, which would broadcast from within the handler. Lightning restores those of before.
+        # Replaces Lightning's, which broadcasts inside the handler. Lightning restores the ones before at the end.
         handle_signals(self._received)
 
     def on_train_batch_end(self, *_: object) -> None:
         self.stepped = True
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if not self.stepped and self.alone:  # there is nothing to save
+        if not self.stepped and self.alone:  # nothing to save yet
             signal.signal(number, self.before[number])
             signal.raise_signal(number)
             return
         if not self.number:
-            _once_only()
+            _ignore_further_signals()
         self.number = number
         if self.first:
-            words = f"\n{self.name}: {signal.Signals(number).name}: saving a checkpoint; Ctrl-C ends at once\n"
+            message = f"\n{self.name}: {signal.Signals(number).name}: saving a checkpoint; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # a closed terminal
-                os.write(2, words.encode())  # a handler may not write to a stream that it interrupted
+                os.write(2, message.encode())  # a handler must not use sys.stderr, which it may have interrupted
 
     def end(self, trainer: pl.Trainer) -> None:
-        """Raises SystemExit in all processes when any of them received a signal; all have to take part."""
+        """Raises SystemExit in all processes if any of them received a signal; every process must call it."""
         received = torch.tensor(float(self.number), device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(received, reduce_op="max"))
         if number:
             if trainer.is_global_zero:
-                words = "%s: ended by %s; the checkpoint of step %d is saved"
-                log.info(words, self.name, signal.Signals(number).name, trainer.global_step)
+                message = "%s: ended by %s; the checkpoint of step %d is saved"
+                log.info(message, self.name, signal.Signals(number).name, trainer.global_step)
             raise SystemExit(128 + number)
+
+
+def watch_stdin(action: str) -> None:
+    """Ends the training when standard input closes, which happens when the process at its other end is gone.
+
+    action: "save" saves a checkpoint first, as SIGTERM does; "end" ends at once. Returns immediately.
+    """
+    threading.Thread(target=_wait_for_closed_stdin, args=(action,), name="watch-stdin", daemon=True).start()
+
+
+def _wait_for_closed_stdin(action: str) -> None:
+    while os.read(0, 4096):
+        pass
+    if action == SAVE:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(MAX_SAVE_SECONDS)
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -31,28 +31,21 @@ from clip_gen.data.manifest import unpacked
 from clip_gen.files import PARTIAL, folder_lock, remove_leftovers, sha256_of, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
+from clip_gen.training.callbacks import Clock
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
-from clip_gen.training.clock import Clock
-from clip_gen.training.datasets import (
-    EncodedPictures,
-    Endless,
-    PictureFiles,
-    Views,
-    encode_embeddings,
-    encode_tokens,
-    enough_places,
-    find_neighbours,
-    prepared,
-)
+from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, Views, enough_places
+from clip_gen.training.encoding import encode_embeddings, encode_tokens
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.folder import check_training_folder, own_training_folder
-from clip_gen.training.forecast import Forecast, Reach, enough_minutes
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
+from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.losses import colour_errors, decibels, mean_errors, squared_errors
+from clip_gen.training.neighbours import find_neighbours
 from clip_gen.training.perceptual import chosen_lpips
 from clip_gen.training.plan import SIZES, Plan, TrainSettings, plan, prompts_of
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
+from clip_gen.training.progress import Forecast, Reach, enough_minutes
 from clip_gen.training.report import write_report
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.default_model import own_weights
@@ -125,7 +118,7 @@ class Training:
             self.pictures = self._pictures(images)
             self.on_gpu = self._on_gpu()
             self.plan: Plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu=self.on_gpu)
-            self.machine = self.machine.sharing(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
+            self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
             self._same_settings()
             self._remove_left_over()
             self.clock = Clock(self.work, self.stages, began)
@@ -503,7 +496,7 @@ class Training:
     @torch.no_grad()
     def measure_pictures(self) -> None:
         """The bridge's image mean, over these pictures; the text mean stays the base's."""
-        loader = prepared(self.files(self.learnt[:4000]), batch_size=64)
+        loader = loader_with_workers(self.files(self.learnt[:4000]), batch_size=64)
         with on_device(self.networks.clip) as device:
             embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))

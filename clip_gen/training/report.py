@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip_gen.data.decoding import PictureError
 from clip_gen.files import write_text_atomic
-from clip_gen.training.fit import read_history
+from clip_gen.training.callbacks import read_history
 
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
 CURVES = {

@@ -20,7 +20,8 @@ from clip_gen.training.losses import (
     perceptual_distance,
     squared_errors,
 )
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
+from clip_gen.training.muon import Muon
+from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,12 @@ from pytorch_lightning.callbacks import Callback
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training import fit as fit_module
-from clip_gen.training import stage
+from clip_gen.training import muon, progress
+from clip_gen.training.callbacks import read_history
 from clip_gen.training.checkpoints import find_checkpoint, read_checkpoint
-from clip_gen.training.datasets import EncodedPictures, Endless, encode_embeddings, encode_tokens, whole_array
-from clip_gen.training.fit import Machine, fit, read_history
+from clip_gen.training.datasets import EncodedPictures, Endless
+from clip_gen.training.encoding import encode_embeddings, encode_tokens, new_array
+from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import Grids
 from clip_gen.training.stage import FitConfig, Stage
@@ -107,8 +109,8 @@ def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert read_history(tmp_path / "whole" / "history.jsonl") == read_history(tmp_path / "cut" / "history.jsonl")
-    legs = [(leg["from_step"], leg["to_step"]) for leg in resumed.record["legs"]]
-    assert legs[-1] == (6, 9) or legs[-1] == (7, 9)
+    starts = [(start["from_step"], start["to_step"]) for start in resumed.record["starts"]]
+    assert starts[-1] == (6, 9) or starts[-1] == (7, 9)
 
 
 @pytest.mark.slow
@@ -187,7 +189,7 @@ def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: 
 def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
     train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_module.Progress.__init__, "__defaults__", (0.1,))  # seconds between lines
+    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.1,))  # seconds between lines
     with caplog.at_level(logging.INFO):
         stage = train(tmp_path, replace(CONFIG, steps=100_000), machine=Machine(max_minutes=1 / 60))
     steps = stage.record["steps"]
@@ -195,7 +197,7 @@ def test_a_stage_out_of_time_stops_and_keeps_what_it_has(
     assert stage.record["ended_by"] == "time"
     assert any("minutes are over at step" in line for line in caplog.messages)
     assert find_checkpoint(tmp_path).steps == steps
-    assert [leg["to_step"] for leg in stage.record["legs"]] == [steps]
+    assert [start["to_step"] for start in stage.record["starts"]] == [steps]
     *on_the_way, last = [line for line in caplog.messages if line.startswith("toy ")]
     ends = [re.search(r" min left, until about step (\d+)  lr [\d.e-]+  loss ", line) for line in on_the_way[1:]]
     assert on_the_way
@@ -246,7 +248,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_pace_since_the_last(
     train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = itertools.count(step=4.0)
-    monkeypatch.setattr(fit_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
 
     with caplog.at_level(logging.INFO):
         train(tmp_path, machine=Machine())
@@ -270,7 +272,7 @@ def test_out_of_memory_ends_a_stage_with_the_setting_to_lower_and_its_checkpoint
     where = " in one of 2 processes" if processes == 2 else ""
     sentence = f"toy: out of memory{where} with batch_size 8 .*; train with a smaller batch_size, such as 4, into"
     with monkeypatch.context() as patched:
-        patched.setattr(fit_module, "processes", lambda: processes)
+        patched.setattr(fit_module, "process_count", lambda: processes)
         with pytest.raises(ValueError, match=sentence):
             train(tmp_path, callbacks=[Full()])
     assert find_checkpoint(tmp_path).steps == 3
@@ -316,8 +318,8 @@ def test_as_many_gpus_take_part_as_can_share_every_batch(
     monkeypatch: pytest.MonkeyPatch, there: int, nodes: int, shared_by: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    assert Machine(nodes=nodes).sharing(16, 32).devices == shared_by
-    assert Machine("5").sharing(16, 32).devices == "5"
+    assert Machine(nodes=nodes).with_gpus_for(16, 32).devices == shared_by
+    assert Machine("5").with_gpus_for(16, 32).devices == "5"
 
 
 @contextmanager
@@ -358,7 +360,7 @@ def test_weights_and_arrays_that_a_disk_does_not_take_are_sentences_too(tmp_path
         pytest.skip("only root can make a disk that is full")
     child = os.fork()
     if not child:  # which a memory map without a disk behind it would end
-        with suppress(OSError), whole_array(tmp_path / "rows.npy", (2, 2**20), np.uint8) as rows:
+        with suppress(OSError), new_array(tmp_path / "rows.npy", (2, 2**20), np.uint8) as rows:
             rows[:] = 1
             os._exit(1)
         os._exit(0)
@@ -485,8 +487,8 @@ def test_a_stage_that_time_ended_continues_with_more_of_it_and_only_then(train: 
     limited = Machine(max_minutes=0.3 / 60)
     ended = train(tmp_path, endless, machine=limited)
     again = train(tmp_path, endless, machine=limited)
-    assert {**again.record, "legs": 0} == {**ended.record, "legs": 0}
-    assert again.record["legs"] == ended.record["legs"]
+    assert {**again.record, "starts": 0} == {**ended.record, "starts": 0}
+    assert again.record["starts"] == ended.record["starts"]
     longer = train(tmp_path, endless, machine=Machine(max_minutes=0.9 / 60))
     assert longer.record["steps"] > ended.record["steps"]
     steps = [entry["step"] for entry in read_history(tmp_path / "history.jsonl") if "loss" in entry]
@@ -564,7 +566,7 @@ def test_a_compiled_stage_learns_what_the_plain_one_does(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What Muon rounds to bfloat16 differs in its last bits, and soon by more.
-    monkeypatch.setattr(stage, "prefers_bfloat16", lambda device, training: False)
+    monkeypatch.setattr(muon, "prefers_bfloat16", lambda device, training: False)
     plain, compiled = (
         train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))
         for compile in (False, True)

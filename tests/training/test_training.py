@@ -30,25 +30,24 @@ from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training import datasets, processes, stage
 from clip_gen.training import fit as fit_module
+from clip_gen.training import muon, neighbours, processes
 from clip_gen.training.datasets import (
-    LIKEST,
+    NEAR_MISS_NEIGHBOURS,
     Batches,
     EncodedPictures,
     Endless,
     drawn_places,
-    encode_embeddings,
-    encode_tokens,
     enough_places,
-    find_neighbours,
-    telling,
-    token_type,
+    informative,
 )
+from clip_gen.training.encoding import encode_embeddings, encode_tokens, token_type
 from clip_gen.training.fit import fit
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
+from clip_gen.training.muon import Muon, orthogonal
+from clip_gen.training.neighbours import find_neighbours
 from clip_gen.training.processes import wait_for
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, orthogonal
+from clip_gen.training.stage import FitConfig, Stage, adamw
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.weights.model_folder import load_networks, save_networks
 from clip_gen.worlds.shapes.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
@@ -93,7 +92,7 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     for part in ("clip", "vqgan", "gpt", "ranker"):
         assert record["stages"][part]["steps"] == 6
-        assert [(leg["from_step"], leg["to_step"]) for leg in record["stages"][part]["legs"]] == [(0, 6)]
+        assert [(start["from_step"], start["to_step"]) for start in record["stages"][part]["starts"]] == [(0, 6)]
         assert record["stages"][part]["told"]["fit"]["steps"] == 6
     assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
 
@@ -152,7 +151,8 @@ def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, cap
         Recipe(RECIPE, tmp_path).part("vqgan")
     record = json.loads((tmp_path / "vqgan" / "record.json").read_text())
     assert record["steps"] == 6
-    assert [(leg["from_step"], leg["to_step"], leg["fit"]["steps"]) for leg in record["legs"]] == [(0, 4, 4), (4, 6, 6)]
+    starts = [(start["from_step"], start["to_step"], start["fit"]["steps"]) for start in record["starts"]]
+    assert starts == [(0, 4, 4), (4, 6, 6)]
     assert sum("vqgan 6/6" in line for line in caplog.messages) == 1
     assert not any("4/6" in line for line in caplog.messages)
 
@@ -368,7 +368,7 @@ def test_encoding_goes_on_with_fewer_pictures_at_a_time_where_memory_is_short(
     monkeypatch.setattr(VQGAN, "encode", short)
     assert np.array_equal(np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "short.npy")), whole)
     assert sizes == [16, 16, 16, 16, 6]
-    assert caplog.messages[-1] == "short.npy: out of memory; going on with 16 pictures at a time"
+    assert caplog.messages[-1] == "short.npy: out of memory; continuing with 16 pictures at a time"
 
     room = 0
     with pytest.raises(torch.OutOfMemoryError):
@@ -413,7 +413,7 @@ def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is always in bfloat16: without, ours differs by that rounding."""
-    monkeypatch.setattr(stage, "prefers_bfloat16", lambda device, training: bfloat16)
+    monkeypatch.setattr(muon, "prefers_bfloat16", lambda device, training: bfloat16)
     torch.manual_seed(0)
     ours = GPT(TINY.gpt).eval()
     theirs, before = deepcopy(ours), deepcopy(ours.blocks.state_dict())
@@ -452,7 +452,7 @@ def test_cpus_learn_in_bfloat16_where_they_multiply_it(
 def test_singular_values_are_brought_near_one_whatever_the_shape(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "prefers_bfloat16", lambda device, training: False)
+    monkeypatch.setattr(muon, "prefers_bfloat16", lambda device, training: False)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = orthogonal(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)
@@ -720,7 +720,7 @@ def test_places_are_drawn_as_often_as_their_chances_say(edges: int) -> None:
 def test_enough_places_are_those_that_tell_something_and_some_more() -> None:
     tokens = np.zeros((10, 16, 16), np.uint16)
     tokens[:, 4:9, 4:9] = 7  # changes where each of five rows and columns begins and ends; one place is in both
-    assert telling(tokens.reshape(10, -1)).sum(axis=1).tolist() == [1 + 19] * 10  # and the first
+    assert informative(tokens.reshape(10, -1)).sum(axis=1).tolist() == [1 + 19] * 10  # and the first
     assert enough_places(tokens.reshape(10, -1)) == 64  # 20 and 32, in sixteens
     photographs = np.random.default_rng(0).integers(0, 512, (10, 256))
     assert enough_places(photographs) == 0
@@ -797,8 +797,8 @@ def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp
 
 @pytest.mark.parametrize("pool", [2048, 150])
 def test_neighbours_are_other_pictures_much_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: int) -> None:
-    monkeypatch.setattr(datasets, "POOL", pool)
-    monkeypatch.setattr(datasets, "NEAREST", 10)
+    monkeypatch.setattr(neighbours, "POOL_SIZE", pool)
+    monkeypatch.setattr(neighbours, "MAX_NEIGHBOURS", 10)
     rng = np.random.default_rng(0)
     # Ten kinds of twenty pictures each, in two views that are nearer each other than anything else.
     pictures = np.arange(400) % 200
@@ -836,7 +836,7 @@ def test_some_conditions_are_blurred_with_their_neighbours(encoded: EncodedPictu
 
     for row, condition, missed in drawn(0.0):
         assert torch.allclose(condition, rows[row])
-        assert any(torch.allclose(missed, rows[other]) for other in found[row, :LIKEST])
+        assert any(torch.allclose(missed, rows[other]) for other in found[row, :NEAR_MISS_NEIGHBOURS])
 
     counts = []
     for row, condition, missed in drawn(0.5):
@@ -988,7 +988,7 @@ SMALL_SHARED_MEMORY = """
 import logging
 import numpy as np
 from torch.utils.data import Dataset
-from clip_gen.training import datasets
+from clip_gen.training import loading
 
 class Pictures(Dataset):
     def __len__(self):
@@ -998,11 +998,11 @@ class Pictures(Dataset):
         return np.full(2**16, index % 256, np.uint8)
 
 logging.basicConfig(format="%(message)s")
-datasets.spare_cores = lambda: 4
+loading.spare_cores = lambda: 4
 for size in (2, 16, 64):
-    loader = datasets.prepared(Pictures(), batch_size=size)
+    loader = loading.loader_with_workers(Pictures(), batch_size=size)
     print(loader.num_workers, [int(picture[0]) for batch in loader for picture in batch] == [*range(256), *range(64)])
-    datasets.prepared(Pictures(), batch_size=size)
+    loading.loader_with_workers(Pictures(), batch_size=size)
 """
 
 
@@ -1024,9 +1024,9 @@ def test_fewer_processes_load_pictures_where_shared_memory_is_small() -> None:
 LONG_TEMPORARY_FOLDER = """
 from multiprocessing.process import current_process
 import numpy as np
-from clip_gen.training import datasets
+from clip_gen.training import loading
 
-batches = list(datasets.prepared([np.full(4, index) for index in range(8)], batch_size=2))
+batches = list(loading.loader_with_workers([np.full(4, index) for index in range(8)], batch_size=2))
 print(len(batches), current_process()._config["tempdir"])
 """
 

@@ -27,7 +27,8 @@ from clip_gen.images import for_clip, from_bytes, to_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, draw, sample_tokens
-from clip_gen.training.datasets import prepared, whole_array
+from clip_gen.training.encoding import new_array
+from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.weights.model_folder import Networks
 from clip_gen.worlds.shapes.pairs import CaptionedPairs
@@ -91,11 +92,11 @@ class Firsts(Dataset):
 def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, texts: Path, pictures: Path) -> None:
     config, gpt = networks.config, deepcopy(networks.gpt)
     side, length = config.vqgan.resolution, config.gpt.block_size
-    loader = prepared(Firsts(pairs, numbers), batch_size=TOGETHER, collate_fn=list)
+    loader = loader_with_workers(Firsts(pairs, numbers), batch_size=TOGETHER, collate_fn=list)
     with (
         on_device(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
-        whole_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
-        whole_array(texts, (len(numbers), 2, config.clip.embed_dim), np.float32) as rows,
+        new_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
+        new_array(texts, (len(numbers), 2, config.clip.embed_dim), np.float32) as rows,
     ):
         gpt.cast_for_inference(choose_dtype("auto", device))
         for start, firsts in zip(range(0, len(numbers), TOGETHER), loader, strict=True):

@@ -31,17 +31,12 @@ from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import claim_folder, folder_lock, list_names, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
-from clip_gen.training.datasets import (
-    EncodedPictures,
-    Endless,
-    encode_embeddings,
-    encode_tokens,
-    enough_places,
-    find_neighbours,
-    prepared,
-)
+from clip_gen.training.datasets import EncodedPictures, Endless, enough_places
+from clip_gen.training.encoding import encode_embeddings, encode_tokens
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
+from clip_gen.training.loading import loader_with_workers
+from clip_gen.training.neighbours import find_neighbours
 from clip_gen.training.processes import wait_for
 from clip_gen.training.stage import FitConfig, compiled
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -211,7 +206,7 @@ class Recipe:
     def train_bridge(self, folder: Path) -> dict[str, object]:
         """The mean of each side, over 4,000 pictures of the generator's and the captions of 4,000 other scenes."""
         bridge, clip = self.networks.bridge, self.networks.clip
-        loader = prepared(self.pictures(4000, PICTURES), batch_size=64)
+        loader = loader_with_workers(self.pictures(4000, PICTURES), batch_size=64)
         scenes = (sample_scene(np.random.default_rng([self.stream(UNSEEN), i])) for i in range(4000))
         with on_device(clip) as device:
             image = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader]).mean(dim=0).cpu()

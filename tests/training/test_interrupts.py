@@ -1,4 +1,4 @@
-"""training/parent.py: a training ends with the process that started it."""
+"""training/interrupts.py: a training ends with the process that started it."""
 
 from __future__ import annotations
 
