@@ -19,7 +19,7 @@ DOORS = {
     "safetensors": ["clip_gen/weights/model_folder.py", "clip_gen/weights/importers/reader.py"],
     "pytorch_lightning": ["clip_gen/training/", "clip_gen/worlds/"],
     "triton": ["clip_gen/sampling/triton_kernels.py"],
-    "tqdm": ["clip_gen/weights/download.py", "clip_gen/training/fit.py"],
+    "tqdm": ["clip_gen/weights/download.py", "clip_gen/training/progress.py"],
     "_pi_heif": ["clip_gen/data/heic.py"],
     "inflate64": ["clip_gen/data/zips.py"],
     "cog": ["predict.py", "train.py"],
