@@ -42,10 +42,10 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     type, and for one that this device does not support.
     """
     dtype = dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto"
-    if dtype not in ("auto", "float32", "bfloat16", "float16", "int8"):
-        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16", "float16" or "int8"')
-    if dtype in ("float16", "int8") and device.type != "cpu":
-        raise ValueError(f'dtype is "{dtype}", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16" or "float16"')
+    if dtype == "float16" and device.type != "cpu":
+        raise ValueError('dtype is "float16", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
     if dtype == "float16" and not supports_float16():
         raise ValueError('dtype is "float16", whose products need an x86 processor with AVX2; give "auto"')
     if dtype == "auto" and prefers_bfloat16(device):

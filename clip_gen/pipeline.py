@@ -63,9 +63,8 @@ class ClipGen:
         """Reads a model. device: cpu, cuda, or auto for cuda where there is one.
 
         weights: a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of a tar or zip.
-        dtype: of the transformer's matrices; float32, bfloat16, on a CPU also float16, or int8 for few candidates at a
-        time; auto for what suits the hardware best. If not given, CLIP_GEN_DTYPE says, else auto. ModelFolderError for
-        weights that cannot be used.
+        dtype: of the transformer's matrices; float32, bfloat16, on an x86 CPU also float16; auto for what suits the
+        hardware best. If not given, CLIP_GEN_DTYPE says, else auto. ModelFolderError for weights that cannot be used.
         """
         chosen = choose_device(device)
         source = weights if isinstance(weights, WeightsFolder) else open_weights(weights)

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
-from clip_gen.hardware import prefers_bfloat16
 from clip_gen.networks.float16_linear import Float16Linear
-from clip_gen.networks.int8_linear import Int8Linear
 from clip_gen.networks.kv_cache import KVCache, SummedCache
-
-VECTORS = 32  # numbers that AVX-512 takes in one go, two vectors of them
-ONE_THREADS = 16384  # numbers whose GELU torch gives to one thread
 
 Step = Callable[[Tensor, tuple[Tensor, ...] | None, KVCache, int], Tensor]  # see Block.stepper
 
@@ -75,24 +70,6 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """GELU of few rows (B, n), without oneDNN's on a CPU, which takes longer to begin than torch's own takes for all of
-    it. Torch takes its own for what is not contiguous, so it is given a view that is not.
-
-    That rounds otherwise at the end of what each thread has, where numbers do not fill a vector. So only rows that fill
-    vectors go this way, and never so many at a time that threads would share them: then no row's bits depend on how
-    many there are.
-    """
-    width = x.shape[1]
-    if x.device.type != "cpu" or x.dtype != torch.float32 or width % VECTORS:
-        return F.gelu(x)
-    parts = [
-        F.gelu(part.as_strided((len(part), width // 2, 2), (width, 1, width // 2))).as_strided(part.shape, (width, 1))
-        for part in x.split(max(1, ONE_THREADS // width))
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -139,7 +116,7 @@ class Block(nn.Module):
                 q, k = rotate(heads[:, :2], rotation).unbind(1)
             y = cache.attend(layer, q, k, v).reshape(rows, -1)
             x = x + proj(y if rows == count else F.pad(y, (0, 0, 0, count - rows)))
-            return x + mlp_proj(quick_gelu(fc(norm_2(x).to(dtype))))
+            return x + mlp_proj(F.gelu(fc(norm_2(x).to(dtype))))
 
         return step
 
@@ -306,30 +283,20 @@ class GPT(nn.Module):
         """What goes between the blocks' matrices."""
         return self.blocks[0].attn.qkv.bias.dtype
 
-    @property
-    def rows_apart(self) -> bool:
-        """Whether a row has the same bits in a batch of any size, so that no batch need be filled up."""
-        return isinstance(self.head, Int8Linear)
-
     def cast_for_inference(self, dtype: torch.dtype) -> GPT:
         """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is. It
         draws from then on, and is not to be trained.
 
-        float16 and int8: the head's too. With float16 the cache is float16; with int8 bfloat16 where the CPU multiplies
-        that, else float32, in which torch's attention is twice as fast. What was made of them cannot be saved, moved or
-        made into another type.
+        float16: the head's too, and the cache. What was made of them cannot be saved, moved or made into another type.
         """
-        between = torch.bfloat16 if prefers_bfloat16(self.device) else torch.float32
 
         def kept(linear: nn.Linear) -> nn.Module:
-            if dtype == torch.float16:
-                return Float16Linear(linear)
-            return Int8Linear(linear, between) if dtype == torch.int8 else linear.to(dtype)
+            return Float16Linear(linear) if dtype == torch.float16 else linear.to(dtype)
 
         for block in self.blocks:
             block.attn.qkv, block.attn.proj = kept(block.attn.qkv), kept(block.attn.proj)
             block.mlp.fc, block.mlp.proj = kept(block.mlp.fc), kept(block.mlp.proj)
-        if dtype in (torch.float16, torch.int8):  # int8: else rows would not be apart; float16 costs it nothing
+        if dtype == torch.float16:
             self.head = kept(self.head)
         if self.around is not None:
             self._know_neighbours()

@@ -138,7 +138,7 @@ def numbers_of_rows(gpt: GPT, passes: int = 1) -> tuple[int, ...]:
     known, kind = _alike.setdefault(gpt, {}), (gpt.dtype, type(gpt.head))
     if kind not in known:
         alike = {ROWS}
-        if gpt.rows_apart or gpt.dtype == torch.float32:
+        if gpt.dtype == torch.float32:
             with contextlib.suppress(RuntimeError):  # out of memory, say: whose batch it is will hear of it
                 alike = _found_alike(gpt)
         known[kind] = alike
@@ -217,7 +217,7 @@ class Batch:
     def _steps(self, prefix: Tensor, rows: int) -> GrowingSteps | RecordedSteps:
         if self.recorded:
             return RecordedSteps(self.gpt, prefix)
-        return GrowingSteps(self.gpt, prefix, len(prefix) if self.gpt.rows_apart else rows * self.passes)
+        return GrowingSteps(self.gpt, prefix, rows * self.passes)
 
     @property
     def done(self) -> bool:
