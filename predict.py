@@ -1,46 +1,47 @@
-"""What Cog serves: a prompt in, its best pictures out."""
+"""Cog's predictor: a prompt in, its best pictures out."""
 
 import asyncio
 import contextlib
 import contextvars
 import functools
-import pathlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import coglet
 from cog import BaseRunner, Input, Path, concurrent
 
-from clip_gen.serving.inputs import checked
-from clip_gen.serving.model_cache import Models, Outputs
-from clip_gen.serving.signature import read_signature
+from clip_gen.serving.inputs import checked, read_inputs
 from clip_gen.serving.slots import Slots, longest_prediction
 from clip_gen.serving.watchdog import server_ends_with_worker
 from clip_gen.validation import check_request, without_effect
-from clip_gen.weights.default_model import own_weights
+
+if TYPE_CHECKING:
+    from clip_gen.pipeline import Generation
 
 
 class Predictor(BaseRunner):
     """Draws with the model it was started with, or with one that a request names."""
 
     async def setup(self, weights: str | None = None) -> None:
-        """Loads the model. weights: COG_WEIGHTS as Cog hands it over, the text of a folder, a tar or a URL."""
+        """Loads the model. weights: COG_WEIGHTS, the name of a folder or a tar, or a URL."""
+        # Imported here: torch takes seconds, and script/serve reads the inputs below without it.
+        from clip_gen.serving.model_cache import Models, Outputs
+        from clip_gen.weights.default_model import own_weights
+
         self.outputs = Outputs()
-        served = coglet.server.active  # not script/predict
-        self.slots = Slots(longest_prediction() if served else None)
-        with server_ends_with_worker(self.outputs.folder) if served else contextlib.nullcontext():
+        in_server = coglet.server.active
+        self.slots = Slots(longest_prediction() if in_server else None)
+        with server_ends_with_worker(self.outputs.folder) if in_server else contextlib.nullcontext():
             source, reason = own_weights(weights)
-            signature = read_signature(pathlib.Path(__file__), "Predictor")
-            self.inputs = signature.inputs
             self.models = Models(source)
-            # asyncio's own has fewer threads on a small machine.
-            self.drawing = ThreadPoolExecutor(signature.slots, "drawing")
+            # asyncio's own executor has fewer threads on a small machine.
+            self.drawing = ThreadPoolExecutor(SLOTS, "drawing")
         print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}: {reason}")
 
-    # More than eight, because Cog frees a slot a moment after its reply is sent: of eight clients that ask again at
-    # once, one now and then heard 409 with eight slots. However many there are, Cog 0.23.1 answers 409 to one of two
-    # that reach for a slot in the same instant (it tries the lock of its pool and does not wait): some in a thousand on
-    # a busy machine, with 32 slots as with 12.
+    # 12 slots serve 8 clients: Cog frees a slot a moment after it has sent the reply, so a client that asks again at
+    # once may need a second slot. Cog 0.23.1 also answers 409 when two requests take a slot at the same time, because
+    # it does not wait for its lock: a few in a thousand on a busy machine, with 32 slots as with 12.
     @concurrent(max=12)
     async def run(
         self,
@@ -75,39 +76,74 @@ class Predictor(BaseRunner):
         replicate_weights: str | None = Input(
             description="https URL of a weights tar made by training. Leave blank for the model served.", default=None
         ),
+        **unknown: object,
     ) -> list[Path]:
-        """Draws, scores and saves. Checks its inputs itself: Cog checks none when it finds no schema file."""
-        given = {name: value for name, value in locals().items() if name != "self"}
+        """Draws, ranks and saves pictures. Checks its inputs, because Cog checks none when it finds no schema file."""
+        if "images" in unknown:
+            raise ValueError("this server draws pictures; for trainings, start another with --x-mode train")
         async with self.slots.one():
-            values = checked(given, self.inputs)
-            for sentence in without_effect(values, {one.name: one.arguments.get("default") for one in self.inputs}):
+            inputs = checked(
+                INPUTS,
+                prompt=prompt,
+                num_outputs=num_outputs,
+                candidates=candidates,
+                clip_rerank=clip_rerank,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                guidance=guidance,
+                seed=seed,
+                output_format=output_format,
+                output_quality=output_quality,
+                output_metadata=output_metadata,
+                replicate_weights=replicate_weights,
+                **unknown,
+            )
+            for sentence in without_effect(inputs, {name: field.info.default for name, field in INPUTS.items()}):
                 print(f"warning: {sentence}")
-            return await self._answer(values)
+            return await self._draw(**inputs)
 
-    async def _answer(self, values: dict[str, object]) -> list[Path]:
-        outputs = ("output_format", "output_quality", "output_metadata", "replicate_weights")
-        form, quality, metadata, weights = map(values.pop, outputs)
-        check_request(**values)
+    async def _draw(
+        self,
+        output_format: str,
+        output_quality: int,
+        output_metadata: bool,
+        replicate_weights: str | None,
+        **settings: object,
+    ) -> list[Path]:
+        """settings: the arguments of ClipGen.generate."""
+        check_request(**settings)
         stop = threading.Event()
         try:
-            async with self.models.borrow(weights, stop.is_set) as model:
-                if weights:
-                    print(f"model: {model.config.name} from {weights[:100]}: replicate_weights names it")
+            async with self.models.borrow(replicate_weights, stop.is_set) as model:
+                if replicate_weights:
+                    print(f"model: {model.config.name} from {replicate_weights[:100]}: replicate_weights names it")
                 for sentence in model.warnings:
                     print(f"warning: {sentence}")
-                # In this prediction's context, so that what is logged is part of its logs.
-                run, draw = contextvars.copy_context().run, functools.partial(model.generate, should_stop=stop.is_set)
-                result = await asyncio.get_running_loop().run_in_executor(
-                    self.drawing, functools.partial(run, draw, **values)
-                )
-            settings = values | {"candidates": result.candidates, "model": model.config.name} if metadata else None
-            files = await asyncio.to_thread(self.outputs.save, result, settings, form, quality)
+                generate = functools.partial(model.generate, **settings, should_stop=stop.is_set)
+                # In this prediction's context, so that its logs have what is logged.
+                in_context = functools.partial(contextvars.copy_context().run, generate)
+                result = await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
+            drawn = {"candidates": result.candidates, "model": model.config.name}
+            metadata = settings | drawn if output_metadata else None
+            files = await asyncio.to_thread(self.outputs.save, result, metadata, output_format, output_quality)
         finally:
-            stop.set()  # when cancelled, its thread leaves at the next token, or its download within a second
+            stop.set()  # a cancelled prediction ends at its next token, or its download within a second
+        self._record(result, len(files), model.config.name)
+        return [Path(file) for file in files]
+
+    def _record(self, result: "Generation", count: int, model: str) -> None:
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
-        counts = {"image_output_count": len(files), "candidates": result.candidates, "seed": result.seed}
-        best = {"best_score": max(scores), "scores": scores, "model": model.config.name}
-        for name, value in {**counts, **best, **result.metrics}.items():
+        self.record_metric("image_output_count", count)
+        self.record_metric("candidates", result.candidates)
+        self.record_metric("seed", result.seed)
+        self.record_metric("best_score", max(scores))
+        self.record_metric("scores", scores)
+        self.record_metric("model", model)
+        for name, value in result.metrics.items():
             self.record_metric(name, value)
-        return [Path(file) for file in files]
+
+
+INPUTS = read_inputs(Predictor.run)
+SLOTS = Predictor.run.__cog_concurrent_max__  # predictions at once

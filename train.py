@@ -1,15 +1,12 @@
-"""What Cog trains: a zip of pictures in, a weights tar out. The training itself is `python -m clip_gen train`."""
+"""Cog's training: a zip of pictures in, a weights tar out. `python -m clip_gen train` does the work."""
 
-import pathlib
 import shutil
 
 import coglet
 from cog import BaseModel, Input, Path
 
 from clip_gen.serving.delivery import end_with_server, keep, one_training, scratch_folder, sent_name
-from clip_gen.serving.inputs import checked
-from clip_gen.serving.request_weights import fetched_base
-from clip_gen.serving.signature import read_signature
+from clip_gen.serving.inputs import checked, read_inputs
 from clip_gen.serving.train_process import TrainingFailed, run_training
 from clip_gen.serving.watchdog import watch_worker
 
@@ -123,22 +120,57 @@ async def train(
     ),
     **unknown: object,
 ) -> TrainingOutput:
-    """Trains in a process of its own, which ends with the request. Checks its inputs itself, as predict.py does."""
-    given = dict(locals())
-    given.update(given.pop("unknown"))  # to be refused by name
+    """Trains in another process, which ends with the request. Checks its inputs, as predict.py does."""
     if coglet.server.active:
         watch_worker(scratch_folder())  # from the first training on: Cog calls no setup for a function
         end_with_server()
-    values = checked(given, read_signature(pathlib.Path(__file__), "train").inputs)
+    if "prompt" in unknown:
+        raise ValueError("this server trains models; for predictions, start another without --x-mode train")
+    inputs = checked(
+        INPUTS,
+        images=images,
+        stage=stage,
+        tokens=tokens,
+        base=base,
+        size=size,
+        resolution=resolution,
+        codebook_size=codebook_size,
+        vqgan_steps=vqgan_steps,
+        transformer_steps=transformer_steps,
+        batch_size=batch_size,
+        vqgan_learning_rate=vqgan_learning_rate,
+        transformer_learning_rate=transformer_learning_rate,
+        perceptual_weight=perceptual_weight,
+        adversarial_weight=adversarial_weight,
+        embedding_noise=embedding_noise,
+        condition_dropout=condition_dropout,
+        condition_blur=condition_blur,
+        mean_shift=mean_shift,
+        contrast_weight=contrast_weight,
+        embedding_loss_weight=embedding_loss_weight,
+        crop=crop,
+        flip=flip,
+        shift=shift,
+        sample_prompts=sample_prompts,
+        precision=precision,
+        max_minutes=max_minutes,
+        seed=seed,
+        **unknown,
+    )
     with one_training() as (folder, kept):
-        base = await fetched_base(values["base"])
-        values["base"] = base and str(base.path)
-        # Cog leaves the file behind when its worker is killed; in this folder it is removed.
-        values["images"] = shutil.move(images, folder)
+        from clip_gen.serving.request_weights import fetched_base  # loads torch
+
+        base = await fetched_base(inputs["base"])
+        inputs["base"] = str(base.path) if base else None
+        # Moved to this folder, so that the file is removed even if Cog's worker is killed.
+        inputs["images"] = shutil.move(images, folder)
         out = folder / "out"
-        shown = {values["images"]: sent_name(images), f"{out}/": "", str(out): "this training"}
+        shown = {inputs["images"]: sent_name(images), f"{out}/": "", str(out): "this training"}
         try:
-            await run_training(values, out, shown=shown)
+            await run_training(inputs, out, shown=shown)
         except TrainingFailed as error:
             raise RuntimeError(error.with_log()) from None
         return TrainingOutput(weights=Path(keep(out, kept)))
+
+
+INPUTS = read_inputs(train)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from clip_gen.files import is_writable
+from clip_gen.files import PARTIAL, is_writable
 from clip_gen.images import OUTPUT_FORMATS, save_image
-from clip_gen.pipeline import ClipGen
+from clip_gen.pipeline import ClipGen, Generation
 from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
 from clip_gen.weights.default_model import own_weights
 
@@ -37,12 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="a model folder, a training's folder, a weights tar or its URL; default: as script/predict"
     )
     parser.add_argument("--out", default=".", help="the folder the pictures go to; default this one")
+    parser.add_argument("--name", help="write NAME.0.png, NAME.1.png, ...; default 0.png, 1.png, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
     parser.add_argument("--preset", choices=PRESETS, help="settings known to suit a model; others given here go before")
     for name, value in DEFAULTS.items():
         text = f"{NUMBERS[name]}; default {value}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text)
-    parser.add_argument("--no-clip-rerank", dest="clip_rerank", action="store_false", help="return the first drawn")
+    parser.add_argument(
+        "--clip-rerank",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let CLIP choose the best and sort them; off: the first drawn",
+    )
     parser.add_argument(
         "--seed", type=int, help=f"0 to {MAX_SEED}, draws the same pictures again; default a random one"
     )
@@ -54,12 +65,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of webp and jpg, 0 to 100; webp is lossless at 100; default {QUALITY}",
     )
     parser.add_argument(
-        "--no-output-metadata", dest="output_metadata", action="store_false", help="write no prompt and settings"
+        "--output-metadata",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the prompt and the settings into each file",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for cuda where there is one")
 
 
 def main(arguments: argparse.Namespace) -> None:
+    started = time.monotonic()
+    settings = checked_settings(arguments)
+    if not arguments.out:
+        raise ValueError("--out is empty; name a folder for the pictures")
+    start = f"{arguments.name}." if arguments.name else ""
+    names = [f"{start}{i}.{arguments.output_format}" for i in range(settings["num_outputs"])]
+    check_folder(Path(arguments.out), names, arguments.overwrite)
+    if arguments.model:
+        weights, reason = arguments.model, "the command names it"
+    else:
+        weights, reason = own_weights(os.environ.get("COG_WEIGHTS"))
+    model = ClipGen.load(weights, arguments.device)
+    log.info("model: %s from %s on %s: %s", model.config.name, weights[:100], model.device, reason)
+    result = model.generate(arguments.prompt, **settings)
+    # Identical candidates are drawn once, so there may be fewer pictures than names.
+    paths = [Path(arguments.out, name) for name in names[: len(result.images)]]
+    settings |= {"prompt": arguments.prompt, "candidates": result.candidates, "seed": result.seed}
+    metadata = settings if arguments.output_metadata else None
+    write_pictures(result, paths, metadata, arguments.output_format, arguments.output_quality)
+    for path, score in zip(paths, result.scores, strict=True):
+        print(f"{path}  score {score:.4f}")
+    print(f"seed {result.seed}, model {model.config.name}, {time.monotonic() - started:.1f} seconds")
+
+
+def checked_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """The arguments of ClipGen.generate but the prompt; ValueError for those that do not fit."""
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
     settings = {**DEFAULTS, **PRESETS.get(arguments.preset, {}), **given, "seed": arguments.seed}
     settings["clip_rerank"] = arguments.clip_rerank
@@ -68,24 +108,30 @@ def main(arguments: argparse.Namespace) -> None:
     quality = {"output_format": arguments.output_format, "output_quality": arguments.output_quality}
     for sentence in without_effect(settings | quality, DEFAULTS | {"output_quality": QUALITY}):
         log.warning(sentence)
-    names = [f"{i}.{arguments.output_format}" for i in range(settings["num_outputs"])]
-    if not arguments.out:
-        raise ValueError("--out is empty; name a folder for the pictures")
-    out = Path(arguments.out)
-    check_folder(out, names, arguments.overwrite)
-    weights = arguments.model or own_weights(os.environ.get("COG_WEIGHTS"))[0]
-    model = ClipGen.load(weights, arguments.device)
-    result = model.generate(arguments.prompt, **settings)
-    out.mkdir(parents=True, exist_ok=True)
-    settings |= {"candidates": result.candidates, "seed": result.seed}
-    # Identical candidates are drawn once, so there may be fewer pictures than names.
-    for name, image, score in zip(names, result.images, result.scores, strict=False):
-        metadata = {"prompt": arguments.prompt, **settings, "score": round(score, 4)}
-        path = out / name
-        kept = metadata if arguments.output_metadata else None
-        save_image(image, path, arguments.output_format, arguments.output_quality, kept)
-        print(f"{path}  score {score:.4f}")
-    print(f"seed {result.seed}, model {model.config.name}")
+    return settings
+
+
+def write_pictures(
+    result: Generation, paths: Sequence[Path], metadata: dict[str, object] | None, output_format: str, quality: int
+) -> None:
+    """Writes all pictures. If one cannot be written, OSError, and every file is as before."""
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    path = paths[0]
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=PARTIAL) as folder, contextlib.ExitStack() as undo:
+            for path, image, score in zip(paths, result.images, result.scores, strict=True):
+                about = None if metadata is None else metadata | {"score": round(score, 4)}
+                save_image(image, Path(folder, path.name), output_format, quality, about)
+            for path in paths:
+                if path.exists():
+                    earlier = shutil.copy2(path, Path(folder, f"earlier-{path.name}"))
+                    undo.callback(os.replace, earlier, path)
+                else:
+                    undo.callback(path.unlink, missing_ok=True)
+                os.replace(Path(folder, path.name), path)
+            undo.pop_all()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def check_folder(folder: Path, names: list[str], overwrite: bool) -> None:
@@ -98,7 +144,9 @@ def check_folder(folder: Path, names: list[str], overwrite: bool) -> None:
     if not is_writable(there):
         raise ValueError(f"{there} cannot be written to; name another folder with --out")
     for path in (folder / name for name in names):
-        if os.path.lexists(path) and not path.is_file():
-            raise ValueError(f"{path} is in the way and no file; move it, or name another folder with --out")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(
+                f"{path} exists already and is not a plain file; move it, or choose another folder or name"
+            )
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists already; give --overwrite, or name another folder with --out")

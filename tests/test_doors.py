@@ -22,7 +22,7 @@ DOORS = {
     "tqdm": ["clip_gen/weights/download.py", "clip_gen/training/progress.py"],
     "_pi_heif": ["clip_gen/data/heic.py"],
     "inflate64": ["clip_gen/data/zips.py"],
-    "cog": ["predict.py", "train.py"],
+    "cog": ["predict.py", "train.py", "clip_gen/serving/"],
     "coglet": ["predict.py", "train.py"],
 }
 
@@ -90,12 +90,17 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    assert not loaded_after("import clip_gen") & {"torch", "numpy", "clip", "taming", "omegaconf", "PIL"}
+    assert not loaded_after("import clip_gen") & {"torch", "numpy", "clip", "taming", "omegaconf", "PIL", "cog"}
 
 
 def test_predicting_never_imports_lightning() -> None:
     assert not loaded_after("from clip_gen import ClipGen") & {"pytorch_lightning", "torchmetrics"}
-    assert not loaded_after("import predict") & {"pytorch_lightning", "torchmetrics"}
+    assert not loaded_after("import predict, clip_gen.serving.model_cache") & {"pytorch_lightning", "torchmetrics"}
+
+
+def test_cog_and_torch_are_imported_by_those_who_need_them() -> None:
+    assert "cog" not in loaded_after("import clip_gen.pipeline, clip_gen.training.cli, clip_gen.generate")
+    assert "torch" not in loaded_after("import predict, train")  # script/serve reads their inputs before it starts
 
 
 def test_importing_changes_nothing_in_torch() -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from clip_gen import generate, pipeline
 from clip_gen.__main__ import COMMANDS, main
 from clip_gen.sampling.sampler import Sampling
-from clip_gen.serving.schema import project_signatures
 from clip_gen.training import cli
+from predict import INPUTS
 
 
 def test_generate_writes_numbered_pictures_that_say_how_they_were_made(
@@ -115,8 +115,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_generate_takes_what_predict_takes_to_draw_with() -> None:
-    inputs = {one.name: one.arguments.get("default") for one in project_signatures()[0].inputs}
-    assert {name: inputs[name] for name in generate.DEFAULTS} == generate.DEFAULTS
+    assert {name: INPUTS[name].info.default for name in generate.DEFAULTS} == generate.DEFAULTS
     assert {field.name for field in fields(Sampling)} < generate.DEFAULTS.keys()
 
 
@@ -124,11 +123,9 @@ def test_the_help_of_generate_gives_the_ranges_that_predict_has(capsys: pytest.C
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for one in project_signatures()[0].inputs:
-        if {"ge", "le"} <= one.arguments.keys() and one.name not in ("num_outputs", "top_k"):
-            assert re.search(
-                rf"--{one.name.replace('_', '-')} [^-]*{one.arguments['ge']} to {one.arguments['le']}", said
-            )
+    for name, field in INPUTS.items():
+        if field.info.le is not None and name not in ("num_outputs", "top_k"):
+            assert re.search(rf"--{name.replace('_', '-')} [^-]*{field.info.ge} to {field.info.le}", said)
 
 
 def test_every_setting_of_a_training_is_told_of() -> None:

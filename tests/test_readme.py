@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clip_gen.files import ROOT
-from clip_gen.serving.schema import project_signatures
+from predict import INPUTS
 
 README = (ROOT / "README.md").read_text()
 DESIGN = (ROOT / "docs" / "design.md").read_text()
@@ -39,12 +39,12 @@ def test_the_input_table_has_every_input_with_its_default() -> None:
         if line.startswith("|"):
             names, defaults = line.split("|")[1:3]
             rows.update(zip(re.findall(r"`(\w+)`", names), [d.strip() for d in defaults.split(",")], strict=True))
-    for field in project_signatures()[0].inputs:
-        default = field.arguments.get("default")
-        assert field.name in rows
+    for name, field in INPUTS.items():
+        default = field.info.default
+        assert name in rows
         if default is not None:
             shown = str(default).lower() if isinstance(default, bool) else str(default)
-            assert rows[field.name] == shown
+            assert rows[name] == shown
 
 
 def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

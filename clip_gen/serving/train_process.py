@@ -1,187 +1,139 @@
-"""Running `python -m clip_gen train` for Cog: inputs as options, its lines as they come, and no process left behind."""
+"""Runs `python -m clip_gen train` in a process: prints its lines as they come, and leaves no process behind."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from clip_gen.files import COMMAND, ROOT
-from clip_gen.serving.cli import named, parse_inputs, parse_options
-from clip_gen.serving.inputs import InputError, checked
-from clip_gen.serving.schema import project_signatures
-from clip_gen.weights.url import is_url
 
-TRAINS = (
-    "script/train",
-    "Trains on a zip, a tar or a folder of pictures without captions and leaves trained/weights.tar, for "
-    "script/predict -e COG_WEIGHTS=trained/weights.tar.",
-    "script/train -i images=@photos.zip",
-    "folder for the weights, `trained` by default; the same command started again resumes the training",
-)
-# glibc's malloc keeps what a step has freed for the next: the system clears every page it gives anew, and on a CPU that
-# can take as long as the arithmetic.
+# glibc's malloc keeps the memory that a step has freed for the next step. Otherwise the system clears new pages in
+# every step, which can take as long as the arithmetic on a CPU.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by a person, a system or a closed terminal
-SPIN = {"GOMP_SPINCOUNT": "100000"}  # idle OpenMP threads wait awake for a tenth of a millisecond: steps are short
-KEPT_LINES = 20  # of what was printed last, for the error
-LONGEST_LINE = 2**20  # bytes; a longer one is cut in two
-LONGEST_ERROR = 20_000  # characters
+SPIN = {"GOMP_SPINCOUNT": "100000"}  # idle OpenMP threads stay awake for 0.1 ms, because the steps are short
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ERROR_LINES = 20  # of the log, in the error
+MAX_LINE = 2**20  # bytes; a longer line is split
+MAX_ERROR = 20_000  # characters
 
 
 class TrainingFailed(RuntimeError):
-    """A training ended without weights; the message is the last that it said.
+    """A training ended without weights. The message is its last `train: ...` line.
 
-    status: as shells have it. log: the lines before.
+    status: the exit status as in a shell. log: the other lines.
     """
 
     def __init__(self, code: int, lines: Iterable[str]):
         self.status = code if code >= 0 else 128 - code
-        said = [line for line in lines if line.startswith("train: ")][-1:]
-        self.log = [line for line in lines if line not in said]
-        unsaid = f"the training ended with exit status {self.status}; see above"
-        super().__init__(said[0].removeprefix("train: ") if said else "\n".join(self.log) or unsaid)
+        reason = [line for line in lines if line.startswith("train: ")][-1:]
+        self.log = [line for line in lines if line not in reason]
+        no_reason = "\n".join(self.log) or f"the training ended with exit status {self.status}; see above"
+        super().__init__(reason[0].removeprefix("train: ") if reason else no_reason)
 
     def with_log(self) -> str:
-        """The message and the lines before: Cog answers a failed request without its logs."""
+        """The message and the log: Cog leaves the log out of its reply to a failed request."""
         text = str(self)
         if self.log and self.log != text.split("\n"):
             text = "\n".join([text, "", "The last lines of the log:", *self.log])
-        # Cog takes an error with this word in it for a cancelled training.
-        return text[:LONGEST_ERROR].replace("cancelled", "canceled")
+        # Cog takes an error that contains "cancelled" for a cancelled training.
+        return text[:MAX_ERROR].replace("cancelled", "canceled")
 
 
-def options(values: dict[str, object], out: Path) -> list[str]:
-    """The inputs of train.py as the command's arguments."""
-    words = [str(values["images"]), "--out", str(out)]
+def as_options(values: Mapping[str, object]) -> list[str]:
+    """Inputs as options of a command: --seed=7, --flip or --no-flip. None leaves an option out."""
+    words = []
     for name, value in values.items():
-        option = f"--{name.replace('_', '-')}"
+        option = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(option if value else f"--no-{option[2:]}")
-        elif name != "images" and value is not None:
-            words.append(f"{option}={value}")
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words.append(f"--{option}={value}")
     return words
 
 
 async def run_training(
-    values: dict[str, object], out: Path, command: str = "", shown: Mapping[str, str] = MappingProxyType({})
+    values: Mapping[str, object], out: Path, command: str = "", shown: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Trains into `out` and prints what the training says. Cancelled, it ends at once with all its processes.
+    """Trains into `out`. When it is cancelled, all processes of the training end at once.
 
-    command: what a person typed in a shell to start it. What it says then goes to the standard error of this process,
-    and signals that would end this process go to the training, which saves a checkpoint first.
-    shown: text to print in place of other text, as of paths that mean nothing to a client.
+    values: the inputs of train.py. command: what a person typed in a shell. If given, standard error goes to this
+    process's, and signals that would end this process go to the training, which then saves a checkpoint.
+    shown: replacements in the printed lines, such as for paths that mean nothing to a client.
+    Raises TrainingFailed.
     """
-    cache, folder = tempfile.gettempdir(), tempfile.gettempdir() if command else str(out.parent)
-    # A training that is killed leaves sockets there. Their paths may have 107 characters.
+    folder = tempfile.gettempdir() if command else str(out.parent)
+    # A killed training leaves sockets there. The path of a socket has at most 107 characters.
     temporary = tempfile.mkdtemp(prefix="training-", dir=folder if len(folder) < 50 else "/tmp")
-    defaults = KEEP_MEMORY | SPIN | {"TORCHINDUCTOR_CACHE_DIR": f"{cache}/torchinductor_{os.getuid()}"}
-    more = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": temporary, COMMAND: command}
+    options = as_options({name: value for name, value in values.items() if name != "images"})
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "clip_gen", "train", *options(values, out)),
-        *("--watch-stdin", "save" if command else "end"),  # nobody resumes what a client began
+        *(sys.executable, "-m", "clip_gen", "train", str(values["images"]), "--out", str(out), *options),
+        *("--watch-stdin", "save" if command else "end"),  # a client's training cannot be resumed
         cwd=ROOT,
-        stdin=asyncio.subprocess.PIPE,  # closes when this process is gone
+        stdin=asyncio.subprocess.PIPE,  # closes when this process ends
         stdout=asyncio.subprocess.PIPE,
         stderr=None if command else asyncio.subprocess.STDOUT,
         start_new_session=True,
-        env={**defaults, **os.environ, **more},
+        env=_environment(temporary, command),
     )
-    last: deque[str] = deque(maxlen=KEPT_LINES)
+    last_lines: deque[str] = deque(maxlen=ERROR_LINES)
     try:
         if command:
             _pass_on_signals(process)
         async for line in lines_of(process.stdout):
-            for text, instead in shown.items():
-                line = line.replace(text, instead)
+            for text, replacement in shown.items():
+                line = line.replace(text, replacement)
             print(line, flush=True)
-            last.append(line)
+            last_lines.append(line)
         code = await process.wait()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()  # or its pipes are closed by whoever clears up memory next, in the middle of anything
+        await process.wait()  # closes its pipes here, not in a later garbage collection
         shutil.rmtree(temporary, ignore_errors=True)
     if code:
-        raise TrainingFailed(code, last)
+        raise TrainingFailed(code, last_lines)
+
+
+def _environment(temporary: str, command: str) -> dict[str, str]:
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"}
+    fixed = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": temporary, COMMAND: command}
+    return {**KEEP_MEMORY, **SPIN, **compiled, **os.environ, **fixed}
 
 
 def _pass_on_signals(process: asyncio.subprocess.Process) -> None:
-    """Signals that would end this process go to the training instead, except those that are ignored, as by nohup."""
+    """Sends signals that would end this process to the training, except ignored ones (nohup ignores SIGHUP)."""
 
     def pass_on(number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
 
-    for number in ENDING:
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             asyncio.get_running_loop().add_signal_handler(number, pass_on, number)
 
 
 async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Its lines, of any length: asyncio's own iteration raises ValueError for one over 64 KiB."""
+    """The lines of a stream. asyncio's own iteration raises ValueError for lines over 64 KiB."""
     rest = b""
     while chunk := await stream.read(2**16):
         *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > LONGEST_LINE:
+        if len(rest) > MAX_LINE:
             lines, rest = [*lines, rest], b""
         for line in lines:
             yield line.decode(errors="replace").rstrip()
     if rest:
         yield rest.decode(errors="replace").rstrip()
-
-
-def from_here(weights: str | None) -> str | None:
-    """A path made absolute; a URL, or nothing, as it is."""
-    return weights if not weights or is_url(weights) else str(Path(os.path.expanduser(weights)).absolute())
-
-
-def main(arguments: Sequence[str]) -> int:
-    """What `cog train` does, in a folder that outlives it. 1 and a sentence on stderr when it cannot be done."""
-    try:
-        fields = project_signatures()[1].inputs
-        given = parse_options(arguments, fields, TRAINS)
-        os.environ.update(named(given.env, "-e"))
-        texts = named(given.input, "-i")
-        if is_url(texts.get("images", "").removeprefix("@")):
-            raise InputError(f"images is {texts['images']}; download it first, and give the file or folder")
-        values = checked(parse_inputs(texts, fields), fields)
-        images, out = Path(values["images"]).absolute(), Path(given.output or "trained").absolute()
-        if not images.exists():
-            raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")
-        # Said from where the caller stands; the training runs in the project's folder.
-        values["base"] = from_here(values["base"])
-        if os.environ.get("COG_WEIGHTS"):
-            os.environ["COG_WEIGHTS"] = from_here(os.environ["COG_WEIGHTS"])
-        command = shlex.join(["script/train", *arguments])
-        asyncio.run(run_training(values | {"images": images}, out, command))
-        print(out / "weights.tar")
-    except TrainingFailed as error:
-        # The training itself has said anything else.
-        if error.status > 128 and error.status - 128 not in ENDING:
-            print(f"{error}; the same command resumes from the last checkpoint", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

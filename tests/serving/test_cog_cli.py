@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ from model_files import other_folder, slow_folder
 from PIL import Image
 
 from clip_gen.files import ROOT
-from clip_gen.serving.cli import main
-from clip_gen.serving.inputs import InputError, InputField, Kind, checked
+from clip_gen.pipeline import ClipGen
+from clip_gen.serving import cli
 from clip_gen.weights.model_folder import load_config
 from clip_gen.weights.tarball import pack
 
@@ -39,6 +39,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: P
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def main(arguments: Sequence[str]) -> int:
+    return cli.main(["predict", *arguments])
 
 
 Refuse = Callable[..., str]
@@ -109,29 +113,32 @@ def test_an_output_suffix_against_the_format_is_refused(refused: Refuse) -> None
 
 
 def test_an_output_folder_that_is_not_there_is_refused_before_anything_runs(refused: Refuse) -> None:
-    assert refused(*QUICK, "-o", "absent/cat").startswith("-o absent/cat: absent is no folder")
+    assert refused(*QUICK, "-o", "absent/cat").startswith("-o absent/cat: absent is not a folder")
 
 
-def no_drawing() -> None:
-    raise AssertionError("drew")
+def no_loading(*_: object) -> None:
+    raise AssertionError("loaded a model")
 
 
 def test_a_folder_in_a_pictures_place_is_named_before_anything_is_drawn(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.serving.cli._predict_module", no_drawing)
+    monkeypatch.setattr(ClipGen, "load", no_loading)
     (folder / "output.2.png").mkdir()
     assert main(QUICK) == 1
-    assert capsys.readouterr().err == "output.2.png: is there already and no plain file; move it or choose another -o\n"
+    assert (
+        capsys.readouterr().err
+        == "output.2.png exists already and is not a plain file; move it, or choose another folder or name\n"
+    )
     assert files(folder) == ["output.2.png"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_drawn(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.serving.cli._predict_module", no_drawing)
+    monkeypatch.setattr(ClipGen, "load", no_loading)
     assert main([*QUICK, "-o", "/proc/output"]) == 1
-    assert "/proc is no folder that can be written to" in capsys.readouterr().err
+    assert "/proc is not a folder that can be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failing", range(4))
@@ -147,7 +154,7 @@ def test_files_that_cannot_all_be_written_leave_things_as_they_were(
         os.rename(source, target)
 
     (folder / "output.1.png").write_text("earlier")
-    monkeypatch.setattr("clip_gen.serving.cli.os.replace", replace)
+    monkeypatch.setattr("clip_gen.generate.os.replace", replace)
     assert main(QUICK) == 1
     assert capsys.readouterr().err.endswith(f"output.{failing}.png: cannot be written (Permission denied)\n")
     assert files(folder) == ["output.1.png"]
@@ -164,7 +171,7 @@ def test_files_that_cannot_all_be_written_leave_things_as_they_were(
 def test_what_does_not_make_sense_is_refused_before_the_model_is_loaded(
     refused: Refuse, arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.serving.cli._predict_module", no_drawing)
+    monkeypatch.setattr(ClipGen, "load", no_loading)
     assert sentence in refused(*arguments)
 
 
@@ -216,12 +223,12 @@ def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
         (["-i", "prompt=@absent.txt"], "prompt: absent.txt cannot be read (No such file or directory)"),
         ([*QUICK, "-o", ""], "-o is empty; give the name of the files, or a folder for them"),
         ([*QUICK, "-i", "replicate_weights=@/dev/null"], "replicate_weights: /dev/null is empty; give a file"),
-        (["-i", "prompt=\udcff\udcfe"], "prompt is no UTF-8 text; say it"),
-        (["-i", "prompt=@../no_text"], "prompt: ../no_text is no UTF-8 text; save it as UTF-8"),
-        ([*QUICK, "-o", "~nobody-here/cat"], "-o ~nobody-here/cat: ~nobody-here is no folder that can be written to"),
+        (["-i", "prompt=\udcff\udcfe"], "prompt is not UTF-8 text; use a terminal"),
+        (["-i", "prompt=@../no_text"], "prompt: ../no_text is not UTF-8 text; save it as UTF-8"),
+        ([*QUICK, "-o", "~nobody-here/cat"], "-o ~nobody-here/cat: ~nobody-here is not a folder that can be"),
         (["-i", "prompt=@~nobody-here/a"], "prompt: ~nobody-here/a cannot be read (No such file or directory)"),
         ([*QUICK, "-o", "absent/"], "-o absent/: there is no such folder; create it"),
-        ([*QUICK, "-o", "cat.gif"], "-o cat.gif: .gif is not written here; give .png, .webp or .jpg"),
+        ([*QUICK, "-o", "cat.gif"], "-o cat.gif: .gif is not supported; give .png, .webp or .jpg"),
         ([*QUICK, "-e", "COG_WEIGHTS=absent"], "absent"),
         ([*QUICK, "-i", "replicate_weights=absent.tar"], "absent.tar"),
     ],
@@ -272,15 +279,21 @@ def test_an_environment_variable_chooses_the_model(folder: Path, tmp_path: Path)
     assert Image.open("own.0.png").tobytes() != Image.open("other.0.png").tobytes()
 
 
+def test_the_default_model_is_not_loaded_when_the_request_names_another(folder: Path, tmp_path: Path) -> None:
+    other = other_folder(tmp_path / "other")
+    assert main([*QUICK, "-e", "COG_WEIGHTS=absent", "-i", f"replicate_weights={other}"]) == 0
+
+
 @pytest.mark.parametrize("mark", ["", "@"])
 def test_a_weights_tar_draws_what_its_folder_draws(
-    folder: Path, tmp_path: Path, mark: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, mark: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     pack(other_folder(tmp_path / "other"), tar := tmp_path / "other.tar")
     main([*QUICK, "-o", "folder", "-e", f"COG_WEIGHTS={tmp_path / 'other'}"])
     main([*QUICK, "-o", "tar", "-i", f"replicate_weights={mark}{tar}"])
     name = load_config(tmp_path / "other").name
-    assert f"model: {name} from {tar}: replicate_weights names it" in capsys.readouterr().err
+    assert f"model: {name} from {tar} on cpu: the command names it" in caplog.text
     assert Image.open("folder.0.png").tobytes() == Image.open("tar.0.png").tobytes()
 
 
@@ -313,10 +326,3 @@ def test_ctrl_c_ends_it_quietly_and_leaves_no_file(folder: Path, tmp_path: Path)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "")
     assert files(folder) == files(scratch) == []
-
-
-def test_a_pattern_is_held_by_our_own_check_as_by_the_schema() -> None:
-    field = InputField("word", Kind("str"), {"regex": "^[a-z]+$"})
-    assert checked({"word": "red"}, [field]) == {"word": "red"}
-    with pytest.raises(InputError, match='word is "Red1"; give text that matches'):
-        checked({"word": "Red1"}, [field])

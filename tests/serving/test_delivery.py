@@ -23,8 +23,8 @@ from processes import data_url, trainings
 from clip_gen.files import ROOT, folder_lock
 from clip_gen.serving import delivery
 from clip_gen.serving.delivery import keep, one_training, scratch_folder, sent_name
-from clip_gen.serving.schema import write_schema
-from clip_gen.serving.train_process import LONGEST_LINE, TrainingFailed, lines_of
+from clip_gen.serving.openapi import write_schema
+from clip_gen.serving.train_process import MAX_LINE, TrainingFailed, lines_of
 
 STEPS = {"stage": "vqgan", "vqgan_steps": 2, "batch_size": 4}
 IMAGE = {  # what Cog's command line bakes into an image
@@ -133,7 +133,7 @@ def test_what_the_client_sent_is_what_an_error_names(server: Server, receiver: R
     assert "train: images (the uploaded file)" in receiver.messages[-1][1]["logs"]
     status, reply = server.request("POST", "/predictions", {"input": {"prompt": "a star"}})
     assert status == 200  # where Cog strips nothing, as without its schema
-    assert 'unknown input "prompt"; did you mean "sample_prompts"?' in reply["error"]
+    assert "this server trains models; for predictions, start another without --x-mode train" in reply["error"]
     assert "TypeError" not in reply["error"]
     ready(server)
 
@@ -209,7 +209,7 @@ def test_a_fetched_file_is_called_what_its_url_was(name: str, shown: str) -> Non
 
 
 def test_a_line_may_have_any_length() -> None:
-    script = f"import sys; print('x' * 200_000); print('last'); sys.stdout.write('y' * {LONGEST_LINE + 2**17} + 'z')"
+    script = f"import sys; print('x' * 200_000); print('last'); sys.stdout.write('y' * {MAX_LINE + 2**17} + 'z')"
 
     async def said() -> list[str]:
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
@@ -219,8 +219,8 @@ def test_a_line_may_have_any_length() -> None:
 
     lines = asyncio.run(said())
     assert lines[:2] == ["x" * 200_000, "last"]
-    assert "".join(lines[2:]) == "y" * (LONGEST_LINE + 2**17) + "z"
-    assert max(map(len, lines)) <= LONGEST_LINE + 2**16
+    assert "".join(lines[2:]) == "y" * (MAX_LINE + 2**17) + "z"
+    assert max(map(len, lines)) <= MAX_LINE + 2**16
 
 
 def test_an_error_carries_the_log_that_cog_leaves_out() -> None:

@@ -28,11 +28,12 @@ from model_files import other_folder, slow_folder, web_server
 from PIL import Image
 
 from clip_gen.files import ROOT
+from clip_gen.serving.openapi import build_schema
 from clip_gen.serving.request_weights import REFUSALS
-from clip_gen.serving.schema import build_schema, project_signatures
 from clip_gen.serving.slots import PREDICTIONS
 from clip_gen.serving.watchdog import GRACE
 from clip_gen.weights.tarball import pack
+from predict import SLOTS
 
 PROMPT = "a large red circle"
 QUICK = {"prompt": PROMPT, "seed": 7, "candidates": 4, "num_outputs": 2}
@@ -83,7 +84,7 @@ def bare_server(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactor
     of a prediction after a second, not a minute.
     """
     folder = tmp_path_factory.mktemp("bare")
-    quick = "\nimport clip_gen.serving.slots\n\nclip_gen.slots.FOLDER_SECONDS = 1\n"
+    quick = "\nimport clip_gen.serving.slots\n\nclip_gen.serving.slots.FOLDER_SECONDS = 1\n"
     (folder / "predict.py").write_text((ROOT / "predict.py").read_text() + quick)
     pack(tiny_model_folder, tar := folder / "weights.tar")
     environment = {
@@ -365,13 +366,12 @@ def slow_inputs(files: Path) -> dict[str, object]:
 
 def test_cancelling_frees_the_slots_at_once(server: Server, files: Path) -> None:
     server.pictures(**slow_inputs(files) | {"candidates": 4})  # loads the weights
-    slots = project_signatures()[0].slots
-    for i in range(slots):
+    for i in range(SLOTS):
         body = {"input": slow_inputs(files)}
         status, _ = server.request("PUT", f"/predictions/slow-{i}", body, Prefer="respond-async")
         assert status == 202
     wait_for(lambda: server.health()["status"] == "BUSY")
-    for i in range(slots):
+    for i in range(SLOTS):
         assert server.request("POST", f"/predictions/slow-{i}/cancel")[0] == 200
     wait_for(lambda: server.health()["status"] == "READY")
     assert len(server.pictures(**QUICK)) == 2

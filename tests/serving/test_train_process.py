@@ -18,12 +18,14 @@ from cog_server import running, wait_for
 from processes import command_lines, data_url, processes_of, trainings
 
 from clip_gen.files import ROOT
-from clip_gen.serving.inputs import InputField, checked
+from clip_gen.serving.cli import absolute_path, main
+from clip_gen.serving.inputs import checked
+from clip_gen.serving.openapi import write_schema
 from clip_gen.serving.request_weights import REFUSALS
-from clip_gen.serving.schema import project_signatures, write_schema
-from clip_gen.serving.train_process import TrainingFailed, from_here, main, options, run_training
+from clip_gen.serving.train_process import TrainingFailed, as_options, run_training
 from clip_gen.training.job import contents_of
 from clip_gen.weights.tarball import pack
+from train import INPUTS
 
 TRAINING_SERVER = [str(ROOT / "script" / "serve"), "--x-mode", "train"]
 SERVER = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
@@ -36,44 +38,28 @@ BAKED = {  # what Cog's command line bakes into an image
 STEPS = {"vqgan_steps": 4, "transformer_steps": 4, "batch_size": 4}
 
 
-@pytest.fixture(scope="module")
-def fields() -> tuple[InputField, ...]:
-    return project_signatures()[1].inputs
-
-
 def packed(model: Path, scratch: Path) -> str:
     """A model as a request may give it."""
     pack(model, scratch / "base.tar")
     return data_url(scratch / "base.tar")
 
 
-def test_every_input_becomes_an_option_that_the_command_knows(
-    fields: tuple[InputField, ...], photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = checked({"images": photos}, fields)
-    words = options(values, Path("out"))
-    assert words[:3] == [str(photos), "--out", "out"]
+def test_every_input_becomes_an_option_that_the_command_knows(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = checked(INPUTS, images=photos)
+    words = as_options({name: value for name, value in values.items() if name != "images"})
     assert "--crop" in words
-    assert "--no-crop" in options(values | {"crop": False}, Path("out"))
+    assert as_options({"crop": False, "sample_prompts": "a star|b", "base": None}) == [
+        *("--no-crop", "--sample-prompts=a star|b")
+    ]
     assert not [word for word in words if word.startswith("--base")]
-    assert "--sample-prompts=a star|b" in options(values | {"sample_prompts": "a star|b"}, Path("out"))
     from clip_gen.__main__ import main as command
 
     with pytest.raises(SystemExit) as exit:
-        command(["train", *words, "--help"])
+        command(["train", str(photos), "--out", "out", *words, "--help"])
     assert exit.value.code == 0
-    told = capsys.readouterr().out
-    for field in fields[1:]:
-        assert f"--{field.name.replace('_', '-')}" in told, field.name
-
-
-def test_the_inputs_and_the_settings_have_the_same_defaults(fields: tuple[InputField, ...]) -> None:
-    from dataclasses import fields as settings
-
-    from clip_gen.training.plan import TrainSettings
-
-    defaults = {spec.name: spec.default for spec in settings(TrainSettings)}
-    assert {field.name: field.arguments.get("default") or defaults[field.name] for field in fields[1:]} == defaults
+    help_text = capsys.readouterr().out
+    for name in list(INPUTS)[1:]:
+        assert f"--{name.replace('_', '-')}" in help_text, name
 
 
 def test_what_a_training_says_at_the_end_is_the_error(photos: Path, tmp_path: Path) -> None:
@@ -120,7 +106,7 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
 ) -> None:
     given = {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}
     words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
-    assert main([*words, "-o", str(tmp_path / "out")]) == 0
+    assert main(["train", *words, "-o", str(tmp_path / "out")]) == 0
     said = capfd.readouterr()
     assert "vqgan 4/4" in said.err
     assert said.out == f"{tmp_path / 'out' / 'weights.tar'}\n"
@@ -131,20 +117,20 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     words = [word for name, value in short.items() for word in ("-i", f"{name}={value}")]
     monkeypatch.setenv("COG_WEIGHTS", "")  # whatever it is set to here is as before afterwards
     for more in (["-i", "base=out/weights.tar"], ["-e", "COG_WEIGHTS=out"]):
-        assert main([*words, *more, "-o", f"{more[0][1]}-further"]) == 0
+        assert main(["train", *words, *more, "-o", f"{more[0][1]}-further"]) == 0
         told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
         assert told["base"] == contents_of(tmp_path / "out" / "model")
-    assert main([*words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
+    assert main(["train", *words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
     assert f"{tmp_path / 'checkpoints' / 'shapes'}: no such file or folder" in capfd.readouterr().err
-    assert main(["-i", "images=@"]) == 1
+    assert main(["train", "-i", "images=@"]) == 1
     assert "images is empty; give the name of a file" in capfd.readouterr().err
-    assert main(["-i", "images=@nothing.zip"]) == 1
+    assert main(["train", "-i", "images=@nothing.zip"]) == 1
     assert "nothing.zip: no such file" in capfd.readouterr().err
     for url in ("https://somewhere/photos.zip", "HTTPS://somewhere/photos.zip"):
-        assert main(["-i", f"images={url}"]) == 1
+        assert main(["train", "-i", f"images={url}"]) == 1
         assert f"images is {url}; download it first" in capfd.readouterr().err
-        assert from_here(url) == url
-    assert main(["-i", f"images=@{photos}", "-i", "stage=all"]) == 1
+        assert absolute_path(url) == url
+    assert main(["train", "-i", f"images=@{photos}", "-i", "stage=all"]) == 1
     assert "stage" in capfd.readouterr().err
 
 
@@ -157,7 +143,7 @@ def test_the_script_ended_by_a_signal_saves_a_checkpoint_and_says_how_to_resume(
     given = {"images": f"@{photos}", "base": tiny_model_folder, "vqgan_steps": 999, "batch_size": 4}
     words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
     words += ["-o", str(out)]
-    command = [sys.executable, "-m", "clip_gen.serving.train_process", *words]
+    command = [sys.executable, "-m", "clip_gen.serving.cli", "train", *words]
     files = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     script = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, env=environment, **files)

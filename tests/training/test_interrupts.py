@@ -23,7 +23,7 @@ def words_of(photos: Path, base: Path, out: Path) -> list[str]:
     # From 1,000 steps on the networks are compiled first, which takes a minute.
     given = {"images": f"@{photos}", "base": base, "vqgan_steps": 999, "batch_size": 16}
     words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
-    return [sys.executable, "-m", "clip_gen.serving.train_process", *words, "-o", str(out)]
+    return [sys.executable, "-m", "clip_gen.serving.cli", "train", *words, "-o", str(out)]
 
 
 def entries(out: Path) -> int:
@@ -62,6 +62,6 @@ def test_a_training_survives_its_shell_and_ends_with_its_script(
     said = capsys.readouterr().err
     assert f"{out} is in use by another training; wait for it to end" in said
     assert f"(process {training} holds it)" in said
-    os.kill(numbers_of("clip_gen.serving.train_process", out)[0], signal.SIGKILL)
+    os.kill(numbers_of("clip_gen.serving.cli", out)[0], signal.SIGKILL)
     wait_for(lambda: not processes_of(training), seconds=30)
     assert (out / "work" / "vqgan" / "last.ckpt").is_file()  # saved at the end: by itself it is saved every minute
