@@ -20,6 +20,10 @@ NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 class InputError(ValueError):
     """Values that do not fit the inputs, one problem a line."""
 
+    def __init__(self, text: str):
+        # Cog takes an error with this word in it for a cancelled request.
+        super().__init__(text.replace("cancelled", "canceled"))
+
 
 @dataclass(frozen=True)
 class InputField:

@@ -41,8 +41,11 @@ class TrainingFailed(RuntimeError):
         self.status = code if code >= 0 else 128 - code
         reason = [line for line in lines if line.startswith("train: ")][-1:]
         self.log = [line for line in lines if line not in reason]
-        no_reason = "\n".join(self.log) or f"the training ended with exit status {self.status}; see above"
-        super().__init__(reason[0].removeprefix("train: ") if reason else no_reason)
+        ended, text = f"the training ended with exit status {self.status}; see above", "\n".join(self.log)
+        if code < 0:
+            ended = f"the training was ended by {signal.Signals(-code).name}, as by a system that is short of memory"
+            text = ""
+        super().__init__(reason[0].removeprefix("train: ") if reason else text or ended)
 
     def with_log(self) -> str:
         """The message and the log: Cog leaves the log out of its reply to a failed request."""
@@ -76,8 +79,7 @@ async def run_training(
     Raises TrainingFailed.
     """
     folder = tempfile.gettempdir() if command else str(out.parent)
-    # A killed training leaves sockets there. The path of a socket has at most 107 characters.
-    temporary = tempfile.mkdtemp(prefix="training-", dir=folder if len(folder) < 50 else "/tmp")
+    temporary = tempfile.mkdtemp(prefix="training-", dir=folder)  # a killed training leaves files there
     options = as_options({name: value for name, value in values.items() if name != "images"})
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "clip_gen", "train", str(values["images"]), "--out", str(out), *options),

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -215,11 +216,12 @@ class History(Callback):
 
 
 def read_history(path: Path) -> list[dict]:
-    """The entries of history.jsonl; empty without the file."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # an incomplete line has no newline
+    """The entries of history.jsonl; empty without the file. Lines that a crash damaged are skipped."""
+    entries = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 class StartLog(Callback):
@@ -238,6 +240,9 @@ class StartLog(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         if trainer.global_step % 50 == 0:
             self._write(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+        self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._write(trainer)

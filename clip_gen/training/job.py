@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -322,7 +323,9 @@ class Training:
             discriminator=load_discriminator(self.base) if self.settings.size == "base" else None,
             decoder_alone=keeps,
         )
-        minutes = self.settings.max_minutes * (VQGAN_TIME if self.settings.stage == "both" else 1)
+        minutes = self.settings.max_minutes * VQGAN_TIME
+        if self.settings.stage == "vqgan":
+            minutes = self.minutes_left("vqgan")
         samples = Endless(self.files(self.learnt), seed)
         grids = ReconstructionGrids(held_back, folder)
         values = self.fit("vqgan", trainer, samples, held_back, folder, minutes, grids, fine_tunes=keeps)
@@ -385,12 +388,17 @@ class Training:
             vqgan=networks.vqgan,
             clip=networks.clip,
         )
-        left = settings.max_minutes - self.clock.spent_outside("gpt")
-        minutes = max(LEAST_MINUTES, left) if settings.max_minutes else 0.0
+        minutes = self.minutes_left("gpt")
         grids = SampleGrids(networks, held_back, self.sample_prompts(), folder, settings.seed)
         samples = Endless(learnt, settings.seed)
         values = self.fit("gpt", trainer, samples, held_back, folder, minutes, grids, fine_tunes=self.knows_tokens())
         return values | quality | {"pictures": len(learnt), "views": learnt.rows, "places": learnt.places or "all"}
+
+    def minutes_left(self, stage: str) -> float:
+        """Of max_minutes, for the last stage of this training; 0: no limit."""
+        if not self.settings.max_minutes:
+            return 0.0
+        return max(LEAST_MINUTES, self.settings.max_minutes - self.clock.spent_outside(stage))
 
     def sample_prompts(self) -> list[str]:
         prompts = prompts_of(self.settings.sample_prompts)
@@ -514,6 +522,8 @@ class Training:
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
         settings, before = asdict(self.settings), sum(stage["minutes"] for stage in stages.values())
+        # The record goes to clients and with the weights: no path of this machine, no secret of a URL.
+        settings["base"] = Path(urlsplit(settings["base"]).path).name
         # The limit that the last stage had, should the export have been cut off and started with another.
         settings["max_minutes"] = list(stages.values())[-1].get("max_minutes", settings["max_minutes"])
         return {

@@ -25,6 +25,7 @@ SHARED_MEMORY = "/dev/shm"  # where workers put their batches; containers have l
 USABLE = 0.8  # of the free shared memory; NCCL and other processes need some too
 BATCHES_PER_WORKER = 2  # made ahead, DataLoader's default
 BATCHES_IN_USE = 2  # by the process that trains: the current one and the next
+MAX_ADDRESS = 107  # bytes in the path of a Unix socket
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent ends
 
 
@@ -45,10 +46,12 @@ def loader_with_workers(samples: Dataset, sharing: int = 1, **options: object) -
 def _make_socket_folder() -> None:
     """Creates the folder of the sockets through which workers pass batches; it is removed when this process ends.
 
-    It is in shared memory because a socket's address has at most 107 bytes. With a TMPDIR of 75 or more no worker could
-    pass a batch, and the training would hang.
+    It is in TMPDIR, or in shared memory where that path is too long for the address of a socket: no worker could pass a
+    batch, and the training would hang.
     """
-    before, tempfile.tempdir = tempfile.tempdir, SHARED_MEMORY
+    before = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > MAX_ADDRESS - len("/pymp-12345678/listener-12345678"):
+        tempfile.tempdir = SHARED_MEMORY
     try:
         multiprocessing.util.get_temp_dir()
     finally:

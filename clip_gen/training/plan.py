@@ -42,6 +42,7 @@ SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
 TRAINED = "trained"  # the name of any model that was
 # Up to so many pictures, so many codes.
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
+MIN_RESOLUTION = 16  # smaller pictures are too small for the discriminator
 LEAST_CODES, MOST_CODES = 16, 16384
 
 # A VQGAN's by its levels, for deep ones take less. A transformer's for a width of 256, and wider ones take less in the
@@ -250,8 +251,10 @@ def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelCo
     codes = settings.codebook_size or codes
     vqgan = replace(vqgan, resolution=settings.resolution or vqgan.resolution, codebook_size=codes)
     fold = vqgan.patch * 2 ** (len(vqgan.ch_mult) - 1)
-    if vqgan.resolution % fold:
-        raise ValueError(f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {fold}")
+    if vqgan.resolution % fold or vqgan.resolution < MIN_RESOLUTION:
+        raise ValueError(
+            f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {fold} from {MIN_RESOLUTION} on"
+        )
     if vqgan.attn_resolutions:
         vqgan = replace(vqgan, attn_resolutions=(vqgan.grid,))
     gpt = replace(gpt, block_size=vqgan.grid**2, codebook_size=codes, embed_dim=base.clip.embed_dim)

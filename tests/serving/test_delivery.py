@@ -23,6 +23,7 @@ from processes import data_url, trainings
 from clip_gen.files import ROOT, folder_lock
 from clip_gen.serving import delivery
 from clip_gen.serving.delivery import keep, one_training, scratch_folder, sent_name
+from clip_gen.serving.inputs import InputError
 from clip_gen.serving.openapi import write_schema
 from clip_gen.serving.train_process import MAX_LINE, TrainingFailed, lines_of
 
@@ -228,5 +229,8 @@ def test_an_error_carries_the_log_that_cog_leaves_out() -> None:
     assert str(failed) == "cancelled.zip: is cut off"
     assert failed.with_log() == "canceled.zip: is cut off\n\nThe last lines of the log:\nvqgan 1/2"
     assert TrainingFailed(1, ["train: no room"]).with_log() == "no room"
-    assert TrainingFailed(-9, []).with_log() == "the training ended with exit status 137; see above"
+    killed = TrainingFailed(-9, ["vqgan 1/2"]).with_log()
+    assert killed.startswith("the training was ended by SIGKILL, as by a system that is short of memory\n")
+    assert killed.endswith("vqgan 1/2")
+    assert str(InputError('unknown input "cancelled"')) == 'unknown input "canceled"'
     assert TrainingFailed(1, ["Traceback", "KeyError"]).with_log() == "Traceback\nKeyError"

@@ -110,7 +110,7 @@ def test_a_stage_cut_off_twice_ends_with_the_very_weights_of_one_never_cut(train
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert read_history(tmp_path / "whole" / "history.jsonl") == read_history(tmp_path / "cut" / "history.jsonl")
     starts = [(start["from_step"], start["to_step"]) for start in resumed.record["starts"]]
-    assert starts[-1] == (6, 9) or starts[-1] == (7, 9)
+    assert starts in ([(0, 3), (3, 7), (7, 9)], [(0, 2), (2, 6), (6, 9)]), starts
 
 
 @pytest.mark.slow
@@ -180,6 +180,8 @@ def test_weights_are_averaged_over_the_last_of_the_steps_there_were(
 
 def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: Path) -> None:
     train(tmp_path)
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('\0\0\0\n{"step": 1')  # as a machine leaves it that lost power
     history = read_history(tmp_path / "history.jsonl")
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 10))
     assert [entry["step"] for entry in history if "val_psnr" in entry or "val_loss" in entry] == [4, 8]
