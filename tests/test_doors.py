@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 DOORS = {
     "omegaconf": ["clip_gen/config.py"],
     "clip": ["clip_gen/networks/clip_encoder.py"],
-    "taming": ["clip_gen/networks/vqgan.py"],
-    "vector_quantize_pytorch": ["clip_gen/networks/vqgan.py"],
+    "taming": ["clip_gen/networks/"],
+    "vector_quantize_pytorch": ["clip_gen/networks/quantizers.py"],
     "safetensors": ["clip_gen/weights/model_folder.py", "clip_gen/weights/importers/reader.py"],
     "pytorch_lightning": ["clip_gen/training/", "clip_gen/worlds/"],
     "triton": ["clip_gen/sampling/triton_kernels.py"],

@@ -9,8 +9,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 from clip_gen.files import write_text_atomic
+from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.skip_init import Unfilled
-from clip_gen.networks.vqgan import build_lpips
 from clip_gen.training.processes import wait_for
 from clip_gen.weights.default_model import own_lpips
 from clip_gen.weights.model_folder import load_part
@@ -54,7 +54,7 @@ def _loaded(file: Path) -> nn.Module:
     if not file.is_file():
         raise ValueError(f"{file}: missing, and this training began with LPIPS; get it again by {PULL}")
     with Unfilled():
-        lpips = build_lpips()
+        lpips = FrozenLPIPS()
     try:
         load_part(lpips, file)
     except ValueError as error:

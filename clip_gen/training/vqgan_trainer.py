@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
-from clip_gen.networks.vqgan import VQGAN, build_discriminator
+from clip_gen.networks.discriminator import build_discriminator
+from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training.losses import (
     adaptive_weight,
     colour_errors,

@@ -18,9 +18,10 @@ from clip_gen.config import ModelConfig, read_config, read_settings, write_confi
 from clip_gen.files import atomic_file, atomic_folder, check_replaceable
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.discriminator import build_discriminator, discriminator_layers
 from clip_gen.networks.gpt import GPT, with_null_condition
 from clip_gen.networks.skip_init import Unfilled
-from clip_gen.networks.vqgan import VQGAN, build_discriminator, discriminator_layers
+from clip_gen.networks.vqgan import VQGAN
 
 CONFIG = "config.yaml"
 TRAINING = "training.json"

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_gen.config import VQGANConfig
-from clip_gen.networks.vqgan import VQGAN, quantizer_log
+from clip_gen.networks.quantizers import quantizer_log
+from clip_gen.networks.vqgan import VQGAN
 
 SIZES = {
     "cosine": TINY.vqgan,

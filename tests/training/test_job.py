@@ -32,7 +32,7 @@ from clip_gen.__main__ import main
 from clip_gen.files import ROOT, folder_lock
 from clip_gen.images import from_bytes
 from clip_gen.networks.bridge import Bridge
-from clip_gen.networks.vqgan import build_discriminator
+from clip_gen.networks.discriminator import build_discriminator
 from clip_gen.training import job
 from clip_gen.training.datasets import PictureFiles, Views
 from clip_gen.training.fit import Machine

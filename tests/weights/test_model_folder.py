@@ -11,7 +11,7 @@ from conftest import TINY, tiny_networks
 from safetensors.torch import load_file, save, save_file
 
 from clip_gen import ClipGen
-from clip_gen.networks.vqgan import build_discriminator
+from clip_gen.networks.discriminator import build_discriminator
 from clip_gen.weights.model_folder import (
     PARTS,
     ModelFolderError,

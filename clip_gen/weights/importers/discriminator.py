@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clip_gen.networks.vqgan import build_discriminator, discriminator_layers
+from clip_gen.networks.discriminator import build_discriminator, discriminator_layers
 from clip_gen.weights.importers.state_dict import Foreign, Source, planned
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_gen.files import atomic_folder, check_replaceable
-from clip_gen.networks.vqgan import build_lpips
+from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.weights.importers.reader import origin, read_checkpoint
 from clip_gen.weights.importers.state_dict import Foreign, Source, planned
 from clip_gen.weights.model_folder import write_part
@@ -51,9 +51,9 @@ def _has_record(folder: Path) -> bool:
 
 
 def convert_lpips(vgg: Foreign, linear: Foreign, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of build_lpips's network, of both files; ValueError naming a key that is missing, misshapen or
+    """The tensors of FrozenLPIPS, of both files; ValueError naming a key that is missing, misshapen or
     unknown."""
-    network = planned(build_lpips, vgg.path)
+    network = planned(FrozenLPIPS, vgg.path)
     features = Foreign(vgg.path, {name: tensor for name, tensor in vgg.tensors.items() if name not in CLASSIFIER})
     # A layer's number among the VGG's features is its name inside our slice.
     places = {ours: Source(f"features.{ours.partition('.')[2]}") for ours in network.net.state_dict()}

@@ -13,8 +13,9 @@ from torch import Tensor
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.config import GPTConfig, VQGANConfig
+from clip_gen.networks.discriminator import build_discriminator
 from clip_gen.networks.gpt import GPT
-from clip_gen.networks.vqgan import VQGAN, build_discriminator
+from clip_gen.networks.vqgan import VQGAN
 from clip_gen.sampling.sampler import Sampling, filtered_probabilities, sample_tokens
 from clip_gen.weights.importers.hfailab_gpt import convert_gpt, gpt_sources
 from clip_gen.weights.importers.hfailab_vqgan import convert_vqgan, encoder_levels, vqgan_sources

@@ -1,4 +1,4 @@
-"""importers/lpips.py and build_lpips: two published files give what taming's LPIPS gives."""
+"""importers/lpips.py and FrozenLPIPS: two published files give what taming's LPIPS gives."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from taming.modules.losses import lpips as tamings
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
+from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.skip_init import Unfilled
-from clip_gen.networks.vqgan import build_lpips
 from clip_gen.training.losses import lpips_distance
 from clip_gen.weights.importers.lpips import convert_lpips, import_lpips
 from clip_gen.weights.importers.state_dict import Foreign
@@ -26,7 +26,7 @@ def ours(lpips_folder: Path) -> nn.Module:
 
 def loaded(folder: Path) -> nn.Module:
     with Unfilled():
-        network = build_lpips()
+        network = FrozenLPIPS()
     load_part(network, folder / "lpips.safetensors")
     return network
 
