@@ -1,4 +1,4 @@
-"""taming's LPIPS, frozen: "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", arXiv 1801.03924."""
+"""taming's LPIPS, frozen. The metric is described in arXiv 1801.03924."""
 
 from __future__ import annotations
 

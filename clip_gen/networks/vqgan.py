@@ -55,9 +55,9 @@ class VQGAN(nn.Module):
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The quantizer's input, (B, codebook_dim, h, w), and None.
 
-        With `local`: (U, codebook_dim, 1, 1) for the U distinct patches of the batch, and each token's index among them,
-        (B, T). Encoding a repeated patch once is faster for images with plain areas. It also makes frequent patches
-        count no more than rare ones in the codebook's updates.
+        With `local`: (U, codebook_dim, 1, 1) for the U distinct patches of the batch, and the index of every token's
+        patch, (B, T). Encoding a repeated patch once is faster for images with plain areas. It also makes frequent
+        patches count no more than rare ones in the codebook's updates.
         """
         patches, patch_of_token = F.pixel_unshuffle(images, self.config.patch), None
         if self.config.local:
