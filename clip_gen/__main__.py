@@ -29,16 +29,16 @@ def main(arguments: list[str] | None = None) -> int:
     installed = os.path.basename(sys.argv[0]) == "clip-gen"
     parser = argparse.ArgumentParser(prog="clip-gen" if installed else "python -m clip_gen")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (module, what) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what.capitalize() + ".")
-        if words[:1] == [name]:
-            importlib.import_module(module).add_arguments(command)
-    chosen = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        for name, (module, what) in COMMANDS.items():
+            command = commands.add_parser(name, help=what, description=what.capitalize() + ".")
+            if words[:1] == [name]:
+                importlib.import_module(module).add_arguments(command)
+        chosen = parser.parse_args(words)
         importlib.import_module(COMMANDS[chosen.command][0]).main(chosen)
     except (ValueError, OSError) as error:
-        print(f"{chosen.command}: {error}", file=sys.stderr)
+        print(f"{words[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

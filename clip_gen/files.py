@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder; site-packages after `pip install`
 COMMAND = "CLIP_GEN_COMMAND"  # the environment variable with the command that started a training, for messages
-PARTIAL = ".saving-"  # prefix of incomplete files and folders
+PARTIAL = ".clip-gen-saving-"  # prefix of incomplete files and folders; leftovers with it are removed
 LEFTOVER_SECONDS = 60  # a newer file may not be locked yet
 MARK = ".clip-gen"  # the file that marks a folder as written by this program
 # Made by the operating system. They do not count as content and are never removed.

@@ -213,3 +213,8 @@ def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.allow_tf32 = value
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a tensor did not fit into memory: torch has a class for this error on a GPU only."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

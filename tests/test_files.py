@@ -19,6 +19,7 @@ from clip_gen.files import (
     check_claimable,
     claim_folder,
     folder_lock,
+    list_names,
     remove_leftovers,
     write_text_atomic,
 )
@@ -219,3 +220,13 @@ def test_a_process_killed_between_the_two_renames_loses_nothing(tmp_path: Path) 
     assert not (tmp_path / "model").exists()
     remove_leftovers(tmp_path, seconds=0)
     assert contents(tmp_path) == {"model/config.yaml": "new", "model/more.yaml": "new"}
+
+
+def test_files_of_a_person_with_a_similar_prefix_stay(tmp_path: Path) -> None:
+    own = tmp_path / ".saving-photos"
+    own.mkdir()
+    (own / "a.jpg").write_text("mine")
+    os.utime(own, (0, 0))
+    write_text_atomic(tmp_path / "new.txt", "text")
+    assert (own / "a.jpg").is_file()
+    assert list_names(tmp_path) == [".saving-photos", "new.txt"]

@@ -98,7 +98,8 @@ def save_checkpoint(values: dict, path: Path, previous: Path | None = None) -> N
         reason = _disk_error(error)
         if reason is None:
             raise
-        kept = "the one before it is complete" if path.is_file() else "there was none before it"
+        complete = path.is_file() or (previous and previous.is_file())
+        kept = "the one before it is complete" if complete else "there was none before it"
         raise OSError(
             f"{path}: the checkpoint could not be written ({reason.strerror or reason}); {kept}. "
             "Make room, or make the folder writable, and start the same command again"

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import shlex
 import sys
 from dataclasses import fields
@@ -19,6 +20,7 @@ from clip_gen.training.fit import Machine
 from clip_gen.training.interrupts import ON_CLOSED_STDIN, ended_by_signals, watch_stdin
 from clip_gen.training.job import Training
 from clip_gen.training.plan import TrainSettings
+from clip_gen.training.stage import process_count
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +64,24 @@ def main(arguments: argparse.Namespace) -> None:
         if not rank_zero_only.rank:
             log.warning(how_to_resume(arguments.out))
         raise
+    except RuntimeError as error:
+        reason = process_that_ended(error)
+        if reason is None:
+            raise
+        raise ValueError(f"{reason}. {how_to_resume(arguments.out)}") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise OSError(f"{arguments.out}: {error.strerror}. Make room. {how_to_resume(arguments.out)}") from error
+
+
+def process_that_ended(error: RuntimeError) -> str | None:
+    """A sentence when another process of the training was killed; None for other errors."""
+    if str(error).startswith("DataLoader worker") and "killed" in str(error):
+        return "A process that loads pictures was killed, as by a system that is short of memory: see batch_size"
+    if process_count() > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+        return "Another process of this training has ended: see what it printed above"
+    return None
 
 
 def how_to_resume(out: Path) -> str:

@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from clip_gen.hardware import on_device
+from clip_gen.hardware import is_out_of_memory, on_device
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.vqgan import VQGAN
@@ -124,9 +124,11 @@ def _encode_batch(
     while True:
         try:
             return torch.cat([encode(from_bytes(part.to(device))).cpu() for part in batch.split(size)]), size
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
+            if size == 1:
+                raise ValueError(f"{name}: out of memory with one picture; train with a smaller resolution") from error
         # Outside the except block, which would keep the tensors of the failed attempt alive.
         torch.cuda.empty_cache()
         size //= 2

@@ -7,6 +7,7 @@ validation loss), history.jsonl (losses) and ledger.json (each start with its se
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import StrategyRegistry
 from torch.utils.data import DataLoader, Dataset
 
-from clip_gen.hardware import choose_device, prefers_bfloat16
+from clip_gen.hardware import choose_device, is_out_of_memory, prefers_bfloat16
 from clip_gen.training.callbacks import (
     EMA,
     History,
@@ -96,6 +97,7 @@ def fit(
     own = _callbacks(name, stage, folder, seed, machine, interrupts, ema, best)
     # The given ones come last: their errors must not prevent the last checkpoint.
     trainer = _trainer(stage, machine, folder, [*own, *callbacks])
+    _check_torchrun(trainer.world_size)
     if steps < config.steps:
         data = StageData(samples, held_back, config, collate, steps)
         with _out_of_memory_explained(name, config.batch_size), _deterministic_on_cpu():
@@ -163,6 +165,16 @@ def _trainer(stage: Stage, machine: Machine, folder: Path, callbacks: list[Callb
     )
 
 
+def _check_torchrun(processes: int) -> None:
+    """ValueError unless Lightning uses all processes that torchrun started. Each would train alone into one folder."""
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else processes
+    if started != processes:
+        raise ValueError(
+            f"torchrun started {started} processes, but devices and nodes make {processes}; "
+            "give --devices as many as torchrun starts on each machine"
+        )
+
+
 def _record(steps: int, ended_by: str, values: dict[str, float], starts: list[dict]) -> dict[str, object]:
     return {
         "steps": steps,
@@ -198,7 +210,7 @@ def _out_of_memory_explained(name: str, batch_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         where = f" in one of {process_count()} processes" if process_count() > 1 else ""
         half = f"a smaller batch_size, such as {batch_size // 2}" if batch_size > 1 else "a smaller size or resolution"

@@ -450,17 +450,20 @@ class Training:
             steps, planned = values["steps"], values.get("planned_steps", 0)  # 0: of an earlier version
             reach = Reach(name, steps, planned, minutes, values.get("fine_tunes", False), self.remedy())
             if minutes and values.get("ended_by") == "time" and reach.too_few:
-                found.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}")
+                # The stages before the last are not trained further with more minutes.
+                where = "" if name == list(stages)[-1] else ", in another folder"
+                found.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}{where}")
             pictures = values.get("pictures", len(self.learnt))
-            if minutes and pictures < len(self.learnt):
-                found.append(self._few_pictures(pictures))
+            if pictures < len(self.learnt):
+                found.append(f"{self._few_pictures(pictures)}, in another folder")
         return found
 
     def _few_pictures(self, count: int) -> str:
-        wanted = len(self.learnt)
+        wanted, limit = len(self.learnt), self.work / "encoded" / TIME_LIMIT
+        minutes = float(limit.read_text()) if limit.is_file() else self.settings.max_minutes
         return (
             f"gpt: its time sufficed to encode {count:,} of {wanted:,} pictures, and it learns from no others; give "
-            f"max_minutes of about {enough_minutes(self.settings.max_minutes, count, wanted)}"
+            f"max_minutes of about {enough_minutes(minutes, count, wanted)}"
         )
 
     def encoded(self, name: str) -> EncodedPictures:

@@ -42,7 +42,9 @@ def wait_for(path: Path) -> None:
 def _wait(path: Path, done: Callable[[], bool]) -> None:
     while not done():
         if os.getppid() != PARENT:
-            raise OSError(f"{path} is missing, and the process that was to write it has ended; see its error above")
+            raise OSError(
+                f"{path} is missing, and the process that was to write it has ended; see what it printed above"
+            )
         time.sleep(0.2)
 
 

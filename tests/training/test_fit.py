@@ -178,6 +178,15 @@ def test_weights_are_averaged_over_the_last_of_the_steps_there_were(
     assert torch.allclose(next(iter(stage.parameters())), mean, atol=1e-7)
 
 
+def test_processes_of_torchrun_that_lightning_would_not_use_are_refused(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="torchrun started 2 processes, but devices and nodes make 1; give --devices"):
+        train(tmp_path)
+
+
 def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: Path) -> None:
     train(tmp_path)
     with (tmp_path / "history.jsonl").open("a") as file:

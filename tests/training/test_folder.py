@@ -59,7 +59,7 @@ def finished(out: Path) -> None:
 
 
 def unfinished(out: Path) -> None:
-    write(out, *UNFINISHED, "work/vqgan/.saving-x1y2")
+    write(out, *UNFINISHED, "work/vqgan/.clip-gen-saving-x1y2")
     write_pictures(out)
     write_settings(out)
 

@@ -33,7 +33,7 @@ from clip_gen.files import ROOT, folder_lock
 from clip_gen.images import from_bytes
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.discriminator import build_discriminator
-from clip_gen.training import job
+from clip_gen.training import cli, job
 from clip_gen.training.datasets import PictureFiles, Views
 from clip_gen.training.fit import Machine
 from clip_gen.training.folder import own_training_folder
@@ -262,13 +262,34 @@ def test_few_steps_from_a_base_that_fits_leave_it_as_it_is_and_few_views_leave_o
     )
     assert pictures == (
         "gpt: its time sufficed to encode 64 of 95 pictures, and it learns from no others; give max_minutes of about "
-        "0.0015"
+        "0.0015, in another folder"
     )
     assert re.match(
         r"gpt: its time ended after [\d,]+ of 1,000,000 steps, too few to change much of the base model", steps
     )
-    assert said.index(pictures) < said.index("gpt: about")
-    assert said.count(pictures) == 2
+    assert said.index(pictures.removesuffix(", in another folder")) < said.index("gpt: about")
+    assert said.count(pictures.removesuffix(", in another folder")) == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "A process that loads pictures was killed"),
+        ("[gloo/transport/tcp/pair.cc:538] Connection reset by peer", "Another process of this training has ended"),
+    ],
+)
+def test_the_end_of_another_process_is_one_sentence(
+    message: str, sentence: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
+) -> None:
+    def killed(training: Training) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(Training, "run", killed)
+    monkeypatch.setattr(cli, "process_count", lambda: 2)
+    assert main(["train", str(photos), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"train: {sentence}")
+    assert "this command starts the training" in said
 
 
 def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
@@ -346,7 +367,7 @@ def test_what_was_half_written_when_a_training_was_killed_does_not_stay(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     Training(photos, tmp_path, toy)
-    left = tmp_path / "work" / "vqgan" / ".saving-x1y2"
+    left = tmp_path / "work" / "vqgan" / ".clip-gen-saving-x1y2"
     left.parent.mkdir()
     left.write_text("half a checkpoint")
     Training(photos, tmp_path, toy)
