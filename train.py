@@ -1,11 +1,9 @@
 """Cog's training: a zip of pictures in, a weights tar out. `python -m clip_gen train` does the work."""
 
-import shutil
-
 import coglet
 from cog import BaseModel, Input, Path
 
-from clip_gen.serving.delivery import end_with_server, keep, one_training, scratch_folder, sent_name
+from clip_gen.serving.delivery import end_with_server, keep, move_images, one_training, scratch_folder, sent_name
 from clip_gen.serving.inputs import checked, read_inputs
 from clip_gen.serving.train_process import TrainingFailed, run_training
 from clip_gen.serving.watchdog import watch_worker
@@ -162,8 +160,7 @@ async def train(
 
         base = await fetched_base(inputs["base"])
         inputs["base"] = str(base.path) if base else None
-        # Moved to this folder, so that the file is removed even if Cog's worker is killed.
-        inputs["images"] = shutil.move(images, folder)
+        inputs["images"] = move_images(images, folder)
         out = folder / "out"
         shown = {inputs["images"]: sent_name(images), f"{out}/": "", str(out): "this training"}
         try:

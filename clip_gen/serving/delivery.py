@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clip_gen.data.manifest import shown
 from clip_gen.files import ROOT, atomic_file, folder_lock, is_writable
 
 KEPT = {"weights.tar": "trained_model.tar", "report.html": "trained_model.html"}
@@ -85,4 +86,13 @@ def sent_name(images: Path) -> str:
     """What the client knows the pictures by, for messages: Cog names the file that it fetched after the URL."""
     name = RANDOM.sub("", images.name)
     uploaded = not name or name.partition(".")[0] == "file"  # what Cog calls a data URL
-    return "images (the uploaded file)" if uploaded else f"images ({name})"
+    return "images (the uploaded file)" if uploaded else f"images ({shown(name)})"
+
+
+def move_images(images: Path, folder: Path) -> str:
+    """Moves the file that Cog fetched, so that it is removed with the folder even if Cog's worker is killed.
+
+    Returns its path, which has no characters that a client chose.
+    """
+    suffixes = re.findall(r"\.[A-Za-z0-9]{1,8}", images.name)[-2:]
+    return shutil.move(images, folder / f"images{''.join(suffixes)}")

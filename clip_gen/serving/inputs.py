@@ -61,6 +61,8 @@ class InputField:
         if self.kind is str and not (self.info.min_length or 0) <= len(value) <= (self.info.max_length or math.inf):
             size = f"has {len(value)} characters" if value else "is empty"
             raise InputError(f"{self.name} {size}; give {self.allowed()}")
+        if self.kind is str and "\0" in value:
+            raise InputError(f"{self.name} holds a NUL character; leave it out")
         return float(value) if self.kind is float else value
 
     def _has_kind(self, value: object) -> bool:

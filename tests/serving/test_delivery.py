@@ -228,6 +228,7 @@ def test_an_error_carries_the_log_that_cog_leaves_out() -> None:
     failed = TrainingFailed(1, ["vqgan 1/2", "train: cancelled.zip: is cut off"])
     assert str(failed) == "cancelled.zip: is cut off"
     assert failed.with_log() == "canceled.zip: is cut off\n\nThe last lines of the log:\nvqgan 1/2"
+    assert sent_name(Path("tmp12345678\n\x1b[31mx.zip")) == "images (\ufffd\ufffd[31mx.zip)"
     assert TrainingFailed(1, ["train: no room"]).with_log() == "no room"
     killed = TrainingFailed(-9, ["vqgan 1/2"]).with_log()
     assert killed.startswith("the training was ended by SIGKILL, as by a system that is short of memory\n")
