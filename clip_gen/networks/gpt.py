@@ -1,6 +1,6 @@
-"""The transformer that writes tokens from a CLIP embedding.
+"""The transformer that predicts image tokens from a CLIP embedding: a pre-norm decoder, as GPT-2.
 
-A pre-norm decoder after GPT-2. The condition takes position 0, so token t is predicted from tokens < t.
+The condition takes position 0, so token t is predicted at position t from the tokens before it.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
 from clip_gen.networks.float16_linear import Float16Linear
-from clip_gen.networks.kv_cache import KVCache, SummedCache
+from clip_gen.networks.kv_cache import EmbeddingBagCache, KVCache
 
-Step = Callable[[Tensor, tuple[Tensor, ...] | None, KVCache, int], Tensor]  # see Block.stepper
+CachedBlock = Callable[[Tensor, tuple[Tensor, ...] | None, KVCache, int], Tensor]  # see Block.cached
 
 
 def grid_rotation(side: int, head_size: int) -> Tensor:
-    """Cosines and signed sines (2, T, D) that tell a head where in the picture a token lies: half of them turn with
-    its row, half with its column, so that what a head learns about neighbours holds everywhere.
+    """Cosines and signed sines (2, T, D) of rotary embeddings on a grid of T = side² positions.
 
-    Rotary embedding: arXiv 2104.09864; by row and column, as for pictures: arXiv 2403.13298.
+    Half of a head's channels rotate with the row, half with the column, so attention can depend on relative offsets.
+    Rotary embedding: arXiv 2104.09864; by row and column, for images: arXiv 2403.13298.
     """
     frequencies = 100.0 ** (-torch.arange(head_size // 4) / (head_size // 4))
-    place = torch.arange(side)[:, None] * frequencies  # (side, D / 4)
-    rows, columns = place.repeat_interleave(side, dim=0), place.repeat(side, 1)
+    angles = torch.arange(side)[:, None] * frequencies  # (side, D / 4)
+    rows, columns = angles.repeat_interleave(side, dim=0), angles.repeat(side, 1)
     angles = torch.cat([rows, columns], dim=1)
     return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)])
 
 
-def places_around(side: int) -> Tensor:
-    """For each of T places the one before it and those above it, to the left, straight and to the right, (T, 4); T for
-    what is outside the picture.
+def neighbour_positions(side: int) -> Tensor:
+    """The neighbours of every position of a grid, (T, 4): the previous one, and those above to the left, straight above
+    and to the right. T stands for a neighbour outside the grid.
     """
-    place = torch.arange(side * side)
-    row, column = place // side, place % side
-    around = torch.stack([place - 1, place - side - 1, place - side, place - side + 1], dim=1)
-    outside = torch.stack([place < 1, (row < 1) | (column < 1), row < 1, (row < 1) | (column > side - 2)], dim=1)
-    return torch.where(outside, side * side, around)
+    position = torch.arange(side * side)
+    row, column = position // side, position % side
+    neighbours = torch.stack([position - 1, position - side - 1, position - side, position - side + 1], dim=1)
+    left, right = column < 1, column > side - 2
+    outside = torch.stack([position < 1, (row < 1) | left, row < 1, (row < 1) | right], dim=1)
+    return torch.where(outside, side * side, neighbours)
 
 
 def rotate(x: Tensor, rotation: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Turns each pair of channels of x (..., n, D), which lie half of D apart, by its angle in rotation (2, n, D)."""
+    """Rotates channel pairs of x (..., n, D), half of D apart, by the cosines and signed sines (2, n, D)."""
     cosine, sine = (part.to(x.dtype) for part in rotation)
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), sine)
 
@@ -65,7 +66,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = heads  # (B, H, n, D) each
         if rotation is not None:
             q, k = rotate(heads[:2], rotation)
-        # No dropout here, only on what comes out: on a CPU torch has no quick kernel for it.
+        # No dropout of attention weights: torch has no fast kernel for it on a CPU.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
 
@@ -93,12 +94,11 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.ln_1(x), rotation, mask))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
-    def stepper(self) -> Step:
-        """A function that does, without dropout, what forward does for one place of each row: the place after those in
-        the cache. Takes x (B, n_embd), the rotation, the cache and the number of this layer; returns (B, n_embd).
+    def cached(self) -> CachedBlock:
+        """A function like forward for one new position, without dropout: f(x, rotation, cache, layer), x (B, n_embd).
 
-        For one batch: it keeps references to the weights, because looking them up in an nn.Module takes a CPU as long
-        as small operations do, a tenth of the bundled model's time.
+        It holds references to the weights, so make a new one for every batch. Looking weights up in nn.Modules takes a
+        tenth of the time of a small model on a CPU.
         """
         norm_1, norm_2 = (
             partial(torch.layer_norm, normalized_shape=ln.normalized_shape, weight=ln.weight, bias=ln.bias, eps=ln.eps)
@@ -108,8 +108,8 @@ class Block(nn.Module):
         fc, mlp_proj = self.mlp.fc.forward, self.mlp.proj.forward
         n_head, dtype = self.attn.n_head, self.attn.qkv.bias.dtype
 
-        def step(x: Tensor, rotation: tuple[Tensor, ...] | None, cache: KVCache, layer: int) -> Tensor:
-            count, rows = len(x), cache.rows
+        def cached_block(x: Tensor, rotation: tuple[Tensor, ...] | None, cache: KVCache, layer: int) -> Tensor:
+            count, rows = len(x), cache.rows  # rows after cache.rows are padding, without keys and values
             heads = qkv(norm_1(x).to(dtype)).view(count, 3, n_head, -1)[:rows]
             q, k, v = heads.unbind(1)  # (rows, H, D) each
             if rotation is not None:
@@ -118,13 +118,21 @@ class Block(nn.Module):
             x = x + proj(y if rows == count else F.pad(y, (0, 0, 0, count - rows)))
             return x + mlp_proj(F.gelu(fc(norm_2(x).to(dtype))))
 
-        return step
+        return cached_block
 
 
 class GPT(nn.Module):
+    """`forward` gives the logits of all positions at once. `start` and `step` give them one position at a time, with a
+    cache of keys and values.
+
+    With neighbour_context a position's input is the condition and the four tokens next to it (`neighbour_positions`),
+    instead of the previous token alone.
+    """
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        side = math.isqrt(config.block_size)
         self.condition = nn.Linear(config.embed_dim, config.n_embd)
         self.null_condition = nn.Parameter(torch.zeros(config.n_embd)) if config.null_condition else None
         self.token_embedding = nn.Embedding(config.codebook_size, config.n_embd)
@@ -135,17 +143,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.codebook_size, bias=config.head_bias)
-        rotation = (
-            grid_rotation(math.isqrt(config.block_size), config.n_embd // config.n_head) if config.rotary else None
-        )
+        rotation = grid_rotation(side, config.n_embd // config.n_head) if config.rotary else None
         self.register_buffer("rotation", rotation, persistent=False)
-        places = places_around(math.isqrt(config.block_size)) if config.neighbour_context else None
-        self.register_buffer("places_around", places, persistent=False)
-        self.register_buffer("neighbours", None, persistent=False)  # set in cast_for_inference
+        neighbours = neighbour_positions(side) if config.neighbour_context else None
+        self.register_buffer("neighbour_positions", neighbours, persistent=False)
+        self.register_buffer("neighbour_table", None, persistent=False)  # set in cast_for_inference
         self.register_buffer("neighbour_starts", None, persistent=False)
-        self.apply(self._start)
+        self.apply(self._init_weights)
 
-    def _start(self, module: nn.Module) -> None:
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -157,7 +163,7 @@ class GPT(nn.Module):
             for proj in (module.attn.proj, module.mlp.proj):
                 nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
         elif module is self:
-            # A unit-length embedding has elements of about 1 / sqrt(E); bring its projection to the others' scale.
+            # A unit-length embedding has elements of about 1 / sqrt(E), so its projection needs larger weights.
             nn.init.normal_(self.condition.weight, std=0.5)
             if self.null_condition is not None:
                 nn.init.normal_(self.null_condition, std=0.5)
@@ -165,10 +171,10 @@ class GPT(nn.Module):
                 nn.init.normal_(self.outside, std=0.02)
 
     def prefix(self, embedding: Tensor, unconditional: Tensor | None = None) -> Tensor:
-        """What stands at position 0, (B, n_embd).
+        """The projected condition, (B, n_embd).
 
-        embedding: (B, E), unit length. unconditional: (B,) bool; those rows get the learned null condition, which
-        training puts in for a tenth of the pictures and guidance pushes away from.
+        embedding: (B, E), unit length. unconditional: (B,) bool; those rows get the learned null condition of
+        classifier-free guidance, which replaces a tenth of the conditions in training.
         """
         condition = self.condition(embedding)
         if unconditional is None:
@@ -181,94 +187,106 @@ class GPT(nn.Module):
         embedding: Tensor,
         tokens: Tensor,
         unconditional: Tensor | None = None,
-        places: Tensor | None = None,
-        chances: Tensor | None = None,
+        positions: Tensor | None = None,
+        probabilities: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, n + 1, V) for positions 0 to n, given the n first tokens (B, n); n < block_size.
+        """Logits (B, n + 1, V) for positions 0 to n, given the first n tokens (B, n); n < block_size.
 
-        places: for these positions alone, (B, K) in order, of which the first is always 0: logits (B, K, V), as if the
-        others were not there. chances: (B, K), how likely each was to be among them: it counts for as many as are like
-        it, so that what attention adds up, and what it divides by, is on average that of the whole.
+        positions: (B, K), a sorted random subset that begins with 0; then only these are computed, (B, K, V).
+        probabilities: (B, K), with which each position was included. Attention weighs it by the inverse, so its sums
+        are those over all positions on average.
         """
-        assert (places is None) == (chances is None), "places come with their chances"
+        assert (positions is None) == (probabilities is None), "positions come with their probabilities"
         assert tokens.shape[1] < self.config.block_size, (tokens.shape, self.config.block_size)
         prefix = self.prefix(embedding, unconditional)
-        if places is None:
-            x = self._entering(prefix, tokens, slice(0, tokens.shape[1] + 1))
-            return self._logits(x, slice(0, x.shape[1]))
-        x = self._entering(prefix, tokens, places)
-        count = places.shape[1]
-        itself = torch.eye(count, dtype=torch.bool, device=x.device)  # which is there whenever it looks
-        mask = torch.where(itself, 0.0, -chances.log()[:, None])
-        later = torch.ones(count, count, dtype=torch.bool, device=x.device).triu(1)
-        return self._logits(x, places, mask=mask.masked_fill(later, -torch.inf)[:, None].to(self.dtype))
+        if positions is None:
+            all_positions = slice(0, tokens.shape[1] + 1)
+            x = self._inputs(prefix, tokens, all_positions) + self.position_embedding.weight[all_positions]
+            rotation, mask = self._rotation(all_positions), None
+        else:
+            # position_embedding(...), not .weight[...]: its gradients are summed in a fixed order.
+            x = self._inputs(prefix, tokens, positions) + self.position_embedding(positions)
+            rotation, mask = self._rotation(positions), self._inverse_probability_mask(probabilities)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotation, mask)
+        return self.head(self.ln_f(x))
 
-    def _entering(self, prefix: Tensor, tokens: Tensor, places: slice | Tensor) -> Tensor:
-        """What goes in at these of the first n + 1 places, (B, K, n_embd), given the n first tokens (B, n)."""
+    def _inputs(self, prefix: Tensor, tokens: Tensor, positions: slice | Tensor) -> Tensor:
+        """The blocks' inputs at these positions, (B, K, n_embd), without position embeddings."""
         if self.around is not None:
             outside = self.config.codebook_size
             tokens = F.pad(tokens, (0, self.config.block_size + 1 - tokens.shape[1]), value=outside)
-            return self.surrounded(prefix, tokens, self.places_around[places])
-        before = tokens if isinstance(places, slice) else tokens.gather(1, places[:, 1:] - 1)
-        return torch.cat([prefix[:, None], self.token_embedding(before)], dim=1)
+            return self._neighbour_inputs(prefix, tokens, self.neighbour_positions[positions])
+        previous = tokens if isinstance(positions, slice) else tokens.gather(1, positions[:, 1:] - 1)
+        return torch.cat([prefix[:, None], self.token_embedding(previous)], dim=1)
 
-    def surrounded(self, prefix: Tensor, tokens: Tensor, around: Tensor) -> Tensor:
-        """What goes in at K places, (B, K, n_embd), with `neighbour_context`: prefix (B, n_embd) and what
-        stands at the places `around` each, (K, 4) or (B, K, 4).
+    def _neighbour_inputs(self, prefix: Tensor, tokens: Tensor, neighbours: Tensor) -> Tensor:
+        """The inputs (B, K, n_embd) of K positions with these neighbours, (K, 4) or (B, K, 4).
 
-        tokens: (B, T + 1), codebook_size where there is none and at T, which stands for outside the picture.
+        tokens: (B, T + 1), with codebook_size where no token is known, and at T.
         """
-        around = around.expand(len(tokens), -1, -1)
-        found = tokens.gather(1, around.flatten(1)).view(around.shape)
-        inside = found < self.config.codebook_size
-        known = self.token_embedding(found.clamp(max=self.config.codebook_size - 1))
-        known = torch.where(inside[..., None], known, self.outside)  # (B, K, 4, n_embd)
-        return prefix[:, None] + known[:, :, 0] + self.around(known.flatten(2))
+        neighbours = neighbours.expand(len(tokens), -1, -1)
+        tokens = tokens.gather(1, neighbours.flatten(1)).view(neighbours.shape)
+        inside = tokens < self.config.codebook_size
+        embedded = self.token_embedding(tokens.clamp(max=self.config.codebook_size - 1))
+        embedded = torch.where(inside[..., None], embedded, self.outside)  # (B, K, 4, n_embd)
+        return prefix[:, None] + embedded[:, :, 0] + self.around(embedded.flatten(2))
 
-    def surrounded_at(self, place: slice | Tensor, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """`surrounded` for a single place, (B, n_embd)."""
-        around = self.places_around[place]  # (1, 4)
-        if self.neighbours is None:
-            return self.surrounded(prefix, tokens, around)[:, 0]
-        found = tokens.index_select(1, around[0]) + self.neighbour_starts
-        return prefix + F.embedding(found, self.neighbours).sum(dim=1)
+    def _rotation(self, positions: slice | Tensor) -> Tensor | None:
+        if self.rotation is None:
+            return None
+        rotation = self.rotation[:, positions].to(self.dtype)  # (2, K, D) or (2, B, K, D)
+        return rotation if rotation.dim() == 3 else rotation[:, :, None]
+
+    def _inverse_probability_mask(self, probabilities: Tensor) -> Tensor:
+        """An attention mask (B, 1, K, K): causal, and -log p for earlier positions included with probability p."""
+        count, device = probabilities.shape[1], probabilities.device
+        itself = torch.eye(count, dtype=torch.bool, device=device)  # always included
+        mask = torch.where(itself, 0.0, -probabilities.log()[:, None])
+        later = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
+        return mask.masked_fill(later, -torch.inf)[:, None].to(self.dtype)
 
     def start(self, prefix: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) of the first token, from prefix (B, n_embd)."""
+        """Logits (B, V) for position 0, from prefix (B, n_embd)."""
         if self.around is None:
-            return self.next(prefix, cache)
+            return self.step_from_input(prefix, cache)
         shape, outside = (len(prefix), self.config.block_size + 1), self.config.codebook_size
         cache.prefix, cache.tokens = prefix, torch.full(shape, outside, device=prefix.device)
-        return self.next(self.surrounded_at(cache.place, prefix, cache.tokens), cache)
+        return self.step_from_input(self.neighbour_input(cache.position, prefix, cache.tokens), cache)
 
     def step(self, token: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) of the token after `token` (B,), which follows what the cache holds."""
+        """Logits (B, V) for the next position, given the last token (B,)."""
         if self.around is None:
-            return self.next(self.token_embedding(token), cache)
+            return self.step_from_input(self.token_embedding(token), cache)
         cache.tokens[:, cache.length - 1] = token
-        return self.next(self.surrounded_at(cache.place, cache.prefix, cache.tokens), cache)
+        return self.step_from_input(self.neighbour_input(cache.position, cache.prefix, cache.tokens), cache)
 
-    def next(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) of the token after x (B, n_embd), what goes in next.
-
-        What forward does for one place, without dropout, in fewer calls: a CPU takes longer over those than over what
-        is between the products.
-        """
-        x = x + self.position_embedding.weight[cache.place]
-        rotation = None if self.rotation is None else self.rotation[:, cache.place].to(self.dtype).unbind()
-        for layer, step in enumerate(cache.steps or self.steppers()):
-            x = step(x, rotation, cache, layer)
+    def step_from_input(self, x: Tensor, cache: KVCache) -> Tensor:
+        """As `step`, from the next position's input (B, n_embd). Same as forward, without dropout, in fewer calls."""
+        x = x + self.position_embedding.weight[cache.position]
+        rotation = None if self.rotation is None else self.rotation[:, cache.position].to(self.dtype).unbind()
+        for layer, cached_block in enumerate(cache.blocks or self.cached_blocks()):
+            x = cached_block(x, rotation, cache, layer)
         cache.advance()
         return self.head(self.ln_f(x))
 
+    def neighbour_input(self, position: slice | Tensor, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """The input (B, n_embd) of a single position, (1,); tokens as in `_neighbour_inputs`."""
+        neighbours = self.neighbour_positions[position]  # (1, 4)
+        if self.neighbour_table is None:
+            return self._neighbour_inputs(prefix, tokens, neighbours)[:, 0]
+        indices = tokens.index_select(1, neighbours[0]) + self.neighbour_starts
+        return prefix + F.embedding(indices, self.neighbour_table).sum(dim=1)
+
     def new_cache(self, rows: int) -> KVCache:
-        kind = SummedCache if self.cache_dtype == torch.float16 else KVCache
+        kind = EmbeddingBagCache if self.cache_dtype == torch.float16 else KVCache
         cache = kind(self.config, rows, device=self.device, dtype=self.cache_dtype)
-        cache.steps = self.steppers()
+        cache.blocks = self.cached_blocks()
         return cache
 
-    def steppers(self) -> list[Step]:
-        return [block.stepper() for block in self.blocks]
+    def cached_blocks(self) -> list[CachedBlock]:
+        return [block.cached() for block in self.blocks]
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -280,58 +298,41 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What goes between the blocks' matrices."""
+        """Of the activations inside attention and MLP. The residual stream is float32."""
         return self.blocks[0].attn.qkv.bias.dtype
 
     def cast_for_inference(self, dtype: torch.dtype) -> GPT:
-        """Keeps the matrices of the blocks in this type, and with them the cache; what is added up stays as it is. It
-        draws from then on, and is not to be trained.
+        """Casts the blocks' matrices, and with them the cache, in place. The network cannot be trained any more.
 
-        float16: the head's too, and the cache. What was made of them cannot be saved, moved or made into another type.
+        float16 (CPU only) also casts the head. Its packed weights cannot be saved, moved or cast again.
         """
-
-        def kept(linear: nn.Linear) -> nn.Module:
-            return Float16Linear(linear) if dtype == torch.float16 else linear.to(dtype)
-
         for block in self.blocks:
-            block.attn.qkv, block.attn.proj = kept(block.attn.qkv), kept(block.attn.proj)
-            block.mlp.fc, block.mlp.proj = kept(block.mlp.fc), kept(block.mlp.proj)
+            block.attn.qkv, block.attn.proj = _cast(block.attn.qkv, dtype), _cast(block.attn.proj, dtype)
+            block.mlp.fc, block.mlp.proj = _cast(block.mlp.fc, dtype), _cast(block.mlp.proj, dtype)
         if dtype == torch.float16:
-            self.head = kept(self.head)
+            self.head = _cast(self.head, dtype)
         if self.around is not None:
-            self._know_neighbours()
+            self._precompute_neighbours()
         return self
 
     @torch.no_grad()
-    def _know_neighbours(self) -> None:
-        """What each of the four tokens around adds, whichever it is: (4 · (V + 1), n_embd)."""
-        known = torch.cat([self.token_embedding.weight, self.outside[None]])
-        added = torch.stack([F.linear(known, part) for part in self.around.weight.chunk(4, dim=1)])
-        added[0] += known
-        self.neighbours = added.flatten(0, 1)
-        self.neighbour_starts = torch.arange(4, device=self.device) * len(known)
+    def _precompute_neighbours(self) -> None:
+        """Tabulates what each token adds to an input as each of the four neighbours, (4 · (V + 1), n_embd)."""
+        embedded = torch.cat([self.token_embedding.weight, self.outside[None]])
+        table = torch.stack([F.linear(embedded, part) for part in self.around.weight.chunk(4, dim=1)])
+        table[0] += embedded
+        self.neighbour_table = table.flatten(0, 1)
+        self.neighbour_starts = torch.arange(4, device=self.device) * len(embedded)
 
-    def _logits(self, x: Tensor, places: slice | Tensor, mask: Tensor | None = None) -> Tensor:
-        length = x.shape[1]
-        # Several threads add up the gradients of indexed rows in any order, those of an embedding in one.
-        whole = isinstance(places, slice)
-        positions = self.position_embedding.weight[places] if whole else self.position_embedding(places)
-        assert positions.shape[-2] == length, (places, self.config.block_size)
-        x = self.dropout(x + positions)
-        rotation = self.rotation
-        if rotation is not None:
-            rotation = rotation[:, places].to(self.dtype)
-            if rotation.dim() == 4:  # every row has places of its own, and all of its heads the same
-                rotation = rotation[:, :, None]
-        for block in self.blocks:
-            x = block(x, rotation, mask)
-        return self.head(self.ln_f(x))
+
+def _cast(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    return Float16Linear(linear) if dtype == torch.float16 else linear.to(dtype)
 
 
 def with_null_condition(gpt: GPT) -> GPT:
-    """The same transformer, its weights shared, with a null condition to be learnt in fine-tuning.
+    """The same transformer, with shared weights and a null condition, which fine-tuning then learns.
 
-    It starts as the condition of an embedding of zeros, which is what a transformer without one knows of nothing.
+    It starts as the condition of an all-zeros embedding.
     """
     if gpt.null_condition is not None:
         return gpt
@@ -340,5 +341,5 @@ def with_null_condition(gpt: GPT) -> GPT:
         grown = GPT(replace(gpt.config, null_condition=True))
     weights = {**gpt.state_dict(), "null_condition": gpt.condition.bias.detach().clone()}
     grown.load_state_dict(weights, assign=True)
-    grown.rotation, grown.places_around = gpt.rotation, gpt.places_around
+    grown.rotation, grown.neighbour_positions = gpt.rotation, gpt.neighbour_positions
     return grown.train(gpt.training).requires_grad_(weight.requires_grad)

@@ -1,4 +1,4 @@
-"""Keys and values of the places seen so far, and attention over them."""
+"""Keys and values of earlier positions, and attention over them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
 
-BLOCK = 64  # places, at most, whose keys lie transposed together: fewer, more sums; more, more scores nobody asks for
+MAX_BLOCK = 64  # positions whose keys EmbeddingBagCache stores together
 
 
 class KVCache:
-    """Keys and values of every layer for the positions seen so far, allocated once for the whole picture.
+    """Keys and values of every layer, allocated for all T positions at the start.
 
-    rows: of a batch whose later rows are there to fill it up; those attend to nothing, and what comes of them means
-    nothing.
+    rows: of the batch. Rows that only pad the batch are not among them: they are not written and attend to nothing.
     """
 
-    block = 1  # places whose keys lie together
+    block = 1  # positions whose keys are stored together
 
     def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
         head_size = config.n_embd // config.n_head
@@ -29,28 +28,28 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows, self.length = rows, 0
-        self.prefix: Tensor | None = None  # with `neighbour_context`: (B, n_embd), and the tokens so far,
-        self.tokens: Tensor | None = None  # (B, T + 1), as GPT.surrounded wants them
-        self.steps: list[Callable] | None = None  # of the layers of the transformer that made this cache
-        self.mask: Tensor | None = None  # which of what `extend` returns may be looked at, where not all of it
+        self.prefix: Tensor | None = None  # (B, n_embd); used with neighbour_context, like tokens
+        self.tokens: Tensor | None = None  # (B, T + 1); codebook_size where no token is known
+        self.blocks: list[Callable] | None = None  # Block.cached of every layer
+        self.mask: Tensor | None = None  # of the positions that `extend` returns; None: attend to all
 
     @property
-    def place(self) -> slice | Tensor:
-        """Where the next token goes."""
+    def position(self) -> slice | Tensor:
+        """The next position, as an index of length 1."""
         return slice(self.length, self.length + 1)
 
     @property
     def written(self) -> int:
-        """How many places, from the first, may hold something."""
+        """An upper bound of the number of positions written so far."""
         return self.length
 
     def advance(self) -> None:
         self.length += 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Writes key and value behind what is there; returns what the query finds in all so far. Each (rows, H, D).
+        """Appends key and value; returns the attention output of the query. All are (rows, H, D).
 
-        `advance` when the step is over.
+        Call `advance` after the last layer.
         """
         keys, values = self.extend(layer, key, value)
         return F.scaled_dot_product_attention(query[:, :, None], keys, values, self.mask)[:, :, 0]
@@ -61,8 +60,8 @@ class KVCache:
         values.select(2, self.length).copy_(value)
         return keys.narrow(2, 0, self.length + 1), values.narrow(2, 0, self.length + 1)
 
-    def take(self, other: KVCache, rows: Tensor) -> None:
-        """Becomes what these rows (n,) of another cache are."""
+    def copy_rows(self, other: KVCache, rows: Tensor) -> None:
+        """Copies these rows (n,) of another cache into this one, which has n."""
         blocks = -(-other.written // self.block)
         for layer in range(len(self.keys)):
             self.keys[layer, :, :, :blocks] = other.keys[layer, :, :, :blocks][rows]
@@ -70,57 +69,57 @@ class KVCache:
         self.length = other.length
 
 
-class SummedCache(KVCache):
-    """In float16 on a CPU, with attention by sums of rows: over many rows it takes half as long as torch's own, which
-    multiplies matrices of a single row there, and is slower still in float16.
+class EmbeddingBagCache(KVCache):
+    """float16 on a CPU, with attention by torch.embedding_bag: twice as fast as scaled_dot_product_attention there.
 
-    What a query finds is the sum of all values, each by its share. And its scores are the sum of a row for every
-    channel, where keys lie transposed, each by what the query has there. Such sums are what embedding_bag is for; it
-    adds up in float32, and gives float16, which ends at 65504.
+    The attention output is a sum of values, weighted by the softmax. The scores of a block of positions are a sum, over
+    channels, of the channel's keys at these positions, weighted by the query's channel. So keys are stored transposed:
+    (L, B, H, blocks, D, block). embedding_bag computes such weighted sums of rows. It sums in float32 and returns
+    float16, so scores are at most 65504.
     """
 
     def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
-        blocks = -(-config.block_size // BLOCK)
+        blocks = -(-config.block_size // MAX_BLOCK)
         self.block = -(-config.block_size // blocks)
         super().__init__(replace(config, block_size=blocks * self.block), rows, device=device, dtype=dtype)
-        layers, _, heads, places, size = self.keys.shape
+        layers, _, heads, length, size = self.keys.shape
         self.keys = self.keys.view(layers, rows, heads, blocks, size, self.block)
         self.tables = [(k.view(-1, self.block), v.view(-1, size)) for k, v in zip(self.keys, self.values, strict=True)]
-        # The tables' rows, for each head of each row of the batch.
-        self.channels = torch.arange(rows * heads * blocks * size, dtype=torch.int32).view(-1, blocks, size)
-        self.places = torch.arange(rows * heads * places, dtype=torch.int32).view(-1, places)
-        self.summed = 0
-        self._sum_over(1)
+        # Row numbers in these tables, for every head of every row of the batch.
+        self.key_rows = torch.arange(rows * heads * blocks * size, dtype=torch.int32).view(-1, blocks, size)
+        self.value_rows = torch.arange(rows * heads * length, dtype=torch.int32).view(-1, length)
+        self.prepared_length = 0
+        self._prepare(1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.summed != self.length + 1:
-            self._sum_over(self.length + 1)
-        self.last_keys[layer].copy_(key)
-        self.last_values[layer].copy_(value)
+        if self.prepared_length != self.length + 1:
+            self._prepare(self.length + 1)
+        self.new_keys[layer].copy_(key)
+        self.new_values[layer].copy_(value)
         keys, values = self.tables[layer]
-        torch.mul(query.unsqueeze(2), self.scale, out=self.weights)
-        scores = _sums(keys, self.channel_rows, self.channel_starts, self.flat_weights)
-        shares = scores.view(len(self.places), -1).narrow(1, 0, self.summed).softmax(dim=1)
-        return _sums(values, self.place_rows, self.place_starts, shares.view(-1)).view(value.shape).to(value.dtype)
+        torch.mul(query.unsqueeze(2), self.scale, out=self.query)
+        scores = _bag_sums(keys, self.key_indices, self.key_offsets, self.flat_query)
+        shares = scores.view(len(self.value_rows), -1).narrow(1, 0, self.prepared_length).softmax(dim=1)
+        output = _bag_sums(values, self.value_indices, self.value_offsets, shares.view(-1))
+        return output.view(value.shape).to(value.dtype)
 
-    def _sum_over(self, places: int) -> None:
-        """Makes ready for sums over so many places, which are of the same rows in every layer."""
+    def _prepare(self, length: int) -> None:
+        """Computes what attention over `length` positions has in common in all layers."""
         _, rows, heads, _, size, _ = self.keys.shape
-        blocks = -(-places // self.block)
-        if blocks != -(-self.summed // self.block):
+        blocks = -(-length // self.block)
+        if blocks != -(-self.prepared_length // self.block):
             self.scale = torch.full((blocks, 1), size**-0.5)
-            self.weights = torch.empty(rows, heads, blocks, size, dtype=self.keys.dtype)
-            self.flat_weights = self.weights.view(-1)
-            self.channel_rows = self.channels[:, :blocks].flatten()
-            self.channel_starts = torch.arange(0, self.weights.numel(), size, dtype=torch.int32)
-        block, place = divmod(places - 1, self.block)
-        self.last_keys = self.keys[:, :, :, block, :, place].unbind()  # of every layer, (rows, H, D)
-        self.last_values = self.values[:, :, :, places - 1].unbind()
-        self.place_rows = self.places[:, :places].flatten()
-        self.place_starts = torch.arange(0, len(self.place_rows), places, dtype=torch.int32)
-        self.summed = places
+            self.query = torch.empty(rows, heads, blocks, size, dtype=self.keys.dtype)
+            self.flat_query = self.query.view(-1)
+            self.key_indices = self.key_rows[:, :blocks].flatten()
+            self.key_offsets = torch.arange(0, self.query.numel(), size, dtype=torch.int32)
+        block, offset = divmod(length - 1, self.block)
+        self.new_keys = self.keys[:, :, :, block, :, offset].unbind()  # of every layer, (rows, H, D)
+        self.new_values = self.values[:, :, :, length - 1].unbind()
+        self.value_indices = self.value_rows[:, :length].flatten()
+        self.value_offsets = torch.arange(0, len(self.value_indices), length, dtype=torch.int32)
+        self.prepared_length = length
 
 
-def _sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """For each start, the sum of the rows of table named from there to the next, each by its weight."""
-    return torch.embedding_bag(table, rows, starts, mode=0, per_sample_weights=weights)[0]
+def _bag_sums(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    return torch.embedding_bag(table, indices, offsets, mode=0, per_sample_weights=weights)[0]

@@ -1,10 +1,10 @@
-"""The transformer's steps on a GPU: recorded once as a CUDA graph, then replayed for every token of every batch.
+"""Transformer steps on a GPU: recorded once as a CUDA graph, then replayed for every token of every batch.
 
-A step at a time a GPU waits for Python: a step of 24 layers is some 200 small kernels, each told to start from the
-outside. A CUDA graph starts all of them at once, but always does the same work on the same memory. So the cache has its
-full size from the start, and where the next token goes is a number on the device, which the kernels read.
+Otherwise the GPU waits for Python: a step of 24 layers is some 200 small kernels. A CUDA graph launches all of them at
+once, but always on the same memory. So the cache has its full size from the start, and the next position is a number on
+the device, which the kernels read.
 
-On a CPU the same steps are simply worked through in plain torch, which is how the tests see them.
+On a CPU the same steps run in plain PyTorch, for tests.
 """
 
 from __future__ import annotations
@@ -22,94 +22,94 @@ from clip_gen.hardware import tensor_float32
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.kv_cache import KVCache
 
-WARM_UPS = 2  # before recording, so that libraries have set themselves up and kernels are built
+WARMUP_STEPS = 2  # before recording: libraries initialise and Triton compiles
 
 log = logging.getLogger(__name__)
 
 
 class StaticCache(KVCache):
-    """A cache whose length is a number on its device, and which shows all its places whatever the length."""
+    """A cache of fixed size: attention reads all positions, and the next position is a number on the device."""
 
     def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
         super().__init__(config, rows, device=device, dtype=dtype)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.places = torch.arange(config.block_size, device=device)
+        self._position = torch.zeros(1, dtype=torch.long, device=device)
+        self.all_positions = torch.arange(config.block_size, device=device)
 
     @property
-    def place(self) -> Tensor:
-        return self.position
+    def position(self) -> Tensor:
+        return self._position
 
     @property
     def written(self) -> int:
-        return len(self.places)
+        return len(self.all_positions)
 
     def advance(self) -> None:
-        self.position += 1
+        self._position += 1
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer].index_copy_(2, self.position, key[:, :, None])
         self.values[layer].index_copy_(2, self.position, value[:, :, None])
         return self.keys[layer], self.values[layer]
 
-    def take(self, other: StaticCache, rows: Tensor) -> None:
-        super().take(other, rows)
+    def copy_rows(self, other: StaticCache, rows: Tensor) -> None:
+        super().copy_rows(other, rows)
         self.position.copy_(other.position)
 
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether this is a GPU and Triton works: not every platform has it, and it wants a C compiler and Python headers.
+    """Whether this is a GPU on which Triton works. Triton needs a C compiler and Python headers.
 
-    Warns of a GPU without.
+    Logs a warning for a GPU without it.
     """
     if device.type != "cuda":
         return False
     try:
-        from clip_gen.sampling.triton_kernels import check_toolchain  # Triton: only where there is a GPU
+        from clip_gen.sampling.triton_kernels import check_toolchain  # needs Triton
 
         check_toolchain()
     except (ImportError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
-        log.warning("drawing is slower than it could be, since Triton does not work here: %s", error)
+        log.warning("sampling is slower than it could be, because Triton does not work here: %s", error)
         return False
     return True
 
 
 def plain_step(gpt: GPT, x: Tensor, cache: StaticCache) -> Tensor:
-    """Logits (B, V) of the token after x (B, n_embd), the longest way: it looks at the whole cache."""
-    cache.mask = (cache.places <= cache.position).view(1, 1, 1, -1)
-    return gpt.next(x, cache)
+    """Logits (B, V) for the next position from its input (B, n_embd), in plain PyTorch."""
+    cache.mask = (cache.all_positions <= cache.position).view(1, 1, 1, -1)
+    return gpt.step_from_input(x, cache)
 
 
 def fused_step(gpt: GPT, x: Tensor, cache: StaticCache) -> Tensor:
-    """What plain_step gives but for rounding, in half as many kernels: 8 a layer."""
-    from clip_gen.sampling.triton_kernels import add_norm, attend  # Triton: only where there is a GPU
+    """As plain_step but for rounding, in half as many kernels: 8 per layer."""
+    from clip_gen.sampling.triton_kernels import add_norm, attend  # needs Triton
 
     stream, branch = x + gpt.position_embedding.weight[cache.position], None
     for layer, block in enumerate(gpt.blocks):
         qkv = block.attn.qkv(add_norm(stream, branch, block.ln_1, gpt.dtype))
-        found = attend(qkv, gpt.rotation, cache.keys[layer], cache.values[layer], cache.position)
-        branch = block.attn.proj(found)
+        y = attend(qkv, gpt.rotation, cache.keys[layer], cache.values[layer], cache.position)
+        branch = block.attn.proj(y)
         branch = block.mlp(add_norm(stream, branch, block.ln_2, gpt.dtype))
     cache.advance()
     return gpt.head(add_norm(stream, branch, gpt.ln_f, stream.dtype))
 
 
-def addresses(gpt: GPT) -> list[int]:
-    """Where its weights lie. A graph reads them there, and must not once the transformer was moved away and back."""
+def weight_addresses(gpt: GPT) -> list[int]:
+    """The addresses of the weights. A graph reads from them, so it is invalid after the weights were moved."""
     return [tensor.data_ptr() for tensor in (*gpt.parameters(), *gpt.buffers())]
 
 
 class Recording:
-    """The memory that one batch of `rows` works in, and the graph of its step. Holds no reference to the GPT."""
+    """The buffers of one batch of `rows`, and the graph of its step. Holds no reference to the GPT."""
 
     def __init__(self, gpt: GPT, rows: int):
         config, device = gpt.config, gpt.device
         self.step = fused_step if has_kernels(device) else plain_step
-        self.weights = addresses(gpt)
+        self.weights = weight_addresses(gpt)
         self.cache = StaticCache(config, rows, device=device, dtype=gpt.dtype)
         self.prefix = torch.zeros(rows, config.n_embd, device=device)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(rows, config.block_size + 1, dtype=torch.long, device=device)  # for GPT.surrounded
+        self.tokens = torch.zeros(rows, config.block_size + 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None  # (rows, V), of the last step
         self.graph = self._record(gpt) if device.type == "cuda" else None
 
@@ -117,32 +117,32 @@ class Recording:
     def nbytes(self) -> int:
         return self.cache.keys.nbytes + self.cache.values.nbytes
 
-    def work(self, gpt: GPT) -> None:
-        """One step: what `token`, or at first `prefix`, makes of `logits`."""
+    def run(self, gpt: GPT) -> None:
+        """Runs one step: from `token`, or at position 0 from `prefix`, to `logits`."""
         cache, config = self.cache, gpt.config
         first = cache.position == 0
         if gpt.around is None:
             x = torch.where(first, self.prefix, gpt.token_embedding(self.token))
         else:
-            # At first there is no token yet: what is written goes to where the outside is looked up.
-            place = torch.where(first, config.block_size, cache.position - 1)
-            self.tokens.index_copy_(1, place, torch.where(first, config.codebook_size, self.token)[:, None])
-            x = gpt.surrounded_at(cache.position, self.prefix, self.tokens)
+            # At position 0 there is no token yet: write "unknown" to the entry for neighbours outside the grid.
+            previous = torch.where(first, config.block_size, cache.position - 1)
+            self.tokens.index_copy_(1, previous, torch.where(first, config.codebook_size, self.token)[:, None])
+            x = gpt.neighbour_input(cache.position, self.prefix, self.tokens)
         self.logits = self.step(gpt, x, cache)
 
     def _record(self, gpt: GPT) -> torch.cuda.CUDAGraph:
-        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        aside.wait_stream(torch.cuda.current_stream())
-        # The head is in float32: a twentieth of a step's time, and in TF32 next to none of it.
+        warmup, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        warmup.wait_stream(torch.cuda.current_stream())
+        # The head is float32: 5 % of a step's time, and almost nothing with TF32.
         with tensor_float32(self.token.device, gpt.dtype != torch.float32):
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    self.work(gpt)
+            with torch.cuda.stream(warmup):
+                for _ in range(WARMUP_STEPS):
+                    self.run(gpt)
                 self.cache.position.zero_()
-            torch.cuda.current_stream().wait_stream(aside)
-            # Other threads go on asking the GPU for things meanwhile.
+            torch.cuda.current_stream().wait_stream(warmup)
+            # thread_local: other threads keep using the GPU meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.work(gpt)
+                self.run(gpt)
         return graph
 
 
@@ -150,18 +150,19 @@ _idle: weakref.WeakKeyDictionary[GPT, dict[int, list[Recording]]] = weakref.Weak
 
 
 def is_ready(gpt: GPT, rows: int) -> bool:
-    """Whether there is an idle recording for so many rows; to make one takes longer than most batches."""
+    """Whether an idle recording for so many rows exists; making one takes longer than most batches."""
     return bool(_idle.get(gpt, {}).get(rows))
 
 
 def forget(gpt: GPT) -> None:
-    """Lets go of the recordings of a transformer that is not to draw again soon."""
+    """Deletes the recordings of a transformer that will not sample again soon."""
     _idle.pop(gpt, None)
 
 
-def forget_idle(most_bytes: float, gpt: GPT, rows: int) -> None:
-    """Drops recordings on this transformer's device that wait for a batch, until they hold no more than this beside the
-    one that the next batch, of so many rows of this transformer, will take.
+def forget_idle(max_bytes: float, gpt: GPT, rows: int) -> None:
+    """Deletes idle recordings on this transformer's device until the rest hold at most max_bytes.
+
+    The one that the next batch will use, of so many rows of this transformer, is kept and does not count.
     """
     next_one = _idle.get(gpt, {}).get(rows, [])[-1:]
     others = [
@@ -174,22 +175,22 @@ def forget_idle(most_bytes: float, gpt: GPT, rows: int) -> None:
     ]
     held = sum(recording.nbytes for _, recording in others)
     for recordings, recording in others:
-        if held <= most_bytes:
+        if held <= max_bytes:
             return
         recordings.remove(recording)
         held -= recording.nbytes
 
 
 class RecordedSteps:
-    """The steps of one batch: called with nothing at first, then with the last token (B,), gives logits (B, V).
+    """The steps of one batch: called with None first, then with the last token (B,); returns logits (B, V).
 
-    The logits are overwritten by the next step. Recordings are kept for the batches that come after this one.
+    The next step overwrites the logits. The recording is reused by later batches.
     """
 
     @torch.inference_mode()
     def __init__(self, gpt: GPT, prefix: Tensor):
         self.gpt = gpt
-        idle, weights = _idle.setdefault(gpt, {}).setdefault(len(prefix), []), addresses(gpt)
+        idle, weights = _idle.setdefault(gpt, {}).setdefault(len(prefix), []), weight_addresses(gpt)
         idle[:] = [recording for recording in idle if recording.weights == weights]
         self.recording = idle.pop() if idle else Recording(gpt, len(prefix))
         weakref.finalize(self, idle.append, self.recording)
@@ -200,9 +201,9 @@ class RecordedSteps:
     def prefix(self) -> Tensor:
         return self.recording.prefix
 
-    def take(self, other: RecordedSteps, rows: Tensor) -> None:
-        """Goes on where these rows (B,) of other steps are."""
-        self.recording.cache.take(other.recording.cache, rows)
+    def copy_rows(self, other: RecordedSteps, rows: Tensor) -> None:
+        """Continues these rows (B,) of another batch."""
+        self.recording.cache.copy_rows(other.recording.cache, rows)
         torch.index_select(other.recording.tokens, 0, rows, out=self.recording.tokens)
 
     def __call__(self, last: Tensor | None) -> Tensor:
@@ -210,7 +211,7 @@ class RecordedSteps:
         if last is not None:
             recording.token.copy_(last)
         if recording.graph is None:
-            recording.work(self.gpt)
+            recording.run(self.gpt)
         else:
             recording.graph.replay()
         return recording.logits

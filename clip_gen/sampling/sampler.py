@@ -153,7 +153,7 @@ _alike: WeakKeyDictionary[GPT, dict[tuple[torch.dtype, type], set[int]]] = WeakK
 def _found_alike(gpt: GPT) -> set[int]:
     """Those of NUMBERS with which rows have the bits that they have in products of ROWS."""
     block, alike = gpt.blocks[0], set(NUMBERS)
-    around = gpt.around if gpt.neighbours is None else None
+    around = gpt.around if gpt.neighbour_table is None else None
     linears = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, around, gpt.head
     for linear in filter(None, linears):
         x = torch.randn(5 * ROWS, linear.in_features, generator=torch.Generator().manual_seed(0))
@@ -183,9 +183,9 @@ class GrowingSteps:
             logits = self.gpt.step(padded(last, self.rows), self.cache)
         return logits[: len(self.prefix)]
 
-    def take(self, other: GrowingSteps, rows: Tensor) -> None:
-        """Goes on where these rows (B,) of other steps are."""
-        self.cache.take(other.cache, rows)
+    def copy_rows(self, other: GrowingSteps, rows: Tensor) -> None:
+        """Continues these rows (B,) of another batch."""
+        self.cache.copy_rows(other.cache, rows)
         if self.gpt.around is not None:
             self.cache.prefix = padded(self.prefix, self.rows)
             self.cache.tokens = padded(other.cache.tokens[rows], self.rows)
@@ -253,7 +253,7 @@ class Batch:
         kept = torch.tensor(wanted, device=self._tokens.device)
         places = torch.cat([padded(kept, width) + number * self.width for number in range(self.passes)])
         steps = self._steps(self.steps.prefix[places], rows)
-        steps.take(self.steps, places)
+        steps.copy_rows(self.steps, places)
         self.steps, self.width = steps, width
         self._tokens, self.uniforms = self._tokens[kept], self.uniforms[kept]
         return True

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
 from clip_gen.files import ROOT
-from clip_gen.networks.gpt import GPT, grid_rotation, places_around, rotate, with_null_condition
+from clip_gen.networks.gpt import GPT, grid_rotation, neighbour_positions, rotate, with_null_condition
 
 
 @pytest.fixture(params=["learnt", "rotary", "neighbour_context"])
@@ -64,7 +64,7 @@ def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: T
     if on_device:
         names = set(gpt.state_dict())
         gpt.cast_for_inference(torch.float32)
-        assert (gpt.neighbours is not None) == gpt.config.neighbour_context
+        assert (gpt.neighbour_table is not None) == gpt.config.neighbour_context
         assert set(gpt.state_dict()) == names
     cache = gpt.new_cache(3)
     stepwise = [gpt.start(gpt.prefix(embedding), cache)]
@@ -108,7 +108,7 @@ def test_rotated_queries_and_keys_feel_how_far_apart_they_are_in_rows_and_column
 
 
 def test_around_a_place_are_the_one_before_it_and_those_above() -> None:
-    around = places_around(4)
+    around = neighbour_positions(4)
     assert around.shape == (16, 4)
     assert around[0].tolist() == [16, 16, 16, 16]
     assert around[2].tolist() == [1, 16, 16, 16]
@@ -127,7 +127,7 @@ def test_neighbour_context_takes_in_known_tokens_at_once(embedding: Tensor, toke
         other = tokens.clone()
         other[:, changed] = 31 - other[:, changed]
         differs = (gpt(embedding, other[:, :-1]) != plain).any(dim=2).all(dim=0)
-        assert differs.tolist() == (places_around(4) == changed).any(dim=1).tolist()
+        assert differs.tolist() == (neighbour_positions(4) == changed).any(dim=1).tolist()
     assert (gpt(embedding.roll(1, dims=0), tokens[:, :-1]) != plain).any(dim=2).all()
     swapped = tokens.clone()
     swapped[:, [4, 6]] = tokens[:, [6, 4]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clip_gen.config import GPTConfig
-from clip_gen.networks.kv_cache import KVCache, SummedCache
+from clip_gen.networks.kv_cache import EmbeddingBagCache, KVCache
 
 CPU = torch.device("cpu")
 SIZES = [(256, 4, 64), (64, 1, 16), (36, 3, 8), (225, 2, 8)]  # places, heads, channels of a head
@@ -36,7 +36,7 @@ def found(cache: KVCache, steps: Tensor) -> Tensor:
 def test_sums_find_what_attention_finds_but_for_rounding(sizes: tuple[int, int, int]) -> None:
     steps = given(*sizes, rows=3).half().float()  # as it will be kept
     exact = found(KVCache(config(*sizes), 3, device=CPU, dtype=torch.float32), steps)
-    summed = found(SummedCache(config(*sizes), 3, device=CPU, dtype=torch.float16), steps)
+    summed = found(EmbeddingBagCache(config(*sizes), 3, device=CPU, dtype=torch.float16), steps)
     assert summed.dtype == torch.float32
     assert torch.allclose(summed, exact, atol=4e-3)
     assert not torch.allclose(summed[1:], exact[:-1], atol=0.1)
@@ -45,9 +45,9 @@ def test_sums_find_what_attention_finds_but_for_rounding(sizes: tuple[int, int, 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_row_finds_the_same_bits_alone_and_among_others(sizes: tuple[int, int, int]) -> None:
     steps = given(*sizes, rows=20)
-    many = found(SummedCache(config(*sizes), 20, device=CPU, dtype=torch.float16), steps)
+    many = found(EmbeddingBagCache(config(*sizes), 20, device=CPU, dtype=torch.float16), steps)
     for rows in (slice(0, 1), slice(7, 11), slice(19, 20)):
-        few = SummedCache(config(*sizes), rows.stop - rows.start, device=CPU, dtype=torch.float16)
+        few = EmbeddingBagCache(config(*sizes), rows.stop - rows.start, device=CPU, dtype=torch.float16)
         assert torch.equal(found(few, steps[:, :, :, rows]), many[:, :, rows])
 
 
@@ -55,8 +55,8 @@ def test_a_row_finds_the_same_bits_alone_and_among_others(sizes: tuple[int, int,
 def test_rows_taken_from_another_cache_go_on_as_there(length: int) -> None:
     sizes, rows = (256, 2, 16), torch.tensor([4, 1])
     steps = given(*sizes, rows=5)
-    whole, part = (SummedCache(config(*sizes), count, device=CPU, dtype=torch.float16) for count in (5, 2))
+    whole, part = (EmbeddingBagCache(config(*sizes), count, device=CPU, dtype=torch.float16) for count in (5, 2))
     found(whole, steps[:length])
-    part.take(whole, rows)
+    part.copy_rows(whole, rows)
     on = steps[length : length + 3]
     assert torch.equal(found(part, on[:, :, :, rows]), found(whole, on)[:, :, rows])

@@ -160,13 +160,13 @@ def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
 ) -> None:
     # Tensors that say they are on a GPU and hold nothing: whoever asks what is in them, or mixes devices, hears of it.
     monkeypatch.setattr(cuda_graphs.Recording, "_record", lambda *_: None)
-    monkeypatch.setattr(cuda_graphs, "addresses", lambda gpt: [])
+    monkeypatch.setattr(cuda_graphs, "weight_addresses", lambda gpt: [])
     for module in (cuda_graphs, sampling_module):
         monkeypatch.setattr(module, "has_kernels", lambda device: False)
     with FakeTensorMode(), torch.device("cuda"):
         gpt = GPT(replace(TINY.gpt, rotary=True, neighbour_context=neighbour_context)).eval()
         if neighbour_context:
-            gpt._know_neighbours()  # as cast_for_inference does, which cannot change such parameters
+            gpt._precompute_neighbours()  # as cast_for_inference does, which cannot change such parameters
         embedding = torch.randn(40, gpt.config.embed_dim)
         batch = Batch(gpt, embedding, torch.rand(40, gpt.config.block_size), sampling)
         tokens = finished(batch)
