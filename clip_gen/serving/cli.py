@@ -70,12 +70,8 @@ def train(arguments: Sequence[str]) -> int:
     images, out = Path(values["images"]).absolute(), Path(options.output or "trained").absolute()
     if not images.exists():
         raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")
-    # The training runs in the project's folder, so paths of the caller's folder become absolute.
-    values |= {"images": images, "base": absolute_path(values["base"])}
-    if os.environ.get("COG_WEIGHTS"):
-        os.environ["COG_WEIGHTS"] = absolute_path(os.environ["COG_WEIGHTS"])
     try:
-        asyncio.run(run_training(values, out, shlex.join(["script/train", *arguments])))
+        asyncio.run(run_training(values | {"images": images}, out, shlex.join(["script/train", *arguments])))
     except TrainingFailed as error:
         # The training has printed any other reason.
         if error.status > 128 and error.status - 128 not in SIGNALS:
@@ -192,11 +188,6 @@ def output_target(output: str | None) -> tuple[Path, str | None]:
     if suffix is None and (mimetypes.guess_type(path.name)[0] or "").startswith("image/"):
         raise InputError(f"-o {output}: {path.suffix} is not supported; give .png, .webp or .jpg")
     return (path.with_suffix("") if suffix else path), suffix
-
-
-def absolute_path(weights: str | None) -> str | None:
-    """A path made absolute; URLs and None unchanged."""
-    return weights if not weights or is_url(weights) else str(Path(os.path.expanduser(weights)).absolute())
 
 
 def main(arguments: Sequence[str]) -> int:

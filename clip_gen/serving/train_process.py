@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,7 +27,7 @@ KEEP_MEMORY = {
 SPIN = {"GOMP_SPINCOUNT": "100000"}  # idle OpenMP threads stay awake for 0.1 ms, because the steps are short
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ERROR_LINES = 20  # of the log, in the error
-MAX_LINE = 2**20  # bytes; a longer line is split
+MAX_LINE = 2**26  # bytes
 MAX_ERROR = 20_000  # characters
 
 
@@ -84,7 +84,7 @@ async def run_training(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "clip_gen", "train", str(values["images"]), "--out", str(out), *options),
         *("--watch-stdin", "save" if command else "end"),  # a client's training cannot be resumed
-        cwd=ROOT,
+        limit=MAX_LINE,
         stdin=asyncio.subprocess.PIPE,  # closes when this process ends
         stdout=asyncio.subprocess.PIPE,
         stderr=None if command else asyncio.subprocess.STDOUT,
@@ -95,7 +95,8 @@ async def run_training(
     try:
         if command:
             _pass_on_signals(process)
-        async for line in lines_of(process.stdout):
+        async for encoded in process.stdout:
+            line = encoded.decode(errors="replace").rstrip()
             for text, replacement in shown.items():
                 line = line.replace(text, replacement)
             print(line, flush=True)
@@ -112,8 +113,9 @@ async def run_training(
 
 def _environment(temporary: str, command: str) -> dict[str, str]:
     compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"}
-    fixed = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TMPDIR": temporary, COMMAND: command}
-    return {**KEEP_MEMORY, **SPIN, **compiled, **os.environ, **fixed}
+    # PYTHONSAFEPATH: a clip_gen in the current folder is not imported.
+    fixed = {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": temporary}
+    return {**KEEP_MEMORY, **SPIN, **compiled, **os.environ, **fixed, COMMAND: command}
 
 
 def _pass_on_signals(process: asyncio.subprocess.Process) -> None:
@@ -126,16 +128,3 @@ def _pass_on_signals(process: asyncio.subprocess.Process) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             asyncio.get_running_loop().add_signal_handler(number, pass_on, number)
-
-
-async def lines_of(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """The lines of a stream. asyncio's own iteration raises ValueError for lines over 64 KiB."""
-    rest = b""
-    while chunk := await stream.read(2**16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > MAX_LINE:
-            lines, rest = [*lines, rest], b""
-        for line in lines:
-            yield line.decode(errors="replace").rstrip()
-    if rest:
-        yield rest.decode(errors="replace").rstrip()

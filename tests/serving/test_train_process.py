@@ -18,7 +18,7 @@ from cog_server import running, wait_for
 from processes import command_lines, data_url, processes_of, trainings
 
 from clip_gen.files import ROOT
-from clip_gen.serving.cli import absolute_path, main
+from clip_gen.serving.cli import main
 from clip_gen.serving.inputs import checked
 from clip_gen.serving.openapi import write_schema
 from clip_gen.serving.request_weights import REFUSALS
@@ -121,7 +121,7 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
         told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
         assert told["base"] == contents_of(tmp_path / "out" / "model")
     assert main(["train", *words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
-    assert f"{tmp_path / 'checkpoints' / 'shapes'}: no such file or folder" in capfd.readouterr().err
+    assert "checkpoints/shapes: no such file or folder" in capfd.readouterr().err
     assert main(["train", "-i", "images=@"]) == 1
     assert "images is empty; give the name of a file" in capfd.readouterr().err
     assert main(["train", "-i", "images=@nothing.zip"]) == 1
@@ -129,7 +129,6 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     for url in ("https://somewhere/photos.zip", "HTTPS://somewhere/photos.zip"):
         assert main(["train", "-i", f"images={url}"]) == 1
         assert f"images is {url}; download it first" in capfd.readouterr().err
-        assert absolute_path(url) == url
     assert main(["train", "-i", f"images=@{photos}", "-i", "stage=all"]) == 1
     assert "stage" in capfd.readouterr().err
 
