@@ -1,4 +1,4 @@
-"""Prompt -> ranked images."""
+"""From a prompt to ranked images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -27,31 +27,31 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
 
-AT_A_TIME = 32  # pictures decoded and ranked together on a GPU
-SMALL_AT_A_TIME = 4  # and on a CPU, of those decoded in patches: twice as fast as one by one
+GPU_BATCH = 32  # images decoded and scored together
+CPU_PATCH_BATCH = 4  # the same on a CPU, for images decoded in patches: twice as fast as one by one
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt gave, best first."""
+    """The images of one prompt, best first."""
 
     images: list[Image.Image]
-    scores: list[float]  # CLIP cosine of each image with the prompt where the bridge puts it
+    scores: list[float]  # cosine of each image's CLIP embedding with the prompt's, which the bridge has moved
     tokens: Tensor  # (num_outputs, T) int64, on the CPU
     seed: int
-    candidates: int  # how many were drawn: without clip_rerank no more than are returned
+    candidates: int  # drawn; without clip_rerank as many as are returned
     metrics: dict[str, float]  # queue_seconds, sampling_seconds, tokens_per_second, rows_in_batch
-    warnings: list[str] = field(default_factory=list)  # sentences about this prompt, its settings and the model
+    warnings: list[str] = field(default_factory=list)  # about this prompt, its settings and the model
 
 
 class ClipGen:
     """A loaded model folder: text in, pictures out."""
 
-    source: WeightsFolder | None = None  # kept, since the weights stay in its files
+    source: WeightsFolder | None = None  # keeps its files, because the weights are memory-mapped from them
 
     def __init__(self, networks: Networks, device: torch.device, warnings: Sequence[str] = ()):
         self.config = networks.config
-        self.warnings = list(warnings)  # what is wrong with the model, in sentences
+        self.warnings = list(warnings)  # about the model
         self.clip_encoder = networks.clip
         self.vqgan = networks.vqgan
         self.gpt = networks.gpt
@@ -60,11 +60,12 @@ class ClipGen:
 
     @classmethod
     def load(cls, weights: str | Path | WeightsFolder, device: str = "auto", dtype: str | None = None) -> ClipGen:
-        """Reads a model. device: cpu, cuda, or auto for cuda where there is one.
+        """Loads a model. Raises ModelFolderError for weights that cannot be used.
 
         weights: a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of a tar or zip.
-        dtype: of the transformer's matrices; float32, bfloat16, on an x86 CPU also float16; auto for what suits the
-        hardware best. If not given, CLIP_GEN_DTYPE says, else auto. ModelFolderError for weights that cannot be used.
+        device: cpu, cuda, or auto for cuda if there is a GPU.
+        dtype: of the transformer's matrices: float32, bfloat16, on an x86 CPU also float16, or auto for the fastest on
+        this hardware. Default: CLIP_GEN_DTYPE, else auto.
         """
         chosen = choose_device(device)
         source = weights if isinstance(weights, WeightsFolder) else open_weights(weights)
@@ -72,7 +73,7 @@ class ClipGen:
             networks = load_networks(source.path, chosen)
             networks.gpt.cast_for_inference(choose_dtype(dtype, chosen))
             if chosen.type == "cpu" and networks.config.vqgan.patch == 1:
-                # A seventh faster over whole pictures; over patches, whose images are small, a third slower.
+                # A seventh faster for whole images, but a third slower for patches.
                 networks.vqgan.decoder.to(memory_format=torch.channels_last)
         problem = why_noise(source.path)
         if problem:
@@ -83,25 +84,27 @@ class ClipGen:
 
     @cached_property
     def at_a_time(self) -> int:
-        """How many pictures are decoded and ranked together. On a CPU always as many, so that a picture's bytes and its
-        score do not depend on the ones beside it; to be asked first in the thread that decodes.
+        """How many images are decoded and scored together. The number is fixed on a CPU, so that the bytes and the
+        score of an image do not depend on the others in its batch. To be read first in the thread that decodes.
         """
         if self.device.type == "cuda":
-            return AT_A_TIME
-        small = self.config.vqgan.patch > 1
-        return SMALL_AT_A_TIME if small and self._alike_in_every_place(SMALL_AT_A_TIME) else 1
+            return GPU_BATCH
+        in_patches = self.config.vqgan.patch > 1
+        return CPU_PATCH_BATCH if in_patches and self._is_order_independent(CPU_PATCH_BATCH) else 1
 
-    def _alike_in_every_place(self, count: int) -> bool:
-        """Whether each of so many pictures has the same bits in each place. Of what several threads share out, torch
-        rounds the last few numbers of each thread's otherwise, where they do not fill its vectors.
+    def _is_order_independent(self, count: int) -> bool:
+        """Whether images of a batch have the same bits at every position. With several threads they may not: torch
+        rounds the numbers that do not fill a vector register differently, and their positions depend on the threads.
         """
         gpt, generator = self.config.gpt, torch.Generator().manual_seed(0)
         tokens = torch.randint(gpt.codebook_size, (count, gpt.block_size), generator=generator)
         text = torch.ones(1, gpt.embed_dim)
         images, scores = self.decode_and_score(tokens, text)
-        for turn in range(1, count):
-            turned, their_scores = self.decode_and_score(tokens.roll(turn, dims=0), text)
-            if not torch.equal(turned.roll(-turn, dims=0), images) or their_scores != scores[-turn:] + scores[:-turn]:
+        for shift in range(1, count):
+            shifted, their_scores = self.decode_and_score(tokens.roll(shift, dims=0), text)
+            if not torch.equal(shifted.roll(-shift, dims=0), images):
+                return False
+            if their_scores != scores[-shift:] + scores[:-shift]:
                 return False
         return True
 
@@ -118,55 +121,71 @@ class ClipGen:
         clip_rerank: bool = True,
         should_stop: Callable[[], bool] | None = None,
     ) -> Generation:
-        """Samples `candidates` pictures of the prompt and returns `num_outputs`, best first by CLIP.
+        """Draws `candidates` images of the prompt and returns the best `num_outputs` by CLIP score, best first.
 
-        Candidate i of a seed is the same picture whatever the number of candidates. Without clip_rerank the first
-        ones sampled are returned, scored all the same. Calls from several threads share the device.
-        Settings that always take the likeliest token make all candidates alike: then one is drawn and returned.
-        ValueError when a value is out of its range; Stopped when should_stop, asked before every token, says so; Busy
-        when too many candidates wait already.
+        Candidate i of a seed is the same image whatever the number of candidates. Without clip_rerank the first
+        candidates are returned in their order. With settings that always take the likeliest token one is returned,
+        because all would be the same. Raises Stopped once should_stop(), called before every token, returns True;
+        ValueError for a value out of its range; Busy when too many candidates are waiting. Thread-safe.
         """
         numbers = {"temperature": temperature, "top_p": top_p, "guidance": guidance}
         check_request(prompt, candidates, num_outputs, seed, clip_rerank, top_k=top_k, **numbers)
-        # As Python's own numbers: torch takes no Fraction.
+        # Python's own numbers, because torch takes no Fraction.
         sampling = Sampling(top_k=int(top_k), **{name: float(value) for name, value in numbers.items()})
         if sampling.greedy:
             candidates = num_outputs = 1
         elif not clip_rerank:
-            candidates = num_outputs  # nobody would look at the others
-        if seed is None:
-            seed = secrets.randbelow(MAX_SEED + 1)
+            candidates = num_outputs  # the others would not be returned
+        seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
         warnings = self.warnings_about(prompt, sampling)
         for sentence in warnings:
             log.warning(sentence)
-
         device, asked = shared_batcher(self.device), time.monotonic()
-        # Operations on small pictures are too short for several threads; see batching.SHARED_PRODUCT.
-        threads = 1 if self.config.vqgan.patch > 1 else device.most_threads
-        at_a_time, embedding = device.run(lambda: (self.at_a_time, self.embed_prompt(prompt)), threads, leads_up=True)
+        embedding = device.run(partial(self._prepare, prompt), self._threads, leads_up=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
-        scores: list[float] = []
-        best: dict[int, Image.Image] = {}  # of those looked at so far
-        for tokens in sampled.tokens.split(at_a_time):
-            if should_stop is not None and should_stop():
-                raise Stopped
-            found = device.share(self._pictures, [(row, embedding[0]) for row in tokens], at_a_time, threads)
-            best |= enumerate((picture for picture, _ in found), len(scores))
-            scores += [score for _, score in found]
-            ranked = sorted(best, key=scores.__getitem__, reverse=True) if clip_rerank else sorted(best)
-            best = {candidate: best[candidate] for candidate in ranked[:num_outputs]}
+        best = self._best(sampled.tokens, embedding, num_outputs if clip_rerank else None, should_stop)
         return Generation(
-            list(best.values()),
-            [scores[candidate] for candidate in best],
-            torch.from_numpy(sampled.tokens.cpu().numpy()[list(best)]),  # torch might start helpers for it
-            seed,
-            candidates,
-            sampled.metrics,
-            self.warnings + warnings,
+            images=[image for image, _ in best.values()],
+            scores=[score for _, score in best.values()],
+            tokens=torch.from_numpy(sampled.tokens.cpu().numpy()[list(best)]),  # NumPy starts no threads for it
+            seed=seed,
+            candidates=candidates,
+            metrics=sampled.metrics,
+            warnings=self.warnings + warnings,
         )
 
+    def _best(
+        self, tokens: Tensor, embedding: Tensor, count: int | None, should_stop: Callable[[], bool] | None
+    ) -> dict[int, tuple[Image.Image, float]]:
+        """Decodes and scores candidates. The best `count` images with their scores, by number of the candidate, best
+        first; with None all, in their order.
+
+        tokens: (candidates, T). embedding: (1, E).
+        """
+        device = shared_batcher(self.device)
+        best: dict[int, tuple[Image.Image, float]] = {}
+        for start in range(0, len(tokens), self.at_a_time):
+            if should_stop is not None and should_stop():
+                raise Stopped
+            rows = [(row, embedding[0]) for row in tokens[start : start + self.at_a_time]]
+            best |= enumerate(device.share(self._decode_rows, rows, self.at_a_time, self._threads), start)
+            if count is not None:
+                ranked = sorted(best.items(), key=_score_of, reverse=True)
+                best = dict(ranked[:count])
+        return best
+
+    @property
+    def _threads(self) -> int:
+        """CPU threads to decode with. For small images starting several costs more than it saves."""
+        return 1 if self.config.vqgan.patch > 1 else shared_batcher(self.device).most_threads
+
+    def _prepare(self, prompt: str) -> Tensor:
+        """The prompt's embedding. Also measures at_a_time, for which this runs in the thread that decodes."""
+        _ = self.at_a_time
+        return self.embed_prompt(prompt)
+
     def warnings_about(self, prompt: str, sampling: Sampling) -> list[str]:
-        """What a caller may not expect of this prompt and these settings, in sentences."""
+        """Warnings about this prompt and these settings."""
         found = []
         lost = self.clip_encoder.tokenize.left_out(prompt)
         if lost:
@@ -178,8 +197,8 @@ class ClipGen:
             found.append(f"top_k is {sampling.top_k}, which does nothing: this model has no more tokens")
         return found
 
-    def _pictures(self, rows: list[tuple[Tensor, Tensor]]) -> list[tuple[Image.Image, float]]:
-        """Pictures and scores of candidates, each given by its tokens (T,) and its prompt's embedding (E,)."""
+    def _decode_rows(self, rows: list[tuple[Tensor, Tensor]]) -> list[tuple[Image.Image, float]]:
+        """Images and scores of candidates, each given by its tokens (T,) and its prompt's embedding (E,)."""
         tokens, embeddings = map(torch.stack, zip(*rows, strict=True))
         if self.device.type == "cpu":
             tokens, embeddings = (padded(part, self.at_a_time) for part in (tokens, embeddings))
@@ -187,19 +206,22 @@ class ClipGen:
         return list(zip(to_pil(images[: len(rows)]), scores[: len(rows)], strict=True))
 
     def embed_prompt(self, prompt: str) -> Tensor:
-        """A prompt's embedding (1, E) where the bridge puts it: pictures are drawn from there, and ranked by how near
-        they come.
-        """
+        """A prompt's embedding (1, E), moved by the bridge. Images are drawn from it and scored against it."""
         return self.bridge(self.clip_encoder.encode_text([prompt]))
 
     @torch.inference_mode()
     def decode_and_score(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, list[float]]:
-        """The images (B, 3, S, S) of tokens (B, T), and their CLIP cosines with their prompts' embeddings, (B, E), or
-        with that of one prompt, (1, E).
+        """The images (B, 3, S, S) of tokens (B, T), and the cosines of their CLIP embeddings with the prompts'.
+
+        embedding: (B, E), or (1, E) for one prompt. ValueError for a cosine that is not finite.
         """
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
             images = self.vqgan.decode(tokens)
             scores = (self.clip_encoder.encode_image(images) * embedding).sum(dim=1).tolist()
         if not all(map(math.isfinite, scores)):
-            raise ValueError(f"the scores are {scores[:4]}: what this model's CLIP or VQGAN was saved with is damaged")
+            raise ValueError(f"the scores are {scores[:4]}: the weights of this model's CLIP or VQGAN are damaged")
         return images, scores
+
+
+def _score_of(item: tuple[int, tuple[Image.Image, float]]) -> float:
+    return item[1][1]

@@ -75,13 +75,13 @@ def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model
 
 def test_pictures_and_scores_are_the_same_beside_others(tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
     whose: list[set[bytes]] = []
-    pictures = tiny_model._pictures
+    pictures = tiny_model._decode_rows
 
     def seen(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[Image.Image, float]]:
         whose.append({embedding.numpy().tobytes() for _, embedding in rows})
         return pictures(rows)
 
-    monkeypatch.setattr(tiny_model, "_pictures", seen)
+    monkeypatch.setattr(tiny_model, "_decode_rows", seen)
 
     def drawn(number: int) -> list[tuple[bytes, float]]:
         count = 1 + number % 5
