@@ -95,4 +95,4 @@ def move_images(images: Path, folder: Path) -> str:
     Returns its path, which has no characters that a client chose.
     """
     suffixes = re.findall(r"\.[A-Za-z0-9]{1,8}", images.name)[-2:]
-    return shutil.move(images, folder / f"images{''.join(suffixes)}")
+    return str(shutil.move(images, folder / f"images{''.join(suffixes)}"))
