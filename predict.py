@@ -27,13 +27,13 @@ class Predictor(BaseRunner):
         """Loads the model. weights: COG_WEIGHTS, the name of a folder or a tar, or a URL."""
         # Imported here: torch takes seconds, and script/serve reads the inputs below without it.
         from clip_gen.serving.model_cache import Models, Outputs
-        from clip_gen.weights.default_model import own_weights
+        from clip_gen.weights.default_model import default_model
 
         self.outputs = Outputs()
         in_server = coglet.server.active
         self.slots = Slots(longest_prediction() if in_server else None)
         with server_ends_with_worker(self.outputs.folder) if in_server else contextlib.nullcontext():
-            source, reason = own_weights(weights)
+            source, reason = default_model(weights)
             self.models = Models(source)
             # asyncio's own executor has fewer threads on a small machine.
             self.drawing = ThreadPoolExecutor(SLOTS, "drawing")

@@ -16,7 +16,7 @@ from clip_gen.files import PARTIAL, is_writable
 from clip_gen.images import OUTPUT_FORMATS, save_image
 from clip_gen.pipeline import ClipGen, Generation
 from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
-from clip_gen.weights.default_model import own_weights
+from clip_gen.weights.default_model import default_model
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.model:
         weights, reason = arguments.model, "the command names it"
     else:
-        weights, reason = own_weights(os.environ.get("COG_WEIGHTS"))
+        weights, reason = default_model(os.environ.get("COG_WEIGHTS"))
     model = ClipGen.load(weights, arguments.device)
     log.info("model: %s from %s on %s: %s", model.config.name, weights[:100], model.device, reason)
     result = model.generate(arguments.prompt, **settings)

@@ -46,13 +46,13 @@ class Models:
 
     def __init__(
         self,
-        own_weights: str | Path,
+        default_model: str | Path,
         others: int = 2,
         rules: RequestRules | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ):
         self.rules: RequestRules | None = rules or RequestRules.from_environment()
-        self.own = ClipGen.load(own_weights)
+        self.own = ClipGen.load(default_model)
         self._most, self._wait_seconds = others, wait_seconds
         self._loaded: OrderedDict[tuple[Path, int], _Loaded] = OrderedDict()  # used longest ago first
         self._changed = threading.Condition()

@@ -49,7 +49,7 @@ from clip_gen.training.processes import announce, wait_for, wait_for_announcemen
 from clip_gen.training.progress import Forecast, Reach, enough_minutes
 from clip_gen.training.report import write_report
 from clip_gen.training.vqgan_trainer import VQGANTrainer
-from clip_gen.weights.default_model import own_weights
+from clip_gen.weights.default_model import default_model
 from clip_gen.weights.model_folder import (
     FILES,
     ModelFolderError,
@@ -108,7 +108,7 @@ class Training:
             check_training_folder(out)
         check_outside(images, out)
         began = time.monotonic()
-        self.base = base = resolve_weights(settings.base or own_weights(os.environ.get("COG_WEIGHTS"))[0])
+        self.base = base = resolve_weights(settings.base or default_model(os.environ.get("COG_WEIGHTS"))[0])
         self.networks: Networks = load_base(base)
         if rank_zero_only.rank:
             # What an earlier start left, the first process may replace until then.

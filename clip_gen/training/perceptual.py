@@ -12,7 +12,7 @@ from clip_gen.files import write_text_atomic
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.skip_init import Unfilled
 from clip_gen.training.processes import wait_for
-from clip_gen.weights.default_model import own_lpips
+from clip_gen.weights.default_model import lpips_weights
 from clip_gen.weights.model_folder import load_part
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def chosen_lpips(folder: Path, resolution: int) -> nn.Module | None:
     folder: the stage's, which notes it down: a training that was cut off goes on with what it began with, and every
     process does as the first. ValueError when it began with LPIPS and that is gone, or damaged.
     """
-    file, note = own_lpips(), folder / "perceptual_loss"
+    file, note = lpips_weights(), folder / "perceptual_loss"
     if not note.is_file() and not rank_zero_only.rank:
         folder.mkdir(parents=True, exist_ok=True)
         begun = (folder / "last.ckpt").is_file()  # without a note: before there was LPIPS

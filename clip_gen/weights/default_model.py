@@ -1,4 +1,4 @@
-"""Which model predicts when a request names none, and where LPIPS is, which training asks for."""
+"""The model to load when a request names none, and the file with LPIPS's weights for training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ BUNDLED = CHECKPOINTS / "shapes"
 COCO = CHECKPOINTS / "coco"
 
 
-def own_weights(given: str | None = None) -> tuple[str, str]:
-    """Something for open_weights, and why it was chosen.
+def default_model(named: str | None = None) -> tuple[str, str]:
+    """Weights for open_weights, and why they were chosen.
 
-    given: the value of COG_WEIGHTS. After it comes CLIP_GEN_MODEL, which cog.yaml may set: whatever open_weights takes,
-    or "coco" to pull that model where it is missing. Then the COCO model if it was pulled, then the bundled one.
+    named: the value of COG_WEIGHTS, see find_weights; the COCO model is pulled if it is missing. Without it: the COCO
+    model if it was pulled, else the bundled one. ValueError if there is none.
     """
-    if given:
-        return given, "COG_WEIGHTS names it"
-    named = os.environ.get("CLIP_GEN_MODEL")
-    if named == "coco":
-        if not (COCO / CONFIG).is_file():
-            pull_coco(COCO)
-        return str(COCO), "CLIP_GEN_MODEL names it"
     if named:
-        return named if is_url(named) else str(ROOT / Path(named).expanduser()), "CLIP_GEN_MODEL names it"
+        weights = find_weights(named)
+        if weights == str(COCO) and not (COCO / CONFIG).is_file():
+            pull_coco(COCO)
+        return weights, "COG_WEIGHTS names it"
     if (COCO / CONFIG).is_file():
         return str(COCO), "it was pulled"
     if not (BUNDLED / CONFIG).is_file():
@@ -40,6 +36,14 @@ def own_weights(given: str | None = None) -> tuple[str, str]:
     return str(BUNDLED), "no other was named or pulled; it knows plain shapes only"
 
 
-def own_lpips() -> Path:
-    """The file with LPIPS's weights, there or not: in the folder CLIP_GEN_LPIPS names, else where it is pulled to."""
+def find_weights(name: str) -> str:
+    """The path of a model in checkpoints/, for "NAME" or "checkpoints/NAME"; an existing path or a URL as it is."""
+    if is_url(name) or os.path.lexists(os.path.expanduser(name)):
+        return name
+    model = CHECKPOINTS / name.removeprefix("checkpoints/")
+    return str(model) if model.is_dir() or name in ("coco", "checkpoints/coco") else name
+
+
+def lpips_weights() -> Path:
+    """The file with LPIPS's weights, which may not exist: in the folder $CLIP_GEN_LPIPS, or where `pull` writes it."""
     return ROOT / (os.environ.get("CLIP_GEN_LPIPS") or CHECKPOINTS / "lpips") / lpips.WEIGHTS

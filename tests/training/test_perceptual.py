@@ -97,7 +97,7 @@ def trainer(weight: float) -> VQGANTrainer:
 
 
 def loaded() -> torch.nn.Module:
-    return perceptual._loaded(perceptual.own_lpips())
+    return perceptual._loaded(perceptual.lpips_weights())
 
 
 @pytest.mark.usefixtures("_lpips")
@@ -130,7 +130,7 @@ def test_a_training_goes_on_with_what_it_began_with(
 ) -> None:
     caplog.set_level(logging.INFO)
     assert chosen_lpips(tmp_path / "a", 16) is not None
-    folder = perceptual.own_lpips().parent
+    folder = perceptual.lpips_weights().parent
     monkeypatch.setenv("CLIP_GEN_LPIPS", "nowhere")
     with pytest.raises(ValueError, match=r"nowhere/lpips\.safetensors: missing, and this training began with"):
         chosen_lpips(tmp_path / "a", 16)
@@ -161,5 +161,5 @@ def test_a_file_that_is_no_lpips_is_refused_in_a_sentence(tmp_path: Path, monkey
 
 def test_without_a_name_it_is_looked_for_where_it_is_pulled_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLIP_GEN_LPIPS")
-    assert perceptual.own_lpips() == ROOT / "checkpoints" / "lpips" / "lpips.safetensors"
+    assert perceptual.lpips_weights() == ROOT / "checkpoints" / "lpips" / "lpips.safetensors"
     assert TINY.vqgan.resolution >= perceptual.LEAST_SIDE  # or these tests would compare by CLIP

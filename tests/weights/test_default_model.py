@@ -12,60 +12,59 @@ from importer_files import hfailab_files
 
 from clip_gen.files import ROOT
 from clip_gen.weights import default_model
-from clip_gen.weights.default_model import BUNDLED, own_weights
+from clip_gen.weights.default_model import BUNDLED
 from predict import Predictor
 
 
 @pytest.fixture(autouse=True)
-def _nothing_named_or_pulled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("CLIP_GEN_MODEL", raising=False)
+def _checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty checkpoints/ beside the current folder; only the bundled model is where it always is."""
+    monkeypatch.setattr(default_model, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(default_model, "COCO", tmp_path / "coco")
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
 
 
 def test_the_bundled_model_predicts_where_there_is_no_other() -> None:
     assert ROOT / "checkpoints" / "shapes" == BUNDLED
-    source, reason = own_weights()
+    source, reason = default_model.default_model()
     assert source == str(BUNDLED)
     assert "plain shapes only" in reason
 
 
-def test_the_coco_model_goes_before_the_bundled_one_where_it_is_there(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_pulled_coco_model_goes_before_the_bundled_one(tiny_model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "coco")
-    assert own_weights() == (str(tmp_path / "coco"), "it was pulled")
+    assert default_model.default_model() == (str(tmp_path / "coco"), "it was pulled")
 
 
-@pytest.mark.parametrize(
-    ("named", "source"),
-    [
-        ("checkpoints/mine", str(ROOT / "checkpoints" / "mine")),
-        ("/models/mine.tar", "/models/mine.tar"),
-        ("https://example.com/mine.tar", "https://example.com/mine.tar"),
-        ("~/mine.tar", str(Path.home() / "mine.tar")),
-    ],
-)
-def test_what_cog_yaml_names_goes_before_both(
-    named: str, source: str, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("named", ["/models/mine.tar", "https://example.com/mine.tar", "other.tar", "~/mine.tar"])
+def test_cog_weights_goes_before_a_pulled_model(named: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "coco")
-    monkeypatch.setenv("CLIP_GEN_MODEL", named)
-    assert own_weights() == (source, "CLIP_GEN_MODEL names it")
+    assert default_model.default_model(named) == (named, "COG_WEIGHTS names it")
 
 
-def test_cog_weights_goes_before_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLIP_GEN_MODEL", "checkpoints/mine")
-    assert own_weights("other.tar") == ("other.tar", "COG_WEIGHTS names it")
+@pytest.mark.parametrize("named", ["mine", "checkpoints/mine", "coco", "checkpoints/coco"])
+def test_cog_weights_may_name_a_folder_in_checkpoints(named: str, tiny_model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / named.removeprefix("checkpoints/")
+    shutil.copytree(tiny_model_folder, folder)
+    assert default_model.default_model(named) == (str(folder), "COG_WEIGHTS names it")
+
+
+def test_a_path_that_exists_goes_before_a_name_in_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    Path("mine").mkdir()
+    assert default_model.find_weights("mine") == "mine"
 
 
 def test_coco_is_pulled_at_the_first_start_and_a_failure_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {f"{path.stem}_coco.pt": path.read_bytes() for path in hfailab_files(tmp_path).glob("*.pt")}
-    monkeypatch.setenv("CLIP_GEN_MODEL", "coco")
     monkeypatch.setenv("PATH", "/nowhere")  # no pget
     with bad_server(files) as server:
         monkeypatch.setenv("CLIP_GEN_MIRROR", server.address)
         with pytest.raises(ValueError, match=r"ViT-B-32\.pt: the server answers 404"):
-            asyncio.run(Predictor().setup(None))
+            asyncio.run(Predictor().setup("coco"))
     assert not (tmp_path / "coco").exists()
     assert [path.rpartition("/")[2] for path, _ in server.asked] == ["vqgan_coco.pt", "gpt_coco.pt", "ViT-B-32.pt"]
 
