@@ -13,12 +13,12 @@ from yaml import YAMLError
 
 Config = TypeVar("Config")
 
-MOST = 2**18  # of any one size; the largest codebook known has as many codes
-MOST_LAYERS = 256
-MOST_RES_BLOCKS = 32  # at each resolution of a VQGAN; published ones have 2 or 3
-MOST_RESOLUTION = 2048  # a picture of 2**18 pixels a side would need 800 GB, and small weights can ask for one
+MAX_SIZE = 2**18  # of any one size; the largest codebook known has as many codes
+MAX_LAYERS = 256
+MAX_RES_BLOCKS = 32  # at each resolution of a VQGAN; published ones have 2 or 3
+MAX_RESOLUTION = 2048  # a picture of 2**18 pixels a side would need 800 GB, and small weights can ask for one
 ACTIVATIONS = ("quick_gelu", "gelu")  # of a CLIP's transformers: OpenAI's approximation, the function itself
-MOST_NESTED = 20  # lists and mappings inside one another in a YAML file
+MAX_NESTED = 20  # lists and mappings inside one another in a YAML file
 RENAMED_FIELDS = {"looks_around": "neighbour_context"}  # in config files of earlier versions
 CLIP_TOKENS = 49408  # of OpenAI's CLIP, whose tokenizer is the only one here
 
@@ -106,7 +106,7 @@ class ModelConfig:
         vqgan, gpt, clip = self.vqgan, self.gpt, self.clip
         for part in ("clip", "vqgan", "gpt"):
             for name, value in vars(getattr(self, part)).items():
-                most = MOST_RES_BLOCKS if name == "num_res_blocks" else MOST_LAYERS if "layer" in name else MOST
+                most = MAX_RES_BLOCKS if name == "num_res_blocks" else MAX_LAYERS if "layer" in name else MAX_SIZE
                 for size in value if isinstance(value, tuple) else [value]:
                     if isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= most:
                         raise ValueError(f"{part}.{name} is {size}; give 1 to {most}")
@@ -118,8 +118,8 @@ class ModelConfig:
         for names, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
-        if vqgan.resolution > MOST_RESOLUTION:
-            raise ValueError(f"vqgan.resolution is {vqgan.resolution}; give {MOST_RESOLUTION} or less")
+        if vqgan.resolution > MAX_RESOLUTION:
+            raise ValueError(f"vqgan.resolution is {vqgan.resolution}; give {MAX_RESOLUTION} or less")
         if clip.vocab_size < CLIP_TOKENS:
             raise ValueError(f"clip.vocab_size is {clip.vocab_size}; CLIP's tokenizer has {CLIP_TOKENS}")
         if clip.activation not in ACTIVATIONS:
@@ -185,8 +185,8 @@ def check_nesting(path: Path) -> None:
     depth = 0
     for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MOST_NESTED:
-            raise ValueError(f"has lists or mappings more than {MOST_NESTED} levels deep; give a file without them")
+        if depth > MAX_NESTED:
+            raise ValueError(f"has lists or mappings more than {MAX_NESTED} levels deep; give a file without them")
 
 
 def write_config(config: object, path: Path) -> None:

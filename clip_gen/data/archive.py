@@ -43,7 +43,7 @@ LIMITS = Limits()
 UNPACKING = ".unpacking-"
 LOG_EVERY = 2000  # files
 STRIP = 256  # rows of a picture copied at once
-THREADS = 2  # each may hold a decoded picture of Limits.most_pixels
+THREADS = 2  # each may hold a decoded picture of Limits.max_pixels
 
 DUPLICATE = "a duplicate"
 TOO_LARGE_A_FILE = "too large a file"
@@ -70,7 +70,7 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
 
     They are called 000001.jpeg and so on in the order of their original names, so the result depends on the names and
     contents alone. Of pictures with the same pixels the first is used, whatever kind of file they come in. The folder
-    is written completely or not at all. ArchiveError when it cannot be, or fewer than limits.least_pictures are of use.
+    is written completely or not at all. ArchiveError when it cannot be, or fewer than limits.min_pictures are of use.
     """
     _check_places(source, folder)
     part = folder.with_name(f"{UNPACKING}{folder.name}")
@@ -143,24 +143,24 @@ def _stage(source: Path, part: Path, folder: Path, limits: Limits) -> tuple[list
         try:
             if entry.content is None:
                 raise PictureError(entry.reason, entry.detail)
-            _copy(entry, path, folder, limits.most_file_bytes)
+            _copy(entry, path, folder, limits.max_file_bytes)
             staged.append(_Staged(entry.name, path))
         except PictureError as error:
             skipped.append(_skipped(entry.name, error))
     return staged, skipped
 
 
-def _copy(entry: Entry, path: Path, folder: Path, most_bytes: int) -> None:
+def _copy(entry: Entry, path: Path, folder: Path, max_bytes: int) -> None:
     """Writes the content if it begins like a picture; PictureError, and no file, when it is of no use."""
     try:
         chunk = _start(entry.content)
         kind_of(chunk[:HEAD_BYTES], entry.name)
-        left = most_bytes
+        left = max_bytes
         with _writing(folder), path.open("wb") as file:
             while chunk:
                 left -= len(chunk)
                 if left < 0:
-                    raise PictureError(TOO_LARGE_A_FILE, f"over {most_bytes:,} bytes")
+                    raise PictureError(TOO_LARGE_A_FILE, f"over {max_bytes:,} bytes")
                 file.write(chunk)
                 chunk = entry.content.read(CHUNK)
     except UnreadableError as error:
@@ -211,7 +211,7 @@ def _choose(staged: list[_Staged], skipped: list[Skipped], limits: Limits) -> tu
 def _judge(path: Path, limits: Limits) -> _Judged | PictureError:
     """By the pixels that training sees: copies with other metadata, or saved again without loss, are the same."""
     try:
-        decoded = decode(path, limits.least_side, limits.most_aspect, limits.most_pixels)
+        decoded = decode(path, limits.min_side, limits.max_aspect, limits.max_pixels)
     except PictureError as error:
         return error
     picture = decoded.image
@@ -225,13 +225,13 @@ def _judge(path: Path, limits: Limits) -> _Judged | PictureError:
 
 
 def _check_enough(source: Path, pictures: Pictures, limits: Limits) -> None:
-    if len(pictures.paths) >= limits.least_pictures:
+    if len(pictures.paths) >= limits.min_pictures:
         return
     if not pictures.paths and not pictures.skipped:
-        raise ArchiveError(f"{source}: holds no files; {WANTED}, at least {limits.least_pictures}")
+        raise ArchiveError(f"{source}: holds no files; {WANTED}, at least {limits.min_pictures}")
     if any(skipped.reason == ENCRYPTED for skipped in pictures.skipped):
         raise ArchiveError(f"{source}: is encrypted ({pictures.summary()}); make it again without a password")
-    raise ArchiveError(f"{source}: holds {pictures.summary()}; at least {limits.least_pictures} pictures are needed")
+    raise ArchiveError(f"{source}: holds {pictures.summary()}; at least {limits.min_pictures} pictures are needed")
 
 
 def _publish(staged: Pictures, part: Path, folder: Path) -> Pictures:

@@ -1,4 +1,4 @@
-"""Colours of any picture file to sRGB: ICC profiles, CMYK, Lab, and a ground for what is transparent."""
+"""Colours of any picture file to sRGB: ICC profiles, CMYK, Lab, and a background for transparent pictures."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageStat
 
-# Notes: what was done to a picture that is used.
+# Notes on how a picture was converted.
 CONVERTED = "colour profile converted to sRGB"
 PROFILE_IGNORED = "colour profile damaged or of other channels, sRGB assumed"
 ON_WHITE = "transparent, laid on white"
 ON_DARK = "transparent and light, laid on dark grey"
 TRANSPARENT = "fully transparent"
 
-SAME = 2  # levels of 255 by which a profile may change a colour and still count as sRGB
-PROBE_LEVELS = 17  # of each channel, to compare a profile with sRGB
+MAX_INVISIBLE = 2  # levels of 255; a profile that changes colours by no more counts as sRGB
+PROBE_LEVELS = 17  # of each channel, at which a profile is compared with sRGB
 PROFILES_KEPT = 16
-WHITE, DARK = (255, 255, 255), (64, 64, 64)  # dark grey shows white, and black parts beside the white ones too
-LEAST_CONTRAST = 64  # levels of 255 between white and the mean of what is visible on it
+WHITE, DARK = (255, 255, 255), (64, 64, 64)  # on dark grey both white and black are visible
+MIN_CONTRAST = 64  # levels of 255 between a white background and the mean of the visible parts
 
 PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK"}
 
 
 def in_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
-    """An image of mode L, LA, RGB, RGBA, CMYK or LAB as RGB, or RGBA with its alpha, and a note or None.
+    """An image of mode L, LA, RGB, RGBA, CMYK or LAB in sRGB, as RGB or RGBA, and a note or None.
 
-    `profile` is the file's ICC profile. One that is damaged, or belongs to other channels, is ignored. The image
-    itself is returned where nothing has to change.
+    profile: the ICC profile of the file; ignored if it is damaged or for other channels. Returns the same image if
+    nothing has to change.
     """
     mode = "RGBA" if image.mode in ("LA", "RGBA") else "RGB"
     if not profile or image.mode not in SPACES:
@@ -38,7 +38,7 @@ def in_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
         space = _space(profile)
         if space == "GRAY" == SPACES[image.mode]:
             table = _grey_table(profile)
-            return _looked_up(image, table).convert(mode), CONVERTED if table else None
+            return _map_grey(image, table).convert(mode), CONVERTED if table else None
         if image.mode != "CMYK":
             image = _in_mode(image, mode)
         if space != SPACES[image.mode]:
@@ -49,21 +49,21 @@ def in_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
         return _in_mode(image, mode), PROFILE_IGNORED
 
 
-def on_ground(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """An RGBA image as RGB, and a note or None: on white, or on dark grey where what is visible is light.
+def on_background(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """An RGBA image as RGB, and a note or None: on white, or on dark grey if the visible parts are light.
 
-    Light is a mean luma, weighted by alpha, less than LEAST_CONTRAST below white.
+    Light: their mean luma, weighted by alpha, is less than MIN_CONTRAST below white.
     """
     alpha = image.getchannel("A")
-    least, most = alpha.getextrema()
-    if most == 0:
+    lowest, highest = alpha.getextrema()
+    if highest == 0:
         return Image.new("RGB", image.size, WHITE), TRANSPARENT
-    if least == 255:
+    if lowest == 255:
         return image.convert("RGB"), None
     weighted = ImageChops.multiply(image.convert("L"), alpha)
     luma = 255 * ImageStat.Stat(weighted).sum[0] / ImageStat.Stat(alpha).sum[0]
-    ground, note = (DARK, ON_DARK) if luma > 255 - LEAST_CONTRAST else (WHITE, ON_WHITE)
-    laid = Image.new("RGB", image.size, ground)
+    background, note = (DARK, ON_DARK) if luma > 255 - MIN_CONTRAST else (WHITE, ON_WHITE)
+    laid = Image.new("RGB", image.size, background)
     laid.paste(image, mask=image)
     return laid, note
 
@@ -78,34 +78,34 @@ def _space(profile: bytes) -> str:
 
 @lru_cache(PROFILES_KEPT)
 def _transform(profile: bytes, mode: str, to: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile to sRGB; None when that changes nothing that can be seen."""
+    """Transform from the profile to sRGB; None if it makes no visible difference."""
     transform = _build(profile, mode, to)
     if mode == "CMYK":
         return transform
     levels = np.linspace(0, 255, PROBE_LEVELS).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(PROBE_LEVELS, -1, 3)
     seen = np.asarray(transform.apply(Image.fromarray(colours).convert(mode)).convert("RGB"))
-    return transform if np.abs(seen.astype(int) - colours).max() > SAME else None
+    return transform if np.abs(seen.astype(int) - colours).max() > MAX_INVISIBLE else None
 
 
 @lru_cache(PROFILES_KEPT)
 def _grey_table(profile: bytes) -> list[int] | None:
-    """sRGB's level for each of the 256 levels of grey; None when that changes nothing that can be seen."""
+    """sRGB level of each of the 256 levels of grey; None if it makes no visible difference."""
     levels = np.arange(256, dtype=np.uint8)
     seen = np.asarray(_build(profile, "L", "RGB").apply(Image.fromarray(levels[None])))[0, :, 1]
-    return seen.tolist() if np.abs(seen.astype(int) - levels).max() > SAME else None
+    return seen.tolist() if np.abs(seen.astype(int) - levels).max() > MAX_INVISIBLE else None
 
 
 def _build(profile: bytes, mode: str, to: str) -> ImageCms.ImageCmsTransform:
     source = ImageCms.getOpenProfile(io.BytesIO(profile))
     intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
-    if mode == "L":  # 256 levels need no speed, and littleCMS's shortcut is up to 9 levels off in the dark
+    if mode == "L":  # littleCMS's optimised transform is up to 9 levels off in dark greys
         flags |= ImageCms.Flags.NOOPTIMIZE
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, to, intent, flags)
 
 
-def _looked_up(image: Image.Image, table: list[int] | None) -> Image.Image:
-    """Grey, of mode L or LA, through the table; alpha stays."""
+def _map_grey(image: Image.Image, table: list[int] | None) -> Image.Image:
+    """Maps the grey of an L or LA image by the table; alpha stays."""
     if table is None:
         return image
     if image.mode == "L":

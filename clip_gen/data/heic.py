@@ -1,6 +1,6 @@
 """HEIC pictures as PIL images.
 
-pi_heif's own PIL plugin (1.4.0) also reads all metadata, and a damaged entry there ends the process.
+pi_heif's PIL plugin (1.4.0) reads all metadata too, and damaged metadata crashes the process.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import _pi_heif
 from PIL import Image, ImageFile
 
-THREADS = 4  # that decode one picture
+THREADS = 4  # to decode one picture
 
 
 class HeicFile(ImageFile.ImageFile):
-    """The main picture of a HEIC file, turned as it is meant to be seen; not registered with PIL."""
+    """The main picture of a HEIC file, upright, decoded when it is loaded; not registered with PIL."""
 
     format = "HEIF"
     format_description = "HEIC picture"

@@ -5,33 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_gen.data.decoding import MOST_PIXELS
+from clip_gen.data.decoding import MAX_PIXELS
 
 
 class ArchiveError(ValueError):
-    """What was given holds no pictures that can be used; one sentence says what it is and what to give."""
+    """The source has no usable pictures. The message says what it is and what to give instead."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive or folder must and may hold.
+    """Limits on pictures and archives.
 
-    A picture outside the first four is skipped; an archive or folder outside the others is refused.
+    Pictures outside the first four limits are skipped. Archives and folders outside the others are refused.
     """
 
-    least_side: int = 16  # pixels
-    most_aspect: float = 16.0  # longer side by shorter; what is trained on are squares of the shorter side
-    most_pixels: int = MOST_PIXELS  # of one picture
-    most_file_bytes: int = 2**28  # of one picture file
-    least_pictures: int = 8
-    most_entries: int = 150_000  # 50,000 pictures, each with a shadow under __MACOSX and a text beside it
-    most_bytes: int = 50 * 2**30  # unpacked
-    most_ratio: float = 200.0  # unpacked bytes by packed bytes; pictures hardly shrink, flat bitmaps up to 100 times
-    free_bytes: int = 2**28  # unpacked before the ratio counts
+    min_side: int = 16  # pixels
+    max_aspect: float = 16.0  # longer side / shorter side; training uses squares of the shorter side
+    max_pixels: int = MAX_PIXELS  # of one picture
+    max_file_bytes: int = 2**28  # of one picture file
+    min_pictures: int = 8
+    max_entries: int = 150_000  # 50,000 pictures, each with a file under __MACOSX and a text file
+    max_bytes: int = 50 * 2**30  # unpacked
+    max_ratio: float = 200.0  # unpacked / packed bytes; pictures hardly shrink, flat bitmaps up to 100 times
+    free_bytes: int = 2**28  # unpacked bytes to which max_ratio does not apply
 
 
 class Meter:
-    """Counts what comes out of an archive and raises ArchiveError when it is too much."""
+    """Counts the entries and bytes read from an archive; ArchiveError when there are too many."""
 
     def __init__(self, source: Path, limits: Limits):
         self.source, self._limits = source, limits
@@ -43,14 +43,14 @@ class Meter:
         self.check_entries(self._entries)
 
     def check_entries(self, count: int) -> None:
-        if count > self._limits.most_entries:
-            raise self._too_much(f"{self._limits.most_entries:,} files")
+        if count > self._limits.max_entries:
+            raise self._too_much(f"{self._limits.max_entries:,} files")
 
     def add_bytes(self, count: int) -> None:
         self._bytes += count
-        if self._bytes > self._limits.most_bytes:
-            raise self._too_much(f"{self._limits.most_bytes:,} bytes unpacked")
-        ratio = self._limits.most_ratio
+        if self._bytes > self._limits.max_bytes:
+            raise self._too_much(f"{self._limits.max_bytes:,} bytes unpacked")
+        ratio = self._limits.max_ratio
         if self._packed is not None and self._bytes > max(self._limits.free_bytes, ratio * self._packed):
             raise self._too_much(f"{ratio:g} times its own size, as archive bombs do")
 

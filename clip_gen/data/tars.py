@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
-MOST_HEADER_BYTES = 2**20  # of one member, with all that belongs to it: long names, pax records
-MOST_XZ_MEMORY = 2**28  # four times what `xz -9` asks for
+MAX_HEADER_BYTES = 2**20  # of one member, with all that belongs to it: long names, pax records
+MAX_XZ_MEMORY = 2**28  # four times what `xz -9` asks for
 CHUNK = 2**16
 
 T = TypeVar("T")
@@ -62,8 +62,8 @@ class _Forward:
         self.last = b""
 
     def header(self, read: Callable[[], T]) -> T:
-        """What `read` returns, which may take no more than MOST_HEADER_BYTES."""
-        self._left = MOST_HEADER_BYTES
+        """What `read` returns, which may take no more than MAX_HEADER_BYTES."""
+        self._left = MAX_HEADER_BYTES
         try:
             return read()
         except RecursionError as error:  # tarfile calls itself for each extended header
@@ -84,7 +84,7 @@ class _Forward:
         if self._left is not None:
             self._left -= size
             if self._left < 0:
-                raise tarfile.ReadError(f"a header in it is over {MOST_HEADER_BYTES:,} bytes")
+                raise tarfile.ReadError(f"a header in it is over {MAX_HEADER_BYTES:,} bytes")
         self.last = self._take(size)
         return self.last
 
@@ -110,7 +110,7 @@ class _Xz(io.RawIOBase):
     """lzma.open with a bound on memory: an xz file may otherwise ask for 4 GiB."""
 
     def __init__(self, stream: BinaryIO):
-        self._stream, self._decoder = stream, lzma.LZMADecompressor(memlimit=MOST_XZ_MEMORY)
+        self._stream, self._decoder = stream, lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
 
     def readable(self) -> bool:
         return True
@@ -123,7 +123,7 @@ class _Xz(io.RawIOBase):
                 packed = self._decoder.unused_data or self._stream.read(CHUNK)
                 if not packed:
                     return 0
-                self._decoder = lzma.LZMADecompressor(memlimit=MOST_XZ_MEMORY)
+                self._decoder = lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
             elif self._decoder.needs_input:
                 packed = self._stream.read(CHUNK)
                 if not packed:

@@ -15,7 +15,7 @@ from inflate64 import Inflater
 
 from clip_gen.data.limits import ArchiveError, Meter
 
-MOST_TABLE_BYTES = 2**28
+MAX_TABLE_BYTES = 2**28
 LINE_START = b"PK\1\2"  # begins each line of the table
 SMALL = 2**16  # bytes of content, or of a table with a thousand lines at most
 
@@ -57,7 +57,7 @@ class _BoundedTable(io.BufferedReader):
     def read(self, size: int | None = -1) -> bytes:
         if size is None or size <= SMALL:
             return super().read(size)
-        if size > MOST_TABLE_BYTES:
+        if size > MAX_TABLE_BYTES:
             raise zipfile.BadZipFile(f"its table of contents has {size:,} bytes")
         table = super().read(size)
         self._meter.check_entries(table.count(LINE_START))

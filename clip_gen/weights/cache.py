@@ -17,7 +17,7 @@ from pathlib import Path
 from clip_gen.weights.model_folder import ModelFolderError
 
 UNPACKING = ".unpacking-"
-MOST_GB = 20.0  # the default of CLIP_GEN_CACHE_GB
+MAX_GB = 20.0  # the default of CLIP_GEN_CACHE_GB
 FREE_GB = 2.0  # the default of CLIP_GEN_CACHE_FREE_GB
 
 
@@ -43,13 +43,13 @@ class WeightsFolder:
 class Cache:
     """Unpacked weights by key, in $CLIP_GEN_CACHE or ~/.cache/clip-gen. Safe from several threads and processes.
 
-    most_bytes: of all folders together. free_bytes: of the disk that stay free. Both come from the environment if not
+    max_bytes: of all folders together. free_bytes: of the disk that stay free. Both come from the environment if not
     given, and hold as far as folders can be removed, the ones used longest ago first.
     """
 
-    def __init__(self, most_bytes: float | None = None, free_bytes: float | None = None):
+    def __init__(self, max_bytes: float | None = None, free_bytes: float | None = None):
         self.folder = _cache_folder()
-        self.most_bytes = _gigabytes("CLIP_GEN_CACHE_GB", MOST_GB) if most_bytes is None else most_bytes
+        self.max_bytes = _gigabytes("CLIP_GEN_CACHE_GB", MAX_GB) if max_bytes is None else max_bytes
         self.free_bytes = _gigabytes("CLIP_GEN_CACHE_FREE_GB", FREE_GB) if free_bytes is None else free_bytes
 
     def find(self, key: str) -> WeightsFolder | None:
@@ -104,7 +104,7 @@ class Cache:
 
     def _fits(self, wanted: int) -> bool:
         free = shutil.disk_usage(self.folder).free
-        return self._bytes() + wanted <= self.most_bytes and free - wanted >= self.free_bytes
+        return self._bytes() + wanted <= self.max_bytes and free - wanted >= self.free_bytes
 
     def _bytes(self) -> int:
         total = 0

@@ -32,8 +32,8 @@ DIGESTS = "digests"  # in training.json
 # Tensors that tell one codebook from another, and one transformer from another of the same size.
 TOLD_BY = {"vqgan": "quantizer.", "gpt": "head."}
 SAMPLE = 2**18  # enough to tell networks apart; all of a large one would delay loading by a tenth of a second
-MOST_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
-MOST_JSON_LISTS = 2**19  # and objects, in training.json: each takes many times its two characters of memory
+MAX_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
+MAX_JSON_LISTS = 2**19  # and objects, in training.json: each takes many times its two characters of memory
 
 
 _REMEDIES = {
@@ -138,8 +138,8 @@ def load_record(folder: Path) -> dict[str, object]:
         return {}
     try:
         text = _text(path)
-        if text.count("[") + text.count("{") > MOST_JSON_LISTS:
-            raise ValueError(f"over {MOST_JSON_LISTS:,} lists and objects")
+        if text.count("[") + text.count("{") > MAX_JSON_LISTS:
+            raise ValueError(f"over {MAX_JSON_LISTS:,} lists and objects")
         record = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
@@ -156,8 +156,8 @@ def shown(value: object) -> str:
 
 def _text(path: Path) -> str:
     """What a text file of a model folder says. Model folders come from strangers, so it is not read however long."""
-    if path.stat().st_size > MOST_TEXT_BYTES[path.name]:
-        raise ValueError(f"over {MOST_TEXT_BYTES[path.name]:,} bytes long")
+    if path.stat().st_size > MAX_TEXT_BYTES[path.name]:
+        raise ValueError(f"over {MAX_TEXT_BYTES[path.name]:,} bytes long")
     return path.read_text(encoding="utf-8")
 
 

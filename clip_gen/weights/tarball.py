@@ -25,11 +25,11 @@ from clip_gen.weights.cache import Cache, CacheError, WeightsFolder, disk_is_ful
 from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
 from clip_gen.weights.url import PublicOnly, is_url, open_url
 
-MOST_BYTES = 4 * 2**30  # in one archive; the published model is under two GiB
-LEAST_BYTES = 2**20  # that each file counts for, so that an archive cannot hold millions of empty ones
+MAX_BYTES = 4 * 2**30  # in one archive; the published model is under two GiB
+MIN_BYTES = 2**20  # that each file counts for, so that an archive cannot hold millions of empty ones
 STEP = 64 * 2**20  # bytes unpacked between two looks at the room in the cache
-MOST_NAME = 4096  # characters of a path in an archive; Linux has none longer
-MOST_FOLDERS = 64  # of an archive that hold files with the names of a model folder
+MAX_NAME = 4096  # characters of a path in an archive; Linux has none longer
+MAX_FOLDERS = 64  # of an archive that hold files with the names of a model folder
 CHUNK = 2**20
 WANTED = "give a model folder, a training's folder, or the path or URL (http, https, data) of a weights tar"
 
@@ -176,21 +176,21 @@ class _Budget:
     """Counts what comes out of an archive. ValueError when it is more than one model has."""
 
     def __init__(self, make_room: Callable[[int], None]):
-        self._left, self._granted, self._make_room = MOST_BYTES, 0, make_room
+        self._left, self._granted, self._make_room = MAX_BYTES, 0, make_room
 
     def add_bytes(self, count: int) -> None:
         self._left -= count
         if self._left < 0:
-            raise ModelFolderError(f"holds more than {MOST_BYTES // 2**30} GiB or thousands of files; {WANTED}")
-        if self._granted < MOST_BYTES - self._left:
+            raise ModelFolderError(f"holds more than {MAX_BYTES // 2**30} GiB or thousands of files; {WANTED}")
+        if self._granted < MAX_BYTES - self._left:
             self._make_room(STEP)
             self._granted += STEP
 
     def add_entries(self, count: int) -> None:
-        self.add_bytes(count * LEAST_BYTES)
+        self.add_bytes(count * MIN_BYTES)
 
     def check_entries(self, count: int) -> None:
-        if count * LEAST_BYTES > self._left:
+        if count * MIN_BYTES > self._left:
             self.add_entries(count)
 
 
@@ -202,12 +202,12 @@ def _unpack(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) ->
     folders: dict[PurePosixPath, Path] = {}  # in the archive: on disk
     try:
         for name, pieces in _files(stream, folder, make_room):
-            if len(name) > MOST_NAME:  # thousands of these would fill the memory
+            if len(name) > MAX_NAME:  # thousands of these would fill the memory
                 continue
             inside = PurePosixPath(name.replace("\\", "/"))
             if inside.name in FILES:
-                if len(folders) == MOST_FOLDERS and inside.parent not in folders:
-                    raise ModelFolderError(f"holds model files in more than {MOST_FOLDERS} folders; pack one model")
+                if len(folders) == MAX_FOLDERS and inside.parent not in folders:
+                    raise ModelFolderError(f"holds model files in more than {MAX_FOLDERS} folders; pack one model")
                 target = folders.setdefault(inside.parent, folder / str(len(folders)))
                 target.mkdir(exist_ok=True)
                 with (target / inside.name).open("wb") as file:

@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 60  # to connect, and without a byte from the server
 DEADLINE_SECONDS = 30 * 60  # for a whole download, from opening to the last read
 ASK_SECONDS = 1  # between two looks at should_stop while the server is silent
 CONNECT_SECONDS = 10  # to each address of a host that must be public
-MOST_ADDRESSES = 3  # of such a host that are tried; whoever owns the name may list hundreds
+MAX_ADDRESSES = 3  # of such a host that are tried; whoever owns the name may list hundreds
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Metadata services of Oracle's and Azure's machines. ipaddress takes the first for public before Python 3.11.10.
 METADATA = ("192.0.0.0/24", "168.63.129.16/32")
@@ -80,7 +80,7 @@ class PublicOnly:
         """As socket.create_connection. The name is resolved once, so the address checked is the address used."""
         host, port = address
         reason: OSError = RefusedAddressError(f"{host} has no address")
-        for number in self.addresses(host, port)[:MOST_ADDRESSES]:
+        for number in self.addresses(host, port)[:MAX_ADDRESSES]:
             try:
                 connection = socket.create_connection((number, port), CONNECT_SECONDS)
             except OSError as error:

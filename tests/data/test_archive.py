@@ -39,7 +39,7 @@ from clip_gen.data.manifest import INDEX, Pictures, shown, unpacked
 from clip_gen.training.datasets import PictureFiles
 from clip_gen.training.report import write_report
 
-FEW = replace(LIMITS, least_pictures=1)
+FEW = replace(LIMITS, min_pictures=1)
 
 
 def picture(number: int, kind: str = "PNG", side: int = 20, **options: object) -> bytes:
@@ -199,7 +199,7 @@ def test_pictures_of_no_use_are_listed_with_their_reasons(tmp_path: Path, out: P
         "poster.webp": picture(22, "WEBP", side=40),
         "heavy.bmp": picture(23, "BMP", side=30),
     }
-    limits = replace(LIMITS, most_pixels=39 * 40, most_file_bytes=2000)
+    limits = replace(LIMITS, max_pixels=39 * 40, max_file_bytes=2000)
     pictures = unpack(make_zip(tmp_path / "photos.zip", files), out, limits)
     assert reasons(pictures) == {
         "broken.png": "cut off or damaged",
@@ -241,7 +241,7 @@ def test_a_folder_that_an_earlier_version_made_has_no_notes(tmp_path: Path, out:
 # Everything that people upload, in one zip
 
 
-NASTY_LIMITS = replace(LIMITS, most_pixels=200_000)  # so that a "huge.jpg" of 600 by 450 is treated as a huge one
+NASTY_LIMITS = replace(LIMITS, max_pixels=200_000)  # so that a "huge.jpg" of 600 by 450 is treated as a huge one
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_a_picture_of_any_kind_is_used_under_any_name(nasty: tuple[Pictures, dic
 def test_a_picture_is_used_at_its_right_size(
     nasty: tuple[Pictures, dict[str, Path]], name: str, size: tuple[int, int]
 ) -> None:
-    assert decode(nasty[1][f"odd/{name}"], most_pixels=NASTY_LIMITS.most_pixels).image.size == size
+    assert decode(nasty[1][f"odd/{name}"], max_pixels=NASTY_LIMITS.max_pixels).image.size == size
 
 
 def test_first_frames_are_used_and_counted_once(nasty: tuple[Pictures, dict[str, Path]]) -> None:
@@ -664,7 +664,7 @@ def test_devices_and_pipes_in_a_tar_are_passed_by(tmp_path: Path, out: Path) -> 
 def test_too_many_files_are_refused(tmp_path: Path, out: Path, kind: str) -> None:
     files = TEN | {f"a/{number}": b"" for number in range(50)}
     source = MAKERS[kind](tmp_path / f"photos.{kind}", files)
-    assert "holds more than 55 files; give fewer pictures" in refused(source, out, replace(LIMITS, most_entries=55))
+    assert "holds more than 55 files; give fewer pictures" in refused(source, out, replace(LIMITS, max_entries=55))
 
 
 def test_a_long_table_of_contents_is_refused_before_it_is_kept(
@@ -673,16 +673,16 @@ def test_a_long_table_of_contents_is_refused_before_it_is_kept(
     source = make_zip(tmp_path / "photos.zip", {f"{number}": b"" for number in range(3000)}, zipfile.ZIP_STORED)
     made = []
     monkeypatch.setattr(zipfile.ZipInfo, "_decodeExtra", lambda info: made.append(info))
-    assert "holds more than 2,000 files" in refused(source, out, replace(LIMITS, most_entries=2000))
+    assert "holds more than 2,000 files" in refused(source, out, replace(LIMITS, max_entries=2000))
     assert not made
-    monkeypatch.setattr(zips, "MOST_TABLE_BYTES", 70_000)
+    monkeypatch.setattr(zips, "MAX_TABLE_BYTES", 70_000)
     assert "its table of contents has" in refused(source, out)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_too_many_bytes_are_refused(tmp_path: Path, out: Path, kind: str) -> None:
     source = MAKERS[kind](tmp_path / f"photos.{kind}", {f"{i}.bmp": picture(i, "BMP", side=200) for i in range(10)})
-    error = refused(source, out, replace(LIMITS, most_bytes=1_000_000))
+    error = refused(source, out, replace(LIMITS, max_bytes=1_000_000))
     assert "holds more than 1,000,000 bytes unpacked" in error
 
 
@@ -707,7 +707,7 @@ def test_archives_in_archives_stay_packed(tmp_path: Path, out: Path) -> None:
     for _ in range(3):
         inner = make_zip(tmp_path / "inner.zip", {f"{i}.zip": inner for i in range(10)}).read_bytes()
     source = make_zip(tmp_path / "photos.zip", TEN | {f"lib {i}.zip": inner for i in range(10)})
-    pictures = unpack(source, out, replace(LIMITS, most_bytes=2**20, free_bytes=2**18))
+    pictures = unpack(source, out, replace(LIMITS, max_bytes=2**20, free_bytes=2**18))
     assert set(reasons(pictures).values()) == {"an archive inside: unpack it first"}
     assert len(pictures.paths) == 10
 

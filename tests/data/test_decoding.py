@@ -513,7 +513,7 @@ def test_too_many_pixels_are_refused_before_decoding_without_a_word(
 def test_too_small_is_refused_by_its_shorter_side(tmp_path: Path) -> None:
     path = saved(tmp_path / "a", Image.new("RGB", (100, 15)), "PNG")
     with pytest.raises(PictureError, match="100 x 15") as caught:
-        decode(path, least_side=16)
+        decode(path, min_side=16)
     assert caught.value.reason == TOO_SMALL
 
 
@@ -546,13 +546,13 @@ def test_jpegs_are_shrunk_no_further_than_needed(tmp_path: Path) -> None:
     picture = Image.fromarray(levels).resize((240, 160), Image.Resampling.BOX)
     path = saved(tmp_path / "a", picture, "JPEG", quality=95)
     for most, scale in ((240 * 160, 1), (240 * 160 - 1, 2), (120 * 80, 2), (60 * 40, 4), (30 * 20, 8)):
-        seen = decode(path, most_pixels=most).image
+        seen = decode(path, max_pixels=most).image
         assert seen.size == (240 // scale, 160 // scale)
         middles = np.asarray(seen.resize((6, 4), Image.Resampling.BOX)).astype(int)
         assert np.abs(middles - levels).mean() < 6
     assert reason(path, 1, 16, 30 * 20 - 1) == TOO_LARGE
     progressive = saved(tmp_path / "b", picture, "JPEG", progressive=True)  # whose memory grows with its full size
-    assert decode(progressive, most_pixels=120 * 160).image.size == (120, 80)
+    assert decode(progressive, max_pixels=120 * 160).image.size == (120, 80)
     assert reason(progressive, 1, 16, 120 * 160 - 1) == TOO_LARGE
 
 
@@ -589,7 +589,7 @@ def test_reading_in_threads_leaves_the_global_settings_as_they_were(tmp_path: Pa
     assert after == before
 
 
-def test_no_damage_raises_anything_but_picture_error(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_no_damage_raises_anything_but_picture_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     generator = np.random.default_rng(7)
     profile = rgb_profile(ADOBE_RGB, ADOBE_GAMMA)
     heic = (HEIC / "turned-p3.heic").read_bytes()
@@ -604,5 +604,5 @@ def test_no_damage_raises_anything_but_picture_error(tmp_path: Path, capfd: pyte
             data[places] = generator.integers(0, 256, 6)
             (tmp_path / "a").write_bytes(data.tobytes())
             with contextlib.suppress(PictureError):
-                decode(tmp_path / "a", most_pixels=10_000)
-    assert capfd.readouterr() == ("", "")
+                decode(tmp_path / "a", max_pixels=10_000)
+    assert capsys.readouterr() == ("", "")

@@ -167,8 +167,8 @@ def test_a_zip_with_too_much_in_it_is_refused(
     tiny_model_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_zip(tiny_model_folder, tmp_path / "model.zip", "")
-    monkeypatch.setattr(module, "MOST_BYTES", path.stat().st_size + 1000)
-    monkeypatch.setattr(module, "LEAST_BYTES", 0)
+    monkeypatch.setattr(module, "MAX_BYTES", path.stat().st_size + 1000)
+    monkeypatch.setattr(module, "MIN_BYTES", 0)
     with pytest.raises(ModelFolderError, match=r"model\.zip: holds more than"):
         resolve_weights(path)
     assert not folders(cache)
@@ -186,7 +186,7 @@ def age(path: Path, seconds: float) -> None:
 def test_a_tar_with_too_much_in_it_is_refused_wanted_or_not(
     tmp_path: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(module, "MAX_BYTES", 2**20)
     (tmp_path / "big").write_bytes(bytes(2**20 + 1))
     with tarfile.open(tmp_path / "big.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "big", arcname=name)

@@ -10,7 +10,7 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.weights.importers.state_dict import REMEDY, Foreign, Source, planned, weight_and_bias
 
 HEAD_SIZE = 64  # of the published transformers; the shapes do not tell
-LEAST_HEADS = 4
+MIN_HEADS = 4
 
 # Ours on the left, theirs on the right.
 NAMES = {"condition": "cond_proj", "ln_f": "norm", "head": "head"}
@@ -30,7 +30,7 @@ def convert_gpt(
     width = found.size("tok_emb.weight", 1)
     config = GPTConfig(
         n_layer=found.count("blocks."),
-        n_head=n_head or max(LEAST_HEADS, width // HEAD_SIZE),
+        n_head=n_head or max(MIN_HEADS, width // HEAD_SIZE),
         n_embd=width,
         block_size=found.size("pos_emb", 1),
         codebook_size=found.size("tok_emb.weight"),

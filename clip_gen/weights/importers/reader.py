@@ -35,7 +35,7 @@ COUNTERS = ("decay", "num_updates")  # beside these averages
 AVERAGED = "n_averaged"  # a counter of torch's AveragedModel, whose other keys begin with module.
 # A discriminator is trained further, from its raw weights; LPIPS has none.
 NEVER_AVERAGED = ("loss.", "discriminator.")
-MOST_SCRIPT_BYTES = 2 * 10**9  # OpenAI's largest archive has 1.3 GB
+MAX_SCRIPT_BYTES = 2 * 10**9  # OpenAI's largest archive has 1.3 GB
 AGAIN = "download it again"
 
 # What a damaged or hostile file can make the restricted unpickler raise.
@@ -128,7 +128,7 @@ def _checked_zip(path: Path) -> bool:
 
 def _load_script(path: Path, scripts: Collection[str]) -> dict[str, Tensor]:
     # The bytes whose sha256 is compared are the bytes that are loaded: the file may change meanwhile.
-    content = path.read_bytes() if path.stat().st_size < MOST_SCRIPT_BYTES else b""
+    content = path.read_bytes() if path.stat().st_size < MAX_SCRIPT_BYTES else b""
     if hashlib.sha256(content).hexdigest() not in scripts:
         raise ValueError(
             f"{path}: is a TorchScript archive, and PyTorch runs the code in such a file while loading it. Only the "

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_gen.config import MOST, MOST_LAYERS, VQGANConfig, read_settings
+from clip_gen.config import MAX_LAYERS, MAX_SIZE, VQGANConfig, read_settings
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.weights.importers.discriminator import convert_discriminator
 from clip_gen.weights.importers.state_dict import Foreign, Source, planned
@@ -67,7 +67,7 @@ def _sizes(path: Path, settings: dict[str, object], name: str) -> int | tuple[in
         raise ValueError(f"{path}: has no {name}, as a VQGAN of taming-transformers has; {REMEDY}")
     value, several = settings[name], name in LISTS
     sizes = value if isinstance(value, list) else [value]
-    most = MOST_LAYERS if name == "num_res_blocks" else MOST
+    most = MAX_LAYERS if name == "num_res_blocks" else MAX_SIZE
     whole = all(type(size) is int and 1 <= size <= most for size in sizes)
     if isinstance(value, list) != several or not whole or (name == "ch_mult" and not sizes):
         wanted = f"{'a list of whole numbers' if several else 'a whole number'} from 1 to {most}"
