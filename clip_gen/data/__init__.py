@@ -1,1 +1,1 @@
-"""Pictures from anywhere, safely: archives and folders read as streams, any common kind of picture decoded to sRGB."""
+"""Reads pictures from untrusted archives and folders, and decodes all common formats to sRGB."""

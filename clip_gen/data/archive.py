@@ -1,6 +1,6 @@
-"""A zip, a tar or a folder of any origin to a folder of usable pictures, each once.
+"""Unpacks an untrusted zip, tar or folder to a folder of usable pictures without duplicates.
 
-Nothing in an archive decides where a byte is written: files are numbered, their names are kept as text.
+Names in the archive never become paths: the pictures are numbered.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 LIMITS = Limits()
 UNPACKING = ".unpacking-"
 LOG_EVERY = 2000  # files
-STRIP = 256  # rows of a picture copied at once
-THREADS = 2  # each may hold a decoded picture of Limits.max_pixels
+STRIP = 256  # rows of a picture that are hashed at a time
+THREADS = 2  # each holds a decoded picture of up to Limits.max_pixels
 
 DUPLICATE = "a duplicate"
 TOO_LARGE_A_FILE = "too large a file"
@@ -51,36 +51,36 @@ TOO_LARGE_A_FILE = "too large a file"
 
 @dataclass(frozen=True)
 class _Staged:
-    """A file that is written but not decoded yet, with its name in the archive."""
+    """A copied file that is not decoded yet, with its name in the archive."""
 
     name: str
     path: Path
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """A picture of use: the digest of the pixels that are trained on, and the notes on it."""
+class _Usable:
+    """A usable picture: SHA-256 of its pixels, and notes on how it was converted."""
 
-    digest: bytes
+    sha256: bytes
     notes: tuple[str, ...]
 
 
 def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
     """Copies the usable pictures of a zip, a tar (plain, gz, bz2, xz) or a folder into a new or empty `folder`.
 
-    They are called 000001.jpeg and so on in the order of their original names, so the result depends on the names and
-    contents alone. Of pictures with the same pixels the first is used, whatever kind of file they come in. The folder
-    is written completely or not at all. ArchiveError when it cannot be, or fewer than limits.min_pictures are of use.
+    The files are named 000001.jpeg and so on in the order of their original names, so the result depends on names and
+    contents only. Of pictures with equal pixels the first is used, in whatever format. The folder is written completely
+    or not at all. ArchiveError if it cannot be written, or if fewer than limits.min_pictures pictures are usable.
     """
     _check_places(source, folder)
     part = folder.with_name(f"{UNPACKING}{folder.name}")
     try:
         with _writing(folder):
-            shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+            shutil.rmtree(part, ignore_errors=True)  # of a killed process
             part.mkdir(parents=True)
         staged, skipped = _stage(source, part, folder, limits)
         chosen, notes = _choose(staged, skipped, limits)
-        skipped.sort(key=lambda one: one.name)
+        skipped.sort(key=lambda file: file.name)
         _check_enough(source, Pictures(chosen, skipped, notes), limits)
         with _writing(folder):
             pictures = _publish(Pictures(chosen, skipped, notes), part, folder)
@@ -92,9 +92,7 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
 
 
 def fingerprint(source: Path) -> str:
-    """A digest of an archive's content, or of the names and sizes of a folder's files. "" for what cannot be read:
-    `unpack` reports that.
-    """
+    """SHA-256 of an archive, or of the names and sizes of a folder's files; "" if it cannot be read."""
     try:
         if source.is_dir():
             files = ((path.relative_to(source).as_posix(), path) for path in folder_files(source))
@@ -110,7 +108,7 @@ def fingerprint(source: Path) -> str:
 
 
 def check_outside(source: Path, folder: Path) -> None:
-    """ArchiveError for a folder inside the one whose pictures it is to hold."""
+    """ArchiveError if the folder is inside the source, so that it would contain its own pictures."""
     if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
         raise ArchiveError(f"{folder}: is inside the folder of pictures {source}; name a folder elsewhere")
 
@@ -127,7 +125,7 @@ def _check_places(source: Path, folder: Path) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Errors inside concern the disk that is written to, not the archive."""
+    """OSErrors inside concern the folder that is written to, not the archive."""
     try:
         yield
     except OSError as error:
@@ -136,7 +134,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _stage(source: Path, part: Path, folder: Path, limits: Limits) -> tuple[list[_Staged], list[Skipped]]:
-    """Writes every file that begins like a picture into `part`."""
+    """Copies all files that begin like a picture into `part`."""
     staged, skipped = [], []
     for number, entry in enumerate(entries(source, limits)):
         path = part / f"staged-{number}"
@@ -151,7 +149,7 @@ def _stage(source: Path, part: Path, folder: Path, limits: Limits) -> tuple[list
 
 
 def _copy(entry: Entry, path: Path, folder: Path, max_bytes: int) -> None:
-    """Writes the content if it begins like a picture; PictureError, and no file, when it is of no use."""
+    """Copies the content if it begins like a picture; PictureError, and no file, otherwise."""
     try:
         chunk = _start(entry.content)
         kind_of(chunk[:HEAD_BYTES], entry.name)
@@ -172,7 +170,7 @@ def _copy(entry: Entry, path: Path, folder: Path, max_bytes: int) -> None:
 
 
 def _start(content: Content) -> bytes:
-    """The first HEAD_BYTES or more, fewer only where the file ends; a read may return less than asked for."""
+    """At least the first HEAD_BYTES, or the whole file. A read may return less than was asked for."""
     start = b""
     while len(start) < HEAD_BYTES and (chunk := content.read(CHUNK)):
         start += chunk
@@ -180,36 +178,36 @@ def _start(content: Content) -> bytes:
 
 
 def _choose(staged: list[_Staged], skipped: list[Skipped], limits: Limits) -> tuple[list[Path], dict[str, int]]:
-    """The usable ones in order of their names, each picture once, and the notes on them; the rest is added to `skipped`
-    and removed.
+    """The usable pictures in the order of their names, without duplicates, and the notes on them.
+
+    Removes the other files and adds them to `skipped`.
     """
     chosen: list[Path] = []
     notes: Counter[str] = Counter()
-    names: dict[bytes, str] = {}  # of the pictures chosen, by their pixels
-    # Sorting is stable: files of one name stay in the archive's order.
-    staged = sorted(staged, key=lambda one: one.name)
+    names: dict[bytes, str] = {}  # of the chosen pictures, by SHA-256 of their pixels
+    staged = sorted(staged, key=lambda file: file.name)  # stable: files of equal name stay in the archive's order
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            judgements = pool.map(lambda one: _judge(one.path, limits), staged)
-            for done, (one, judged) in enumerate(zip(staged, judgements, strict=True)):
+            results = pool.map(lambda file: _decoded(file.path, limits), staged)
+            for done, (file, result) in enumerate(zip(staged, results, strict=True)):
                 if done and done % LOG_EVERY == 0:
                     log.info("%d of %d files decoded", done, len(staged))
-                if isinstance(judged, _Judged) and judged.digest in names:
-                    judged = PictureError(DUPLICATE, f"of {names[judged.digest]}")
-                if isinstance(judged, _Judged):
-                    names[judged.digest] = shown(one.name)
-                    notes.update(judged.notes)
-                    chosen.append(one.path)
+                if isinstance(result, _Usable) and result.sha256 in names:
+                    result = PictureError(DUPLICATE, f"of {names[result.sha256]}")
+                if isinstance(result, _Usable):
+                    names[result.sha256] = shown(file.name)
+                    notes.update(result.notes)
+                    chosen.append(file.path)
                 else:
-                    skipped.append(_skipped(one.name, judged))
-                    one.path.unlink()
+                    skipped.append(_skipped(file.name, result))
+                    file.path.unlink()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for all of them
+            pool.shutdown(wait=False, cancel_futures=True)  # so that Ctrl-C does not wait for all files
     return chosen, dict(sorted(notes.items()))
 
 
-def _judge(path: Path, limits: Limits) -> _Judged | PictureError:
-    """By the pixels that training sees: copies with other metadata, or saved again without loss, are the same."""
+def _decoded(path: Path, limits: Limits) -> _Usable | PictureError:
+    """Decodes a picture and hashes its pixels, so that copies with other metadata count as duplicates."""
     try:
         decoded = decode(path, limits.min_side, limits.max_aspect, limits.max_pixels)
     except PictureError as error:
@@ -218,10 +216,10 @@ def _judge(path: Path, limits: Limits) -> _Judged | PictureError:
     if is_one_colour(picture):
         return PictureError(TRANSPARENT if TRANSPARENT in decoded.notes else ONE_COLOUR)
     width, height = picture.size
-    digest = hashlib.sha256(b"%d %d " % picture.size)
+    sha256 = hashlib.sha256(b"%d %d " % picture.size)
     for top in range(0, height, STRIP):
-        digest.update(picture.crop((0, top, width, min(top + STRIP, height))).tobytes())
-    return _Judged(digest.digest(), decoded.notes)
+        sha256.update(picture.crop((0, top, width, min(top + STRIP, height))).tobytes())
+    return _Usable(sha256.digest(), decoded.notes)
 
 
 def _check_enough(source: Path, pictures: Pictures, limits: Limits) -> None:
@@ -235,7 +233,7 @@ def _check_enough(source: Path, pictures: Pictures, limits: Limits) -> None:
 
 
 def _publish(staged: Pictures, part: Path, folder: Path) -> Pictures:
-    """Gives the files and the folder their final names."""
+    """Renames the files and the folder to their final names."""
     names = []
     for number, path in enumerate(staged.paths, 1):
         with path.open("rb") as file:

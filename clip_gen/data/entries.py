@@ -1,6 +1,6 @@
-"""The files of a zip, a tar or a folder, one after the other as streams; nothing is written.
+"""The files of a zip, a tar or a folder as streams, one after the other; nothing is written.
 
-Sizes in headers are not trusted: bytes are counted as they are read, and too many end the reading.
+Sizes in headers are not trusted: bytes are counted as they are read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNREADABLE = "cannot be read"
 WANTED = "give a zip, a tar (plain, gz, bz2 or xz) or a folder of pictures"
 DOWNLOAD_AGAIN = "download the archive itself; a browser that is logged in can do so where a page asks for a login"
 
-# Files that file managers leave behind. They are not listed as skipped.
+# Files made by file managers. They are not listed as skipped.
 LITTER = {"__macosx", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
 THUMBNAIL_FOLDERS = {"thumbnails", "thumbs", "@eadir"}
 
@@ -39,7 +39,7 @@ UNREAD_ARCHIVES = {b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR", b"\x28\xb5\x2f\xfd": 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file in an archive: its name, and either its content or the reason why it is not read."""
+    """A file in an archive: its name, and its content or the reason why it is skipped."""
 
     name: str
     content: Content | None = None
@@ -48,11 +48,11 @@ class Entry:
 
 
 class UnreadableError(Exception):
-    """The content of one entry is damaged; the others may be undamaged."""
+    """The content of this entry is damaged; other entries may be intact."""
 
 
 class Content:
-    """Bytes of one entry, counted; read() raises UnreadableError, or ArchiveError when the archive must be refused."""
+    """Content of one entry, counted. read() raises UnreadableError for damage, ArchiveError beyond the limits."""
 
     def __init__(self, stream: io.IOBase, meter: Meter):
         self._stream, self._meter = stream, meter
@@ -67,7 +67,7 @@ class Content:
 
 
 class _TarContent(Content):
-    """Counted already, where the tar is unpacked; nothing can be read after damage in a tar."""
+    """Content in a tar, which counts bytes itself. Damage makes the rest of the tar unreadable: ArchiveError."""
 
     def read(self, size: int) -> bytes:
         try:
@@ -77,18 +77,18 @@ class _TarContent(Content):
 
 
 def entries(source: Path, limits: Limits) -> Iterator[Entry]:
-    """Every file except litter, in the order of the archive or, in a folder, of names.
+    """All files except litter, in the order of the archive, or of names in a folder.
 
-    A content must be read before the next entry is requested. ArchiveError when the source is no archive that can be
-    read, is damaged, or is over a limit.
+    Read an entry's content before the next entry is requested. ArchiveError if the source is damaged, over a limit, or
+    not an archive of a known kind.
     """
     if source.is_dir():
-        every = _folder_entries(source, Meter(source, limits))
+        files = _folder_entries(source, Meter(source, limits))
     elif source.is_file():
-        every = _archive_entries(source, limits)
+        files = _archive_entries(source, limits)
     else:
         raise ArchiveError(f"{source}: no such file or folder; {WANTED}")
-    for entry in every:
+    for entry in files:
         if is_litter(entry.name):
             continue
         small = THUMBNAIL_FOLDERS.intersection(_parts(entry.name)) or entry.name.lower().endswith(".thm")
@@ -96,7 +96,7 @@ def entries(source: Path, limits: Limits) -> Iterator[Entry]:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file of this name is hidden, or one that file managers leave behind."""
+    """Whether a file of this name is hidden or made by a file manager."""
     return any(part in LITTER or (part.startswith(".") and part != "..") for part in _parts(name))
 
 
@@ -105,7 +105,7 @@ def _parts(name: str) -> list[str]:
 
 
 def reason_of(error: Exception) -> str:
-    """An error in words, without the paths that OSError shows."""
+    """The message of an error, for an OSError without its path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -125,7 +125,7 @@ def _archive_entries(source: Path, limits: Limits) -> Iterator[Entry]:
 
 
 def _check_is_archive(source: Path, head: bytes) -> None:
-    """ArchiveError that says what a file is that is plainly no archive, or one of a kind that is not read."""
+    """ArchiveError if the file is clearly something else than an archive, or an archive of an unsupported kind."""
     if head[TAR_MARK] == b"ustar":
         return
     for start, packer in UNREAD_ARCHIVES.items():
@@ -136,7 +136,7 @@ def _check_is_archive(source: Path, head: bytes) -> None:
         what = f"one picture ({kind_of(head, source.name)})"
     except PictureError as error:
         if error.reason in (ARCHIVE, NO_PICTURE):
-            return  # what is wrong with it shows when it is read
+            return  # reading it will show what it is
         what = error.reason.split(":")[0]
         remedy = DOWNLOAD_AGAIN if error.reason == WEB_PAGE else WANTED
     raise ArchiveError(f"{source}: is {what}, not an archive; {remedy}")
@@ -145,10 +145,10 @@ def _check_is_archive(source: Path, head: bytes) -> None:
 def folder_files(
     source: Path, on_error: Callable[[OSError], None] | None = None, count: Callable[[int], None] | None = None
 ) -> Iterator[Path]:
-    """Every file below a folder, in the order of names; nothing hidden below it but what a link leads to.
+    """All files below a folder in the order of names, without hidden folders.
 
-    Each folder is read once. Linked folders inside the source are read where the link is; other links to folders are
-    returned as files are. `count` is called with the number of files in each folder before they are returned.
+    Each folder is read once. A link to a folder inside the source is followed; a link to any other folder is returned
+    like a file. `count` is called with the number of files of each folder before they are returned.
     """
     root = os.path.realpath(source)
     seen = {root}
@@ -157,7 +157,7 @@ def folder_files(
             count(len(files))
         paths = [os.path.join(folder, name) for name in sorted(folders) if name[0] != "."]
         read, links = [], []
-        for path in sorted(paths, key=os.path.islink):  # a folder before the links to it
+        for path in sorted(paths, key=os.path.islink):  # folders before links to them
             target = os.path.realpath(path)
             if target not in seen and _is_inside(target, root):
                 seen.add(target)
@@ -182,7 +182,7 @@ def _folder_entries(source: Path, meter: Meter) -> Iterator[Entry]:
 
 
 def _file_entry(path: Path, name: str, root: str, meter: Meter) -> Iterator[Entry]:
-    """One entry; a generator, so that the file is open only while it is read."""
+    """One entry. A generator, so that the file is open only while it is read."""
     try:
         if path.is_symlink() and (detail := _refused_link(path, root)):
             yield Entry(name, reason=LINK, detail=detail)
@@ -199,7 +199,7 @@ def _file_entry(path: Path, name: str, root: str, meter: Meter) -> Iterator[Entr
 
 
 def _refused_link(path: Path, root: str) -> str:
-    """Why this link is not followed; "" when it leads to a file inside the folder."""
+    """Why a link is not followed; "" for a link to a file inside the folder."""
     target = os.path.realpath(path)
     if not _is_inside(target, root):
         return "it leads out of the folder"
@@ -238,7 +238,7 @@ def _zip_entries(source: Path, meter: Meter) -> Iterator[Entry]:
 
 
 def _zip_entry(archive: zipfile.ZipFile, member: zipfile.ZipInfo, meter: Meter) -> Iterator[Entry]:
-    """One entry; a generator, so that the member is open only while it is read."""
+    """One entry. A generator, so that the member is open only while it is read."""
     name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG):
         yield Entry(name, reason=LINK if kind == stat.S_IFLNK else NOT_A_FILE)

@@ -1,14 +1,14 @@
-"""What a file is, by its first bytes and then its name: a kind of picture that is read, or why it is not one."""
+"""The format of a picture file by its first bytes and its name, or the reason why it is not a supported picture."""
 
 from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
 
-HEAD_BYTES = 1024  # of a file, enough for kind_of
+HEAD_BYTES = 1024  # first bytes of a file that kind_of needs
 READ = "JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC, AVIF, JPEG 2000, ICO, PPM or TGA"
 
-# Reasons. Each names the thing and, where there is a remedy, says what to give.
+# Reasons: what the file is and, if that helps, what to give instead.
 ARCHIVE = "an archive inside: unpack it first"
 CAMERA_RAW = "camera raw: export as JPEG"
 DRAWING_PROGRAM = "a file of a drawing program: export as PNG"
@@ -33,11 +33,11 @@ PICTURES = (
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
     (b"\xff\x4f\xff\x51", "JPEG2000"),
 )
-BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)  # "BM" alone begins many a text
+BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)  # many texts begin with "BM" too
 PPM = re.compile(rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s+(#[^\n]*\n\s*)*\d+\s")
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 AVIF_BRANDS = {b"avif", b"avis"}
-ANY_STILL_BRANDS = {b"mif1", b"msf1"}  # HEIC or AVIF: the brands after the first say which
+ANY_STILL_BRANDS = {b"mif1", b"msf1"}  # HEIC or AVIF: the other brands decide
 TAR_MARK = slice(257, 262)
 
 OTHERS = (
@@ -69,7 +69,7 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class PictureError(ValueError):
-    """A file is of no use as a picture: `reason` is short and the same for all of its kind, `detail` may be empty."""
+    """The file is not a usable picture. `reason` is the same for all such files; `detail` may be empty."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -77,13 +77,13 @@ class PictureError(ValueError):
 
 
 def kind_of(head: bytes, name: str = "") -> str:
-    """PIL's name of the kind of picture that begins with these HEAD_BYTES; PictureError with the reason for any other.
+    """PIL's name of the format of a file with these first HEAD_BYTES; PictureError for anything but a picture.
 
-    The content decides; the file's `name` only where the content leaves it open.
+    The content decides; `name` is used only if the content does not.
     """
     kind = _picture_kind(head)
     if kind == "TIFF" and (head[8:10] == b"CR" or _suffix(name) in RAW_NAMES):
-        raise PictureError(CAMERA_RAW)  # most raw files are TIFFs, of which PIL would read the thumbnail
+        raise PictureError(CAMERA_RAW)  # most raw files are TIFFs, and PIL would read their thumbnail
     if kind is None:
         raise PictureError(_other(head, name))
     return kind
@@ -101,22 +101,22 @@ def _picture_kind(head: bytes) -> str | None:
     if PPM.match(head):
         return "PPM"
     known = next((kind for start, kind in PICTURES if head.startswith(start)), None)
-    return known or ("TGA" if _begins_like_tga(head) else None)
+    return known or ("TGA" if _may_be_tga(head) else None)
 
 
 def _still_kind(head: bytes) -> str | None:
-    """HEIF or AVIF, by the brands in an ISO media file's first box; None for a video and all else."""
+    """HEIF or AVIF, by the brands in the first box of an ISO media file; None for videos and others."""
     end = min(int.from_bytes(head[:4], "big"), len(head))
     brands = {head[place : place + 4] for place in (8, *range(16, end - 3, 4))}
     first = {head[8:12]}
-    looked_at = brands if first <= ANY_STILL_BRANDS else first
-    if looked_at & AVIF_BRANDS:
+    relevant = brands if first <= ANY_STILL_BRANDS else first
+    if relevant & AVIF_BRANDS:
         return "AVIF"
-    return "HEIF" if looked_at & (HEIC_BRANDS | ANY_STILL_BRANDS) else None
+    return "HEIF" if relevant & (HEIC_BRANDS | ANY_STILL_BRANDS) else None
 
 
-def _begins_like_tga(head: bytes) -> bool:
-    """TGA has no mark of its own, but little freedom in its header either."""
+def _may_be_tga(head: bytes) -> bool:
+    """Whether the header may be a TGA's. TGA has no signature, but few headers are valid."""
     if len(head) < 18:
         return False
     has_palette, kind, depth, flags = head[1], head[2], head[16], head[17]
@@ -130,12 +130,12 @@ def _begins_like_tga(head: bytes) -> bool:
 
 
 def _other(head: bytes, name: str) -> str:
-    """What a file that is no picture is."""
+    """The reason for a file that is not a picture."""
     if not head:
         return EMPTY
     suffix = _suffix(name)
     if known := next((reason for start, reason in OTHERS if head.startswith(start)), None):
-        return NAMES.get(suffix, known) if known == ARCHIVE else known  # .svgz, .kra: packed, but not an archive
+        return NAMES.get(suffix, known) if known == ARCHIVE else known  # .svgz, .kra
     if head[TAR_MARK] == b"ustar":
         return ARCHIVE
     if b"%PDF-" in head:
@@ -153,7 +153,7 @@ def _other(head: bytes, name: str) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    """UTF-8, UTF-16 with its mark, or any 8-bit text: without the control characters that binary files are full of."""
+    """Whether this is UTF-16 with a byte order mark, or text without the control characters of binary files."""
     if head.startswith(UTF_16):
         return True
     return not any(byte < 32 and byte not in b"\t\n\f\r\x1b" for byte in head)

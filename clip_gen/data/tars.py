@@ -1,6 +1,6 @@
-"""Tars of any compression, read once from front to back, with every unpacked byte counted.
+"""Reads a tar of any compression as a stream, and counts all unpacked bytes.
 
-tarfile trusts a header's sizes, keeps whole headers in memory, and takes a damaged tar for one that ends there.
+Python's tarfile trusts sizes in headers, keeps whole headers in memory, and takes damage for the end of the tar.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
-MAX_HEADER_BYTES = 2**20  # of one member, with all that belongs to it: long names, pax records
-MAX_XZ_MEMORY = 2**28  # four times what `xz -9` asks for
+MAX_HEADER_BYTES = 2**20  # of one member, with its long names and pax records
+MAX_XZ_MEMORY = 2**28  # four times what `xz -9` needs
 CHUNK = 2**16
 
 T = TypeVar("T")
@@ -24,16 +24,16 @@ T = TypeVar("T")
 def tar_files(
     stream: BinaryIO, count: Callable[[int], None]
 ) -> Iterator[tuple[tarfile.TarInfo, io.BufferedReader | None]]:
-    """Each member, and its content if it is a plain file, to be read before the next is asked for.
+    """Each member, and its content if it is a plain file. Read the content before the next member is requested.
 
-    `count` is told the size of every piece unpacked, headers and what is passed over included; it raises to stop.
-    Raises tarfile.TarError or OSError when the tar is damaged, cut off, or none.
+    count: called with the number of bytes of each read, headers and skipped content included; may raise to stop.
+    Raises tarfile.TarError or OSError if the tar is damaged or cut off, or if it is not a tar.
     """
     forward = _Forward(_decompressed(io.BufferedReader(stream)), count)
     tar = forward.header(lambda: tarfile.TarFile(fileobj=forward))
     while (member := forward.header(tar.next)) is not None:
         yield member, tar.extractfile(member) if member.isreg() and not member.issparse() else None
-        # Both would grow with the tar.
+        # tarfile would keep both for all members.
         tar.members.clear()
         tar.pax_headers.clear()
     if not forward.last or forward.last.strip(b"\0"):
@@ -52,23 +52,23 @@ def _decompressed(stream: io.BufferedReader) -> BinaryIO:
 
 
 class _Forward:
-    """What tarfile needs of a file, without the way back, which only a tar that lies would take."""
+    """A file for tarfile that only reads forward; only a malicious tar would seek back."""
 
     def __init__(self, stream: BinaryIO, count: Callable[[int], None]):
         self._stream, self._count = stream, count
         self._position = 0
-        self._left: int | None = None  # of the header that is being read
+        self._left: int | None = None  # bytes that the current header may still take
         self._stopped = False
         self.last = b""
 
     def header(self, read: Callable[[], T]) -> T:
-        """What `read` returns, which may take no more than MAX_HEADER_BYTES."""
+        """Calls `read`, which may read at most MAX_HEADER_BYTES."""
         self._left = MAX_HEADER_BYTES
         try:
             return read()
-        except RecursionError as error:  # tarfile calls itself for each extended header
+        except RecursionError as error:  # tarfile recurses for each extended header
             raise tarfile.ReadError("it has too many headers in a row") from error
-        except (ValueError, LookupError, OverflowError) as error:  # it takes any text in them for a number
+        except (ValueError, LookupError, OverflowError) as error:  # it parses any text in them as numbers
             if self._stopped:
                 raise
             raise tarfile.ReadError("a header in it makes no sense") from error
@@ -100,14 +100,14 @@ class _Forward:
         except (EOFError, zlib.error, lzma.LZMAError) as error:
             raise tarfile.ReadError(str(error)) from error
         self._position += len(data)
-        self._stopped = True  # and stays so if count raises
+        self._stopped = True  # stays True if count raises
         self._count(len(data))
         self._stopped = False
         return data
 
 
 class _Xz(io.RawIOBase):
-    """lzma.open with a bound on memory: an xz file may otherwise ask for 4 GiB."""
+    """lzma.open with a memory limit: an xz file may require 4 GiB."""
 
     def __init__(self, stream: BinaryIO):
         self._stream, self._decoder = stream, lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)

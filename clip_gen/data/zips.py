@@ -1,4 +1,4 @@
-"""Zips, Deflate64 included, within bounds: zipfile keeps any table of contents in memory, however long it is."""
+"""Zips, including Deflate64, with limits: Python's zipfile loads a table of contents of any length."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ from inflate64 import Inflater
 from clip_gen.data.limits import ArchiveError, Meter
 
 MAX_TABLE_BYTES = 2**28
-LINE_START = b"PK\1\2"  # begins each line of the table
-SMALL = 2**16  # bytes of content, or of a table with a thousand lines at most
+LINE_START = b"PK\1\2"  # of each entry in the table
+SMALL = 2**16  # bytes of content, or of a table with at most a thousand entries
 
-DEFLATE64 = 9  # Windows uses it for files over 2 GB
-# zipfile unpacks bzip2 and LZMA without bounds: a few KB into GBs of memory at one read.
+DEFLATE64 = 9  # used by Windows for files over 2 GB
+# zipfile unpacks bzip2 and LZMA without a limit: one read may turn a few KB into GBs.
 READ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, DEFLATE64)
-DEFLATE64_BYTES = 256  # at a time: they unpack to 8 MB at most, and inflate64 takes no bound
+DEFLATE64_BYTES = 256  # packed bytes at a time, since inflate64 has no output limit: they unpack to at most 8 MB
 
-# What zipfile raises on bytes that are not as they should be.
-ZIP_ERRORS = (
-    *(zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, LookupError, struct.error, zlib.error),
-)
+# What zipfile raises on damaged files.
+ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, LookupError, struct.error, zlib.error)
 
 
 @contextmanager
 def open_zip(source: Path, meter: Meter) -> Iterator[zipfile.ZipFile]:
-    """The zip, with its files counted by the meter; read their contents at most SMALL bytes at a time.
+    """Opens a zip and counts its entries. Read contents at most SMALL bytes at a time.
 
-    Raises zipfile.BadZipFile when it is damaged, cut off, or none.
+    Raises zipfile.BadZipFile if it is damaged or cut off, or if it is not a zip.
     """
     with _BoundedTable(source, meter) as file:
         try:
@@ -48,7 +46,7 @@ def open_zip(source: Path, meter: Meter) -> Iterator[zipfile.ZipFile]:
 
 
 class _BoundedTable(io.BufferedReader):
-    """A zip file that looks through its table of contents before zipfile makes an object of every line."""
+    """A zip file whose table of contents is checked before zipfile makes an object of each entry."""
 
     def __init__(self, source: Path, meter: Meter):
         super().__init__(io.FileIO(source))
@@ -65,16 +63,16 @@ class _BoundedTable(io.BufferedReader):
 
 
 def open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> io.BufferedIOBase:
-    """The content of a member packed by one of READ_METHODS; ZIP_ERRORS, now or on reading, when it is damaged."""
+    """The content of a member packed by one of READ_METHODS. Damage raises ZIP_ERRORS, now or on reading."""
     if member.compress_type != DEFLATE64:
         return archive.open(member)
-    packed = copy.copy(member)  # zipfile hands out the packed bytes of what it takes for stored
+    packed = copy.copy(member)  # as a stored member, so that zipfile returns the packed bytes
     packed.compress_type, packed.file_size, packed.CRC = zipfile.ZIP_STORED, member.compress_size, None
     return io.BufferedReader(_Deflate64(archive.open(packed), member.CRC))
 
 
 class _Deflate64(io.RawIOBase):
-    """Unpacks a Deflate64 stream piece by piece and compares its checksum."""
+    """Unpacks a Deflate64 stream in pieces and checks its checksum."""
 
     def __init__(self, packed: io.BufferedIOBase, checksum: int):
         self._packed, self._inflater, self._wanted = packed, Inflater(), checksum
