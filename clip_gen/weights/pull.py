@@ -29,8 +29,7 @@ class Published:
     """A file on the web."""
 
     url: str
-    sha256: str | None = None  # None: its publisher names none
-    sha256_start: str | None = None  # what a file's name tells of it, where no more is published
+    sha256: str | None = None  # or its first digits; None if none is published
 
     @property
     def name(self) -> str:
@@ -47,7 +46,7 @@ COCO = {
     "clip": CLIPS["ViT-B/32"],  # what the transformer was trained with; this copy of it has a known sha256
 }
 LPIPS = {
-    "vgg": Published("https://download.pytorch.org/models/vgg16-397923af.pth", sha256_start="397923af"),
+    "vgg": Published("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
     "linear": Published(
         "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",  # of the file in that repository
@@ -125,7 +124,7 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
         paths = {part: folder / file.name for part, file in files.items()}
         for part, file in files.items():
             address = f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url
-            fetch(address, paths[part], file.sha256 or file.sha256_start)
+            fetch(address, paths[part], file.sha256)
         try:
             yield paths
         except ValueError:

@@ -163,7 +163,7 @@ def lpips_server(lpips_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """Has the two files of LPIPS, whose known sha256 are of these."""
     files = {path.name: path.read_bytes() for path in lpips_files.iterdir()}
     vgg, linear = (hashlib.sha256(files[pull.LPIPS[part].name]).hexdigest() for part in ("vgg", "linear"))
-    monkeypatch.setitem(pull.LPIPS, "vgg", replace(pull.LPIPS["vgg"], sha256_start=vgg[:8]))
+    monkeypatch.setitem(pull.LPIPS, "vgg", replace(pull.LPIPS["vgg"], sha256=vgg[:8]))
     monkeypatch.setitem(pull.LPIPS, "linear", replace(pull.LPIPS["linear"], sha256=linear))
     monkeypatch.setattr(pull, "LPIPS_BYTES", 10**8)
     with bad_server(files) as server:
@@ -193,7 +193,7 @@ def test_pull_lpips_makes_one_small_folder_that_says_what_it_came_from_and_can_b
 @pytest.mark.parametrize(
     ("part", "change", "sentence"),
     [
-        ("vgg", {"sha256_start": "397923af"}, "wanted is one that starts with 397923af"),
+        ("vgg", {"sha256": "397923af"}, "wanted is one that starts with 397923af"),
         ("linear", {"sha256": "0" * 64}, "wanted is 0000"),
     ],
 )
@@ -247,10 +247,10 @@ def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
         assert known in row
     for file in pull.LPIPS.values():
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
-        assert f"`{file.sha256 or file.sha256_start}`" in row
+        assert f"`{file.sha256}`" in row
 
 
 def test_the_vgg_is_torchvisions_and_its_sha256_starts_as_its_name_says() -> None:
     file = pull.LPIPS["vgg"]
     assert file.url == VGG16_Weights.IMAGENET1K_V1.url
-    assert file.name == f"vgg16-{file.sha256_start}.pth"
+    assert file.name == f"vgg16-{file.sha256}.pth"

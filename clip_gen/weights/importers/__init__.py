@@ -1,2 +1,1 @@
-"""Other people's weights, converted once into our model folder: HFAiLab's CLIP-GEN, taming's VQGANs, OpenAI's CLIP,
-and LPIPS."""
+"""Converts published weights to model folders: HFAiLab's CLIP-GEN, taming's VQGANs, OpenAI's CLIP and LPIPS."""

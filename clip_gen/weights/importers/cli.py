@@ -19,23 +19,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     hfailab.add_argument("--vqgan", type=Path, required=True, help="vqgan_coco.pt")
     hfailab.add_argument("--gpt", type=Path, required=True, help="gpt_coco.pt")
     hfailab.add_argument("--clip", type=Path, help="clip_vit_b32.pt, or OpenAI's ViT-B-32.pt")
-    hfailab.add_argument("--heads", type=int, help="attention heads; else one for 64 channels, and four at least")
-    taming = formats.add_parser("taming", help="a VQGAN of taming-transformers: a base for stage 2")
+    hfailab.add_argument("--heads", type=int, help="attention heads; default: width / 64, at least 4")
+    taming = formats.add_parser("taming", help="a VQGAN of taming-transformers, to train stage 2 on")
     taming.add_argument("--config", type=Path, required=True, help="the YAML file beside the checkpoint")
-    taming.add_argument(
-        "--checkpoint", type=Path, required=True, help="of the VQGAN, or of a transformer that holds it"
-    )
+    taming.add_argument("--checkpoint", type=Path, required=True, help="of the VQGAN, or of a model with it inside")
     clip = formats.add_parser("clip", help="a CLIP of OpenAI or open_clip, into an existing model folder or a new one")
     clip.add_argument("--checkpoint", type=Path, required=True, help="OpenAI's file, or a state dict")
     for command in (hfailab, clip):
         command.add_argument(
             "--activation",
             choices=ACTIVATIONS,
-            help="that the CLIP was trained with: quick_gelu (OpenAI, the default) or gelu (most models of open_clip)",
+            help="activation function of the CLIP: quick_gelu (OpenAI, the default) or gelu (most models of open_clip)",
         )
     for command in (hfailab, taming, clip):
         command.add_argument("--out", type=Path, required=True, help="the model folder to write")
-        command.add_argument("--dtype", choices=DTYPES, help="of the parameters on disk; else as they were published")
+        command.add_argument("--dtype", choices=DTYPES, help="type of the parameters on disk; default: as published")
 
 
 def main(arguments: argparse.Namespace) -> None:

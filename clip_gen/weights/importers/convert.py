@@ -1,4 +1,4 @@
-"""Foreign weights to a model folder: converts, checks that the parts fit one another, writes all or nothing."""
+"""Converts foreign weights to a model folder, checks that the parts fit together, and writes it atomically."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def import_hfailab(
     dtype: torch.dtype | None = None,
     activation: str | None = None,
 ) -> None:
-    """HFAiLab's files to a model folder; without CLIP it lacks only that."""
+    """HFAiLab's files to a model folder. Without `clip` the folder is complete but for its CLIP."""
     check_model_folder(out)
     gpt_config, gpt_tensors = hfailab_gpt.convert_gpt(read_checkpoint(gpt), n_head, dtype)
     vqgan_config, vqgan_tensors, discriminator = hfailab_vqgan.convert_vqgan(
@@ -61,11 +61,11 @@ def import_hfailab(
 
 
 def import_taming(settings: Path, checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """A VQGAN of taming's to a model folder that holds it alone: a base to train a transformer on."""
+    """A VQGAN of taming's to a model folder without transformer and CLIP, to train a transformer on."""
     check_model_folder(out)
     vqgan_config = taming.read_vqgan_config(settings)
-    found = read_checkpoint(checkpoint, inside=taming.FIRST_STAGE)
-    vqgan_tensors, discriminator = taming.convert_vqgan(found, vqgan_config, dtype)
+    content = read_checkpoint(checkpoint, inside=taming.FIRST_STAGE)
+    vqgan_tensors, discriminator = taming.convert_vqgan(content, vqgan_config, dtype)
     gpt_config = GPTConfig(block_size=vqgan_config.grid**2, codebook_size=vqgan_config.codebook_size)
     config = ModelConfig(name=out.resolve().name, vqgan=vqgan_config, gpt=gpt_config)
     parts = {"vqgan": vqgan_tensors, "discriminator": discriminator}
@@ -73,9 +73,9 @@ def import_taming(settings: Path, checkpoint: Path, out: Path, dtype: torch.dtyp
 
 
 def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, activation: str | None = None) -> None:
-    """A CLIP into a model folder, which is made where there is none.
+    """Adds a CLIP to a model folder, or to a new one.
 
-    activation: "quick_gelu" or "gelu"; None takes OpenAI's quick_gelu, with a warning when the file is not OpenAI's.
+    activation: "quick_gelu" or "gelu". None: OpenAI's quick_gelu, with a warning if the file is not OpenAI's.
     """
     check_model_folder(out)
     config = load_config(out) if (out / CONFIG).exists() else ModelConfig(name=out.resolve().name)
@@ -90,14 +90,13 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, a
     config = replace(config, clip=clip_config, gpt=replace(config.gpt, embed_dim=new))
     before = record.get("imported")
     record["imported"] = (before if isinstance(before, dict) else {}) | _origins({"clip": checkpoint}, "openai")
-    # The bridge's means are of the CLIP that was there.
+    # The bridge has the mean embeddings of the previous CLIP.
     kept = [path for path in out.glob("*.safetensors") if old == new or path.name != "bridge.safetensors"]
     _write(out, config, {"clip": tensors}, record, kept)
 
 
 def _read_clip(path: Path, dtype: torch.dtype | None, activation: str | None) -> tuple[ClipConfig, dict[str, Tensor]]:
-    found = openai_clip.read_clip(path)
-    return openai_clip.convert_clip(found, dtype, openai_clip.chosen_activation(path, activation))
+    return openai_clip.convert_clip(openai_clip.read_clip(path), dtype, openai_clip.chosen_activation(path, activation))
 
 
 def _write(
@@ -107,7 +106,7 @@ def _write(
     record: dict[str, object],
     kept: Collection[Path] = (),
 ) -> None:
-    """A model folder of these parts, and of those files that are kept and not in them."""
+    """Writes a model folder with these parts, and with the kept files that no part replaces."""
     try:
         config.check()
     except ValueError as error:
@@ -126,7 +125,7 @@ def _write(
 def _link_or_copy(path: Path, other: Path) -> None:
     try:
         os.link(path, other)
-    except OSError:  # not every disk can
+    except OSError:  # not all file systems support links
         shutil.copyfile(path, other)
 
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from clip_gen.config import GPTConfig
 from clip_gen.networks.gpt import GPT
-from clip_gen.weights.importers.state_dict import REMEDY, Foreign, Source, planned, weight_and_bias
+from clip_gen.weights.importers.state_dict import REMEDY, Checkpoint, Source, on_meta, weight_and_bias
 
-HEAD_SIZE = 64  # of the published transformers; the shapes do not tell
+HEAD_SIZE = 64  # of the published transformers; cannot be inferred from shapes
 MIN_HEADS = 4
 
-# Ours on the left, theirs on the right.
+# Our names to theirs.
 NAMES = {"condition": "cond_proj", "ln_f": "norm", "head": "head"}
 BLOCK_NAMES = {
     "ln_1": "norm1",
@@ -24,34 +24,33 @@ BLOCK_NAMES = {
 
 
 def convert_gpt(
-    found: Foreign, n_head: int | None = None, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint, n_head: int | None = None, dtype: torch.dtype | None = None
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Sizes and tensors of our transformer; n_head where it is not 64 channels a head, and four heads at least."""
-    width = found.size("tok_emb.weight", 1)
+    """Sizes and tensors of our transformer. n_head: default width / HEAD_SIZE, at least MIN_HEADS."""
+    width = checkpoint.size("tok_emb.weight", 1)
     config = GPTConfig(
-        n_layer=found.count("blocks."),
+        n_layer=checkpoint.count("blocks."),
         n_head=n_head or max(MIN_HEADS, width // HEAD_SIZE),
         n_embd=width,
-        block_size=found.size("pos_emb", 1),
-        codebook_size=found.size("tok_emb.weight"),
-        embed_dim=found.size("cond_proj.weight", 1),
+        block_size=checkpoint.size("pos_emb", 1),
+        codebook_size=checkpoint.size("tok_emb.weight"),
+        embed_dim=checkpoint.size("cond_proj.weight", 1),
         head_bias=True,
         null_condition=False,
     )
     if config.n_embd % config.n_head:
         raise ValueError(f"--heads is {config.n_head}, which does not divide the transformer's width, {config.n_embd}")
     masks = {f"blocks.{i}.mask" for i in range(config.n_layer)}
-    _check_masks(found, masks, config.block_size)
-    rest = Foreign(found.path, {name: tensor for name, tensor in found.tensors.items() if name not in masks})
-    network = planned(lambda: GPT(config), found.path)
-    return config, rest.converted(network, gpt_sources(config.n_layer), dtype)
+    _check_masks(checkpoint, masks, config.block_size)
+    network = on_meta(lambda: GPT(config), checkpoint.path)
+    return config, checkpoint.without(*masks).converted(network, gpt_sources(config.n_layer), dtype)
 
 
 def gpt_sources(n_layer: int) -> dict[str, Source]:
-    """Theirs for each of ours."""
+    """Sources of all our tensors."""
     sources = {
         "token_embedding.weight": Source("tok_emb.weight"),
-        "position_embedding.weight": Source("pos_emb", framed=True),
+        "position_embedding.weight": Source("pos_emb", leading_one=True),
     }
     for ours, theirs in NAMES.items():
         sources |= weight_and_bias(ours, theirs)
@@ -64,10 +63,10 @@ def gpt_sources(n_layer: int) -> dict[str, Source]:
     return sources
 
 
-def _check_masks(found: Foreign, names: set[str], length: int) -> None:
-    """Ours has no mask to load: it is causal, so theirs must be too."""
+def _check_masks(checkpoint: Checkpoint, names: set[str], length: int) -> None:
+    """ValueError unless their masks are causal, as ours always is."""
     for name in sorted(names):
-        mask = found.find(name)
-        # True where a position may not look.
+        mask = checkpoint.find(name)
+        # True: not attended to.
         if mask.shape != (length, length) or not torch.equal(mask, torch.ones_like(mask, dtype=torch.bool).triu(1)):
-            raise ValueError(f"{found.path}: {name} is not a causal mask of {length} positions; {REMEDY}")
+            raise ValueError(f"{checkpoint.path}: {name} is not a causal mask of {length} positions; {REMEDY}")

@@ -1,7 +1,7 @@
-"""HFAiLab's published VQGAN: taming's in order of execution, with a few differences.
+"""HFAiLab's published VQGAN. It is taming's, but its layers are numbered in order of execution.
 
-Its attention is nn.MultiheadAttention of one head where taming has convolutions, its group norms have torch's eps, and
-the convolutions around the codebook belong to the encoder and the decoder.
+Its attention is nn.MultiheadAttention with one head instead of convolutions, its group norms have torch's eps, and the
+convolutions around the codebook are in the encoder and the decoder.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from clip_gen.config import VQGANConfig
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.weights.importers.discriminator import convert_discriminator
-from clip_gen.weights.importers.state_dict import Foreign, Source, planned, weight_and_bias
+from clip_gen.weights.importers.state_dict import Checkpoint, Source, convert_discriminator, on_meta, weight_and_bias
 
 NORM_EPS = 1e-5
 
-# Ours on the left, theirs on the right.
+# Our names to theirs.
 RESNET_NAMES = {
     "norm1": "block.0",
     "conv1": "block.2",
@@ -49,34 +48,34 @@ class Level:
 
 
 def convert_vqgan(
-    found: Foreign, tokens: int, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint, tokens: int, dtype: torch.dtype | None = None
 ) -> tuple[VQGANConfig, dict[str, Tensor], dict[str, Tensor]]:
-    """Sizes and tensors of our VQGAN for pictures of `tokens` tokens, and its discriminator's tensors."""
-    levels = encoder_levels(found)
+    """Sizes and tensors of our VQGAN for pictures of `tokens` tokens, and the tensors of its discriminator."""
+    levels = encoder_levels(checkpoint)
     side = math.isqrt(tokens) * 2 ** (len(levels) - 1)
-    channels = found.size("encoder.conv_in.weight")
+    channels = checkpoint.size("encoder.conv_in.weight")
     config = VQGANConfig(
         resolution=side,
         ch=channels,
         ch_mult=tuple(level.channels // channels for level in levels),
         num_res_blocks=levels[0].resnets,
         attn_resolutions=tuple(side // 2**i for i, level in enumerate(levels) if level.attends),
-        z_channels=found.size("encoder.final.2.weight"),
+        z_channels=checkpoint.size("encoder.final.2.weight"),
         norm_eps=NORM_EPS,
         quantizer="taming",
-        codebook_size=found.size("quantizer.embedding.weight"),
-        codebook_dim=found.size("quantizer.embedding.weight", 1),
+        codebook_size=checkpoint.size("quantizer.embedding.weight"),
+        codebook_dim=checkpoint.size("quantizer.embedding.weight", 1),
     )
-    network = planned(lambda: VQGAN(config), found.path)
-    tensors = found.without("discriminator.").converted(network, vqgan_sources(config), dtype)
-    return config, tensors, convert_discriminator(found.under("discriminator."), "features.", "head.")
+    network = on_meta(lambda: VQGAN(config), checkpoint.path)
+    tensors = checkpoint.without("discriminator.").converted(network, vqgan_sources(config), dtype)
+    return config, tensors, convert_discriminator(checkpoint.under("discriminator."), "features.", "head.")
 
 
-def encoder_levels(found: Foreign) -> list[Level]:
-    """What the list encoder.down tells: it halves the picture at each layer that is a lone convolution."""
+def encoder_levels(checkpoint: Checkpoint) -> list[Level]:
+    """The levels in the list encoder.down, where a single convolution halves the resolution and ends a level."""
     levels, channels, resnets, attends = [], 0, 0, False
-    down = found.under("encoder.down.")
-    for i in range(found.count("encoder.down.")):
+    down = checkpoint.under("encoder.down.")
+    for i in range(checkpoint.count("encoder.down.")):
         kind = next((name.split(".")[1] for name in down.tensors if name.startswith(f"{i}.")), None)
         if kind == "conv":
             levels.append(Level(channels, resnets, attends))
@@ -89,7 +88,7 @@ def encoder_levels(found: Foreign) -> list[Level]:
 
 
 def vqgan_sources(config: VQGANConfig) -> dict[str, Source]:
-    """Theirs for each of ours. Both sides' layers in order of execution: theirs are numbered in it, ours by level."""
+    """Sources of all our tensors, found by going through the layers in order of execution."""
     sources = {"quantizer.quantize.embedding.weight": Source("quantizer.embedding.weight")}
     for ours, theirs in NAMES.items():
         sources |= weight_and_bias(ours, theirs)
@@ -103,16 +102,16 @@ def vqgan_sources(config: VQGANConfig) -> dict[str, Source]:
 
 
 def _down(config: VQGANConfig) -> list[str]:
-    """Our names of the encoder's layers as they are run."""
+    """Our names of the encoder's layers, in order of execution."""
     layers = []
     for level in range(len(config.ch_mult)):
         layers += _level(f"encoder.down.{level}", config, config.num_res_blocks, level)
         layers.append(f"encoder.down.{level}.downsample")
-    return layers[:-1]  # the last level halves nothing
+    return layers[:-1]  # the last level has no downsample
 
 
 def _up(config: VQGANConfig) -> list[str]:
-    """Our names of the decoder's layers as they are run."""
+    """Our names of the decoder's layers, in order of execution."""
     layers = []
     for level in reversed(range(len(config.ch_mult))):
         layers += _level(f"decoder.up.{level}", config, config.num_res_blocks + 1, level)
@@ -140,11 +139,11 @@ def _resnet(ours: str, theirs: str) -> dict[str, Source]:
 
 
 def _attention(ours: str, theirs: str) -> dict[str, Source]:
-    """One matrix of queries, keys and values to three convolutions of one pixel."""
+    """One matrix of queries, keys and values to three 1x1 convolutions."""
     sources = weight_and_bias(f"{ours}.norm", f"{theirs}.norm")
     for part, name in enumerate("qkv"):
-        sources[f"{ours}.{name}.weight"] = Source(f"{theirs}.attn.in_proj_weight", part, of=3, trimmed=2)
+        sources[f"{ours}.{name}.weight"] = Source(f"{theirs}.attn.in_proj_weight", part, of=3, trailing_ones=2)
         sources[f"{ours}.{name}.bias"] = Source(f"{theirs}.attn.in_proj_bias", part, of=3)
-    sources[f"{ours}.proj_out.weight"] = Source(f"{theirs}.attn.out_proj.weight", trimmed=2)
+    sources[f"{ours}.proj_out.weight"] = Source(f"{theirs}.attn.out_proj.weight", trailing_ones=2)
     sources[f"{ours}.proj_out.bias"] = Source(f"{theirs}.attn.out_proj.bias")
     return sources

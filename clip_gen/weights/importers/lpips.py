@@ -1,4 +1,4 @@
-"""LPIPS of two published files, torchvision's VGG-16 and the linear layers learnt on it, to one folder of ours."""
+"""LPIPS from two published files, torchvision's VGG-16 and LPIPS's linear layers, to one folder."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from clip_gen.files import atomic_folder, check_replaceable
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.weights.importers.reader import origin, read_checkpoint
-from clip_gen.weights.importers.state_dict import Foreign, Source, planned
+from clip_gen.weights.importers.state_dict import Checkpoint, Source, on_meta
 from clip_gen.weights.model_folder import write_part
 
 log = logging.getLogger(__name__)
 
 WEIGHTS, RECORD = "lpips.safetensors", "lpips.json"
-# What makes classes of a VGG's features, which LPIPS stops before.
+# The layers of VGG-16 that LPIPS does not use.
 CLASSIFIER = [f"classifier.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")]
 
 
 def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype: torch.dtype) -> None:
-    """Both files to a folder with the network's weights in `dtype`, and where they came from, all or nothing.
+    """Writes a folder with the weights in `dtype` and a record of their origin, atomically.
 
-    urls: where "vgg" and "linear" are published, for the record. ValueError that names the file, and the key that does
-    not fit.
+    urls: where "vgg" and "linear" are published, for the record. ValueError with the file and the key that is wrong.
     """
     check_lpips_folder(out)
     tensors = convert_lpips(read_checkpoint(vgg), read_checkpoint(linear), dtype)
@@ -39,7 +38,7 @@ def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype
 
 
 def check_lpips_folder(out: Path) -> None:
-    """ValueError when something else than LPIPS would be lost."""
+    """ValueError unless the folder is new, empty or an LPIPS folder, which may be replaced."""
     check_replaceable(out, "LPIPS folder", (WEIGHTS, RECORD), _has_record)
 
 
@@ -50,14 +49,12 @@ def _has_record(folder: Path) -> bool:
         return False
 
 
-def convert_lpips(vgg: Foreign, linear: Foreign, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of FrozenLPIPS, of both files; ValueError naming a key that is missing, misshapen or
-    unknown."""
-    network = planned(FrozenLPIPS, vgg.path)
-    features = Foreign(vgg.path, {name: tensor for name, tensor in vgg.tensors.items() if name not in CLASSIFIER})
-    # A layer's number among the VGG's features is its name inside our slice.
-    places = {ours: Source(f"features.{ours.partition('.')[2]}") for ours in network.net.state_dict()}
-    convolutions = features.converted(network.net, places, dtype)
+def convert_lpips(vgg: Checkpoint, linear: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of FrozenLPIPS. ValueError with a key that is missing, unexpected or of another shape."""
+    network = on_meta(FrozenLPIPS, vgg.path)
+    # Our layers, inside slices, have the numbers of VGG's features.
+    sources = {ours: Source(f"features.{ours.partition('.')[2]}") for ours in network.net.state_dict()}
+    convolutions = vgg.without(*CLASSIFIER).converted(network.net, sources, dtype)
     layers = nn.ModuleDict({name: layer for name, layer in network.named_children() if name.startswith("lin")})
     weights = linear.converted(layers, {name: Source(name) for name in layers.state_dict()}, dtype)
     return {f"net.{name}": tensor for name, tensor in convolutions.items()} | weights

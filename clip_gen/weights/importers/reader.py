@@ -1,7 +1,7 @@
-"""Foreign checkpoint files to tensors by name, without running anything in them.
+"""Reads the tensors of foreign checkpoint files without running code in them.
 
-The one exception is TorchScript, whose code PyTorch runs while it loads an archive: it is loaded only when the file's
-sha256 is one that the caller names.
+PyTorch runs the code in a TorchScript archive while it loads it. So an archive is loaded only if its SHA-256 is in a
+list of the caller's.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ from torch import Tensor
 from torch._weights_only_unpickler import get_globals_in_pkl
 
 from clip_gen.files import is_web_page, sha256_of
-from clip_gen.weights.importers.state_dict import Foreign
+from clip_gen.weights.importers.state_dict import Checkpoint
 
 log = logging.getLogger(__name__)
 
-WRAPPERS = ("state_dict", "model")  # under which a training keeps its tensors: Lightning's name, HFAiLab's
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning modules
-AVERAGES = "model_ema."  # the moving averages of a training, under the parameters' names without their dots
-COUNTERS = ("decay", "num_updates")  # beside these averages
-AVERAGED = "n_averaged"  # a counter of torch's AveragedModel, whose other keys begin with module.
-# A discriminator is trained further, from its raw weights; LPIPS has none.
+WRAPPERS = ("state_dict", "model")  # keys of the state dict in checkpoints of Lightning and HFAiLab
+PREFIXES = ("module.", "_orig_mod.", "model.")  # added by DataParallel, torch.compile and Lightning
+AVERAGES = "model_ema."  # prefix of moving averages, whose names are the parameters' without dots
+COUNTERS = ("decay", "num_updates")  # among the averages, but not averages
+AVERAGED = "n_averaged"  # a counter of torch's AveragedModel
+# Discriminators are trained further from their raw weights; LPIPS has no averages.
 NEVER_AVERAGED = ("loss.", "discriminator.")
-MAX_SCRIPT_BYTES = 2 * 10**9  # OpenAI's largest archive has 1.3 GB
+MAX_SCRIPT_BYTES = 2 * 10**9  # OpenAI's largest has 1.3 GB
 AGAIN = "download it again"
 
-# What a damaged or hostile file can make the restricted unpickler raise.
+# What the restricted unpickler raises on damaged and hostile files.
 UNREADABLE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, OSError, EOFError, RuntimeError, ValueError),
     *(TypeError, LookupError, AttributeError, AssertionError, UnicodeError, OverflowError, MemoryError),
 )
 
 
-def read_checkpoint(path: Path, inside: str = "", scripts: Collection[str] = ()) -> Foreign:
-    """The tensors of a file of torch.save or safetensors, memory-mapped where they can be.
+def read_checkpoint(path: Path, inside: str = "", scripts: Collection[str] = ()) -> Checkpoint:
+    """The tensors of a file of torch.save or safetensors, memory-mapped if possible.
 
-    They may lie at the top, or under a name of WRAPPERS. Prefixes that wrappers of networks add are cut off, and moving
-    averages take the place of the raw weights; the log says so.
-    inside: a prefix whose tensors alone are wanted, where there are such. scripts: the sha256 of every TorchScript
-    archive that may be loaded. ValueError, in one sentence with the remedy, when the file cannot be used.
+    The tensors may be at the top level or under one of WRAPPERS. Prefixes of wrapper modules are removed, and moving
+    averages replace the raw weights; both are logged.
+    inside: if the file has tensors with this prefix, only those are returned. scripts: SHA-256 of the TorchScript
+    archives that may be loaded. ValueError if the file cannot be used.
     """
-    check_there(path)
-    found = _without_prefixes(Foreign(path, _named_tensors(path, _content(path, scripts))))
-    part = found.under(inside) if inside else Foreign(path, {})
+    check_file(path)
+    checkpoint = _without_prefixes(Checkpoint(path, _named_tensors(path, _content(path, scripts))))
+    part = checkpoint.under(inside) if inside else Checkpoint(path, {})
     if part.tensors:
-        log.info(f"{path}: takes {inside}* and leaves out {len(found.tensors) - len(part.tensors)} other tensors")
-        found = part
-    return _averaged(found)
+        log.info(f"{path}: takes {inside}* and leaves out {len(checkpoint.tensors) - len(part.tensors)} other tensors")
+        checkpoint = part
+    return _averaged(checkpoint)
 
 
-def check_there(path: Path) -> None:
+def check_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give the checkpoint file in it")
     if not path.is_file():
@@ -70,15 +70,15 @@ def check_there(path: Path) -> None:
 
 
 def origin(path: Path) -> dict[str, object]:
-    """What training.json says of a file that weights came from."""
+    """The entry in training.json about a file that weights came from."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _content(path: Path, scripts: Collection[str]) -> object:
-    """What the file holds, its unknown classes replaced by inert ones."""
+    """The content of the file, with unknown classes replaced by inert ones."""
     with path.open("rb") as file:
         head = file.read(512)
-    if head[5:9] == b"\0\0\0{":  # the last bytes of the header's length, and the header
+    if head[5:9] == b"\0\0\0{":  # safetensors: end of the header's length, and the JSON header
         load = load_file
     elif head.startswith(b"PK"):
         load = _load_zip
@@ -89,14 +89,14 @@ def _content(path: Path, scripts: Collection[str]) -> object:
         load = _load_legacy
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are for programmers of torch
+            warnings.simplefilter("ignore")  # for developers, not for users
             return load(path)
     except UNREADABLE as error:
         raise ValueError(f"{path}: {_reason(error)}") from error
 
 
 def _check_head(path: Path, head: bytes) -> None:
-    """ValueError when the beginning of the file shows that it is no checkpoint."""
+    """ValueError if the first bytes show that the file is not a checkpoint."""
     if not head:
         raise ValueError(f"{path}: is empty; {AGAIN}")
     if is_web_page(head):
@@ -114,7 +114,7 @@ def _check_head(path: Path, head: bytes) -> None:
 
 
 def _checked_zip(path: Path) -> bool:
-    """Whether a zip archive is TorchScript; ValueError when it is no checkpoint."""
+    """Whether a zip archive is TorchScript; ValueError if it is not a checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -127,7 +127,7 @@ def _checked_zip(path: Path) -> bool:
 
 
 def _load_script(path: Path, scripts: Collection[str]) -> dict[str, Tensor]:
-    # The bytes whose sha256 is compared are the bytes that are loaded: the file may change meanwhile.
+    # Hash and load the same bytes: the file may change meanwhile.
     content = path.read_bytes() if path.stat().st_size < MAX_SCRIPT_BYTES else b""
     if hashlib.sha256(content).hexdigest() not in scripts:
         raise ValueError(
@@ -152,17 +152,17 @@ def _load_zip(path: Path) -> object:
 
 
 def _load_legacy(path: Path) -> object:
-    """The format of torch before 1.6: a magic number, a version, facts of the machine, the content, the numbers."""
+    """Loads the format of torch before 1.6: four pickles, of which the last is the content, and the numbers."""
     with path.open("rb") as file:
         names = {name for _ in range(4) for name in get_globals_in_pkl(file)}
-    # Names that torch allows keep their meaning: it looks among the stand-ins last.
+    # torch looks up its own allowed names first, so these keep their meaning.
     with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
         return torch.load(str(path), map_location="cpu", weights_only=True)
 
 
 def _stand_in(name: str) -> type:
-    """An inert class in the place of one that a checkpoint asks for: takes anything, does nothing, keeps nothing."""
-    # The unpickler fills only true dicts, and refuses to go on where it cannot.
+    """An inert class to replace one that a checkpoint names: accepts all arguments and does nothing."""
+    # The unpickler fails unless it can fill a real dict.
     mapping = name.lower().endswith("dict")
 
     class StandIn:
@@ -179,7 +179,7 @@ def _stand_in(name: str) -> type:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be read, and what to do, without the words that torch has for its own users."""
+    """Why a file cannot be read, and what to do. torch's own messages address developers."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return f"asks for more memory than this machine has; it is damaged ({AGAIN}), or needs a larger machine"
     refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -195,7 +195,7 @@ def _reason(error: Exception) -> str:
 
 
 def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
-    """The tensors in what a file holds; ValueError when it is something else."""
+    """The state dict in the content of a file; ValueError if there is none."""
     if isinstance(content, dict):
         groups = [name for name, value in content.items() if isinstance(value, dict)]
         wrapper = next((name for name in WRAPPERS if name in groups), None)
@@ -223,36 +223,36 @@ def _all_tensors(group: dict) -> bool:
     return bool(group) and all(isinstance(value, Tensor) for value in group.values())
 
 
-def _without_prefixes(found: Foreign) -> Foreign:
-    """Without the prefixes that wrappers of networks put before every name."""
-    cut = Foreign(found.path, {n: tensor for n, tensor in found.tensors.items() if n != AVERAGED}, found.prefix)
+def _without_prefixes(checkpoint: Checkpoint) -> Checkpoint:
+    """Removes the prefixes that wrapper modules add to all names."""
+    cut = checkpoint.without(AVERAGED)
     while cut.tensors:
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in cut.tensors)), None)
         if prefix is None:
             break
         cut = cut.under(prefix)
-    if cut.prefix == found.prefix:
-        return found
-    log.info(f"{found.path}: the prefix {cut.prefix} of every key is left out")
+    if cut.prefix == checkpoint.prefix:
+        return checkpoint
+    log.info(f"{checkpoint.path}: the prefix {cut.prefix} of every key is left out")
     return cut
 
 
-def _averaged(found: Foreign) -> Foreign:
-    """With the moving averages that the file has in the place of the raw weights."""
-    averages = {n: t for n, t in found.under(AVERAGES).tensors.items() if n not in COUNTERS}
+def _averaged(checkpoint: Checkpoint) -> Checkpoint:
+    """Replaces raw weights by their moving averages, if the file has them."""
+    averages = {n: t for n, t in checkpoint.under(AVERAGES).tensors.items() if n not in COUNTERS}
     if not averages:
-        return found
-    raw = _without_prefixes(found.without(AVERAGES))
-    cut = raw.prefix.removeprefix(found.prefix)  # which the averages' names may have or not
+        return checkpoint
+    raw = _without_prefixes(checkpoint.without(AVERAGES))
+    cut = raw.prefix.removeprefix(checkpoint.prefix)  # the averages' names may contain it
     names = {(prefix + name).replace(".", ""): name for prefix in ("", cut) for name in raw.tensors}
     tensors, used = dict(raw.tensors), 0
     for theirs, tensor in averages.items():
         name = names.get(theirs.removeprefix("module.").replace(".", ""))
         if name is None:
             raise ValueError(
-                f"{found.path}: {AVERAGES}{theirs} is the average of no key in the file; give the whole checkpoint"
+                f"{checkpoint.path}: {AVERAGES}{theirs} is the average of no key in the file; give the whole checkpoint"
             )
         if not name.startswith(NEVER_AVERAGED):
             tensors[name], used = tensor, used + 1
-    log.info(f"{found.path}: takes the moving averages ({AVERAGES}*) of {used} tensors, not their raw weights")
-    return Foreign(found.path, tensors, raw.prefix)
+    log.info(f"{checkpoint.path}: takes the moving averages ({AVERAGES}*) of {used} tensors, not their raw weights")
+    return Checkpoint(checkpoint.path, tensors, raw.prefix)

@@ -1,4 +1,4 @@
-"""Foreign tensors, renamed and converted key by key."""
+"""Tensors of foreign checkpoints, renamed and converted to those of our networks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from clip_gen.networks.discriminator import build_discriminator, discriminator_layers
 from clip_gen.weights.model_folder import all_finite, narrowed
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -20,80 +21,80 @@ REMEDY = "give the whole checkpoint, of the format and the network that this com
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our tensors comes from."""
+    """The foreign tensor, or the part of it, that becomes one of our tensors."""
 
     name: str
     part: int = 0
-    of: int = 1  # theirs holds this many of ours, one after the other
-    trimmed: int = 0  # theirs lacks so many of our last sizes, all of them one
-    framed: bool = False  # theirs has one more size, a one in front
+    of: int = 1  # the foreign tensor is this many of ours, concatenated
+    trailing_ones: int = 0  # our last dimensions of size one, which the foreign tensor lacks
+    leading_one: bool = False  # the foreign tensor has one more dimension in front, of size one
 
     def shape(self, ours: torch.Size) -> tuple[int, ...]:
-        """The shape theirs must have."""
-        sizes = ours[: len(ours) - self.trimmed]
+        """The shape that the foreign tensor must have."""
+        sizes = ours[: len(ours) - self.trailing_ones]
         whole = (sizes[0] * self.of, *sizes[1:]) if sizes else ()
-        return (1, *whole) if self.framed else whole
+        return (1, *whole) if self.leading_one else whole
 
     def take(self, theirs: Tensor, ours: torch.Size) -> Tensor:
         return theirs.reshape(self.of, *ours)[self.part]
 
 
 def weight_and_bias(ours: str, theirs: str) -> dict[str, Source]:
-    """Of a layer that is the same on both sides."""
+    """Sources of a layer that only has another name."""
     return {f"{ours}.{kind}": Source(f"{theirs}.{kind}") for kind in ("weight", "bias")}
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A checkpoint's tensors by their own names."""
+class Checkpoint:
+    """The tensors of a foreign checkpoint, by its names."""
 
     path: Path
     tensors: dict[str, Tensor]
-    prefix: str = ""  # already cut off the names, put back in what users read
+    prefix: str = ""  # removed from the names; shown in messages
 
     def find(self, name: str) -> Tensor:
-        """ValueError that names the key when it is not there."""
+        """A tensor; ValueError if it is missing."""
         if name not in self.tensors:
             kept = f", only others such as {self.prefix}{min(self.tensors)}" if self.tensors else ""
             raise ValueError(f"{self.path}: has no key {self.prefix}{name}{kept}; {REMEDY}")
         return self.tensors[name]
 
     def size(self, name: str, axis: int = 0) -> int:
-        """One size of a tensor, from which a network's sizes are inferred."""
+        """One size of a tensor; ValueError if it is missing or zero."""
         shape = tuple(self.find(name).shape)
         if not -len(shape) <= axis < len(shape) or shape[axis] == 0:
             raise ValueError(f"{self.path}: {self.prefix}{name} has shape {shape}; {REMEDY}")
         return shape[axis]
 
     def count(self, beginning: str) -> int:
-        """How many different words follow this beginning, up to the next dot: the layers of a list."""
+        """Number of layers in a list: of different words between this beginning and the next dot."""
         cut = len(beginning)
         return len({name[cut:].split(".")[0] for name in self.tensors if name.startswith(beginning)})
 
-    def under(self, prefix: str) -> Foreign:
-        """Those whose names begin so, without the beginning."""
+    def under(self, prefix: str) -> Checkpoint:
+        """The tensors with this prefix, which is removed."""
         inside = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
-        return Foreign(self.path, inside, self.prefix + prefix)
+        return Checkpoint(self.path, inside, self.prefix + prefix)
 
-    def without(self, *prefixes: str) -> Foreign:
+    def without(self, *prefixes: str) -> Checkpoint:
         left = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(prefixes)}
-        return Foreign(self.path, left, self.prefix)
+        return Checkpoint(self.path, left, self.prefix)
 
     def converted(
         self, network: nn.Module, sources: dict[str, Source], dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """The network's tensors, made of these; its parameters in `dtype`, or in their own.
+        """The network's tensors; parameters in `dtype`, or in their own type if it is None.
 
-        ValueError naming the key that is missing, of another shape, left over, or has numbers out of range.
+        ValueError with the key that is missing, unexpected, of another shape, or out of range.
         """
         made = {}
         for ours, wanted in network.state_dict().items():
             source = sources[ours]
-            found, shape = self.find(source.name), source.shape(wanted.shape)
-            if found.shape != shape:
+            checkpoint, shape = self.find(source.name), source.shape(wanted.shape)
+            if checkpoint.shape != shape:
                 name = f"{self.path}: {self.prefix}{source.name}"
-                raise ValueError(f"{name} has shape {tuple(found.shape)}, wanted is {shape}; {REMEDY}")
-            made[ours] = source.take(found, wanted.shape)
+                raise ValueError(f"{name} has shape {tuple(checkpoint.shape)}, wanted is {shape}; {REMEDY}")
+            made[ours] = source.take(checkpoint, wanted.shape)
         left = sorted(set(self.tensors) - {sources[ours].name for ours in made})
         if left:
             raise ValueError(f"{self.path}: has an unexpected key {self.prefix}{left[0]}; {REMEDY}")
@@ -109,11 +110,29 @@ class Foreign:
             ) from error
 
 
-def planned(build: Callable[[], Network], path: Path, remedy: str = REMEDY) -> Network:
-    """The network's names and shapes without its memory; ValueError when the sizes in that file make none."""
+def on_meta(build: Callable[[], Network], path: Path, remedy: str = REMEDY) -> Network:
+    """The network on the meta device, for its names and shapes. ValueError if the file's sizes describe none."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tensors without elements: the shapes will not fit
+            warnings.simplefilter("ignore")  # about empty tensors, whose shapes will not fit
             return build()
     except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError, LookupError) as error:
         raise ValueError(f"{path}: its sizes describe no network ({error}); {remedy}") from error
+
+
+def convert_discriminator(checkpoint: Checkpoint, body: str, head: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a VQGAN's discriminator under taming's names, `main.<i>...`; empty if the checkpoint has none.
+
+    body: the checkpoint's name of the list of layers. head: its name of the last layer, if that is not in the list.
+    """
+    if not checkpoint.tensors:
+        return {}
+    layers = discriminator_layers(checkpoint.tensors)
+    channels = checkpoint.size(f"{body}0.weight")
+    network = on_meta(lambda: build_discriminator(channels, layers), checkpoint.path)
+    last = f"main.{3 * layers + 2}."
+    sources = {}
+    for name in network.state_dict():
+        theirs = head + name.removeprefix(last) if head and name.startswith(last) else body + name.removeprefix("main.")
+        sources[name] = Source(theirs)
+    return checkpoint.converted(network, sources)

@@ -1,4 +1,4 @@
-"""VQGANs of taming-transformers and latent-diffusion: a Lightning checkpoint and the YAML file beside it."""
+"""VQGANs of taming-transformers and latent-diffusion: a Lightning checkpoint and its YAML file."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from torch import Tensor
 
 from clip_gen.config import MAX_LAYERS, MAX_SIZE, VQGANConfig, read_settings
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.weights.importers.discriminator import convert_discriminator
-from clip_gen.weights.importers.state_dict import Foreign, Source, planned
+from clip_gen.weights.importers.state_dict import Checkpoint, Source, convert_discriminator, on_meta
 
-# Their class, the quantiser we give it. The second and third are the first without its discriminator.
+# Their class: our quantiser. The second and third class are the first without its discriminator.
 QUANTIZERS = {"VQModel": "taming", "VQNoDiscModel": "taming", "VQModelInterface": "taming", "GumbelVQ": "gumbel"}
-# Ours is one of these with the same name inside; the codebook sits one module deeper.
+# Our codebook is one module deeper than theirs.
 CODEBOOK = "quantizer.quantize."
 SIZES = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
 LISTS = ("ch_mult", "attn_resolutions")
-# What else a file may say of the encoder and the decoder: the value when it says nothing, and the only one that fits.
+# Other settings of the encoder and the decoder: the default, and the only supported value.
 FIXED = {
     "double_z": (True, False),
     **{"in_channels": (3, 3), "out_ch": (3, 3), "attn_type": ("vanilla", "vanilla"), "use_linear_attn": (False, False)},
     **{"resamp_with_conv": (True, True), "tanh_out": (False, False), "give_pre_end": (False, False)},
 }
-# What the checkpoint holds of the training's losses. LPIPS is a published network of its own that nothing was added to.
+# Losses in the checkpoint. LPIPS is not trained, so it is not imported.
 DISCRIMINATOR, PERCEPTUAL = "loss.discriminator.", "loss.perceptual_loss."
-FIRST_STAGE = "first_stage_model."  # a VQGAN's name inside a Net2NetTransformer or a LatentDiffusion
+FIRST_STAGE = "first_stage_model."  # prefix of the VQGAN in a Net2NetTransformer or LatentDiffusion
 REMEDY = "give the YAML file that came with the checkpoint"
 
 
 def read_vqgan_config(path: Path) -> VQGANConfig:
-    """The sizes in a YAML file of taming's; ValueError for a model that is not one of its VQGANs of RGB pictures."""
+    """The sizes in taming's YAML file; ValueError unless it describes a supported VQGAN of RGB pictures."""
     settings = read_settings(path)
     model = _mapping(path, settings, "model")
     if "first_stage_config" in _mapping(path, settings, "model.params"):
@@ -48,12 +47,12 @@ def read_vqgan_config(path: Path) -> VQGANConfig:
         if value != wanted:
             raise ValueError(f"{path}: {name} is {value}; only VQGANs whose {name} is {wanted} can be imported")
     config = VQGANConfig(**values, quantizer=QUANTIZERS[kind])
-    planned(lambda: VQGAN(config), path, REMEDY)
+    on_meta(lambda: VQGAN(config), path, REMEDY)
     return config
 
 
 def _mapping(path: Path, settings: dict[str, object], names: str) -> dict[str, object]:
-    """The settings under these names, which dots separate."""
+    """The settings under dotted names."""
     for name in names.split("."):
         settings = settings.get(name)
         if not isinstance(settings, dict):
@@ -62,7 +61,7 @@ def _mapping(path: Path, settings: dict[str, object], names: str) -> dict[str, o
 
 
 def _sizes(path: Path, settings: dict[str, object], name: str) -> int | tuple[int, ...]:
-    """A size, or for the names in LISTS several."""
+    """A size, or a tuple of sizes for the names in LISTS."""
     if name not in settings:
         raise ValueError(f"{path}: has no {name}, as a VQGAN of taming-transformers has; {REMEDY}")
     value, several = settings[name], name in LISTS
@@ -76,10 +75,10 @@ def _sizes(path: Path, settings: dict[str, object], name: str) -> int | tuple[in
 
 
 def convert_vqgan(
-    found: Foreign, config: VQGANConfig, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint, config: VQGANConfig, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of our VQGAN, and of its discriminator."""
-    network = planned(lambda: VQGAN(config), found.path)
+    """The tensors of our VQGAN and of its discriminator."""
+    network = on_meta(lambda: VQGAN(config), checkpoint.path)
     sources = {name: Source(name.replace(CODEBOOK, "quantize.")) for name in network.state_dict()}
-    tensors = found.without(DISCRIMINATOR, PERCEPTUAL).converted(network, sources, dtype)
-    return tensors, convert_discriminator(found.under(DISCRIMINATOR), "main.")
+    tensors = checkpoint.without(DISCRIMINATOR, PERCEPTUAL).converted(network, sources, dtype)
+    return tensors, convert_discriminator(checkpoint.under(DISCRIMINATOR), "main.")

@@ -19,7 +19,7 @@ from clip_gen.networks.vqgan import VQGAN
 from clip_gen.sampling.sampler import Sampling, filtered_probabilities, sample_tokens
 from clip_gen.weights.importers.hfailab_gpt import convert_gpt, gpt_sources
 from clip_gen.weights.importers.hfailab_vqgan import convert_vqgan, encoder_levels, vqgan_sources
-from clip_gen.weights.importers.state_dict import Foreign, planned
+from clip_gen.weights.importers.state_dict import Checkpoint, on_meta
 from clip_gen.weights.model_folder import ModelFolderError, Networks, load_base, load_networks, save_networks
 
 
@@ -137,11 +137,11 @@ def test_parameters_lie_on_disk_in_the_type_asked_for(tmp_path: Path, dtype: str
         assert {t.dtype for t in load_file(tmp_path / "out" / f"{part}.safetensors").values()} == {wanted}
 
 
-def foreign(part: str) -> Foreign:
-    return Foreign(Path(f"{part}.pt"), hfailab_checkpoint(part)["model"])
+def foreign(part: str) -> Checkpoint:
+    return Checkpoint(Path(f"{part}.pt"), hfailab_checkpoint(part)["model"])
 
 
-def convert(found: Foreign) -> None:
+def convert(found: Checkpoint) -> None:
     convert_gpt(found) if found.path.stem == "gpt" else convert_vqgan(found, 16)
 
 
@@ -151,7 +151,7 @@ def test_a_missing_key_is_named_whichever_it_is(part: str) -> None:
     for name in sorted(whole.tensors)[:: 3 if part == "gpt" else 11]:
         left = {key: tensor for key, tensor in whole.tensors.items() if key != name}
         with pytest.raises(ValueError, match=rf"{part}\.pt: has no key {name}, only others such as "):
-            convert(Foreign(whole.path, left))
+            convert(Checkpoint(whole.path, left))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
 def test_every_published_key_has_its_place_at_the_published_size() -> None:
     published = published_keys()
     gpt, vqgan = (
-        Foreign(Path(part), {name: torch.empty(shape, device="meta") for name, shape in published[part].items()})
+        Checkpoint(Path(part), {name: torch.empty(shape, device="meta") for name, shape in published[part].items()})
         for part in ("gpt", "vqgan")
     )
     levels = encoder_levels(vqgan)
@@ -266,8 +266,8 @@ def test_every_published_key_has_its_place_at_the_published_size() -> None:
         *((128, 2, False), (128, 2, False), (256, 2, False), (256, 2, False), (512, 2, True))
     ]
     config = VQGANConfig(quantizer="taming", codebook_size=16384, codebook_dim=256)
-    networks = {"vqgan": planned(lambda: VQGAN(config), vqgan.path)}
-    networks["gpt"] = planned(lambda: GPT(published_gpt()), gpt.path)
+    networks = {"vqgan": on_meta(lambda: VQGAN(config), vqgan.path)}
+    networks["gpt"] = on_meta(lambda: GPT(published_gpt()), gpt.path)
     sources = {"vqgan": vqgan_sources(config), "gpt": gpt_sources(24)}
     for part, network in networks.items():
         used = set()

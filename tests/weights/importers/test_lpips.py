@@ -15,7 +15,7 @@ from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.skip_init import Unfilled
 from clip_gen.training.losses import lpips_distance
 from clip_gen.weights.importers.lpips import convert_lpips, import_lpips
-from clip_gen.weights.importers.state_dict import Foreign
+from clip_gen.weights.importers.state_dict import Checkpoint
 from clip_gen.weights.model_folder import load_part
 
 
@@ -112,7 +112,7 @@ def test_a_key_that_does_not_fit_is_named(name: str, tensor: Tensor | None, sent
     for path, state in (("a.pth", vgg_state()), ("b.pth", linear_state())):
         if name.startswith("lin") == (path == "b.pth"):
             state |= {name: tensor}
-        files.append(Foreign(Path(path), {key: value for key, value in state.items() if value is not None}))
+        files.append(Checkpoint(Path(path), {key: value for key, value in state.items() if value is not None}))
     with pytest.raises(ValueError, match=r".") as raised:
         convert_lpips(*files, torch.float16)
     assert sentence in str(raised.value)

@@ -25,7 +25,7 @@ from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder, build_clip
 from clip_gen.weights.importers import openai_clip
 from clip_gen.weights.importers.openai_clip import clip_config, convert_clip, read_clip
-from clip_gen.weights.importers.state_dict import Foreign
+from clip_gen.weights.importers.state_dict import Checkpoint
 from clip_gen.weights.model_folder import build, load_config, load_networks, load_part, save_networks, save_part
 
 PHOTOS = FIXTURES / "photos"
@@ -173,7 +173,7 @@ def test_the_sizes_of_every_published_model_are_read_off_its_shapes(name: str) -
     config = ClipConfig(embedding, resolution, layers, width, patch, 77, 49408, text, text // 64, 12)
     with torch.device("meta"):
         state = ClipEncoder(config).clip.state_dict()
-    assert clip_config(Foreign(Path("clip.pt"), state)) == config
+    assert clip_config(Checkpoint(Path("clip.pt"), state)) == config
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from clip_gen.weights.importers.reader import read_checkpoint
-from clip_gen.weights.importers.state_dict import Foreign, Source
+from clip_gen.weights.importers.state_dict import Checkpoint, Source
 
 
 class Calls:
@@ -267,7 +267,7 @@ def test_an_average_of_nothing_is_named(tmp_path: Path) -> None:
 
 
 def test_a_size_is_read_only_where_the_tensor_has_it() -> None:
-    found = Foreign(Path("a.pt"), {"scalar": torch.ones(()), "empty": torch.ones(0, 3)})
+    found = Checkpoint(Path("a.pt"), {"scalar": torch.ones(()), "empty": torch.ones(0, 3)})
     for name, axis in (("scalar", 0), ("scalar", -1), ("empty", 0)):
         with pytest.raises(ValueError, match=rf"a\.pt: {name} has shape"):
             found.size(name, axis)
@@ -275,16 +275,16 @@ def test_a_size_is_read_only_where_the_tensor_has_it() -> None:
 
 def test_one_tensor_of_theirs_can_be_several_of_ours() -> None:
     theirs = torch.arange(12.0).reshape(6, 2)
-    sources = [Source("qkv", part, of=3, trimmed=2) for part in range(3)]
+    sources = [Source("qkv", part, of=3, trailing_ones=2) for part in range(3)]
     wanted = torch.Size((2, 2, 1, 1))
     assert {source.shape(wanted) for source in sources} == {(6, 2)}
     assert torch.equal(torch.cat([source.take(theirs, wanted) for source in sources])[..., 0, 0], theirs)
-    assert Source("position", framed=True).shape(torch.Size((4, 2))) == (1, 4, 2)
+    assert Source("position", leading_one=True).shape(torch.Size((4, 2))) == (1, 4, 2)
     assert Source("count").shape(torch.Size(())) == ()
 
 
 def test_a_name_in_an_error_is_the_whole_one() -> None:
-    found = Foreign(Path("a.pt"), {"loss.main.0.weight": torch.ones(2)})
+    found = Checkpoint(Path("a.pt"), {"loss.main.0.weight": torch.ones(2)})
     with pytest.raises(
         ValueError, match=r"a\.pt: has no key loss\.main\.1\.weight, only others such as loss\.main\.0\.weight"
     ):
