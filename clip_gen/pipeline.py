@@ -20,7 +20,7 @@ from clip_gen.images import to_pil
 from clip_gen.sampling.batcher import Busy, shared_batcher
 from clip_gen.sampling.sampler import Sampling, Stopped, padded
 from clip_gen.validation import MAX_SEED, check_request
-from clip_gen.weights.model_folder import Networks, load_networks, why_noise
+from clip_gen.weights.model_folder import Networks, load_networks, transformer_mismatch
 from clip_gen.weights.tarball import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ClipGen:
             if chosen.type == "cpu" and networks.config.vqgan.patch == 1:
                 # A seventh faster for whole images, but a third slower for patches.
                 networks.vqgan.decoder.to(memory_format=torch.channels_last)
-        problem = why_noise(source.path)
+        problem = transformer_mismatch(source.path)
         if problem:
             log.warning("%s: %s", source.path, problem)
         model = cls(networks, chosen, [f"this model: {problem}"] if problem else [])

@@ -55,13 +55,13 @@ from clip_gen.weights.model_folder import (
     ModelFolderError,
     Networks,
     build,
-    knows_its_tokens,
     load_base,
     load_discriminator,
     load_part,
     load_record,
     save_networks,
     save_part,
+    transformer_matches,
 )
 from clip_gen.weights.tarball import pack, resolve_weights
 
@@ -273,7 +273,7 @@ class Training:
         for sentence in record["warnings"]:
             log.warning(sentence)
         log.info("weights: %s  report: %s", tar, self.out / "report.html")
-        known = self.settings.stage != "vqgan" or (records["vqgan"]["tokens_kept"] and knows_its_tokens(self.base))
+        known = self.settings.stage != "vqgan" or (records["vqgan"]["tokens_kept"] and transformer_matches(self.base))
         if not known:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
         return tar
@@ -338,7 +338,7 @@ class Training:
         The first process decides and writes the decision to a file, for the others and for a resumed training.
         """
         settings = self.settings
-        if settings.tokens != "auto" or settings.size != "base" or not knows_its_tokens(self.base):
+        if settings.tokens != "auto" or settings.size != "base" or not transformer_matches(self.base):
             return settings.tokens == "keep"
         if rank_zero_only.rank:
             wait_for(decision)
@@ -428,7 +428,7 @@ class Training:
 
     def knows_tokens(self) -> bool:
         """Whether the base's transformer knows the tokens that it is to learn from."""
-        if self.settings.size != "base" or not knows_its_tokens(self.base):
+        if self.settings.size != "base" or not transformer_matches(self.base):
             return False
         record = self.work / "vqgan" / "record.json"
         return self.settings.stage == "transformer" or json.loads(record.read_text())["tokens_kept"]

@@ -1,1 +1,1 @@
-"""Weights on disk and from elsewhere: model folders, tars, downloads, and other people's checkpoints."""
+"""Model folders, weights tars, downloads, and imports of published checkpoints."""

@@ -1,4 +1,4 @@
-"""The cache of unpacked weights: where it is, which folders are in use, and which are removed to make room."""
+"""The cache of unpacked weights: its place, locks on folders in use, and removal of the oldest."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pathlib import Path
 from clip_gen.weights.model_folder import ModelFolderError
 
 UNPACKING = ".unpacking-"
-MAX_GB = 20.0  # the default of CLIP_GEN_CACHE_GB
-FREE_GB = 2.0  # the default of CLIP_GEN_CACHE_FREE_GB
+MAX_GB = 20.0  # default of CLIP_GEN_CACHE_GB
+FREE_GB = 2.0  # default of CLIP_GEN_CACHE_FREE_GB
 
 
 class CacheError(ModelFolderError):
-    """The cache cannot be used, or has no room for more weights now."""
+    """The cache cannot be used or is full."""
 
 
 class WeightsFolder:
-    """A model folder on disk. One in the cache is not removed by any process while this object is in use.
+    """A model folder on disk. No process removes a folder in the cache while such an object holds its lock.
 
-    The lock ends with close(), when the object is garbage-collected, or with the process.
+    close(), garbage collection and the end of the process release the lock.
     """
 
     def __init__(self, path: Path, cached: bool = False):
@@ -43,8 +43,8 @@ class WeightsFolder:
 class Cache:
     """Unpacked weights by key, in $CLIP_GEN_CACHE or ~/.cache/clip-gen. Safe from several threads and processes.
 
-    max_bytes: of all folders together. free_bytes: of the disk that stay free. Both come from the environment if not
-    given, and hold as far as folders can be removed, the ones used longest ago first.
+    max_bytes: limit for all folders together. free_bytes: to keep free on the disk. Defaults: CLIP_GEN_CACHE_GB and
+    CLIP_GEN_CACHE_FREE_GB. To stay within them, the folders that were used least recently are removed.
     """
 
     def __init__(self, max_bytes: float | None = None, free_bytes: float | None = None):
@@ -53,23 +53,23 @@ class Cache:
         self.free_bytes = _gigabytes("CLIP_GEN_CACHE_FREE_GB", FREE_GB) if free_bytes is None else free_bytes
 
     def find(self, key: str) -> WeightsFolder | None:
-        """The folder that was unpacked for this key earlier."""
+        """The unpacked folder for this key, if the cache has it."""
         path = self._path(key)
-        with self._alone():
+        with self._locked():
             if not path.is_dir():
                 return None
             os.utime(path)
             return WeightsFolder(path, cached=True)
 
     def add(self, key: str, unpack: Callable[[Path], None]) -> WeightsFolder:
-        """A new folder, which unpack() fills; nothing is left of it if unpack() fails."""
-        with self._alone():
+        """Adds a folder that unpack() fills; removes it if unpack() fails."""
+        with self._locked():
             new = WeightsFolder(Path(tempfile.mkdtemp(dir=self.folder, prefix=UNPACKING)), cached=True)
         try:
             unpack(new.path)
-            with self._alone():
+            with self._locked():
                 path = self._path(key)
-                if not path.is_dir():  # otherwise another process was faster
+                if not path.is_dir():  # else another process was faster
                     os.replace(new.path, path)
                     os.utime(path)
                 return WeightsFolder(path, cached=True)
@@ -78,11 +78,11 @@ class Cache:
             new.close()
 
     def make_room(self, wanted: int) -> bool:
-        """Removes folders that nobody uses until so many more bytes fit; whether they do.
+        """Removes unused folders until `wanted` more bytes fit; returns whether they do.
 
-        Half-unpacked folders of processes that were killed are removed at once.
+        Also removes incomplete folders of killed processes.
         """
-        with self._alone():
+        with self._locked():
             for path in self.folder.glob(f"{UNPACKING}*"):
                 self._remove_unused(path)
             oldest_first = sorted((path for path in self.folder.iterdir() if path.name[0] != "."), key=_touched)
@@ -96,8 +96,8 @@ class Cache:
         return self.folder / hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:32]
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other thread or process looks for a folder or removes one meanwhile."""
+    def _locked(self) -> Iterator[None]:
+        """Holds the lock of the cache, so that no other thread or process finds, adds or removes folders."""
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -108,7 +108,7 @@ class Cache:
 
     def _bytes(self) -> int:
         total = 0
-        for folder, _, names in os.walk(self.folder):  # passes over folders that disappear meanwhile
+        for folder, _, names in os.walk(self.folder):  # ignores folders that disappear meanwhile
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     total += os.lstat(os.path.join(folder, name)).st_size
@@ -121,7 +121,7 @@ class Cache:
             return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Renamed first: half a folder must not be taken for a whole one.
+            # Rename first, so that nobody uses a half-removed folder.
             aside = path.with_name(f"{UNPACKING}removed-{path.name.removeprefix(UNPACKING)}")
             os.replace(path, aside)
             shutil.rmtree(aside, ignore_errors=True)
@@ -136,7 +136,7 @@ def disk_is_full(error: Exception) -> bool:
 
 
 def _gigabytes(name: str, default: float) -> float:
-    """A setting in GB, in bytes; CacheError if it is not a number of 0 or more."""
+    """An environment variable in GB, converted to bytes; CacheError unless it is a number of 0 or more."""
     text = os.environ.get(name)
     try:
         value = float(text) if text else default
@@ -148,7 +148,7 @@ def _gigabytes(name: str, default: float) -> float:
 
 
 def _cache_folder() -> Path:
-    """The folder of unpacked weights, created in the first place that can be written to."""
+    """The cache's folder: in $CLIP_GEN_CACHE, else ~/.cache/clip-gen, else a private folder in /tmp."""
     named = os.environ.get("CLIP_GEN_CACHE")
     try:
         return _writable(Path(named).expanduser() if named else Path.home() / ".cache" / "clip-gen")

@@ -1,4 +1,4 @@
-"""One large file from a web server to disk: resumed where it broke off, tried again, verified, then put in place."""
+"""Downloads one large file: resumes, tries again, verifies its SHA-256, and then renames it."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ from clip_gen.weights.url import open_url
 
 log = logging.getLogger(__name__)
 
-TRIES = 6  # in a row that bring nothing new
-BACK_OFF_SECONDS = 1.0  # after the first of them; twice as long after each further one
-DEADLINE_SECONDS = 24 * 60 * 60  # for one connection; silence ends it sooner
+MAX_FAILURES = 6  # attempts in a row without new bytes
+BACK_OFF_SECONDS = 1.0  # after the first failure; doubled after each further one
+DEADLINE_SECONDS = 24 * 60 * 60  # per connection
 CHUNK = 2**20
-PASSING = (408, 425, 429)  # answers from 400 to 499 that may be others the next time
+TEMPORARY = (408, 425, 429)  # client errors that are worth another attempt
 
 
 def fetch(url: str, path: Path, sha256: str | None = None) -> None:
-    """Downloads to `path`, which is there whole or not at all; what came of a broken transfer is kept beside it.
+    """Downloads a file to `path`, atomically. An incomplete download is kept beside it, to be resumed.
 
-    sha256: all of its digits, or the first of them where no more are known. ValueError, in one sentence, when the
-    server does not give the file, or not the one of this sha256.
+    sha256: the SHA-256 or its first digits. ValueError if the server does not send the file, or sends another one.
     """
     part = path.with_name(f"{path.name}.part")
     if path.is_file() and (sha256 is None or sha256_of(path).startswith(sha256)):
         return
-    for _ in range(2):  # a part that was damaged on the disk is worth a second download
+    for _ in range(2):  # the first may have resumed a damaged part
         if not _by_pget(url, part):
             _transfer(url, part)
         _refuse_web_page(url, part)
@@ -65,16 +64,16 @@ def _refuse_web_page(url: str, part: Path) -> None:
 
 
 def check_room(folder: Path, wanted: int) -> None:
-    """ValueError when the disk has not so many bytes left."""
+    """ValueError if the disk has less than `wanted` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free there, wanted are {wanted / 1e9:.1f}; make room")
 
 
 def _by_pget(url: str, part: Path) -> bool:
-    """Whether pget, which opens several connections at once, was there and did it."""
+    """Downloads with pget, which uses several connections; whether it is installed and succeeded."""
     pget = shutil.which("pget")
-    if not pget or part.exists():  # it cannot go on where another stopped
+    if not pget or part.exists():  # pget cannot resume
         return False
     done = subprocess.run([pget, url, str(part)], stdin=subprocess.DEVNULL).returncode == 0 and part.is_file()
     if not done:
@@ -84,7 +83,7 @@ def _by_pget(url: str, part: Path) -> bool:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Connects again and again until the whole file is there."""
+    """Connects until the file is complete; ValueError after MAX_FAILURES attempts in a row without new bytes."""
     failures = 0
     while True:
         before = _size(part)
@@ -101,20 +100,20 @@ def _transfer(url: str, part: Path) -> None:
                 ) from error
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         failures = 1 if _size(part) > before else failures + 1
-        if failures >= TRIES:
+        if failures >= MAX_FAILURES:
             raise ValueError(
-                f"{url}: cannot be downloaded ({reason}, {TRIES} times in a row); check the network or give another "
-                "--mirror; the same command resumes where this one stopped"
+                f"{url}: cannot be downloaded ({reason}, {MAX_FAILURES} times in a row); check the network or give "
+                "another --mirror; the same command resumes where this one stopped"
             )
         log.info(f"{reason}; trying again")
         time.sleep(BACK_OFF_SECONDS * 2 ** (failures - 1))
 
 
 def _answer(error: urllib.error.HTTPError, url: str, part: Path) -> str:
-    """Why the server did not send the file; ValueError when asking again is of no use."""
-    if error.code == 416:  # what is here is as long as theirs, or longer: another file
+    """Why the server did not send the file; ValueError if another attempt is pointless."""
+    if error.code == 416:  # our part is not shorter than their file: it is another file
         _forget(part)
-    elif 400 <= error.code < 500 and error.code not in PASSING:
+    elif 400 <= error.code < 500 and error.code not in TEMPORARY:
         raise ValueError(
             f"{url}: the server answers {error.code} ({error.reason}); look at the address, or give another --mirror"
         ) from error
@@ -122,17 +121,17 @@ def _answer(error: urllib.error.HTTPError, url: str, part: Path) -> str:
 
 
 def _attempt(url: str, part: Path) -> bool:
-    """One connection; whether all of the file is there after it."""
+    """Downloads over one connection; whether the file is complete."""
     have, notes = _size(part), _read_notes(part)
-    if have and notes.get("total") == have:  # stopped between the last byte and the end
+    if have and notes.get("total") == have:  # interrupted after the last byte
         return True
     headers = {"Range": f"bytes={have}-"} if have and notes else {}
     if headers and notes["validator"]:
         headers["If-Range"] = notes["validator"]
     with open_url(url, headers=headers, deadline_seconds=DEADLINE_SECONDS) as reply:
-        if reply.status != 206:  # a server may ignore that only the rest was asked for
+        if reply.status != 206:  # the server ignored the Range header
             have = 0
-        elif not _goes_on(reply, have, notes):
+        elif not _is_continuation(reply, have, notes):
             _forget(part)
             raise ConnectionError("the file on the server has changed")
         length = reply.headers.get("Content-Length")
@@ -141,22 +140,22 @@ def _attempt(url: str, part: Path) -> bool:
         validator = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
         strong = validator if validator and not validator.startswith("W/") else None
         with part.open("ab" if have else "wb") as file, _bar(part, have, total) as bar:
-            # Only now: an older part that these notes are not of is gone.
+            # Write the notes only now, when a part of another file is gone.
             _notes(part).write_text(json.dumps({"validator": strong, "total": total}), encoding="utf-8")
-            while chunk := reply.read1(CHUNK):  # read() would lose what it has when the connection breaks
+            while chunk := reply.read1(CHUNK):  # read() would lose data when the connection breaks
                 file.write(chunk)
                 bar.update(len(chunk))
     return total is None or _size(part) == total
 
 
-def _goes_on(reply: http.client.HTTPResponse, have: int, notes: dict[str, object]) -> bool:
+def _is_continuation(reply: http.client.HTTPResponse, have: int, notes: dict[str, object]) -> bool:
     """Whether the reply is the rest of the same file."""
-    said = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-    return said is not None and int(said[1]) == have and int(said[2]) == notes["total"]
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+    return match is not None and int(match[1]) == have and int(match[2]) == notes["total"]
 
 
 def _bar(part: Path, have: int, total: int | None) -> tqdm:
-    seconds = 0.5 if sys.stderr.isatty() else 30  # a log needs few lines
+    seconds = 0.5 if sys.stderr.isatty() else 30  # few lines in a log file
     name = part.name.removesuffix(".part")
     return tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True, miniters=1, mininterval=seconds)
 
@@ -166,7 +165,7 @@ def _size(part: Path) -> int:
 
 
 def _notes(part: Path) -> Path:
-    """What is known of the file that a part is of."""
+    """The file with the validator and the length of the file that is being downloaded."""
     return part.with_name(f"{part.name}.json")
 
 

@@ -1,4 +1,4 @@
-"""The model folder on disk: load and save. The only door to weights files."""
+"""Loads and saves model folders."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ CONFIG = "config.yaml"
 TRAINING = "training.json"
 PARTS = ("clip", "vqgan", "gpt", "bridge")
 FILES = (CONFIG, TRAINING, *(f"{part}.safetensors" for part in PARTS))
-DISCRIMINATOR = "discriminator.safetensors"  # of a published VQGAN, for fine-tuning; predicting never looks at it
+DISCRIMINATOR = "discriminator.safetensors"  # of an imported VQGAN, for fine-tuning only
 DIGESTS = "digests"  # in training.json
-# Tensors that tell one codebook from another, and one transformer from another of the same size.
-TOLD_BY = {"vqgan": "quantizer.", "gpt": "head."}
-SAMPLE = 2**18  # enough to tell networks apart; all of a large one would delay loading by a tenth of a second
+# Prefixes of the tensors that identify a codebook and a transformer.
+DIGESTED = {"vqgan": "quantizer.", "gpt": "head."}
+SAMPLE = 2**18  # numbers of each tensor in a digest; all of a large one would delay loading by 0.1 s
 MAX_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
-MAX_JSON_LISTS = 2**19  # and objects, in training.json: each takes many times its two characters of memory
-
+MAX_JSON_LISTS = 2**19  # lists and objects in training.json: each takes far more memory than its two characters
 
 _REMEDIES = {
     "clip": ", or add a CLIP to it by: python -m clip_gen import clip",
@@ -43,12 +42,12 @@ _REMEDIES = {
 
 
 class ModelFolderError(ValueError):
-    """A model folder that cannot be used; the message names the file and the remedy."""
+    """A model folder cannot be used. The message names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """A model folder in memory, every network frozen and in eval mode."""
+    """The networks of a model folder, frozen and in eval mode."""
 
     config: ModelConfig
     clip: ClipEncoder
@@ -58,7 +57,7 @@ class Networks:
 
 
 def build(config: ModelConfig) -> Networks:
-    """The networks at these sizes with a random start."""
+    """Networks of these sizes with random weights."""
     return Networks(
         config,
         ClipEncoder(config.clip),
@@ -69,22 +68,22 @@ def build(config: ModelConfig) -> Networks:
 
 
 def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh: Collection[str] = ()) -> Networks:
-    """Reads a model folder, strictly. ModelFolderError when a file is missing, damaged or of another shape.
+    """Loads a model folder strictly. ModelFolderError if a file is missing, damaged or does not fit config.yaml.
 
-    Only the parts named in `fresh` may be missing: they start at random.
+    fresh: the parts that may be missing, and then get random weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder; give one that holds {CONFIG} and its weights")
     config = load_config(folder)
     try:
-        with torch.device("meta"):  # shapes without memory: a config may ask for more than there is
-            planned = build(config)
+        with torch.device("meta"):  # a config may describe networks larger than the memory
+            meta = build(config)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
         raise ModelFolderError(f"{folder / CONFIG}: its sizes describe no network ({error}); correct it") from error
     files = {part: folder / f"{part}.safetensors" for part in PARTS}
     missing = [part for part in fresh if not files[part].is_file()]
-    tensors = {part: read_part(getattr(planned, part), files[part]) for part in PARTS if part not in missing}
+    tensors = {part: read_part(getattr(meta, part), files[part]) for part in PARTS if part not in missing}
     with Unfilled():
         networks = build(config)
     for part in tensors:
@@ -98,22 +97,22 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
 
 
 def load_base(folder: str | Path) -> Networks:
-    """A model folder to train on: the transformer that an imported VQGAN lacks starts at random, and one that was
-    published without a null condition gets one to learn."""
+    """Loads a model folder for training. A missing transformer gets random weights, and one without a null condition
+    gets one.
+    """
     networks = load_networks(folder, fresh=("gpt", "bridge"))
     gpt = with_null_condition(networks.gpt)
     return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config))
 
 
 def _assign(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Puts the file's tensors in the place of the network's, in the network's types.
+    """Replaces the network's tensors by the file's, in the network's types.
 
-    A parameter that is in its type already stays where it is, in the mapped file; buffers are small, and may change.
+    Parameters that need no conversion stay memory-mapped. Buffers are copied, since they may change.
     """
     parameters = dict(network.named_parameters())
     for name, wanted in network.state_dict().items():
-        found = tensors.pop(name)
-        tensors[name] = found.to(wanted.dtype, copy=name not in parameters)
+        tensors[name] = tensors[name].to(wanted.dtype, copy=name not in parameters)
     network.load_state_dict(tensors, assign=True)
 
 
@@ -132,7 +131,7 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def load_record(folder: Path) -> dict[str, object]:
-    """What training.json says of a model; empty where there is none. ModelFolderError if it cannot be read."""
+    """The content of training.json; empty if there is none. ModelFolderError if it cannot be read."""
     path = folder / TRAINING
     if not path.exists() and not path.is_symlink():
         return {}
@@ -149,27 +148,27 @@ def load_record(folder: Path) -> dict[str, object]:
 
 
 def shown(value: object) -> str:
-    """A value from a file in few characters."""
+    """A value as JSON, shortened to 40 characters."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _text(path: Path) -> str:
-    """What a text file of a model folder says. Model folders come from strangers, so it is not read however long."""
+    """The text of a file of a model folder. Its length is limited, since model folders come from strangers."""
     if path.stat().st_size > MAX_TEXT_BYTES[path.name]:
         raise ValueError(f"over {MAX_TEXT_BYTES[path.name]:,} bytes long")
     return path.read_text(encoding="utf-8")
 
 
-def knows_its_tokens(folder: Path) -> bool:
-    """Whether a model folder has a transformer, and one that learnt the tokens of the VQGAN beside it."""
-    return (folder / "gpt.safetensors").is_file() and why_noise(folder) is None
+def transformer_matches(folder: Path) -> bool:
+    """Whether a model folder has a transformer that was trained on the tokens of its VQGAN."""
+    return (folder / "gpt.safetensors").is_file() and transformer_mismatch(folder) is None
 
 
-def why_noise(folder: Path) -> str | None:
-    """Why the transformer in a model folder writes tokens that mean nothing to the VQGAN beside it, or None."""
+def transformer_mismatch(folder: Path) -> str | None:
+    """Why the transformer was not trained on the tokens of the VQGAN beside it, so that it draws noise; or None."""
     record = load_record(folder)
-    before, now = _section(record, DIGESTS), digests(folder)
+    before, now = _section(record, DIGESTS), part_digests(folder)
     for part in now:
         if before and before.get(part) != now[part]:
             return (
@@ -187,25 +186,25 @@ def why_noise(folder: Path) -> str | None:
 
 
 def _section(record: dict[str, object], name: str) -> dict[str, object]:
-    """A JSON object inside a JSON object; empty where there is none."""
+    """A JSON object in a JSON object; empty if there is none."""
     section = record.get(name)
     return section if isinstance(section, dict) else {}
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the codebook and of the transformer's last layer, or of their first SAMPLE numbers each."""
-    found = {}
-    for part, beginning in TOLD_BY.items():
+def part_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the first SAMPLE numbers of each tensor in the codebook and in the transformer's last layer."""
+    digests = {}
+    for part, prefix in DIGESTED.items():
         path = folder / f"{part}.safetensors"
         if not path.is_file():
             continue
         with _opened(path) as file:
             digest = hashlib.sha256()
             for name in sorted(file.keys()):
-                if name.startswith(beginning):
+                if name.startswith(prefix):
                     digest.update(file.get_tensor(name).flatten()[:SAMPLE].view(torch.uint8).numpy())
-        found[part] = digest.hexdigest()
-    return found
+        digests[part] = digest.hexdigest()
+    return digests
 
 
 @contextmanager
@@ -219,22 +218,19 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def load_discriminator(folder: Path) -> nn.Module | None:
-    """The one that a VQGAN was published with, to continue fine-tuning from; None where there is none.
-
-    ModelFolderError when the file is damaged or holds something else.
-    """
+    """The discriminator of an imported VQGAN, for fine-tuning; None if there is none. ModelFolderError if damaged."""
     path = folder / DISCRIMINATOR
     if not path.exists() and not path.is_symlink():
         return None
     try:
-        with safe_open(path, "pt") as file:  # it may have other sizes than ours
+        with safe_open(path, "pt") as file:  # its sizes are in no config
             layers = discriminator_layers(file.keys())
             channels = file.get_slice("main.0.weight").get_shape()[0]
         if not channels:
             raise ValueError("its first layer has no channels")
         with torch.device("meta"):  # a damaged file may describe a network larger than the memory
-            planned = build_discriminator(channels, layers)
-        tensors = read_part(planned, path)
+            meta = build_discriminator(channels, layers)
+        tensors = read_part(meta, path)
     except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
         raise ModelFolderError(
             f"{path}: is damaged or not a discriminator; copy it again, or remove it to train with a new one"
@@ -245,12 +241,12 @@ def load_discriminator(folder: Path) -> nn.Module | None:
 
 
 def load_part(network: nn.Module, path: Path) -> None:
-    """Fills the network from a safetensors file; as strict as read_part."""
+    """Loads a network from a safetensors file, as strictly as read_part."""
     network.load_state_dict(read_part(network, path))
 
 
 def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The file's tensors, memory-mapped: exactly those of the network, in their shapes, every number finite."""
+    """The file's tensors, memory-mapped. ModelFolderError unless all names and shapes fit and all numbers are finite."""
     if not path.is_file():
         raise ModelFolderError(f"{path}: missing; copy the whole model folder again{_REMEDIES.get(path.stem, '')}")
     try:
@@ -267,24 +263,24 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is infinite or NaN. Looks at the extremes alone: ten times as fast as asking each number."""
+    """Whether no number is infinite or NaN. Checks the extremes only, which is ten times as fast as isfinite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def _mismatch(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
-    """What keeps these tensors from fitting, or None."""
+def _mismatch(wanted: dict[str, Tensor], loaded: dict[str, Tensor]) -> str | None:
+    """Why these tensors are not the wanted ones, or None."""
     for name in wanted:
-        if name not in found:
+        if name not in loaded:
             return f"has no tensor {name}"
-        if wanted[name].shape != found[name].shape:
-            return f"{name} has shape {tuple(found[name].shape)}, wanted is {tuple(wanted[name].shape)}"
-        # Others would lose digits or their imaginary part, and torch computes with no float of 8 bits.
+        if wanted[name].shape != loaded[name].shape:
+            return f"{name} has shape {tuple(loaded[name].shape)}, wanted is {tuple(wanted[name].shape)}"
+        # Integers and complex numbers would lose digits, and torch cannot compute with 8-bit floats.
         floats = wanted[name].is_floating_point()
-        if floats != found[name].is_floating_point() or (floats and found[name].element_size() < 2):
-            return f"{name} has numbers of type {_type(found[name])}, wanted is {_type(wanted[name])}"
-    extra = sorted(set(found) - set(wanted))
+        if floats != loaded[name].is_floating_point() or (floats and loaded[name].element_size() < 2):
+            return f"{name} has numbers of type {_type(loaded[name])}, wanted is {_type(wanted[name])}"
+    extra = sorted(set(loaded) - set(wanted))
     return f"has a tensor that does not belong to this network, {extra[0]}" if extra else None
 
 
@@ -293,7 +289,7 @@ def _type(tensor: Tensor) -> str:
 
 
 def check_model_folder(folder: Path) -> None:
-    """ValueError unless the folder is new, empty, or a model folder and nothing else, which may be replaced."""
+    """ValueError unless the folder is new, empty, or a model folder without other files, which may be replaced."""
     check_replaceable(folder, "model folder", (*FILES, DISCRIMINATOR), _has_model_config)
 
 
@@ -306,7 +302,7 @@ def _has_model_config(folder: Path) -> bool:
 
 
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:
-    """Writes a model folder, all of it or nothing, in the place of one that is there; parameters as float16."""
+    """Writes a model folder atomically, with float16 parameters; replaces an existing one."""
     check_model_folder(Path(folder))
     with atomic_folder(Path(folder)) as temporary:
         for part in PARTS:
@@ -315,14 +311,14 @@ def save_networks(networks: Networks, folder: str | Path, training: dict[str, ob
 
 
 def write_description(folder: Path, config: ModelConfig, training: dict[str, object]) -> None:
-    """The two text files of a model folder whose weights are written already."""
+    """Writes config.yaml and training.json of a model folder, after its weights."""
     write_config(config, folder / CONFIG)
-    training = {DIGESTS: digests(folder)} | training
+    training = {DIGESTS: part_digests(folder)} | training
     (folder / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
 
 
 def save_part(network: nn.Module, path: Path) -> None:
-    """One network's tensors, atomically. Buffers (running means, codebooks) keep float32: they can overflow."""
+    """Writes a network's tensors atomically: parameters in float16, buffers in float32, since those may overflow."""
     tensors = network.state_dict()
     try:
         write_part(narrowed(tensors, dict(network.named_parameters()), torch.float16), path)
@@ -331,18 +327,17 @@ def save_part(network: nn.Module, path: Path) -> None:
 
 
 def narrowed(tensors: dict[str, Tensor], names: Collection[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The same with those of these names in this type; None keeps theirs. ValueError for what the type cannot hold."""
-    kept = {}
+    """The tensors, those of these names in `dtype` unless it is None. ValueError for NaN and numbers out of range."""
+    converted = {}
     for name, tensor in tensors.items():
-        kept[name] = tensor.to(dtype) if dtype and name in names else tensor
-        # Numbers that are too large for float16, or NaN: a training that went wrong.
-        if not all_finite(kept[name]):
-            raise ValueError(f"{name} holds numbers that {_type(kept[name])} cannot")
-    return kept
+        converted[name] = tensor.to(dtype) if dtype and name in names else tensor
+        if not all_finite(converted[name]):
+            raise ValueError(f"{name} holds numbers that {_type(converted[name])} cannot")
+    return converted
 
 
 def write_part(tensors: dict[str, Tensor], path: Path) -> None:
-    """A weights file, atomically. OSError when the disk does not take it."""
+    """Writes a safetensors file atomically. OSError if it cannot be written."""
     with atomic_file(path) as temporary:
         try:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)

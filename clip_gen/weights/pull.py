@@ -1,4 +1,4 @@
-"""The command `python -m clip_gen pull`: downloads published weights and converts them to a folder of ours."""
+"""The command `python -m clip_gen pull`: downloads published weights and converts them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPENAI = "https://openaipublic.azureedge.net/clip/models"
 
 @dataclass(frozen=True)
 class Published:
-    """A file on the web."""
+    """A published file."""
 
     url: str
     sha256: str | None = None  # or its first digits; None if none is published
@@ -43,16 +43,16 @@ CLIPS = {
 COCO = {
     "vqgan": Published(f"{HFAILAB}/vqgan_coco.pt"),
     "gpt": Published(f"{HFAILAB}/gpt_coco.pt"),
-    "clip": CLIPS["ViT-B/32"],  # what the transformer was trained with; this copy of it has a known sha256
+    "clip": CLIPS["ViT-B/32"],  # the CLIP that the transformer was trained with
 }
 LPIPS = {
     "vgg": Published("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
     "linear": Published(
         "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",  # of the file in that repository
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",  # of the file in the repository
     ),
 }
-# Downloads and the folder made of them lie side by side for a while: 570 M parameters as published, twice.
+# Disk space that is needed while both the downloads and the converted folder exist.
 COCO_BYTES = 5_000_000_000
 CLIP_BYTES = 2_000_000_000
 LPIPS_BYTES = 700_000_000
@@ -64,14 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["coco", "clip", "lpips"],
         help="coco: HFAiLab's model of photographs and its CLIP; clip: one of OpenAI's; lpips: for training stage 1",
     )
-    parser.add_argument("name", nargs="?", help=f"of the CLIP: {', '.join(CLIPS)}".replace("%", "%%"))
-    parser.add_argument("--out", type=Path, help="the folder to write; checkpoints/<name> if not given")
+    parser.add_argument("name", nargs="?", help=f"name of the CLIP: {', '.join(CLIPS)}".replace("%", "%%"))
+    parser.add_argument("--out", type=Path, help="the folder to write; default: checkpoints/<name>")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the parameters on disk; else as they were published, LPIPS in float16"
+        "--dtype", choices=DTYPES, help="type of the parameters on disk; default: as published, LPIPS in float16"
     )
     parser.add_argument(
         "--mirror",
-        help="address of a folder with files of the same names, else $CLIP_GEN_MIRROR; $https_proxy sets a proxy",
+        help="URL of a folder with files of the same names; default: $CLIP_GEN_MIRROR; $https_proxy sets a proxy",
     )
 
 
@@ -84,8 +84,8 @@ def main(arguments: argparse.Namespace) -> None:
         pull(arguments.out or CHECKPOINTS / arguments.what, arguments.mirror, dtype)
         return
     if arguments.name not in CLIPS:
-        which = f"there is no CLIP {arguments.name}" if arguments.name else "which CLIP is wanted"
-        raise ValueError(f"{which}; name one of {', '.join(CLIPS)}")
+        problem = f"there is no CLIP {arguments.name}" if arguments.name else "the name of the CLIP is missing"
+        raise ValueError(f"{problem}; name one of {', '.join(CLIPS)}")
     clip = CLIPS[arguments.name]
     out = arguments.out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
     check_model_folder(out)
@@ -94,14 +94,14 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def pull_coco(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
-    """HFAiLab's model and the CLIP it was trained with, as a model folder."""
+    """Downloads HFAiLab's model and the CLIP it was trained with to a model folder."""
     check_model_folder(out)
     with pulled(COCO, out, mirror, COCO_BYTES) as files:
         import_hfailab(files["vqgan"], files["gpt"], out, files["clip"], dtype=dtype)
 
 
 def pull_lpips(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
-    """torchvision's VGG-16 and LPIPS's linear layers on it, as one folder, for stage 1's perceptual loss."""
+    """Downloads torchvision's VGG-16 and LPIPS's linear layers to one folder, for the perceptual loss of stage 1."""
     check_lpips_folder(out)
     with pulled(LPIPS, out, mirror, LPIPS_BYTES) as files:
         urls = {part: file.url for part, file in LPIPS.items()}
@@ -110,9 +110,9 @@ def pull_lpips(out: Path, mirror: str | None = None, dtype: torch.dtype | None =
 
 @contextmanager
 def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int) -> Iterator[dict[str, Path]]:
-    """The downloaded files, for as long as they are needed: removed when all went well.
+    """Downloads files, and removes them after they were converted.
 
-    After an error they are kept, so that the same command goes on; but not a file that proved to be of no use.
+    After an error they are kept, so that the same command resumes; except unusable files without a known SHA-256.
     """
     mirror = mirror or os.environ.get("CLIP_GEN_MIRROR")
     if mirror and not mirror.startswith(("http://", "https://")):
@@ -129,10 +129,10 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
             yield paths
         except ValueError:
             for part, file in files.items():
-                if file.sha256 is None:  # whatever the server sent, asking again is the only way to something better
+                if file.sha256 is None:  # the server may have sent something else
                     paths[part].unlink(missing_ok=True)
             raise
     for name in ("lock", *(path.name for path in paths.values())):
         (folder / name).unlink()
-    with suppress(OSError):  # a person's files are in it
+    with suppress(OSError):  # the user's own files are in it
         folder.rmdir()

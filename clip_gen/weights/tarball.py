@@ -1,4 +1,4 @@
-"""Weights: packs a model folder to a tar, and finds the model folder that a path or URL stands for."""
+"""Packs a model folder to a weights tar, and opens the weights at a path or URL as a model folder."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from urllib.parse import unquote_to_bytes
 from clip_gen.data.entries import ZIP_STARTS
 from clip_gen.data.tars import tar_files
 from clip_gen.data.zips import SMALL, ZIP_ERRORS, open_zip
-from clip_gen.files import atomic_file
+from clip_gen.files import atomic_file, is_web_page
 from clip_gen.weights.cache import Cache, CacheError, WeightsFolder, disk_is_full
 from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
 from clip_gen.weights.url import PublicOnly, is_url, open_url
 
-MAX_BYTES = 4 * 2**30  # in one archive; the published model is under two GiB
-MIN_BYTES = 2**20  # that each file counts for, so that an archive cannot hold millions of empty ones
-STEP = 64 * 2**20  # bytes unpacked between two looks at the room in the cache
-MAX_NAME = 4096  # characters of a path in an archive; Linux has none longer
-MAX_FOLDERS = 64  # of an archive that hold files with the names of a model folder
+MAX_BYTES = 4 * 2**30  # unpacked; the published COCO model has less than 2 GiB
+MIN_BYTES = 2**20  # that each file counts for at least, so that an archive cannot hold millions of empty files
+STEP = 64 * 2**20  # unpacked bytes between two checks of the cache's room
+MAX_NAME = 4096  # characters of a path in an archive, as on Linux
+MAX_FOLDERS = 64  # folders of an archive with files named like those of a model folder
 CHUNK = 2**20
 WANTED = "give a model folder, a training's folder, or the path or URL (http, https, data) of a weights tar"
 
-_in_use: list[WeightsFolder] = []  # until this process ends
+_in_use: list[WeightsFolder] = []  # keeps the locks of resolve_weights until the process ends
 
 
 class NotWeightsError(ModelFolderError):
-    """What was named cannot be opened, or is something other than weights."""
+    """The weights cannot be opened, or the file is something else."""
 
 
 def pack(folder: str | Path, path: str | Path) -> None:
-    """Writes a weights tar, a model folder with its files at the root; whole or not at all."""
+    """Writes a weights tar atomically: the files of a model folder, at the root."""
     folder, path = Path(folder), Path(path)
     load_config(folder)
     with atomic_file(path) as temporary, tarfile.open(temporary, "w") as tar:
@@ -51,7 +51,7 @@ def pack(folder: str | Path, path: str | Path) -> None:
 
 
 def resolve_weights(weights: str | Path) -> Path:
-    """As open_weights, for as long as this process runs."""
+    """The path of open_weights' folder, which stays until this process ends."""
     _in_use.append(open_weights(weights))
     return _in_use[-1].path
 
@@ -63,17 +63,16 @@ def open_weights(
     needs_room: bool = False,
     before_unpacking: Callable[[], None] | None = None,
 ) -> WeightsFolder:
-    """The model folder behind a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of
-    a tar or zip (http, https, data).
+    """Opens a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of a tar or zip
+    (http, https, data).
 
-    Archives are unpacked once into the cache (cache.py), where the folder stays while the result is in use.
-    ModelFolderError if the weights are unusable, and soon after should_stop says so during a download. public: limits
-    URLs to public addresses. needs_room: CacheError if the cache is full of folders in use. before_unpacking: called
-    when the cache does not have these weights yet.
+    Archives are unpacked once, into the cache (cache.py), where the folder stays while the result is in use.
+    should_stop: called during a download; True ends it. public: allows only URLs at public addresses. needs_room:
+    CacheError if the cache is full of folders in use. before_unpacking: called if the cache lacks these weights.
+    ModelFolderError if the weights are unusable or the download was stopped.
     """
     if not isinstance(weights, str | os.PathLike) or not os.fspath(weights):
-        shown = "empty" if weights == "" else repr(weights)
-        raise NotWeightsError(f"the name of the weights is {shown}; {WANTED}")
+        raise NotWeightsError(f"the name of the weights is {'empty' if weights == '' else repr(weights)}; {WANTED}")
     name = os.fspath(weights)
     try:
         if not is_url(name):
@@ -89,17 +88,17 @@ def open_weights(
     with stream:
         cache = Cache()
         try:
-            found = cache.find(key)
-            if found is None and before_unpacking is not None:
+            cached = cache.find(key)
+            if cached is None and before_unpacking is not None:
                 before_unpacking()
-                found = cache.find(key)  # others may have asked for the same
-            return found or _unpacked(cache, key, stream, name, needs_room)
+                cached = cache.find(key)  # another thread may have unpacked it meanwhile
+            return cached or _unpacked(cache, key, stream, name, needs_room)
         except OSError as error:
             raise CacheError(f"{cache.folder}: cannot be used ({_reason(error)}); set CLIP_GEN_CACHE") from error
 
 
 def _local(name: str) -> Path:
-    """A model folder, or a file that is taken for an archive. NotWeightsError if the path leads to neither."""
+    """The model folder or the file at a local path. NotWeightsError if there is neither."""
     path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
@@ -124,15 +123,15 @@ def _reason(error: Exception) -> str:
 
 
 def _open(weights: str, should_stop: Callable[[], bool] | None, public: PublicOnly | None) -> tuple[str, BinaryIO]:
-    """A key that changes whenever the archive does, and the archive."""
+    """The cache key of an archive, which changes whenever the archive does, and the archive as a stream."""
     if weights[:5].lower() == "data:":
         return weights, io.BytesIO(_data(weights))
     if is_url(weights):
         reply = open_url(weights, should_stop, public=public)
-        marks = [reply.headers.get(name) for name in ("ETag", "Last-Modified")]
-        if not any(marks):  # retrained weights have the same length
-            marks = [secrets.token_hex()]
-        return f"url {weights} {marks} {reply.headers.get('Content-Length')}", reply
+        versions = [reply.headers.get(name) for name in ("ETag", "Last-Modified")]
+        if not any(versions):  # the length says nothing: retrained weights have the same
+            versions = [secrets.token_hex()]
+        return f"url {weights} {versions} {reply.headers.get('Content-Length')}", reply
     path = Path(weights)
     stat = path.stat()
     return f"file {path.resolve()} {stat.st_size} {stat.st_mtime_ns}", path.open("rb")
@@ -173,7 +172,7 @@ def _unpacked(cache: Cache, key: str, stream: BinaryIO, name: str, needs_room: b
 
 
 class _Budget:
-    """Counts what comes out of an archive. ValueError when it is more than one model has."""
+    """Counts the unpacked bytes and files of an archive. ModelFolderError if they are more than one model has."""
 
     def __init__(self, make_room: Callable[[int], None]):
         self._left, self._granted, self._make_room = MAX_BYTES, 0, make_room
@@ -195,14 +194,14 @@ class _Budget:
 
 
 def _unpack(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> None:
-    """Fills the folder from a tar or zip. Only files with the names of a model folder are written.
+    """Unpacks a tar or zip of a model folder, whose files may be at the root or in any folder of the archive.
 
-    They may lie at the root or together in any one folder of the archive. Names in the archive never become paths.
+    Writes only files with the names of a model folder. Names in the archive never become paths.
     """
     folders: dict[PurePosixPath, Path] = {}  # in the archive: on disk
     try:
         for name, pieces in _files(stream, folder, make_room):
-            if len(name) > MAX_NAME:  # thousands of these would fill the memory
+            if len(name) > MAX_NAME:  # thousands of long names would fill the memory
                 continue
             inside = PurePosixPath(name.replace("\\", "/"))
             if inside.name in FILES:
@@ -216,37 +215,37 @@ def _unpack(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) ->
         if not folders or disk_is_full(error) or isinstance(error, ModelFolderError):
             raise
         raise ModelFolderError(f"is damaged or cut off ({_reason(error)}); download or copy it again") from error
-    chosen = folders[_whole_model(folders)]
+    chosen = folders[_complete_model(folders)]
     for file in chosen.iterdir():
         os.replace(file, folder / file.name)
     for path in folders.values():
         shutil.rmtree(path)
 
 
-def _whole_model(folders: dict[PurePosixPath, Path]) -> PurePosixPath:
-    """Which of an archive's folders is the model folder."""
+def _complete_model(folders: dict[PurePosixPath, Path]) -> PurePosixPath:
+    """The complete model folder nearest to the root of the archive; ModelFolderError if there is not exactly one."""
     if not folders:
         raise NotWeightsError(f"holds no weights, nothing in it is called {CONFIG}; {WANTED}")
     missing = {
         inside: [name for name in FILES if name != TRAINING and not (path / name).is_file()]
         for inside, path in folders.items()
     }
-    whole = sorted((inside for inside in folders if not missing[inside]), key=lambda inside: len(inside.parts))
-    if not whole:
+    complete = sorted((inside for inside in folders if not missing[inside]), key=lambda inside: len(inside.parts))
+    if not complete:
         nearest = min(folders, key=lambda inside: len(missing[inside]))
         raise ModelFolderError(f"has no {missing[nearest][0]}; pack the whole model folder again")
-    if len(whole) > 1 and len(whole[0].parts) == len(whole[1].parts):
-        raise ModelFolderError(f"holds several models, {whole[0]} and {whole[1]}; pack one of them")
-    return whole[0]
+    if len(complete) > 1 and len(complete[0].parts) == len(complete[1].parts):
+        raise ModelFolderError(f"holds several models, {complete[0]} and {complete[1]}; pack one of them")
+    return complete[0]
 
 
 def _files(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Each file of a tar or zip: its name, and its content in pieces, to be read before the next file."""
+    """The name of each file in a tar or zip, and its content in pieces. Read it before the next file is requested."""
     buffered = io.BufferedReader(stream)
     start = buffered.peek(512)[:512]
     if not start:
         raise NotWeightsError(f"is empty; {WANTED}")
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    if is_web_page(start):
         raise NotWeightsError(f"is an HTML page, not weights; look at its address, and {WANTED}")
     budget = _Budget(make_room)
     if not start.startswith(ZIP_STARTS):
@@ -255,7 +254,7 @@ def _files(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> 
             if content is not None:
                 yield member.name, iter(lambda content=content: content.read(CHUNK), b"")
         return
-    with tempfile.NamedTemporaryFile(dir=folder) as copy:  # a zip's table of contents is at its end
+    with tempfile.NamedTemporaryFile(dir=folder) as copy:  # zipfile needs a file: the table of contents is at the end
         copying = _Budget(make_room)
         while piece := buffered.read(CHUNK):
             copying.add_bytes(len(piece))
@@ -268,7 +267,7 @@ def _files(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> 
 
 
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, budget: _Budget) -> Iterator[bytes]:
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile reads others without a bound
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others without a limit
         raise ModelFolderError(f"{member.filename[:100]} in it is compressed in an unusual way; zip the folder again")
     with archive.open(member) as content:
         while piece := content.read(SMALL):

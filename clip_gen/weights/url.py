@@ -1,6 +1,4 @@
-"""Opens URLs. A silent or a slow server cannot hold the reader for long, and a URL that a stranger named can be
-restricted to public addresses.
-"""
+"""Opens URLs with time limits against silent and slow servers, and only at public addresses if that is wanted."""
 
 from __future__ import annotations
 
@@ -16,33 +14,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 URLS = ("http://", "https://", "data:")
-TIMEOUT_SECONDS = 60  # to connect, and without a byte from the server
-DEADLINE_SECONDS = 30 * 60  # for a whole download, from opening to the last read
-ASK_SECONDS = 1  # between two looks at should_stop while the server is silent
-CONNECT_SECONDS = 10  # to each address of a host that must be public
-MAX_ADDRESSES = 3  # of such a host that are tried; whoever owns the name may list hundreds
+TIMEOUT_SECONDS = 60  # to connect, and to wait for the next byte
+DEADLINE_SECONDS = 30 * 60  # for a whole download
+ASK_SECONDS = 1  # between two calls of should_stop while the server is silent
+CONNECT_SECONDS = 10  # per address of a host that must be public
+MAX_ADDRESSES = 3  # of such a host that are tried; a malicious one may list hundreds
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Metadata services of Oracle's and Azure's machines. ipaddress takes the first for public before Python 3.11.10.
+# Metadata services of Oracle and Azure. Before Python 3.11.10, ipaddress counts the first as public.
 METADATA = ("192.0.0.0/24", "168.63.129.16/32")
-# Reserved for 6to4 relays (RFC 7526) and for documentation (RFC 9637), which ipaddress takes for public.
+# For 6to4 relays (RFC 7526) and documentation (RFC 9637). ipaddress counts both as public.
 RESERVED = ("192.88.99.0/24", "3fff::/20")
 REFUSED = tuple(map(ipaddress.ip_network, METADATA + RESERVED))
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses that are routed on the internet
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses on the internet
 
 
 class RefusedAddressError(OSError):
-    """A URL that must be public, but is not."""
+    """The URL must be public but is not."""
 
 
 def is_url(text: str) -> bool:
-    """Whether this is a URL that open_url or a data URL reader takes, rather than a path."""
+    """Whether this is an http, https or data URL and not a path."""
     return text[:8].lower().startswith(URLS)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is reachable on the public internet, and so no part of the server's own networks.
+    """Whether an IP address is on the public internet, and not in a private network of the server.
 
-    An IPv6 address that stands for an IPv4 address (mapped, 6to4, NAT64) counts as the IPv4 address.
+    An IPv6 address that contains an IPv4 address (mapped, 6to4, NAT64) counts as that.
     """
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
@@ -60,24 +58,24 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class PublicOnly:
-    """Connects by https to public addresses only. Give it to open_url for a URL that a stranger named.
+    """Connects by https to public addresses only: for open_url with a URL from a stranger.
 
-    resolve: as socket.getaddrinfo. public: tells whether an address may be connected to.
+    resolve: like socket.getaddrinfo. public: whether a connection to an address is allowed.
     """
 
     resolve: Callable[..., list[tuple]] = socket.getaddrinfo
     public: Callable[[str], bool] = is_public
 
     def addresses(self, host: str, port: int) -> list[str]:
-        """The host's IP addresses. RefusedAddressError if any is not public, OSError if there is none."""
-        found = [entry[4][0] for entry in self.resolve(host, port, type=socket.SOCK_STREAM)]
-        for address in found:
+        """The host's IP addresses. RefusedAddressError if one is not public, OSError if there is none."""
+        addresses = [entry[4][0] for entry in self.resolve(host, port, type=socket.SOCK_STREAM)]
+        for address in addresses:
             if not self.public(address):
                 raise RefusedAddressError(f"{host} has the address {address}, which is not public")
-        return found
+        return addresses
 
     def connect(self, address: tuple[str, int], timeout: float, source_address: None = None) -> socket.socket:
-        """As socket.create_connection. The name is resolved once, so the address checked is the address used."""
+        """Like socket.create_connection. Resolves the name once, so that the checked address is the one used."""
         host, port = address
         reason: OSError = RefusedAddressError(f"{host} has no address")
         for number in self.addresses(host, port)[:MAX_ADDRESSES]:
@@ -91,10 +89,7 @@ class PublicOnly:
         raise reason
 
     def check_behind_proxy(self, host: str) -> None:
-        """RefusedAddressError if the host is an address that is not public, or resolves to one here.
-
-        The proxy resolves the name itself, so a name that this machine cannot resolve passes.
-        """
+        """RefusedAddressError if this machine can resolve the host, and to an address that is not public."""
         with contextlib.suppress(socket.gaierror):
             self.addresses(host, 443)
 
@@ -106,10 +101,10 @@ def open_url(
     deadline_seconds: float | None = None,
     public: PublicOnly | None = None,
 ) -> http.client.HTTPResponse:
-    """The reply to a GET by http or https, through the proxy of $http_proxy or $https_proxy where there is one.
+    """The reply to a GET by http or https, through the proxy of $http_proxy or $https_proxy if set.
 
-    Opening and reading raise OSError, HTTPException or ValueError, and soon after should_stop says so. public: refuses
-    plain http and addresses that are not public, also after a redirect.
+    Opening and reading raise OSError, HTTPException or ValueError; also when should_stop returns True, which is called
+    every ASK_SECONDS. public: refuses plain http and addresses that are not public, also after redirects.
     """
     if not url.isascii():
         raise ValueError("a URL is ASCII; percent-encode what is not")
@@ -122,7 +117,7 @@ def open_url(
         if time.monotonic() > deadline:
             raise TimeoutError(f"not done after {seconds} seconds")
 
-    # urlopen's own opener would follow a redirect to ftp, which nothing here watches.
+    # The default opener would follow a redirect to ftp, without these checks.
     opener = urllib.request.OpenerDirector()
     for handler in (
         *(urllib.request.ProxyHandler(), urllib.request.UnknownHandler(), _Handler(ask, public)),
@@ -134,14 +129,14 @@ def open_url(
 
 
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Connections whose replies are read by _Reader, headers included."""
+    """Opens connections whose replies, with their headers, are read by _Reader."""
 
     def __init__(self, ask: Callable[[], None], public: PublicOnly | None):
         super().__init__()
         self._ask, self._public = ask, public
 
     def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-        """Runs for each request and redirect, before a proxy is chosen."""
+        """Called for each request and redirect, before a proxy is chosen."""
         if self._public is not None and request.type != "https":
             raise RefusedAddressError(f"{request.full_url[:100]}: only https is allowed")
         request.named_host = request.host
@@ -161,14 +156,14 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         connection = kind(host, timeout=timeout)
         connection.response_class = functools.partial(_Response, ask=self._ask)
         if self._public is not None and request.host == request.named_host:
-            connection._create_connection = self._public.connect  # http.client has no public name for it
+            connection._create_connection = self._public.connect  # http.client has no public way
         elif self._public is not None:
             self._public.check_behind_proxy(http.client.HTTPConnection(request.named_host).host)
         return connection
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Reads no body of a redirect. The parent class reads all of it into memory, however long it is."""
+    """Does not read the body of a redirect. The parent class would read all of it into memory."""
 
     def redirect_request(self, request: urllib.request.Request, reply: io.BufferedIOBase, *args: object) -> object:
         reply.close()
@@ -182,7 +177,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Reader(io.RawIOBase):
-    """Reads a socket, asking before each wait whether to go on."""
+    """Reads a socket, and calls `ask`, which may raise, at least every ASK_SECONDS."""
 
     def __init__(self, sock: socket.socket, file: io.RawIOBase, ask: Callable[[], None]):
         self._sock, self._file, self._ask = sock, file, ask
@@ -206,5 +201,5 @@ class _Reader(io.RawIOBase):
             self._sock.settimeout(before)
 
     def close(self) -> None:
-        self._file.close()  # the socket counts its open files and closes with the last
+        self._file.close()  # the socket closes with its last file
         super().close()

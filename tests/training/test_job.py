@@ -42,7 +42,7 @@ from clip_gen.training.job import Training
 from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
 from clip_gen.training.report import write_report
 from clip_gen.training.vqgan_trainer import VQGANTrainer
-from clip_gen.weights.model_folder import ModelFolderError, knows_its_tokens, save_networks, save_part
+from clip_gen.weights.model_folder import ModelFolderError, save_networks, save_part, transformer_matches
 from clip_gen.weights.tarball import resolve_weights
 from clip_gen.worlds.shapes.pairs import RenderedPictures
 
@@ -734,9 +734,9 @@ def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
     assert changed == {"decoder", "post_quant_conv"} if kept else changed >= {"decoder", "encoder", "quantizer"}
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["stages"]["vqgan"]["tokens_kept"] is kept
-    assert knows_its_tokens(tmp_path / "model") is kept
+    assert transformer_matches(tmp_path / "model") is kept
     (tmp_path / "model" / "gpt.safetensors").unlink()
-    assert not knows_its_tokens(tmp_path / "model")
+    assert not transformer_matches(tmp_path / "model")
 
 
 @pytest.mark.parametrize(("pale", "kept"), [(False, True), (True, False)])

@@ -16,12 +16,12 @@ from clip_gen.weights.model_folder import (
     PARTS,
     ModelFolderError,
     all_finite,
-    digests,
-    knows_its_tokens,
     load_discriminator,
     load_networks,
+    part_digests,
     save_networks,
-    why_noise,
+    transformer_matches,
+    transformer_mismatch,
 )
 
 
@@ -239,28 +239,28 @@ def test_a_transformer_beside_another_vqgan_of_the_same_size_is_noticed(
     shutil.copy(tmp_path / "other" / f"{part}.safetensors", folder)
     ClipGen.load(folder, "cpu")
     assert f"{part}.safetensors is not the one that training.json describes" in caplog.text
-    assert not knows_its_tokens(folder)
+    assert not transformer_matches(folder)
 
 
 def test_a_transformer_put_beside_a_vqgan_that_had_none_is_noticed(folder: Path, tmp_path: Path) -> None:
-    (folder / "training.json").write_text('{"digests": {"vqgan": "' + digests(folder)["vqgan"] + '"}}')
-    assert not knows_its_tokens(folder)
+    (folder / "training.json").write_text('{"digests": {"vqgan": "' + part_digests(folder)["vqgan"] + '"}}')
+    assert not transformer_matches(folder)
     (folder / "gpt.safetensors").unlink()
-    assert why_noise(folder) is None
+    assert transformer_mismatch(folder) is None
 
 
 def test_a_folder_without_digests_is_not_suspected(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "training.json").write_text("{}")
     ClipGen.load(folder, "cpu")
     assert not caplog.text
-    assert knows_its_tokens(folder)
+    assert transformer_matches(folder)
 
 
 def test_a_decoder_trained_further_still_fits_its_transformer(folder: Path) -> None:
     tensors = load_file(folder / "vqgan.safetensors")
     tensors["decoder.conv_in.weight"] *= 2
     save_file(tensors, folder / "vqgan.safetensors")
-    assert knows_its_tokens(folder)
+    assert transformer_matches(folder)
 
 
 RECORDS = {
@@ -281,10 +281,10 @@ RECORDS = {
 def test_a_training_record_of_any_content_is_a_sentence_or_taken(folder: Path, text: str) -> None:
     (folder / "training.json").write_bytes(text.encode(errors="surrogateescape"))
     if text.startswith('{"'):
-        assert knows_its_tokens(folder)
+        assert transformer_matches(folder)
         return
     with pytest.raises(ModelFolderError, match=r"training\.json: .*; copy it again, or remove it$"):
-        why_noise(folder)
+        transformer_mismatch(folder)
 
 
 def test_a_training_record_that_would_fill_the_memory_is_not_read(folder: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_pull_that_fails_leaves_the_model_that_was_there(files: dict[str, byte
     [
         (["coco", "--mirror", "elsewhere"], 'mirror is "elsewhere"; give an address that begins with http'),
         (["clip", "ViT-B/64"], "there is no CLIP ViT-B/64; name one of RN50, "),
-        (["clip"], "which CLIP is wanted; name one of RN50, "),
+        (["clip"], "the name of the CLIP is missing; name one of RN50, "),
         (["coco", "ViT-B/32"], "coco takes no name"),
         (["lpips", "vgg"], "lpips takes no name"),
     ],

@@ -93,7 +93,7 @@ def test_the_activation_that_a_clip_was_trained_with_is_kept_in_the_folder(
 ) -> None:
     torch.save(clip_state(sizes), tmp_path / "clip.pt")
     assert import_clip(tmp_path, *(["--activation", activation] if activation else [])) == 0
-    assert ("weights do not tell the activation" in caplog.text) == (activation is None)
+    assert ("weights do not show the activation" in caplog.text) == (activation is None)
     config = load_config(tmp_path / "out").clip
     assert config.activation == (activation or "quick_gelu")
     ours, theirs = ClipEncoder(config), build_clip(VIT if sizes == VIT else RESNET)
