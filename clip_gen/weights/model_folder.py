@@ -246,7 +246,7 @@ def load_part(network: nn.Module, path: Path) -> None:
 
 
 def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The file's tensors, memory-mapped. ModelFolderError unless all names and shapes fit and all numbers are finite."""
+    """The file's tensors, memory-mapped. ModelFolderError unless names and shapes fit and all numbers are finite."""
     if not path.is_file():
         raise ModelFolderError(f"{path}: missing; copy the whole model folder again{_REMEDIES.get(path.stem, '')}")
     try:
