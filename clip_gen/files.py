@@ -196,7 +196,7 @@ def check_writable(folder: Path) -> None:
                 )
             nearest = nearest.parent
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; name a new or an empty folder")
+            raise ValueError(f"{folder} is a file; name a folder")
         if not nearest.is_dir():
             raise ValueError(f"{folder}: {nearest} is a file, so it cannot contain a folder; name another folder")
         if not is_writable(nearest):

@@ -1,4 +1,4 @@
-"""The command `python -m clip_gen generate`: a prompt to numbered picture files, best first."""
+"""The command `python -m clip_gen generate`: writes pictures of a prompt to numbered files, best first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_gen.files import PARTIAL, is_writable
+from clip_gen.files import PARTIAL, check_writable
 from clip_gen.images import OUTPUT_FORMATS, save_image
 from clip_gen.pipeline import ClipGen, Generation
 from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
@@ -22,55 +22,45 @@ log = logging.getLogger(__name__)
 
 QUALITY = 90
 DEFAULTS = {"candidates": 16, "num_outputs": 4, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0}
-# What HFAiLab's demo of the published COCO model draws with.
+# Settings of HFAiLab's demo of the published COCO model.
 PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0.95}}
-
-
-NUMBERS = {  # what the help says of each
+HELP = {
     "candidates": f"pictures to draw and choose from, 1 to {MAX_CANDIDATES}",
     "num_outputs": "pictures to write, best first, 1 to the number of candidates",
     "top_k": "choose from the k likeliest tokens; 0: from all",
     "top_p": "choose from the likeliest tokens that make up this share, 0 to 1; 1: from all",
-    "temperature": "higher varies more, 0 to 10; 0 always takes the likeliest token",
+    "temperature": "higher varies more, 0 to 10; 0: always the likeliest token",
     "guidance": "how hard to push towards the prompt, 0 to 20; 1: off",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="what to draw")
-    parser.add_argument(
-        "--model", help="a model folder, a training's folder, a weights tar or its URL; default: as script/predict"
-    )
-    parser.add_argument("--out", default=".", help="the folder the pictures go to; default this one")
-    parser.add_argument("--name", help="write NAME.0.png, NAME.1.png, ...; default 0.png, 1.png, ...")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
-    parser.add_argument("--preset", choices=PRESETS, help="settings known to suit a model; others given here go before")
+    parser.add_argument("--model", help="a model folder, a training's folder, a weights tar or its URL")
+    parser.add_argument("--out", default=".", help="folder for the pictures; default: the current one")
+    parser.add_argument("--name", help="write NAME.0.png, NAME.1.png, ...; default: 0.png, 1.png, ...")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    parser.add_argument("--preset", choices=PRESETS, help="settings for a known model; other options override them")
     for name, value in DEFAULTS.items():
-        text = f"{NUMBERS[name]}; default {value}"
+        text = f"{HELP[name]}; default {value}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text)
     parser.add_argument(
         "--clip-rerank",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="let CLIP choose the best and sort them; off: the first drawn",
+        help="return the best pictures by CLIP score; off: the first ones drawn",
     )
-    parser.add_argument(
-        "--seed", type=int, help=f"0 to {MAX_SEED}, draws the same pictures again; default a random one"
-    )
+    parser.add_argument("--seed", type=int, help=f"0 to {MAX_SEED}: same seed, same pictures; default: random")
     parser.add_argument("--output-format", choices=OUTPUT_FORMATS, default="png", help="default png")
-    parser.add_argument(
-        "--output-quality",
-        type=int,
-        default=QUALITY,
-        help=f"of webp and jpg, 0 to 100; webp is lossless at 100; default {QUALITY}",
-    )
+    quality = f"of webp and jpg, 0 to 100; webp is lossless at 100; default {QUALITY}"
+    parser.add_argument("--output-quality", type=int, default=QUALITY, help=quality)
     parser.add_argument(
         "--output-metadata",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="write the prompt and the settings into each file",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for cuda where there is one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda if available")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -99,7 +89,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def checked_settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """The arguments of ClipGen.generate but the prompt; ValueError for those that do not fit."""
+    """Arguments of ClipGen.generate except the prompt; ValueError if one is out of range."""
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
     settings = {**DEFAULTS, **PRESETS.get(arguments.preset, {}), **given, "seed": arguments.seed}
     settings["clip_rerank"] = arguments.clip_rerank
@@ -114,7 +104,7 @@ def checked_settings(arguments: argparse.Namespace) -> dict[str, object]:
 def write_pictures(
     result: Generation, paths: Sequence[Path], metadata: dict[str, object] | None, output_format: str, quality: int
 ) -> None:
-    """Writes all pictures. If one cannot be written, OSError, and every file is as before."""
+    """Writes all pictures or none. OSError if one cannot be written; then the existing files are as before."""
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     path = paths[0]
     try:
@@ -135,14 +125,8 @@ def write_pictures(
 
 
 def check_folder(folder: Path, names: list[str], overwrite: bool) -> None:
-    """Raises ValueError for a folder that cannot be written to, and for files of these names unless overwrite."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if there.is_symlink() and not there.exists():
-        raise ValueError(f"{there} is a link to nowhere; name a folder for the pictures")
-    if not there.is_dir():
-        raise ValueError(f"{there} is a file; name a folder for the pictures")
-    if not is_writable(there):
-        raise ValueError(f"{there} cannot be written to; name another folder with --out")
+    """ValueError if the folder cannot be written to, or has files of these names and overwrite is False."""
+    check_writable(folder)
     for path in (folder / name for name in names):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(

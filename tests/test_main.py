@@ -43,8 +43,8 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
         (["generate", "caf\udce9"], "generate: prompt is 'caf\\udce9', which is not UTF-8 text"),
         (["generate", "a", "--num-outputs", "17"], "generate: num_outputs is 17, more than the 16 candidates"),
         (["generate", "a", "--top-p", "1.5"], "generate: top_p is 1.5; give a number, 0 to 1"),
-        (["generate", "a", "--out", f"{__file__}/x"], f"generate: {__file__} is a file; name a folder"),
-        (["generate", "a", "--out", "/proc/x"], "generate: /proc cannot be written to; name another folder"),
+        (["generate", "a", "--out", f"{__file__}/x"], f"generate: {__file__}/x: {__file__} is a file, so it"),
+        (["generate", "a", "--out", "/proc/x"], "generate: /proc/x: /proc cannot be written to; name another folder"),
         (["evaluate", "nowhere", "--prompts", "0"], "evaluate: prompts is 0; give 1 or more"),
         (
             ["generate", "a", "--output-quality", "101"],
@@ -73,9 +73,8 @@ def test_a_link_to_nowhere_in_the_folders_place_is_named_before_anything_is_draw
     monkeypatch.setattr(pipeline, "load_networks", None)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert main(["generate", "a", "--out", str(tmp_path / "link")]) == 1
-    assert (
-        capsys.readouterr().err == f"generate: {tmp_path}/link is a link to nowhere; name a folder for the pictures\n"
-    )
+    error = f"generate: {tmp_path}/link is a link to {tmp_path}/nowhere, which does not exist; name another folder\n"
+    assert capsys.readouterr().err == error
 
 
 def test_generate_replaces_no_picture_unless_it_may(
