@@ -10,20 +10,20 @@ import sys
 
 from clip_gen.files import set_compile_cache_folders
 
-# Each module brings add_arguments(parser) and main(arguments); imported only when asked for, since torch is slow.
+# Each module has add_arguments(parser) and main(arguments). It is imported only for its command: torch is slow.
 COMMANDS = {
-    "generate": ("clip_gen.generate", "draw a prompt from a model folder"),
+    "generate": ("clip_gen.generate", "draw pictures of a prompt"),
     "import": ("clip_gen.weights.importers.cli", "convert published weights to a model folder"),
     "pull": ("clip_gen.weights.pull", "download published weights and convert them to a model folder"),
     "shapes": ("clip_gen.worlds.shapes.folder", "write pictures of the demo world, with or without captions"),
-    "train": ("clip_gen.training.cli", "train on anybody's pictures, without captions"),
-    "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model from nothing"),
-    "evaluate": ("clip_gen.worlds.shapes.grading", "grade a shapes model by the judge"),
+    "train": ("clip_gen.training.cli", "train on pictures without captions"),
+    "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model"),
+    "evaluate": ("clip_gen.worlds.shapes.grading", "grade a model of shapes with the judge"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; 1 and one sentence on stderr when the input is at fault."""
+    """Runs one command. For invalid input, prints one sentence to stderr and returns 1."""
     set_compile_cache_folders()
     words = sys.argv[1:] if arguments is None else arguments
     installed = os.path.basename(sys.argv[0]) == "clip-gen"

@@ -1,4 +1,4 @@
-"""Every dial, as frozen dataclasses read from YAML; the only door to OmegaConf."""
+"""The settings of a model, as frozen dataclasses that are read from YAML."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from yaml import YAMLError
 
 Config = TypeVar("Config")
 
-MAX_SIZE = 2**18  # of any one size; the largest codebook known has as many codes
+MAX_SIZE = 2**18  # of all sizes without a limit below; the largest known codebook has as many codes
 MAX_LAYERS = 256
-MAX_RES_BLOCKS = 32  # at each resolution of a VQGAN; published ones have 2 or 3
-MAX_RESOLUTION = 2048  # a picture of 2**18 pixels a side would need 800 GB, and small weights can ask for one
-ACTIVATIONS = ("quick_gelu", "gelu")  # of a CLIP's transformers: OpenAI's approximation, the function itself
-MAX_NESTED = 20  # lists and mappings inside one another in a YAML file
+MAX_RES_BLOCKS = 32  # per resolution of a VQGAN; published ones have 2 or 3
+MAX_RESOLUTION = 2048  # small weights may describe large pictures: one with 2**18 pixels a side needs 800 GB
+ACTIVATIONS = ("quick_gelu", "gelu")  # of CLIP's transformers: OpenAI's approximation of GELU, and GELU
+MAX_NESTED = 20  # levels of lists and mappings in a YAML file
 RENAMED_FIELDS = {"looks_around": "neighbour_context"}  # in config files of earlier versions
-CLIP_TOKENS = 49408  # of OpenAI's CLIP, whose tokenizer is the only one here
+CLIP_TOKENS = 49408  # vocabulary of CLIP's tokenizer, which all models here use
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The sizes OpenAI's CLIP class takes, and the activation. `vision_layers`: four for a ResNet, one for a ViT."""
+    """The sizes of OpenAI's CLIP class, and the activation. vision_layers: four numbers for a ResNet, one for a ViT."""
 
     embed_dim: int = 512
     image_resolution: int = 224
@@ -37,16 +37,16 @@ class ClipConfig:
     transformer_width: int = 512
     transformer_heads: int = 8
     transformer_layers: int = 12
-    activation: str = "quick_gelu"  # or "gelu", with which most models of open_clip were trained
+    activation: str = "quick_gelu"  # or "gelu", as in most models of open_clip
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
     """taming's Encoder and Decoder between images of `resolution` and a grid of h · w = T tokens.
 
-    `patch` folds squares of pixels into channels before the first convolution (1: not at all), so the grid's side is
-    resolution / patch / 2 ** (len(ch_mult) - 1). With `local` the encoder reads each of these squares on its own, so a
-    token tells of nothing but its own square; the decoder still sees them all.
+    patch: side of the pixel squares that are folded into channels before the first convolution (1: none). So the side
+    of the grid is resolution / patch / 2 ** (len(ch_mult) - 1). local: the encoder sees each square alone, so that a
+    token depends on its own square only. The decoder sees all tokens.
     """
 
     resolution: int = 256
@@ -58,14 +58,14 @@ class VQGANConfig:
     attn_resolutions: tuple[int, ...] = (16,)
     z_channels: int = 256
     dropout: float = 0.0
-    norm_eps: float = 1e-6  # of every group norm; taming's own is 1e-6, others trained with torch's 1e-5
+    norm_eps: float = 1e-6  # of all group norms: taming's; HFAiLab's model has torch's 1e-5
     quantizer: str = "cosine"  # "cosine": l2-normalised codes with restart; "taming": VectorQuantizer2; "gumbel"
     codebook_size: int = 1024
     codebook_dim: int = 8
 
     @property
     def grid(self) -> int:
-        """Tokens along a side."""
+        """Tokens per side."""
         return self.resolution // self.patch // 2 ** (len(self.ch_mult) - 1)
 
 
@@ -78,22 +78,22 @@ class GPTConfig:
     codebook_size: int = 1024
     embed_dim: int = 512  # of the CLIP embedding
     head_bias: bool = False  # HFAiLab's published transformer has one
-    null_condition: bool = True  # learnt in training; without it guidance has nothing to push away from
-    rotary: bool = False  # turn queries and keys by their token's row and column, besides learnt positions
+    null_condition: bool = True  # learned; guidance needs it
+    rotary: bool = False  # rotary embedding of row and column, besides learned positions
     neighbour_context: bool = False  # a position's input: the tokens above and beside it and the condition
     dropout: float = 0.1
 
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """How a text embedding is made to look like an image embedding. See bridge.py."""
+    """How text embeddings are shifted towards image embeddings (networks/bridge.py)."""
 
-    mean_shift: float = 0.0  # 0: as it is; 1: moved by the whole gap between the two means
+    mean_shift: float = 0.0  # share of the gap between the mean text and image embeddings, 0 to 1
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model folder's config.yaml: everything needed to build its networks."""
+    """The config.yaml of a model folder: all that is needed to build its networks."""
 
     name: str = "clip-gen"
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -102,7 +102,7 @@ class ModelConfig:
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
 
     def check(self) -> None:
-        """Raises ValueError when a size is out of reason or the parts do not fit one another."""
+        """ValueError if a size is out of range or the parts do not fit together."""
         vqgan, gpt, clip = self.vqgan, self.gpt, self.clip
         for part in ("clip", "vqgan", "gpt"):
             for name, value in vars(getattr(self, part)).items():
@@ -137,16 +137,16 @@ class ModelConfig:
             raise ValueError(f"gpt.rotary needs n_embd / n_head to be a multiple of 4, not {gpt.n_embd // gpt.n_head}")
         if vqgan.local and len(vqgan.ch_mult) > 1:
             raise ValueError(f"vqgan.local has nothing to halve: vqgan.ch_mult takes one number, not {vqgan.ch_mult}")
-        # taming's group norm has 32 groups; a square's only value in a group would be normalised away.
+        # taming's group norm has 32 groups. A group with one value per square would always be normalised to 0.
         if vqgan.local and vqgan.ch * vqgan.ch_mult[0] < 64:
             raise ValueError(f"vqgan.local needs 64 channels or more; vqgan.ch is {vqgan.ch}")
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
-    """The YAML file merged onto the dataclass's defaults; ValueError for an unknown name or a wrong type."""
+    """A YAML file over the defaults of a dataclass; ValueError for unknown names and wrong types."""
     try:
         check_nesting(path)
-        # OmegaConf would fill in ${oc.env:SECRET}, and model folders come from strangers.
+        # Model folders come from strangers, and OmegaConf would replace ${oc.env:SECRET}.
         if "${" in path.read_text(encoding="utf-8"):
             raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
         given = _with_new_names(OmegaConf.to_container(OmegaConf.load(path)))
@@ -159,14 +159,14 @@ def read_config(path: Path, kind: type[Config]) -> Config:
 
 
 def _with_new_names(values: object) -> object:
-    """The same values; fields that have been renamed get their new names."""
+    """The values with the new names of renamed fields."""
     if isinstance(values, dict):
         return {RENAMED_FIELDS.get(name, name): _with_new_names(value) for name, value in values.items()}
     return values
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """Somebody else's YAML file as plain dicts and lists; ValueError when it is not there or no mapping."""
+    """A foreign YAML file as plain dicts and lists; ValueError unless it is a mapping."""
     remedy = "give the YAML file that came with the checkpoint"
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; {remedy}")
@@ -181,7 +181,7 @@ def read_settings(path: Path) -> dict[str, object]:
 
 
 def check_nesting(path: Path) -> None:
-    """ValueError for a YAML file so deep that its parser, which calls itself for each level, would crash Python."""
+    """ValueError for deep nesting, with which the recursive YAML parser would crash Python."""
     depth = 0
     for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -194,7 +194,7 @@ def write_config(config: object, path: Path) -> None:
 
 
 def _build(kind: type[Config], values: dict) -> Config:
-    """The frozen dataclass itself: OmegaConf's own objects would be mutable and hold lists for tuples."""
+    """The frozen dataclass. OmegaConf's objects are mutable and have lists instead of tuples."""
     arguments = {}
     for spec in fields(kind):
         value = values[spec.name]

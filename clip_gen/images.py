@@ -1,6 +1,6 @@
-"""PIL <-> tensors, the two normalisations, and saving with metadata.
+"""Converts PIL images to tensors and back, and saves them with metadata.
 
-Images are (B, 3, S, S) float32 in [-1, 1] everywhere but inside CLIP, which wants its own mean and deviation.
+Images are (B, 3, S, S) float32 in [-1, 1], except for CLIP, which has its own normalisation.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from clip_gen.validation import check_number
 
 OUTPUT_FORMATS = ("png", "webp", "jpg")
 
-# The pixel statistics OpenAI trained CLIP with (clip/clip.py).
+# Mean and standard deviation of CLIP's inputs (OpenAI's clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 EXIF_IMAGE_DESCRIPTION = 0x010E
-FULL_COLOR_QUALITY = 90  # of JPEGs: from here on their colors have the resolution of the picture, not half of it
+FULL_COLOUR_QUALITY = 90  # lowest quality of JPEGs whose colours are saved at full resolution
 
 
 def to_tensor(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
@@ -50,16 +50,16 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def for_clip(images: Tensor, resolution: int) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] to CLIP's (B, 3, resolution, resolution): resized, then its mean and deviation.
+    """(B, 3, H, W) in [-1, 1] to normalised inputs of CLIP, (B, 3, resolution, resolution).
 
-    Of a picture that is not square the middle is taken, as OpenAI's preprocessing does.
+    Resizes the shorter side and crops the middle, as OpenAI's preprocessing does.
     """
     height, width = images.shape[-2:]
-    images = images.float()  # what a decoder in bfloat16 made, torch cannot resize on a CPU
+    images = images.float()  # torch cannot resize bfloat16 on a CPU
     if (height, width) != (resolution, resolution):
         short = min(height, width)
         size = (resolution * height // short, resolution * width // short)
-        # Along one side and then the other, as PIL does: it cuts off what overshoots white or black in between.
+        # One side after the other with a clamp in between, as PIL does.
         for sides in ((height, size[1]), size):
             images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(-1, 1)
         top, left = (round((side - resolution) / 2) for side in size)
@@ -77,16 +77,16 @@ def save_image(
     quality: int = 90,
     metadata: dict[str, object] | None = None,
 ) -> None:
-    """Writes the picture whole or not at all.
+    """Writes a picture atomically.
 
-    The metadata goes into PNG text under its own names, or as JSON into the EXIF description of WebP and JPEG; without
-    metadata nothing but the picture is written. `quality` (0 to 100) does not apply to PNG; WebP is lossless at 100.
+    Metadata becomes PNG text under its names, or JSON in the EXIF description of WebP and JPEG. quality: 0 to 100, not
+    for PNG; WebP is lossless at 100.
     """
     if output_format not in OUTPUT_FORMATS:
         raise ValueError(f'output_format is "{output_format}"; it takes one of {", ".join(OUTPUT_FORMATS)}')
     check_number("output_quality", quality, 0, 100, whole=True)
     options: dict[str, object] = {"quality": quality}
-    if output_format == "jpg" and quality >= FULL_COLOR_QUALITY:
+    if output_format == "jpg" and quality >= FULL_COLOUR_QUALITY:
         options["subsampling"] = "4:4:4"
     elif output_format == "webp" and quality == 100:
         options["lossless"] = True

@@ -1,4 +1,4 @@
-"""Checks of what is asked for, before a model is loaded: the prompt, and numbers with their ranges."""
+"""Checks a prompt and its settings before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import unicodedata
 from collections.abc import Mapping
 from numbers import Integral, Real
 
-MAX_CANDIDATES = 256  # predict.py repeats it for Cog, which wants a literal
+MAX_CANDIDATES = 256  # repeated in predict.py, since Cog needs a literal
 MAX_SEED = 2**31 - 1
 
-# Emoji that Unicode does not count among the other symbols (category So), and the keycap that makes one of # and *.
+# Emoji outside Unicode's category So, and the keycap that makes emoji of # and *.
 OTHER_EMOJI = "‼⁉↔◻◼◽◾⤴⤵〰\u20e3"
-# Letters and symbols that show nothing: fillers of Hangul, a blank of Braille, stand-ins for what could not be decoded.
+# Invisible letters and symbols: Hangul fillers, the Braille blank, replacement characters.
 BLANK = "\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd"
 
 
 def check_request(
     prompt: str, candidates: int, num_outputs: int, seed: int | None, clip_rerank: bool, **others: object
 ) -> None:
-    """Raises ValueError with the value and the remedy. others: the inputs of check_sampling, and any that need none."""
+    """ValueError with the value and the remedy. others: the inputs of check_sampling; further ones are ignored."""
     check_prompt(prompt)
     if not isinstance(clip_rerank, bool):
         raise ValueError(f"clip_rerank is {clip_rerank!r}; give True or False")
@@ -36,7 +36,7 @@ def check_request(
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float, **_others: object) -> None:
-    """Raises ValueError with the value and the remedy."""
+    """ValueError with the value and the remedy."""
     check_number("temperature", temperature, 0, 10, "0: always the likeliest token")
     check_number("top_k", top_k, 0, math.inf, "0: choose from all tokens", whole=True)
     check_number("top_p", top_p, 0, 1, "1: choose from all tokens")
@@ -44,21 +44,21 @@ def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float
 
 
 def without_effect(values: Mapping[str, object], defaults: Mapping[str, object]) -> list[str]:
-    """Sentences on settings that were changed from their defaults and do nothing beside the others."""
+    """Warnings about settings that were changed but have no effect."""
     changed = {name for name, default in defaults.items() if values[name] != default}
-    found = []
+    warnings = []
     if "output_quality" in changed and values["output_format"] == "png":
-        found.append(f"output_quality is {values['output_quality']}, which does nothing: png is always lossless")
+        warnings.append(f"output_quality is {values['output_quality']}, which does nothing: png is always lossless")
     if "candidates" in changed and not values["clip_rerank"] and values["candidates"] != values["num_outputs"]:
-        found.append(
+        warnings.append(
             f"candidates is {values['candidates']}, which does nothing without clip_rerank: "
             f"{values['num_outputs']} are drawn"
         )
-    return found
+    return warnings
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ValueError for a prompt without a letter, a digit or an emoji, and for one that is not Unicode text."""
+    """ValueError for a prompt without a letter, a digit or an emoji, and for invalid Unicode."""
     remedy = "say what to draw, for example: a large red circle"
     if not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}; {remedy}")
@@ -66,11 +66,11 @@ def check_prompt(prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"prompt is {prompt!r}, which is not UTF-8 text; use a terminal or file in UTF-8") from error
-    if not any(map(_says_something, prompt)):
+    if not any(map(_is_visible, prompt)):
         raise ValueError(f"prompt is {prompt!r}, without a letter, a digit or an emoji; {remedy}")
 
 
-def _says_something(character: str) -> bool:
+def _is_visible(character: str) -> bool:
     if character in BLANK:
         return False
     category = unicodedata.category(character)
@@ -78,9 +78,9 @@ def _says_something(character: str) -> bool:
 
 
 def check_number(name: str, value: object, low: float, high: float, note: str = "", whole: bool = False) -> None:
-    """Raises ValueError unless value is a number from low to high, NumPy's included; True and False are none.
+    """ValueError unless value is a number from low to high. NumPy's numbers are accepted, True and False are not.
 
-    note: what a value means, for the message.
+    note: explains a value in the message.
     """
     noun = "a whole number" if whole else "a number"
     wanted = f"{noun}, {low} or more" if math.isinf(high) else f"{noun}, {low} to {high}"
