@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -61,7 +62,7 @@ def remove_leftovers(folder: Path, seconds: float = LEFTOVER_SECONDS) -> None:
     If a process was killed between the two renames of atomic_folder, the old folder gets its name back.
     """
     for path in folder.glob(f"{PARTIAL}*"):
-        with suppress(OSError), _opened(path) as descriptor:  # locked, or another user's
+        with suppress(OSError), open_descriptor(path) as descriptor:  # locked, or another user's
             if time.time() - os.fstat(descriptor).st_mtime < seconds:
                 continue
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +74,7 @@ def remove_leftovers(folder: Path, seconds: float = LEFTOVER_SECONDS) -> None:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[int]:
+def open_descriptor(path: str | Path) -> Iterator[int]:
     """File descriptor of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -96,13 +97,17 @@ def write_text_atomic(path: Path, text: str, durable: bool = True) -> None:
 
 def sync(path: str | Path) -> None:
     """fsync of a file, or of a folder's list of names."""
-    with _opened(path) as descriptor:
+    with open_descriptor(path) as descriptor:
         os.fsync(descriptor)
 
 
 def is_web_page(head: bytes) -> bool:
     """Whether a file that begins with these bytes is HTML or XML. No archive and no weights begin with a "<"."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def set_compile_cache_folders() -> None:
@@ -159,7 +164,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=PARTIAL))
     new, old = temporary / "new", temporary / "old"
     try:
-        with _opened(temporary) as lock:
+        with open_descriptor(temporary) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             new.mkdir()
             old.mkdir()
@@ -196,7 +201,7 @@ def check_writable(folder: Path) -> None:
                 )
             nearest = nearest.parent
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; name a folder")
+            raise ValueError(f"{folder} is a file; name another folder")
         if not nearest.is_dir():
             raise ValueError(f"{folder}: {nearest} is a file, so it cannot contain a folder; name another folder")
         if not is_writable(nearest):

@@ -168,7 +168,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused_in_a_sentence(tmp_path: Path
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     refused = {
-        tmp_path / "file": "file is a file; name a folder",
+        tmp_path / "file": "file is a file; name another folder",
         tmp_path / "file" / "a" / "b": "b: .*file is a file, so it cannot contain a folder; name another folder",
         tmp_path / "link": "link is a link to .*nowhere, which does not exist; name another folder",
         tmp_path / ("x" * 300): r"cannot be used \(File name too long\); name another folder",

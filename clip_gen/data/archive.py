@@ -5,7 +5,6 @@ Names in the archive never become paths: the pictures are numbered.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -35,7 +34,7 @@ from clip_gen.data.file_kinds import HEAD_BYTES, PictureError, kind_of
 from clip_gen.data.limits import ArchiveError, Limits
 from clip_gen.data.manifest import Pictures, Skipped, shown
 from clip_gen.data.tars import CHUNK
-from clip_gen.files import sha256_of
+from clip_gen.files import disk_is_full, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +128,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        full = "make room, or " if disk_is_full(error) else ""
         raise ArchiveError(f"{folder}: cannot be written to ({reason_of(error)}); {full}name another folder") from error
 
 

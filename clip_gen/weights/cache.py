@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from clip_gen.data.entries import reason_of
+from clip_gen.files import open_descriptor
 from clip_gen.weights.model_folder import ModelFolderError
 
 UNPACKING = ".unpacking-"
@@ -115,24 +117,12 @@ class Cache:
         return total
 
     def _remove_unused(self, path: Path) -> None:
-        try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:  # gone, or another user's
-            return
-        try:
+        with contextlib.suppress(OSError), open_descriptor(path) as lock:  # gone, in use, or another user's
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Rename first, so that nobody uses a half-removed folder.
             aside = path.with_name(f"{UNPACKING}removed-{path.name.removeprefix(UNPACKING)}")
             os.replace(path, aside)
             shutil.rmtree(aside, ignore_errors=True)
-        except OSError:  # in use, or another user's
-            pass
-        finally:
-            os.close(lock)
-
-
-def disk_is_full(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _gigabytes(name: str, default: float) -> float:
@@ -154,20 +144,19 @@ def _cache_folder() -> Path:
         return _writable(Path(named).expanduser() if named else Path.home() / ".cache" / "clip-gen")
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         if named:
-            reason = getattr(error, "strerror", None) or str(error)
             raise CacheError(
-                f"CLIP_GEN_CACHE is {named[:100]}, which cannot be written to ({reason}); name another folder"
+                f"CLIP_GEN_CACHE is {named[:100]}, which cannot be written to ({reason_of(error)}); name another folder"
             ) from error
-    own = Path(tempfile.gettempdir()) / f"clip-gen-{os.getuid()}"
+    private = Path(tempfile.gettempdir()) / f"clip-gen-{os.getuid()}"
     try:
-        own.mkdir(mode=0o700, exist_ok=True)
-        stat = own.lstat()
-        if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or own.is_symlink():
+        private.mkdir(mode=0o700, exist_ok=True)
+        stat = private.lstat()
+        if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or private.is_symlink():
             raise PermissionError("others can write to it")
-        return _writable(own)
+        return _writable(private)
     except OSError as error:
         raise CacheError(
-            f"{own}: cannot be used as the weights cache ({error.strerror or error}); set CLIP_GEN_CACHE to a folder"
+            f"{private}: cannot be used as the weights cache ({reason_of(error)}); set CLIP_GEN_CACHE to a folder"
         ) from error
 
 

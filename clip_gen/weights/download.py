@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import http.client
 import json
 import logging
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clip_gen.files import is_web_page, sha256_of
+from clip_gen.files import disk_is_full, is_web_page, sha256_of
 from clip_gen.weights.url import open_url
 
 log = logging.getLogger(__name__)
@@ -94,10 +93,8 @@ def _transfer(url: str, part: Path) -> None:
         except urllib.error.HTTPError as error:
             reason = _answer(error, url, part)
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ValueError(
-                    f"{part.parent}: the disk is full; make room and run the same command again"
-                ) from error
+            if disk_is_full(error):
+                raise ValueError(f"{part.parent}: the disk is full; make room and start the command again") from error
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         failures = 1 if _size(part) > before else failures + 1
         if failures >= MAX_FAILURES:

@@ -17,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
-from clip_gen.data.entries import ZIP_STARTS
+from clip_gen.data.entries import ZIP_STARTS, reason_of
 from clip_gen.data.tars import tar_files
 from clip_gen.data.zips import SMALL, ZIP_ERRORS, open_zip
-from clip_gen.files import atomic_file, is_web_page
-from clip_gen.weights.cache import Cache, CacheError, WeightsFolder, disk_is_full
+from clip_gen.files import atomic_file, disk_is_full, is_web_page
+from clip_gen.weights.cache import Cache, CacheError, WeightsFolder
 from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
 from clip_gen.weights.url import PublicOnly, is_url, open_url
 
@@ -119,7 +119,7 @@ def shortened(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return shortened(getattr(error, "strerror", None) or str(error))
+    return shortened(reason_of(error))
 
 
 def _open(weights: str, should_stop: Callable[[], bool] | None, public: PublicOnly | None) -> tuple[str, BinaryIO]:

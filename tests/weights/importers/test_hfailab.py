@@ -245,7 +245,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
     (tmp_path / "file").write_text("")
     words = ["import", "hfailab", "--vqgan", "nowhere", "--gpt", "nowhere", "--out"]
     for out, sentence in (
-        ("file", "file is a file; name a folder"),
+        ("file", "file is a file; name another folder"),
         ("file/out", f"{tmp_path}/file is a file, so it cannot contain a folder"),
     ):
         assert main([*words, str(tmp_path / out)]) == 1
