@@ -24,7 +24,7 @@ def allowed() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
-def test_a_gpu_may_round_for_as_long_as_it_is_allowed_and_no_longer() -> None:
+def test_tf32_is_allowed_inside_the_context_only() -> None:
     before = allowed()
     with tensor_float32(CUDA, True):
         assert allowed() == (True, True)
@@ -61,7 +61,7 @@ class Moved(nn.Linear):
         return super().to(torch.float32)
 
 
-def test_networks_that_worked_where_nothing_is_learnt_can_be_trained_afterwards() -> None:
+def test_networks_moved_in_inference_mode_can_be_trained_afterwards() -> None:
     network = Moved(2, 2).requires_grad_(False)
     with torch.inference_mode(), on_device(network):
         assert network.weight.dtype == torch.float64
@@ -144,7 +144,7 @@ def test_threads_that_begin_together_all_get_their_number_back() -> None:
         torch.set_num_threads(before)
 
 
-def test_memory_kept_for_later_is_given_back_before_processes_that_prepare_samples_get_it() -> None:
+def test_freed_memory_is_released_before_data_loading_processes_start() -> None:
     code = """
 from pathlib import Path
 import torch

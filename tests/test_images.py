@@ -92,7 +92,7 @@ def psnr(picture: Image.Image, path: Path) -> float:
     return 10 * np.log10(255**2 / (error**2).mean()) if error.any() else np.inf
 
 
-def test_jpegs_keep_the_resolution_of_colors_from_quality_90_and_webp_loses_nothing_at_100(tmp_path: Path) -> None:
+def test_jpegs_keep_colour_resolution_from_quality_90_and_webp_is_lossless_at_100(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     picture, path = Image.fromarray(pixels), tmp_path / "a"
     found = {}

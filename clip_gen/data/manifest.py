@@ -38,10 +38,10 @@ class Pictures:
 
     def summary(self) -> str:
         """Part of a sentence: number of pictures used, notes, and number of files skipped for each reason."""
-        of_use = "1 picture of use" if len(self.paths) == 1 else f"{len(self.paths)} pictures of use"
-        done = f"; of these: {_counts(self.notes.items())}" if self.notes else ""
+        usable = "1 usable picture" if len(self.paths) == 1 else f"{len(self.paths)} usable pictures"
+        notes = f"; of these: {_counts(self.notes.items())}" if self.notes else ""
         skipped = _counts(Counter(skipped.reason for skipped in self.skipped).most_common())
-        return of_use + done + (f"; skipped: {skipped}" if skipped else "")
+        return usable + notes + (f"; skipped: {skipped}" if skipped else "")
 
     def write_index(self, folder: Path) -> None:
         """Writes this into the folder of the pictures, for unpacked()."""

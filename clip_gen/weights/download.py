@@ -41,14 +41,16 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
         if not _by_pget(url, part):
             _transfer(url, part)
         _refuse_web_page(url, part)
-        found = sha256_of(part)
-        if sha256 is None or found.startswith(sha256):
+        digest = sha256_of(part)
+        if sha256 is None or digest.startswith(sha256):
             os.replace(part, path)
             _notes(part).unlink(missing_ok=True)
             return
         _forget(part)
-    wanted = sha256 if len(sha256) == len(found) else f"one that starts with {sha256}"
-    raise ValueError(f"{url}: its sha256 is {found}, wanted is {wanted}; other bytes are sent, try another --mirror")
+    wanted = sha256 if len(sha256) == len(digest) else f"one that starts with {sha256}"
+    raise ValueError(
+        f"{url}: its sha256 is {digest}, wanted is {wanted}; the server sends another file, try another --mirror"
+    )
 
 
 def _refuse_web_page(url: str, part: Path) -> None:

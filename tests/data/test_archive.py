@@ -217,7 +217,7 @@ def test_the_log_and_training_json_say_what_became_of_each_file(
     with caplog.at_level(logging.INFO):
         pictures = unpack(make_zip(tmp_path / "photos.zip", files), out)
     assert len(caplog.messages) == 1
-    assert "photos.zip: 10 pictures of use; skipped: a text file (2); a duplicate (1)" in caplog.text
+    assert "photos.zip: 10 usable pictures; skipped: a text file (2); a duplicate (1)" in caplog.text
     noted = json.loads(json.dumps(pictures.as_json()))
     assert noted["used"] == 10
     assert noted["skipped"][-1] == {"name": "c.png", "reason": "a duplicate", "detail": "of 1.png"}
@@ -397,7 +397,7 @@ def test_too_few_pictures_are_an_error_with_the_count(tmp_path: Path, out: Path)
     files = dict(list(TEN.items())[:7]) | {"b.txt": b"text"}
     error = refused(make_zip(tmp_path / "photos.zip", files), out)
     assert error.endswith(
-        "photos.zip: holds 7 pictures of use; skipped: a text file (1); at least 8 pictures are needed"
+        "photos.zip: holds 7 usable pictures; skipped: a text file (1); at least 8 pictures are needed"
     )
 
 
@@ -460,7 +460,7 @@ def encrypt(path: Path) -> Path:
 
 def test_an_encrypted_zip_is_an_error_that_says_so(tmp_path: Path, out: Path) -> None:
     error = refused(encrypt(make_zip(tmp_path / "photos.zip", TEN, zipfile.ZIP_STORED)), out)
-    assert "is encrypted (0 pictures of use; skipped: encrypted (10)); make it again without a password" in error
+    assert "is encrypted (0 usable pictures; skipped: encrypted (10)); make it again without a password" in error
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "folder"])

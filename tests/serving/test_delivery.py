@@ -99,7 +99,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     assert "trains one model at a time, and a training is under way; try again when it has ended" in second["error"]
     status, state = server.request("PUT", "/trainings/one", {"input": {}})
     assert (status, state["status"]) == (202, "processing")
-    assert "24 pictures of use" in state["logs"]
+    assert "24 usable pictures" in state["logs"]
     wait_for(lambda: receiver.messages[-1][1]["status"] != "processing", seconds=60)
     reply = receiver.messages[-1][1]
     assert reply["status"] == "succeeded", reply
@@ -112,7 +112,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     assert sent == kept.read_bytes()
     with tarfile.open(fileobj=io.BytesIO(sent)) as tar:
         assert json.load(tar.extractfile("training.json"))["settings"]["seed"] == 7
-    assert any(line.startswith("images (the uploaded file): 24 pictures of use") for line in lines)
+    assert any(line.startswith("images (the uploaded file): 24 usable pictures") for line in lines)
     paths = {word for word in "\n".join(lines[1:]).split() if word.startswith(str(scratch))}
     assert paths == {str(kept), str(kept.with_suffix(".html"))}  # and no temporary file of the request
     # As docs/serving.md has it: the weights come twice, unless only the last message is asked for.

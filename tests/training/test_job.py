@@ -919,7 +919,7 @@ def test_the_log_tells_how_far_it_is(
     with caplog.at_level(logging.INFO):
         Training(photos, tmp_path, toy).run()
     said = "\n".join(caplog.messages)
-    for words in ("24 pictures of use; skipped:", "vqgan 8/8  ", "gpt 8/8  ", "pictures/s", "weights: "):
+    for words in ("24 usable pictures; skipped:", "vqgan 8/8  ", "gpt 8/8  ", "pictures/s", "weights: "):
         assert words in said, words
 
 

@@ -170,9 +170,7 @@ def lpips_server(lpips_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield server
 
 
-def test_pull_lpips_makes_one_small_folder_that_says_what_it_came_from_and_can_be_pulled_again(
-    lpips_server: BadServer, tmp_path: Path
-) -> None:
+def test_pull_lpips_makes_a_folder_with_its_origin_and_can_be_repeated(lpips_server: BadServer, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "lpips"
     for _ in range(2):
         assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
@@ -212,9 +210,7 @@ def test_a_file_of_another_sha256_makes_no_lpips(
     assert not (tmp_path / "checkpoints" / "lpips").exists()
 
 
-def test_a_vgg_that_is_here_already_is_not_downloaded_again_unless_its_sha256_starts_otherwise(
-    lpips_server: BadServer, tmp_path: Path
-) -> None:
+def test_a_vgg_is_downloaded_again_only_if_its_sha256_differs(lpips_server: BadServer, tmp_path: Path) -> None:
     folder, name = tmp_path / "checkpoints" / ".pulling-lpips", pull.LPIPS["vgg"].name
     for content in (lpips_server.files[name], b"other bytes"):
         folder.mkdir(parents=True)

@@ -87,19 +87,19 @@ class Checkpoint:
 
         ValueError with the key that is missing, unexpected, of another shape, or out of range.
         """
-        made = {}
-        for ours, wanted in network.state_dict().items():
-            source = sources[ours]
-            checkpoint, shape = self.find(source.name), source.shape(wanted.shape)
-            if checkpoint.shape != shape:
-                name = f"{self.path}: {self.prefix}{source.name}"
-                raise ValueError(f"{name} has shape {tuple(checkpoint.shape)}, wanted is {shape}; {REMEDY}")
-            made[ours] = source.take(checkpoint, wanted.shape)
-        left = sorted(set(self.tensors) - {sources[ours].name for ours in made})
-        if left:
-            raise ValueError(f"{self.path}: has an unexpected key {self.prefix}{left[0]}; {REMEDY}")
+        converted = {}
+        for name, wanted in network.state_dict().items():
+            source = sources[name]
+            tensor, shape = self.find(source.name), source.shape(wanted.shape)
+            if tensor.shape != shape:
+                key = f"{self.path}: {self.prefix}{source.name}"
+                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, wanted is {shape}; {REMEDY}")
+            converted[name] = source.take(tensor, wanted.shape)
+        unexpected = sorted(set(self.tensors) - {sources[name].name for name in converted})
+        if unexpected:
+            raise ValueError(f"{self.path}: has an unexpected key {self.prefix}{unexpected[0]}; {REMEDY}")
         try:
-            return narrowed(made, dict(network.named_parameters()), dtype)
+            return narrowed(converted, dict(network.named_parameters()), dtype)
         except ValueError as error:
             bad = next((name for name, tensor in self.tensors.items() if not all_finite(tensor)), None)
             if bad is None:

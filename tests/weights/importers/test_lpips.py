@@ -83,7 +83,7 @@ def test_the_loss_is_in_float32_under_autocast(ours: nn.Module) -> None:
     assert torch.equal(found, wanted)
 
 
-def test_a_place_that_no_filter_answers_to_has_a_gradient_of_zero_and_not_none_at_all(lpips_folder: Path) -> None:
+def test_a_place_without_any_activation_has_a_gradient_of_zero_not_nan(lpips_folder: Path) -> None:
     network = loaded(lpips_folder)
     for name, parameter in network.named_parameters():
         if name.endswith("slice5.28.bias"):
@@ -118,9 +118,7 @@ def test_a_key_that_does_not_fit_is_named(name: str, tensor: Tensor | None, sent
     assert sentence in str(raised.value)
 
 
-def test_a_file_of_one_kind_in_the_place_of_the_other_is_refused_and_nothing_is_written(
-    lpips_files: Path, tmp_path: Path
-) -> None:
+def test_swapped_files_are_refused_and_nothing_is_written(lpips_files: Path, tmp_path: Path) -> None:
     linear = lpips_files / "vgg.pth"
     with pytest.raises(ValueError, match=r"vgg\.pth: has no key features\.0\.weight"):
         import_lpips(linear, linear, tmp_path / "out", {"vgg": "", "linear": ""}, torch.float16)
