@@ -82,7 +82,6 @@ def interruptible() -> Iterator[None]:
 def _bundled_model() -> Iterator[None]:
     """Whatever was pulled into checkpoints/, tests draw with the bundled model and train without LPIPS."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clip_gen.weights.default_model.COCO", Path("nowhere"))
         patch.setenv("COG_WEIGHTS", "checkpoints/shapes")
         patch.setenv("CLIP_GEN_LPIPS", "nowhere")
         yield
