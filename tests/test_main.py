@@ -67,7 +67,7 @@ def test_bad_input_is_one_sentence_on_stderr(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_link_to_nowhere_in_the_folders_place_is_named_before_anything_is_drawn(
+def test_a_broken_link_as_folder_is_refused_before_drawing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "load_networks", None)
@@ -180,7 +180,7 @@ def test_no_command_replaces_a_persons_files(
         "train nowhere.zip --base MODEL --out",
     ],
 )
-def test_a_place_that_cannot_be_written_to_is_said_in_a_sentence(
+def test_a_folder_that_cannot_be_written_to_gives_one_error_sentence(
     words: str, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -152,7 +152,7 @@ def test_the_order_is_that_of_the_names_and_not_of_the_archive(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_what_lies_beside_pictures_is_passed_over_or_listed(tmp_path: Path, out: Path, kind: str) -> None:
+def test_other_files_beside_pictures_are_ignored_or_listed(tmp_path: Path, out: Path, kind: str) -> None:
     litter = ("__MACOSX/a/._1.png", "a/._2.png", "a/.DS_Store", "Thumbs.db", "a/desktop.ini", ".git/objects/1.png")
     listed = {
         "a/notes.txt": ("a text file", b"text"),
@@ -192,7 +192,7 @@ def test_pictures_that_differ_in_the_last_pixel_or_in_shape_are_two(tmp_path: Pa
     assert len(unpack(make_zip(tmp_path / "photos.zip", files), out, FEW).paths) == 3
 
 
-def test_pictures_of_no_use_are_listed_with_their_reasons(tmp_path: Path, out: Path) -> None:
+def test_unusable_pictures_are_listed_with_reasons(tmp_path: Path, out: Path) -> None:
     files = TEN | {
         "broken.png": picture(20)[:500],
         "icon.gif": picture(21, "GIF", side=15),
@@ -370,7 +370,7 @@ def logo(number: int, colour: tuple[int, int, int]) -> Image.Image:
 
 
 @pytest.mark.parametrize("colour", [(255, 255, 255), (215, 215, 215)], ids=["white", "light grey"])
-def test_light_logos_on_nothing_are_pictures_of_their_own(tmp_path: Path, out: Path, colour: tuple) -> None:
+def test_light_transparent_logos_are_not_duplicates(tmp_path: Path, out: Path, colour: tuple) -> None:
     files = {f"{number}.png": encoded(logo(number, colour), "PNG") for number in range(20)}
     pictures = unpack(make_zip(tmp_path / "logos.zip", files | {"dark.png": encoded(logo(99, (9, 9, 90)), "PNG")}), out)
     assert len(pictures.paths) == 21

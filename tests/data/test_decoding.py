@@ -249,7 +249,7 @@ def test_a_fully_transparent_picture_is_white_and_noted(tmp_path: Path, mode: st
         ("black", (255, 255, 255)),
     ],
 )
-def test_the_ground_is_dark_where_what_is_visible_is_light(tmp_path: Path, colour: str, ground: tuple) -> None:
+def test_light_pictures_get_a_dark_background(tmp_path: Path, colour: str, ground: tuple) -> None:
     picture = Image.new("RGBA", (40, 40), (0, 0, 0, 0))  # what is invisible is black, and does not count
     picture.paste(colour, (10, 10, 20, 20))
     seen = decode(saved(tmp_path / "a", picture, "PNG"))
@@ -499,7 +499,7 @@ def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0) -
 
 
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
-def test_too_many_pixels_are_refused_before_decoding_without_a_word(
+def test_too_many_pixels_are_refused_before_decoding_without_output(
     tmp_path: Path, side: int, capfd: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(side, side, b""))  # nothing to decode: its size must be what is refused

@@ -59,7 +59,7 @@ def test_the_next_run_goes_on_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
-def test_a_file_that_changed_meanwhile_is_not_glued_to_the_old_half(tags: bool, tmp_path: Path) -> None:
+def test_a_file_that_changed_is_not_appended_to_the_old_part(tags: bool, tmp_path: Path) -> None:
     with bad_server({"a.pt": CONTENT}, ["truncate", *[500] * 5], tags) as server:
         with pytest.raises(ValueError, match="answers 500"):
             fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
@@ -68,7 +68,7 @@ def test_a_file_that_changed_meanwhile_is_not_glued_to_the_old_half(tags: bool, 
     assert (tmp_path / "a.pt").read_bytes() == new
 
 
-def test_a_part_that_is_the_whole_file_is_not_asked_for_again(tmp_path: Path) -> None:
+def test_a_complete_part_is_not_downloaded_again(tmp_path: Path) -> None:
     (tmp_path / "a.pt.part").write_bytes(CONTENT)
     (tmp_path / "a.pt.part.json").write_text(f'{{"validator": null, "total": {len(CONTENT)}}}')
     with bad_server({"a.pt": CONTENT}) as server:
@@ -109,7 +109,7 @@ def test_no_server_at_all_is_a_sentence(tmp_path: Path) -> None:
         fetch("http://127.0.0.1:9/a.pt", tmp_path / "a.pt")
 
 
-def test_a_file_that_is_there_already_is_not_asked_for_unless_its_bytes_are_wrong(tmp_path: Path) -> None:
+def test_an_existing_file_is_downloaded_again_only_if_its_sha256_differs(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(CONTENT)
     with bad_server({"a.pt": CONTENT}) as server:
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)

@@ -278,7 +278,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("text", RECORDS.values(), ids=RECORDS)
-def test_a_training_record_of_any_content_is_a_sentence_or_taken(folder: Path, text: str) -> None:
+def test_any_training_record_loads_or_gives_a_clear_error(folder: Path, text: str) -> None:
     (folder / "training.json").write_bytes(text.encode(errors="surrogateescape"))
     if text.startswith('{"'):
         assert transformer_matches(folder)

@@ -48,7 +48,7 @@ def _small(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_is_pulled_lies_where_predictions_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pulled_models_are_saved_where_predictions_find_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert default_model.COCO == pull.CHECKPOINTS / "coco" == ROOT / "checkpoints" / "coco"
 
@@ -95,7 +95,7 @@ def test_a_pull_that_fails_leaves_no_model_folder_and_the_next_one_succeeds(
 
 
 @pytest.mark.parametrize("name", ["gpt_coco.pt", "ViT-B-32.pt"])
-def test_a_web_page_in_the_place_of_weights_is_called_one_and_not_kept(
+def test_a_web_page_instead_of_weights_is_reported_and_removed(
     name: str, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with bad_server(files | {name: b"\n<!DOCTYPE html><title>Sign in</title>"}) as server:
@@ -132,7 +132,7 @@ def test_a_name_that_is_not_published_is_refused(
     assert sentence in capsys.readouterr().err
 
 
-def test_too_little_room_is_said_before_anything_is_asked_for(
+def test_too_little_disk_space_is_reported_before_any_request(
     files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pull, "COCO_BYTES", 10**18)

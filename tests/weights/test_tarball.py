@@ -60,7 +60,7 @@ with atomic_file(Path(sys.argv[1])) as temporary:
 """
 
 
-def test_what_a_killed_process_was_writing_is_removed_by_the_next(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_incomplete_folders_of_killed_processes_are_removed(tiny_model_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PACKING, str(tmp_path / "weights.tar")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -134,9 +134,7 @@ def test_a_zip_of_a_model_folder_is_as_good_as_a_tar(
         assert contents(resolve_weights(f"{address}/model.zip")) == contents(tiny_model_folder)
 
 
-def test_parts_of_a_model_elsewhere_in_a_tar_are_passed_over(
-    tiny_model_folder: Path, tmp_path: Path, cache: Path
-) -> None:
+def test_parts_of_a_model_elsewhere_in_a_tar_are_ignored(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
     """As a whole training's folder has them."""
     shutil.copytree(tiny_model_folder, tmp_path / "trained" / "model")
     (tmp_path / "trained" / "work" / "gpt").mkdir(parents=True)
@@ -223,7 +221,7 @@ def test_a_url_is_unpacked_once_and_again_when_its_file_changes(weights_tar: Pat
         assert resolve_weights(url) != first
 
 
-def test_without_a_mark_of_its_version_a_url_is_read_each_time(
+def test_a_url_without_etag_or_date_is_downloaded_each_time(
     weights_tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with web_server(weights_tar.parent, hidden=("Last-Modified",)) as address:
@@ -242,7 +240,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return temporary
 
 
-def test_where_home_cannot_be_written_to_a_private_temporary_folder_serves(weights_tar: Path, nowhere: Path) -> None:
+def test_without_a_writable_home_the_cache_is_a_private_temporary_folder(weights_tar: Path, nowhere: Path) -> None:
     assert nowhere in resolve_weights(str(weights_tar)).parents
     assert [path.stat().st_mode & 0o777 for path in nowhere.iterdir()] == [0o700]
 
@@ -291,7 +289,9 @@ def test_a_named_cache_that_cannot_be_written_to_is_refused(weights_tar: Path, m
     ],
     ids=lambda text: text[:30],
 )
-def test_what_is_no_weights_is_a_short_sentence_and_leaves_nothing(weights: str, sentence: str, cache: Path) -> None:
+def test_files_that_are_no_weights_give_a_short_error_and_leave_nothing(
+    weights: str, sentence: str, cache: Path
+) -> None:
     with pytest.raises(ModelFolderError) as error:
         resolve_weights(weights)
     assert sentence in str(error.value)

@@ -172,7 +172,7 @@ def test_no_connection_is_made_to_a_place_that_is_not_public(place: str, redirec
 
 
 @pytest.mark.usefixtures("_trusted")
-def test_a_name_that_changes_its_address_leads_to_the_address_that_was_checked() -> None:
+def test_a_name_is_resolved_once_so_the_checked_address_is_used() -> None:
     names = Names(weights_example=[[PUBLIC], [PRIVATE]])
     with serving(PUBLIC, {"/": b"public"}) as server:
         assert read(f"https://weights.example:{server.server_port}/", PublicOnly(names, counts_as_public)) == b"public"

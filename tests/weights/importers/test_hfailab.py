@@ -95,7 +95,7 @@ def test_guidance_is_refused_with_the_value_and_the_remedy(folder: Path) -> None
         ClipGen.load(folder, device="cpu").generate("a cat", 4, 2, guidance=3.0)
 
 
-def test_as_a_base_it_gets_a_null_condition_and_after_training_it_can_be_guided(folder: Path, tmp_path: Path) -> None:
+def test_training_adds_a_null_condition_and_guidance(folder: Path, tmp_path: Path) -> None:
     base = load_base(folder)
     gpt = base.gpt.requires_grad_()
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-3)

@@ -244,7 +244,7 @@ def test_an_averaged_model_of_torch_is_read_by_its_parameters(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("outer", "inner", "of"), [("", "", ""), ("module.", "", ""), ("", "model.", ""), ("", "model.", "model")]
 )
-def test_moving_averages_take_the_place_of_the_raw_weights_and_the_log_says_so(
+def test_moving_averages_replace_raw_weights_and_are_logged(
     outer: str, inner: str, of: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     raw = {"encoder.conv.weight": torch.zeros(2), "bn.running_mean": torch.zeros(2), "loss.d.weight": torch.zeros(2)}

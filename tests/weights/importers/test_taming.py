@@ -139,7 +139,7 @@ def test_a_gumbel_vqgan_trains_and_draws_its_codes_only_then(tmp_path: Path) -> 
     assert torch.equal(vqgan.eval().encode(images), vqgan.encode(images))
 
 
-def test_it_is_a_base_for_a_transformer_of_its_codes_and_a_clip_can_join_it(tmp_path: Path) -> None:
+def test_an_imported_vqgan_can_be_trained_on_and_get_a_clip(tmp_path: Path) -> None:
     _, command = published(tmp_path, "gumbel f8")
     assert main(command) == 0
     config = load_config(tmp_path / "base")
@@ -199,7 +199,7 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
         ({"remap": "indices.npy"}, "remap is indices.npy"),
     ],
 )
-def test_a_configuration_that_cannot_be_imported_is_told_why(
+def test_unsupported_configurations_are_refused_with_a_reason(
     change: dict, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, command = published(tmp_path, "f4")
@@ -247,9 +247,7 @@ def test_a_strange_yaml_file_is_refused_in_a_sentence(
     assert len(error.splitlines()) == 1
 
 
-def test_a_folder_in_the_place_of_the_yaml_file_is_called_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_instead_of_the_yaml_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, command = published(tmp_path, "f4")
     (tmp_path / "model.yaml").unlink()
     assert main(command) == 1
