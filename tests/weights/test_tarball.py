@@ -289,9 +289,7 @@ def test_a_named_cache_that_cannot_be_written_to_is_refused(weights_tar: Path, m
     ],
     ids=lambda text: text[:30],
 )
-def test_files_that_are_no_weights_give_a_short_error_and_leave_nothing(
-    weights: str, sentence: str, cache: Path
-) -> None:
+def test_files_that_are_no_weights_give_one_error_and_leave_nothing(weights: str, sentence: str, cache: Path) -> None:
     with pytest.raises(ModelFolderError) as error:
         resolve_weights(weights)
     assert sentence in str(error.value)
