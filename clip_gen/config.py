@@ -88,7 +88,7 @@ class GPTConfig:
 class BridgeConfig:
     """How text embeddings are shifted towards image embeddings (networks/bridge.py)."""
 
-    mean_shift: float = 0.0  # share of the gap between the mean text and image embeddings, 0 to 1
+    mean_shift: float = 0.0  # share of the gap between the mean text and image embeddings; 1: all of it
 
 
 @dataclass(frozen=True)
