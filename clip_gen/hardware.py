@@ -133,7 +133,7 @@ def get_threads() -> int:
 
     The lock matters when a thread uses torch for the first time: set_threads changes that default for a moment.
     """
-    with _setting_threads:
+    with _thread_lock():
         return torch.get_num_threads()
 
 
@@ -144,7 +144,7 @@ def set_threads(count: int) -> None:
     """
     if get_threads() == count:
         return
-    with _setting_threads, ThreadPoolExecutor(1) as new_thread:
+    with _thread_lock(), ThreadPoolExecutor(1) as new_thread:
         default = new_thread.submit(torch.get_num_threads).result()
         torch.set_num_threads(count)
         new_thread.submit(torch.set_num_threads, default).result()
@@ -165,14 +165,12 @@ def one_thread() -> Iterator[None]:
         set_threads(before)
 
 
-def _new_lock() -> None:
-    """Rebackends the lock in a forked child, where no thread would release it."""
-    global _setting_threads
-    _setting_threads = threading.Lock()
+# By process: a forked child has no thread that would release its parent's lock.
+_thread_locks: dict[int, threading.Lock] = {}
 
 
-_new_lock()
-os.register_at_fork(after_in_child=_new_lock)
+def _thread_lock() -> threading.Lock:
+    return _thread_locks.setdefault(os.getpid(), threading.Lock())
 
 
 def release_memory() -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from clip_gen.hardware import choose_device, choose_dtype, one_thread, tensor_float32
 from clip_gen.images import to_pil
+from clip_gen.sampling.batch_sizes import pad_rows
 from clip_gen.sampling.batcher import Busy, shared_batcher
-from clip_gen.sampling.sampler import Sampling, Stopped, padded
+from clip_gen.sampling.sampler import Sampling, Stopped
 from clip_gen.validation import MAX_SEED, check_request
 from clip_gen.weights.model_folder import Networks, load_networks, transformer_mismatch
 from clip_gen.weights.tarball import WeightsFolder, open_weights
@@ -141,7 +142,7 @@ class ClipGen:
         for sentence in warnings:
             log.warning(sentence)
         device, asked = shared_batcher(self.device), time.monotonic()
-        embedding = device.run(partial(self._prepare, prompt), self._threads, leads_up=True)
+        embedding = device.run(partial(self._prepare, prompt), self._threads, before_sampling=True)
         sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
         best = self._best(sampled.tokens, embedding, num_outputs if clip_rerank else None, should_stop)
         return Generation(
@@ -177,7 +178,7 @@ class ClipGen:
     @property
     def _threads(self) -> int:
         """CPU threads to decode with. For small images starting several costs more than it saves."""
-        return 1 if self.config.vqgan.patch > 1 else shared_batcher(self.device).most_threads
+        return 1 if self.config.vqgan.patch > 1 else shared_batcher(self.device).max_threads
 
     def _prepare(self, prompt: str) -> Tensor:
         """The prompt's embedding. Also measures at_a_time, for which this runs in the thread that decodes."""
@@ -201,7 +202,7 @@ class ClipGen:
         """Images and scores of candidates, each given by its tokens (T,) and its prompt's embedding (E,)."""
         tokens, embeddings = map(torch.stack, zip(*rows, strict=True))
         if self.device.type == "cpu":
-            tokens, embeddings = (padded(part, self.at_a_time) for part in (tokens, embeddings))
+            tokens, embeddings = (pad_rows(part, self.at_a_time) for part in (tokens, embeddings))
         images, scores = self.decode_and_score(tokens, embeddings)
         return list(zip(to_pil(images[: len(rows)]), scores[: len(rows)], strict=True))
 

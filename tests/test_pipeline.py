@@ -106,14 +106,14 @@ import sys
 import torch
 from clip_gen.config import GPTConfig
 from clip_gen.networks.gpt import GPT
-from clip_gen.sampling import sampler
+from clip_gen.sampling import batch_sizes, sampler
 torch.manual_seed(0)
 gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=8, codebook_size=512, embed_dim=128)).eval()
 gpt.cast_for_inference(getattr(torch, sys.argv[1]))
 seen = []
 step = gpt.step
 gpt.step = lambda *given: seen.append(step(*given)) or seen[-1]
-most = sampler.most_rows(gpt)
+most = batch_sizes.max_candidates(gpt)
 uniforms = sampler.candidate_uniforms(0, range(most), 8)
 embedding = torch.nn.functional.normalize(torch.randn(1, 128), dim=1)
 for guidance in (1.0, 2.0):

@@ -22,15 +22,16 @@ from torch.nn import functional as F
 from clip_gen.hardware import one_thread
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.kv_cache import KVCache
+from clip_gen.sampling.batch_sizes import STANDARD_ROWS, max_candidates
 from clip_gen.sampling.batcher import (
-    SHARED_PRODUCT,
+    MIN_PRODUCT_FOR_THREADS,
     Batcher,
     Busy,
     Sampled,
     batch_bytes,
     shared_batcher,
 )
-from clip_gen.sampling.sampler import ROWS, Sampling, Stopped, candidate_uniforms, most_rows, sample_tokens
+from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms, sample_tokens
 
 LENGTH = TINY.gpt.block_size
 
@@ -43,7 +44,7 @@ def gpt() -> GPT:
 
 @pytest.fixture
 def batcher() -> Iterator[Batcher]:
-    made = Batcher(most_bytes=1e9)
+    made = Batcher(max_bytes=1e9)
     yield made
     made.close()
 
@@ -133,20 +134,22 @@ def test_those_who_ask_within_a_moment_of_one_another_share_a_batch_but_nobody_w
             time.sleep(0.1)
         return [future.result(30).rows_in_batch for future in asked]
 
-    monkeypatch.setattr("clip_gen.sampling.batcher.LINGER", 1.0)
-    monkeypatch.setattr("clip_gen.sampling.batcher.LONGEST", 10.0)
+    monkeypatch.setattr("clip_gen.sampling.batcher.WAIT_SECONDS", 1.0)
+    monkeypatch.setattr("clip_gen.sampling.batcher.MAX_WAIT_SECONDS", 10.0)
     assert rows(4) == [8] * 4
-    monkeypatch.setattr("clip_gen.sampling.batcher.LONGEST", 0.25)
+    monkeypatch.setattr("clip_gen.sampling.batcher.MAX_WAIT_SECONDS", 0.25)
     assert max(rows(7)) < 14
 
 
 def test_whose_prompt_was_being_read_still_shares_the_batch(
     gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.sampling.batcher.LINGER", 0.2)
+    monkeypatch.setattr("clip_gen.sampling.batcher.WAIT_SECONDS", 0.2)
 
     def read_and_ask(number: int) -> Sampled:
-        batcher.run(lambda: time.sleep(0.25), leads_up=True)  # longer than LINGER, all together longer than LONGEST
+        batcher.run(
+            lambda: time.sleep(0.25), before_sampling=True
+        )  # longer than WAIT_SECONDS; all together longer than MAX_WAIT_SECONDS
         return batcher.sample(gpt, embedding(number), 2, number, Sampling())
 
     asked = [threads.submit(read_and_ask, number) for number in range(3)]
@@ -156,8 +159,8 @@ def test_whose_prompt_was_being_read_still_shares_the_batch(
 def test_nobody_waits_for_calls_that_lead_up_to_nothing(
     gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.sampling.batcher.LINGER", 0.2)
-    monkeypatch.setattr("clip_gen.sampling.batcher.LONGEST", 10.0)
+    monkeypatch.setattr("clip_gen.sampling.batcher.WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("clip_gen.sampling.batcher.MAX_WAIT_SECONDS", 10.0)
     asked = ask(threads, batcher, gpt, 1)
     deadline = time.monotonic() + 10
     while not asked.done():
@@ -192,7 +195,7 @@ def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
     asked_at = []
 
     def stop() -> bool:
-        asked_at.append(batcher.batches[0].drawn if batcher.batches else 0)
+        asked_at.append(batcher.batches[0].length if batcher.batches else 0)
         return len(asked_at) > 5
 
     widths = []
@@ -219,7 +222,7 @@ def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
 
 
 def test_a_full_queue_says_so_and_takes_more_later(gpt: GPT, threads: ThreadPoolExecutor) -> None:
-    batcher = Batcher(most_bytes=0, most_waiting=20)
+    batcher = Batcher(max_bytes=0, max_waiting=20)
     with Held(batcher, threads):
         asked = [ask(threads, batcher, gpt, number, candidates=8) for number in (1, 2)]
         wait_until_asked(batcher, 2)
@@ -238,14 +241,14 @@ def test_no_more_batches_are_under_way_than_memory_has_room_for(
     gpt: GPT, threads: ThreadPoolExecutor, room: int, batches: int
 ) -> None:
     most = []
-    batcher = Batcher(most_bytes=room * batch_bytes(gpt, Sampling(), most_rows(gpt)))
+    batcher = Batcher(max_bytes=room * batch_bytes(gpt, Sampling(), max_candidates(gpt)))
 
     def watch() -> bool:
         most.append(len(batcher.batches))
         return False
 
     with Held(batcher, threads):
-        full = most_rows(gpt)
+        full = max_candidates(gpt)
         asked = [ask(threads, batcher, gpt, number, full, should_stop=watch) for number in range(3)]
         wait_until_asked(batcher, 3)
     for number, future in enumerate(asked):
@@ -258,16 +261,16 @@ def test_no_more_batches_are_under_way_than_memory_has_room_for(
 def test_a_small_request_does_not_wait_for_all_of_a_large_one(
     gpt: GPT, threads: ThreadPoolExecutor, room: int, larges: int
 ) -> None:
-    batcher = Batcher(most_bytes=room * batch_bytes(gpt, Sampling(), most_rows(gpt)))
+    batcher = Batcher(max_bytes=room * batch_bytes(gpt, Sampling(), max_candidates(gpt)))
     with Held(batcher, threads):
-        large = [ask(threads, batcher, gpt, number, candidates=40 * ROWS) for number in range(larges)]
+        large = [ask(threads, batcher, gpt, number, candidates=40 * STANDARD_ROWS) for number in range(larges)]
         wait_until_asked(batcher, larges)
         small = ask(threads, batcher, gpt, 7)
         wait_until_asked(batcher, larges + 1)
     assert torch.equal(small.result(30).tokens, alone(gpt, 7, 2, Sampling()))
     assert not any(future.done() for future in large)
     for number, future in enumerate(large):
-        assert torch.equal(future.result(60).tokens, alone(gpt, number, 40 * ROWS, Sampling()))
+        assert torch.equal(future.result(60).tokens, alone(gpt, number, 40 * STANDARD_ROWS, Sampling()))
     batcher.close()
 
 
@@ -302,7 +305,7 @@ class EndsTheThread(GPT):
 
 
 def test_nobody_waits_for_a_thread_that_is_gone() -> None:
-    batcher = Batcher(most_bytes=1e9)
+    batcher = Batcher(max_bytes=1e9)
     with pytest.raises(SystemExit, match="far gone"):
         batcher.sample(EndsTheThread(TINY.gpt).eval(), embedding(1), 1, 1, Sampling())
     with pytest.raises(RuntimeError, match="closed"):
@@ -310,7 +313,7 @@ def test_nobody_waits_for_a_thread_that_is_gone() -> None:
 
 
 def test_who_waits_for_a_call_hears_that_the_batcher_was_closed(threads: ThreadPoolExecutor) -> None:
-    batcher, held, go_on = Batcher(most_bytes=1e9), threading.Event(), threading.Event()
+    batcher, held, go_on = Batcher(max_bytes=1e9), threading.Event(), threading.Event()
     threads.submit(batcher.run, lambda: (held.set(), go_on.wait(10)))
     assert held.wait(10)
     asked = [threads.submit(batcher.share, list, range(3), 2), threads.submit(batcher.run, lambda: 7)]
@@ -338,13 +341,13 @@ def test_who_draws_waits_for_one_call_at_a_time_and_for_prompts_that_are_read(
 ) -> None:
     drawn: dict[bool, list[int]] = {False: [], True: []}
 
-    def call(leads_up: bool) -> None:
-        batcher.run(lambda: drawn[leads_up].append(batcher.batches[0].drawn), leads_up=leads_up)
+    def call(before_sampling: bool) -> None:
+        batcher.run(lambda: drawn[before_sampling].append(batcher.batches[0].length), before_sampling=before_sampling)
 
     def others_come() -> bool:
-        if batcher.batches and batcher.batches[0].drawn == 3:
-            for leads_up in (False, False, False, True, True):
-                threads.submit(call, leads_up)
+        if batcher.batches and batcher.batches[0].length == 3:
+            for before_sampling in (False, False, False, True, True):
+                threads.submit(call, before_sampling)
             wait_until(lambda: batcher.waiting_calls == 5)
         return False
 
@@ -446,7 +449,7 @@ class Watched(GPT):
 @pytest.mark.usefixtures("two_cpus")
 def test_small_models_are_drawn_on_one_thread_and_large_ones_on_all(threads: ThreadPoolExecutor) -> None:
     wide = replace(TINY.gpt, n_layer=1, n_embd=768, block_size=4)
-    assert 4 * ROWS * wide.n_embd**2 > SHARED_PRODUCT
+    assert 4 * STANDARD_ROWS * wide.n_embd**2 > MIN_PRODUCT_FOR_THREADS
     batcher, small, large = Batcher(1e9), Watched(TINY.gpt).eval(), Watched(wide).eval()
     asked = [ask(threads, batcher, gpt, number) for number, gpt in enumerate((small, large, small))]
     for future in asked:
@@ -493,7 +496,7 @@ def test_each_device_has_its_own_memory_budget(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index or 0], 80e9))
     cpu = shared_batcher(torch.device("cpu"))
     first, second = shared_batcher(torch.device("cuda")), shared_batcher(torch.device("cuda:1"))
-    assert (first.most_bytes, second.most_bytes) == (4e9, 3e9)
+    assert (first.max_bytes, second.max_bytes) == (4e9, 3e9)
     assert shared_batcher(torch.device("cuda:0")) is first
     assert shared_batcher(torch.device("cpu")) is cpu
     for batcher in (first, second):
@@ -552,7 +555,7 @@ def test_a_request_waits_from_when_it_came_until_it_begins_however_many_batches_
     gpt: GPT, batcher: Batcher
 ) -> None:
     started = time.monotonic()
-    large = batcher.sample(gpt, embedding(1), 40 * ROWS, 1, Sampling())
+    large = batcher.sample(gpt, embedding(1), 40 * STANDARD_ROWS, 1, Sampling())
     assert large.queue_seconds + large.sampling_seconds <= time.monotonic() - started
     assert large.queue_seconds < large.sampling_seconds / 4
     assert batcher.sample(gpt, embedding(1), 1, 1, Sampling(), waits_since=started).queue_seconds > large.queue_seconds

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling import cuda_graphs
 from clip_gen.sampling import sampler as sampling_module
+from clip_gen.sampling.batch_sizes import max_candidates, padded_batch_size
 from clip_gen.sampling.batcher import Batcher, batch_bytes
-from clip_gen.sampling.sampler import Batch, Sampling, candidate_uniforms, most_rows, rows_of
+from clip_gen.sampling.sampler import Batch, Sampling, candidate_uniforms
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 
@@ -93,7 +94,7 @@ def test_a_batch_given_up_half_way_leaves_its_recording_to_the_next(gpt: GPT) ->
     half.step()
     del half
     assert torch.equal(finished(begun(gpt, 4, 1)), alone)
-    assert len(cuda_graphs._idle[gpt][rows_of(gpt, 4)]) == 1
+    assert len(cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]) == 1
 
 
 def test_who_stays_when_others_leave_goes_on_in_a_smaller_recording(gpt: GPT) -> None:
@@ -104,14 +105,14 @@ def test_who_stays_when_others_leave_goes_on_in_a_smaller_recording(gpt: GPT) ->
     assert not fewer.keep([3, 39])  # none is recorded, and that would take longer than it saves
     begun(gpt, 2, 1)
     assert fewer.keep([3, 39])
-    assert fewer.width == rows_of(gpt, 2)
-    assert large in cuda_graphs._idle[gpt][rows_of(gpt, 40)]
+    assert fewer.width == padded_batch_size(gpt, 2)
+    assert large in cuda_graphs._idle[gpt][padded_batch_size(gpt, 40)]
     assert torch.equal(finished(fewer), finished(whole)[[3, 39]])
 
 
 def test_idle_recordings_go_where_memory_is_short_but_for_the_one_wanted_next(gpt: GPT) -> None:
     cuda_graphs._idle.clear()
-    few, many = rows_of(gpt, 4), rows_of(gpt, 40)
+    few, many = padded_batch_size(gpt, 4), padded_batch_size(gpt, 40)
     batches = [begun(gpt, rows, 1) for rows in (4, 4, 40)]
     small, large = batches[0].steps.recording.nbytes, batches[2].steps.recording.nbytes
     del batches
@@ -129,7 +130,7 @@ def test_idle_recordings_go_where_memory_is_short_but_for_the_one_wanted_next(gp
 def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_graphs._idle.clear()
     monkeypatch.setattr("clip_gen.sampling.batcher.Batch", partial(Batch, recorded=True))
-    most = batch_bytes(gpt, Sampling(), most_rows(gpt))
+    most = batch_bytes(gpt, Sampling(), max_candidates(gpt))
     batcher = Batcher(most)
     embedding = F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1)
     for candidates in (1, 40, 1, 20, 40):
@@ -143,7 +144,7 @@ def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pyt
 def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
     own = GPT(TINY.gpt).eval().to(gpt.head.weight.device)
     finished(begun(own, 2, 0))
-    recording = weakref.ref(cuda_graphs._idle[own][rows_of(own, 2)][0])
+    recording = weakref.ref(cuda_graphs._idle[own][padded_batch_size(own, 2)][0])
     del own
     gc.collect()
     assert recording() is None
@@ -177,7 +178,7 @@ def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
 
 def test_weights_that_were_moved_are_not_drawn_with_where_they_lay(gpt: GPT) -> None:
     alone = finished(begun(gpt, 4, 1))
-    (used,) = cuda_graphs._idle[gpt][rows_of(gpt, 4)]
+    (used,) = cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]
     before = [parameter.data for parameter in gpt.parameters()]  # kept, so that no other tensor gets their places
     for parameter in gpt.parameters():
         parameter.data = parameter.data.clone()
@@ -187,7 +188,7 @@ def test_weights_that_were_moved_are_not_drawn_with_where_they_lay(gpt: GPT) -> 
         data.zero_()
     assert torch.equal(finished(again), alone)
     del again
-    assert len(cuda_graphs._idle[gpt][rows_of(gpt, 4)]) == 1
+    assert len(cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]) == 1
     cuda_graphs.forget(gpt)
     assert gpt not in cuda_graphs._idle
 

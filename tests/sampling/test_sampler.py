@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import FLOAT16, TINY
-from torch import nn
 from torch.nn import functional as F
 
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import (
-    NUMBERS,
-    ROWS,
-    SHARED,
     Batch,
     Sampling,
     Stopped,
@@ -23,9 +19,6 @@ from clip_gen.sampling.sampler import (
     draw,
     filtered_probabilities,
     guided,
-    most_rows,
-    numbers_of_rows,
-    rows_of,
     sample_tokens,
 )
 
@@ -215,72 +208,6 @@ def test_settings_that_draw_identical_candidates_are_known(
     assert (len(set(map(tuple, sampled(gpt, 8, Sampling(**settings)).tolist()))) == 1) == bool(alone)
 
 
-class Unsteady(nn.Linear):
-    """A layer that rounds otherwise where it has fewer or more rows than so many, or just so many."""
-
-    def __init__(self, linear: nn.Linear, fewer: int = 0, more: int = 10**6, but: int = 0):
-        super().__init__(linear.in_features, linear.out_features)
-        self.fewer, self.more, self.but = fewer, more, but
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // x.shape[-1]
-        exact = (x.unsqueeze(-2) * self.weight).sum(dim=-1)
-        return exact * (1 + 1e-6) if rows < self.fewer or rows > self.more or rows == self.but else exact
-
-
-LAYERS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc", "blocks.0.mlp.proj", "condition", "head")
-
-
-def unsteady(layer: str, **limits: int) -> GPT:
-    """A transformer of which one layer is."""
-    gpt = GPT(TINY.gpt).eval()
-    for name in LAYERS:
-        parent, _, own = name.rpartition(".")
-        holder = gpt.get_submodule(parent)
-        setattr(holder, own, Unsteady(getattr(holder, own), **(limits if name == layer else {})))
-    return gpt
-
-
-@pytest.mark.parametrize(
-    ("limits", "numbers", "guided", "most"),
-    [
-        ({}, NUMBERS, (1, 2, 4, 5, 6, 8, 10, 12, 16, 18, 20, 24, 32, 36), SHARED),
-        ({"fewer": 3}, NUMBERS[2:], (4, 5, 6, 8, 10, 12, 16, 18, 20, 24, 32, 36), SHARED),
-        ({"fewer": 16}, NUMBERS[8:], (16, 18, 20, 24, 32, 36), SHARED),
-        ({"fewer": 17}, NUMBERS[:9], (ROWS,), ROWS),
-        ({"more": 16}, NUMBERS[:9], (ROWS,), ROWS),
-        ({"more": 40}, NUMBERS[:15], (1, 2, 4, 5, 6, 8, 10, 12, 16, 18, 20), ROWS),
-        ({"but": 32}, (*NUMBERS[:12], *NUMBERS[13:]), (1, 2, 4, 5, 6, 8, 10, 12, 18, 20, 24, 36), SHARED),
-        ({"but": 16}, (ROWS,), (ROWS,), ROWS),
-    ],
-)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_batches_have_numbers_of_rows_that_change_nothing_about_any_row(
-    layer: str, limits: dict[str, int], numbers: tuple[int, ...], guided: tuple[int, ...], most: int
-) -> None:
-    gpt = unsteady(layer, **limits)
-    assert numbers_of_rows(gpt) == numbers
-    assert numbers_of_rows(gpt, 2) == guided
-    assert most_rows(gpt) == most
-    assert rows_of(gpt, 1) == numbers[0]
-    assert rows_of(gpt, 16) == 16
-    assert rows_of(gpt, 16, 2) == (18 if "but" in limits and most == SHARED else 16)
-    assert rows_of(gpt, 22) == (24 if 24 in numbers else 22)
-    assert rows_of(gpt, 100) == 100
-
-
-def test_guidance_makes_both_its_passes_in_numbers_that_change_nothing() -> None:
-    gpt, embedding = unsteady("head", but=32), F.normalize(torch.randn(16, 16), dim=1)
-    rows: list[int] = []
-    gpt.head.register_forward_hook(lambda module, given, made: rows.append(len(given[0])))
-    sample_tokens(gpt, embedding, candidate_uniforms(0, range(16), 4), Sampling(guidance=2.0))
-    assert rows[-4:] == [36] * 4
-
-
-def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
-    assert numbers_of_rows(GPT(TINY.gpt).cast_for_inference(torch.bfloat16)) == (ROWS,)
-
-
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("neighbour_context", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=FLOAT16)])
@@ -303,11 +230,11 @@ def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
     while not fewer.done:
         whole.step()
         fewer.step()
-        if fewer.drawn == 3:
+        if fewer.length == 3:
             before = fewer.width
             assert fewer.keep(kept)
             assert fewer.width < before
-        if fewer.drawn == 9:
+        if fewer.length == 9:
             fits = fewer.keep([1, 4])
             assert fits != (recorded and dtype == torch.bfloat16)  # which has sixteen rows for two as for five
             kept = [2, 7] if fits else kept

@@ -25,7 +25,7 @@ from model_files import other_folder, slow_folder
 from PIL import Image
 
 from clip_gen.pipeline import ClipGen, Generation, Stopped
-from clip_gen.sampling.sampler import most_rows
+from clip_gen.sampling.batch_sizes import max_candidates
 from clip_gen.serving.inputs import InputError
 from clip_gen.serving.model_cache import Models, Outputs
 from clip_gen.serving.request_weights import BusyError, RefusedWeightsError
@@ -211,7 +211,7 @@ def test_downloads_under_way_keep_no_plain_prediction_waiting(
 def test_predictions_at_once_share_their_batches_and_none_can_tell(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LINGER", "LONGEST"):
+    for name in ("WAIT_SECONDS", "MAX_WAIT_SECONDS"):
         monkeypatch.setattr(f"clip_gen.sampling.batcher.{name}", 1.0)  # however busy the machine
     alone = Predictor()
     asyncio.run(alone.setup(str(tiny_model_folder)))
@@ -228,7 +228,7 @@ def test_predictions_at_once_share_their_batches_and_none_can_tell(
     found, made = asyncio.run(eight_at_once())
     assert found == expected
     # 32 candidates in one batch, or in two of 16 where that is what a batch holds here.
-    full = most_rows(alone.models.own.gpt)
+    full = max_candidates(alone.models.own.gpt)
     assert [generation.metrics["rows_in_batch"] for generation in made] == [full] * 8
 
 
