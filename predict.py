@@ -12,7 +12,7 @@ import coglet
 from cog import BaseRunner, Input, Path, concurrent
 
 from clip_gen.serving.inputs import checked, read_inputs
-from clip_gen.serving.slots import Slots, longest_prediction
+from clip_gen.serving.slots import Slots, max_prediction_seconds
 from clip_gen.serving.watchdog import server_ends_with_worker
 from clip_gen.validation import check_request, without_effect
 
@@ -26,12 +26,13 @@ class Predictor(BaseRunner):
     async def setup(self, weights: str | None = None) -> None:
         """Loads the model. weights: COG_WEIGHTS, the name of a folder or a tar, or a URL."""
         # Imported here: torch takes seconds, and script/serve reads the inputs below without it.
-        from clip_gen.serving.model_cache import Models, Outputs
+        from clip_gen.serving.model_cache import Models
+        from clip_gen.serving.outputs import Outputs
         from clip_gen.weights.default_model import default_model
 
         self.outputs = Outputs()
         in_server = coglet.server.active
-        self.slots = Slots(longest_prediction() if in_server else None)
+        self.slots = Slots(max_prediction_seconds() if in_server else None)
         with server_ends_with_worker(self.outputs.folder) if in_server else contextlib.nullcontext():
             source, reason = default_model(weights)
             self.models = Models(source)

@@ -14,7 +14,7 @@ from benchmarks import reference
 from benchmarks.figures import Figure, seconds
 from benchmarks.models import PROMPT, Subject
 from clip_gen import ClipGen
-from clip_gen.serving.model_cache import Outputs
+from clip_gen.serving.outputs import Outputs
 
 CANDIDATES = 16
 MAX_SECONDS = 1.5  # for a prediction of the bundled model

@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. For invalid input, prints one sentence to stderr and returns 1."""
+    """Runs one command. Returns 1 after an error in one sentence, 130 after Ctrl-C."""
     set_compile_cache_folders()
     words = sys.argv[1:] if arguments is None else arguments
     installed = os.path.basename(sys.argv[0]) == "clip-gen"

@@ -1,4 +1,4 @@
-"""A training in Cog's server: one at a time, in temporary folders, and its files kept where they can be written."""
+"""Trainings of Cog's server: one at a time, in temporary folders, with their weights kept in a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clip_gen.files import ROOT, atomic_file, folder_lock, is_writable
 
 KEPT = {"weights.tar": "trained_model.tar", "report.html": "trained_model.html"}
 BUSY = "this server trains one model at a time, and a training is under way; try again when it has ended"
-RANDOM = re.compile(r"^tmp.{8}")  # what Cog puts before the name of a file that it fetched
+RANDOM = re.compile(r"^tmp.{8}")  # Cog's prefix of a downloaded file's name
 
 
 @functools.cache
@@ -28,15 +28,15 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 
 def scratch_folder() -> Path:
-    """This process's temporary folder for trainings, which ends with the process."""
+    """This process's temporary folder for trainings, removed with the process."""
     folder = Path(_scratch().name)
-    folder.mkdir(exist_ok=True)  # a cleaner of the temporary folder may have removed it
+    folder.mkdir(exist_ok=True)  # it may have been cleaned up
     return folder
 
 
 @functools.cache
 def end_with_server() -> None:
-    """Ends this process, a worker of Cog's, soon after its server. By itself it would end after the training."""
+    """Ends this process, a worker of Cog's server, soon after the server. Otherwise it ends after the training."""
     server = os.getppid()
 
     def watch() -> None:
@@ -49,10 +49,10 @@ def end_with_server() -> None:
 
 @contextmanager
 def one_training() -> Iterator[tuple[Path, Path]]:
-    """A temporary folder for the training, removed at the end, and the folder to keep the weights in.
+    """A temporary folder for the training, removed at the end, and the folder in which to keep the weights.
 
-    The latter is the project's folder, which `cog train` shares with its host; where that cannot be written to, a
-    temporary one. ValueError while another training runs that would keep its weights there.
+    The second is the project's folder, which `cog train` shares with its host, or a temporary one if the project's
+    folder cannot be written to. ValueError while another training uses the second folder.
     """
     kept = ROOT
     if not is_writable(ROOT):
@@ -66,7 +66,7 @@ def one_training() -> Iterator[tuple[Path, Path]]:
 
 
 def keep(folder: Path, kept: Path) -> Path:
-    """Copies the weights and the report out of the training's folder; returns where the weights are."""
+    """Copies the weights and the report from the training's folder. Returns the path of the weights."""
     try:
         for made, name in KEPT.items():
             with atomic_file(kept / name) as temporary:
@@ -83,9 +83,9 @@ def keep(folder: Path, kept: Path) -> Path:
 
 
 def sent_name(images: Path) -> str:
-    """What the client knows the pictures by, for messages: Cog names the file that it fetched after the URL."""
+    """The client's name of the pictures, for messages: Cog names a downloaded file after its URL."""
     name = RANDOM.sub("", images.name)
-    uploaded = not name or name.partition(".")[0] == "file"  # what Cog calls a data URL
+    uploaded = not name or name.partition(".")[0] == "file"  # Cog's name for a data URL
     return "images (the uploaded file)" if uploaded else f"images ({shown(name)})"
 
 

@@ -1,4 +1,4 @@
-"""Weights that an HTTP request names. A stranger sends it, so the server's own files and networks are out of reach."""
+"""Weights that HTTP requests name. Strangers send them, so they must not reach the server's files and networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clip_gen.weights.url import PublicOnly, is_url
 log = logging.getLogger(__name__)
 
 SETTING = "CLIP_GEN_ALLOW_WEIGHTS"
-# What a request is told, whatever was wrong. Otherwise the answers would tell which files and which servers there are.
+# The same answer whatever the reason, because the reason would reveal which files and servers exist.
 REFUSALS = {
     "none": f"this server takes no weights from requests ({SETTING}=none); leave them out",
     "https": "these weights cannot be used; give the https URL of a weights tar on a public server, or the tar itself "
@@ -27,14 +27,14 @@ REFUSALS = {
     "any": "these weights cannot be used; give the path or URL (http, https, data) of a weights tar or a model folder. "
     "The server's log has the reason",
 }
-MOST_DOWNLOADS = 2  # at once
+MAX_DOWNLOADS = 2  # at once
 WAIT_SECONDS = 60  # for other downloads to end
 
-_downloads = threading.Semaphore(MOST_DOWNLOADS)  # shared by all predictions and trainings of this process
+_downloads = threading.Semaphore(MAX_DOWNLOADS)  # shared by all predictions and trainings of this process
 
 
 class RefusedWeightsError(ModelFolderError):
-    """Weights that a request may not name, or that cannot be had; the message does not say which."""
+    """Weights that a request may not name, or that cannot be opened; the message does not say which."""
 
 
 class BusyError(ModelFolderError):
@@ -52,15 +52,17 @@ class RequestRules:
 
     @classmethod
     def from_environment(cls) -> RequestRules:
-        """By CLIP_GEN_ALLOW_WEIGHTS. ValueError for a value it does not take."""
+        """The rules that CLIP_GEN_ALLOW_WEIGHTS sets. ValueError for an unknown value."""
         allowed = os.environ.get(SETTING) or "https"
         if allowed not in REFUSALS:
             raise ValueError(f"{SETTING} is {shortened(allowed)}; give one of {', '.join(REFUSALS)}")
         return cls(allowed)
 
     def open(self, weights: str, should_stop: Callable[[], bool] | None = None) -> WeightsFolder:
-        """As weights.open_weights. RefusedWeightsError, always in the same words, for what cannot be opened or is no
-        weights; ModelFolderError for weights that are damaged, and when the server has no room or time for them.
+        """Like weights.tarball.open_weights.
+
+        RefusedWeightsError, always with the same message, for weights that cannot be opened. ModelFolderError for
+        damaged weights, and when the server has no room or time for them.
         """
         waiting = _Turn(self.downloads, self.wait_seconds, should_stop)
         try:
@@ -84,29 +86,29 @@ class RequestRules:
 
 
 async def fetched_base(base: str | None) -> WeightsFolder | None:
-    """The model that a training's request names to start from; None for None or "". Raises as RequestRules.open."""
+    """The model from which a training starts; None for None or "". Raises the errors of RequestRules.open."""
     if not base:
         return None
     stop = threading.Event()
     try:
         return await asyncio.to_thread(RequestRules.from_environment().open, base, stop.is_set)
     finally:
-        stop.set()  # for a request that was cancelled
+        stop.set()  # ends the download of a cancelled request
 
 
 class _Turn:
-    """One download's turn among those of all requests."""
+    """The place of one request among the downloads at once."""
 
     def __init__(self, downloads: threading.Semaphore, seconds: float, should_stop: Callable[[], bool] | None):
         self._downloads, self._seconds, self._should_stop = downloads, seconds, should_stop
         self._taken = False
 
     def take(self) -> None:
-        until = time.monotonic() + self._seconds
+        end = time.monotonic() + self._seconds
         while not self._downloads.acquire(timeout=0.2):
             if self._should_stop is not None and self._should_stop():
                 raise BusyError("stopped")
-            if time.monotonic() > until:
+            if time.monotonic() > end:
                 raise BusyError("the server is downloading other weights; try again later")
         self._taken = True
 
@@ -116,5 +118,5 @@ class _Turn:
 
 
 def _log(weights: str, error: Exception) -> None:
-    """To the server's log alone: in a prediction's own context Cog would send it to the client."""
+    """Writes to the server's log only: in a prediction's context Cog would send it to the client."""
     contextvars.Context().run(log.warning, "weights of a request, %r: %s", shortened(weights), error)

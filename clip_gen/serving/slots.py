@@ -1,4 +1,4 @@
-"""What Cog's server leaves undone for predictions: it ends none that takes too long, and removes no folders."""
+"""What Cog's server does not do for predictions: limit their time, and remove the folders that it made for them."""
 
 from __future__ import annotations
 
@@ -12,49 +12,45 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-PREDICTIONS = Path("/tmp/coglet/predictions")  # where Cog 0.23.1 makes two folders for each prediction
-FOLDER_SECONDS = 60  # that they stay after it
+PREDICTIONS = Path("/tmp/coglet/predictions")  # Cog 0.23.1 makes two folders for each prediction here
+FOLDER_SECONDS = 60  # from the end of a prediction until they are removed
 
 
 class Slots:
-    """What Cog leaves undone for the predictions in its slots: none takes too long, and their folders are removed.
+    """Limits the time of predictions and removes their folders. max_seconds: None for no limit."""
 
-    longest: seconds that a prediction may take; None for any time.
-    """
-
-    def __init__(self, longest: float | None):
-        self.longest = longest
-        self._in_use: Counter[str | None] = Counter()
+    def __init__(self, max_seconds: float | None):
+        self.max_seconds = max_seconds
+        self._running: Counter[str | None] = Counter()  # predictions by their id, which clients choose
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[None]:
-        """One prediction. TimeoutError once it has taken too long."""
+        """One prediction. Raises TimeoutError when it takes too long."""
         name = prediction_id()
-        self._in_use[name] += 1
+        self._running[name] += 1
         try:
-            async with asyncio.timeout(self.longest) as limit:
+            async with asyncio.timeout(self.max_seconds) as limit:
                 yield
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise TimeoutError(
-                f"the prediction took longer than {self.longest:g} seconds; ask for fewer candidates, or set "
+                f"the prediction took longer than {self.max_seconds:g} seconds; ask for fewer candidates, or set "
                 "CLIP_GEN_MAX_SECONDS for the server"
             ) from error
         finally:
-            self._in_use[name] -= 1
+            self._running[name] -= 1
             if name:
                 asyncio.get_running_loop().call_later(FOLDER_SECONDS, self._remove_folders, name)
 
     def _remove_folders(self, name: str) -> None:
-        if self._in_use[name]:
-            return  # another prediction has the same name; its end removes them
-        del self._in_use[name]
-        remove_prediction_folders(name)
+        if not self._running[name]:  # else another prediction of that id removes them at its end
+            del self._running[name]
+            remove_prediction_folders(name)
 
 
-def longest_prediction() -> float:
-    """How many seconds a prediction may hold its slot: CLIP_GEN_MAX_SECONDS, else half an hour."""
+def max_prediction_seconds() -> float:
+    """CLIP_GEN_MAX_SECONDS, by default half an hour. ValueError unless it is a number from 1."""
     text = os.environ.get("CLIP_GEN_MAX_SECONDS") or "1800"
     try:
         seconds = float(text)
@@ -66,15 +62,13 @@ def longest_prediction() -> float:
 
 
 def prediction_id() -> str | None:
-    """The id of the prediction that this code runs for, which Cog 0.23.1 tells its own log alone; else None."""
+    """The id of the prediction that this code runs for. Cog 0.23.1 has it only in a context variable of its own."""
     values = contextvars.copy_context().items()
     return next((value for variable, value in values if variable.name == "_coglet_prediction_id"), None)
 
 
 def remove_prediction_folders(name: str) -> None:
-    """Removes the folders that Cog made for a prediction, if they are empty. An id that leads out of the folder of
-    predictions is left alone: what lies there may be somebody else's.
-    """
+    """Removes the empty folders of a prediction. Nothing outside PREDICTIONS, where an id with `..` may point."""
     folder = Path(os.path.normpath(PREDICTIONS / name))
     if PREDICTIONS not in folder.parents:
         return

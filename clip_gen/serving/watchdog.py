@@ -1,8 +1,8 @@
 """Ends Cog's server when its worker process is gone.
 
-Cog 0.23.1 starts no other worker: the server stays, and every prediction fails. Once the server ends with a status
-that is not 0, whatever runs it can start it again. The watchdog is a process of its own, so that it outlives a worker
-that was killed; it uses the standard library alone and starts in a few milliseconds.
+Cog 0.23.1 starts no other worker: the server stays, and every prediction fails. If the server ends instead, with a
+status other than 0, Docker or systemd can start it again. The watchdog is a separate process, because it must outlive
+a killed worker. It uses the standard library only and starts in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SERVER = b"cog.server.http"  # in the command line of Cog's server
-GRACE = 5.0  # seconds that a server has to end by itself once its worker is gone, as after SIGTERM
+GRACE = 5.0  # seconds for the server to end by itself after its worker, as after SIGTERM
 FAILED = b"setup failed"
 
 
 @functools.cache
 def watch_worker(*folders: Path) -> int | None:
-    """To be called in a worker of Cog's: from here on the server ends soon after it, with status 137 unless it was
-    ending anyway, and the folders are removed. Gives where to write FAILED; None where Cog's server runs no worker.
+    """Starts the watchdog of this process, a worker of Cog's server. When this process is gone, the server ends with
+    status 137, unless it is ending anyway, and the folders are removed.
+
+    Returns the descriptor to write FAILED to; None if this process is no worker.
     """
     server = os.getppid()
     if not _is_server(server):
         return None
-    ours, theirs = os.pipe()  # the watchdog reads its end of it when this process is gone, however it went
+    ours, theirs = os.pipe()  # the watchdog reads the end of the pipe when this process is gone
     command = [sys.executable, "-I", "-S", __file__, str(server), *map(str, folders)]
     subprocess.Popen(command, stdin=ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     os.close(ours)
@@ -41,7 +43,7 @@ def watch_worker(*folders: Path) -> int | None:
 
 @contextmanager
 def server_ends_with_worker(*folders: Path) -> Iterator[None]:
-    """As watch_worker. When what is inside the `with` raises, the server stays, and Cog answers why setup failed."""
+    """Like watch_worker. After an exception in the `with` block the server stays, and Cog answers why setup failed."""
     pipe = watch_worker(*folders)
     try:
         yield
@@ -59,8 +61,8 @@ def _is_server(process: int) -> bool:
 
 
 def main(server: int, folders: Sequence[str]) -> None:
-    """The watchdog: waits until standard input ends, which is when the worker is gone."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a service manager sends them to all processes
+    """The watchdog. Its standard input ends when the worker is gone."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # service managers send them to all processes
         signal.signal(number, signal.SIG_IGN)
     setup_failed = FAILED in sys.stdin.buffer.read()
     for folder in folders:
@@ -76,7 +78,7 @@ def main(server: int, folders: Sequence[str]) -> None:
 
 
 def _ends(process: int, seconds: float) -> bool:
-    """Whether that process is gone within so many seconds."""
+    """Whether a process ends within so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:

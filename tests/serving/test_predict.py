@@ -27,9 +27,10 @@ from PIL import Image
 from clip_gen.pipeline import ClipGen, Generation, Stopped
 from clip_gen.sampling.batch_sizes import max_candidates
 from clip_gen.serving.inputs import InputError
-from clip_gen.serving.model_cache import Models, Outputs
+from clip_gen.serving.model_cache import Models
+from clip_gen.serving.outputs import Outputs
 from clip_gen.serving.request_weights import BusyError, RefusedWeightsError
-from clip_gen.serving.slots import Slots, longest_prediction, remove_prediction_folders
+from clip_gen.serving.slots import Slots, max_prediction_seconds, remove_prediction_folders
 from clip_gen.weights.cache import Cache, WeightsFolder
 from clip_gen.weights.model_folder import ModelFolderError
 from clip_gen.weights.tarball import pack
@@ -246,13 +247,13 @@ def test_a_prediction_that_takes_too_long_fails_with_a_sentence_and_leaves_the_m
 
 
 def test_the_longest_time_of_a_prediction_is_set_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert longest_prediction() == 1800
+    assert max_prediction_seconds() == 1800
     monkeypatch.setenv("CLIP_GEN_MAX_SECONDS", "90.5")
-    assert longest_prediction() == 90.5
+    assert max_prediction_seconds() == 90.5
     for text in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("CLIP_GEN_MAX_SECONDS", text)
         with pytest.raises(ValueError, match=f"CLIP_GEN_MAX_SECONDS is {text}; give a number of seconds, 1 or more"):
-            longest_prediction()
+            max_prediction_seconds()
 
 
 def test_only_the_empty_folders_of_a_prediction_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +344,7 @@ def test_the_weights_asked_for_longest_ago_leave_memory_first(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
-    models = Models(str(tiny_model_folder), others=2)
+    models = Models(str(tiny_model_folder), max_others=2)
     folder = other_folder(tmp_path / "other")
     tars = [str(tmp_path / f"{i}.tar") for i in range(3)]
     for tar in tars:
@@ -358,7 +359,7 @@ def test_the_weights_asked_for_longest_ago_leave_memory_first(
 def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    models = Models(str(tiny_model_folder), others=1, wait_seconds=0.3)
+    models = Models(str(tiny_model_folder), max_others=1, wait_seconds=0.3)
     models.rules = None
     first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
 
@@ -383,7 +384,7 @@ def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
 def test_models_that_are_being_loaded_count_and_one_that_nobody_waits_for_makes_way(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = Models(str(tiny_model_folder), others=1, wait_seconds=0.3)
+    models = Models(str(tiny_model_folder), max_others=1, wait_seconds=0.3)
     first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
     load, loading, may_end = ClipGen.load, threading.Event(), threading.Event()
 

@@ -15,7 +15,7 @@ from model_files import web_server
 from public_web import CERTIFICATE, PRIVATE, PUBLIC, public_web, serving
 
 from clip_gen.serving.request_weights import (
-    MOST_DOWNLOADS,
+    MAX_DOWNLOADS,
     REFUSALS,
     BusyError,
     RefusedWeightsError,
@@ -145,13 +145,13 @@ def test_few_downloads_run_at_once_and_cached_weights_need_no_turn(tar: Path) ->
 
 def test_trainings_and_predictions_share_the_turns(tar: Path, tmp_path: Path) -> None:
     rules = RequestRules.from_environment()
-    for _ in range(MOST_DOWNLOADS):
+    for _ in range(MAX_DOWNLOADS):
         assert rules.downloads.acquire(blocking=False)
     try:
         with pytest.raises(TimeoutError):
             asyncio.run(asyncio.wait_for(fetched_base(data_url(tar)), timeout=0.5))
     finally:
-        rules.downloads.release(MOST_DOWNLOADS)
+        rules.downloads.release(MAX_DOWNLOADS)
     assert names(asyncio.run(fetched_base(data_url(tar))).path)
 
 

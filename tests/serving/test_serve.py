@@ -227,6 +227,18 @@ def test_without_a_schema_predict_itself_refuses(bare_server: Server, inputs: di
     assert sentence in bare_server.failed(**QUICK | inputs)
 
 
+def test_a_training_asked_of_a_prediction_server_fails_with_a_sentence(server: Server, bare_server: Server) -> None:
+    for asked in (server, bare_server):
+        status, reply = asked.request("POST", "/trainings", {"input": {"images": "data:text/plain;base64,bm8="}})
+        assert (status, reply["status"]) == (200, "failed"), reply
+        assert "this server draws pictures; for trainings, start another with --x-mode train" in reply["error"]
+        wait_for(lambda asked=asked: asked.health()["status"] == "READY")
+
+
+def test_without_a_schema_an_unknown_input_is_refused(bare_server: Server) -> None:
+    assert 'unknown input "promt"; did you mean "prompt"?' in bare_server.failed(**QUICK, promt="a star")
+
+
 # Other weights
 
 
