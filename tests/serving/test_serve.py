@@ -328,7 +328,7 @@ def test_the_empty_folders_of_a_prediction_are_removed_a_while_after_it(bare_ser
     assert folder.is_dir()
     if PREDICTIONS in folder.parents:
         wait_for(lambda: not folder.exists())
-        assert folder.parent == PREDICTIONS or not folder.parent.exists()
+        wait_for(lambda: folder.parent == PREDICTIONS or not folder.parent.exists())
         assert PREDICTIONS.is_dir()
     else:
         time.sleep(3)
