@@ -3,7 +3,7 @@
 import coglet
 from cog import BaseModel, Input, Path
 
-from clip_gen.serving.delivery import end_with_server, keep, move_images, one_training, scratch_folder, sent_name
+from clip_gen.serving.delivery import keep, move_images, one_training, scratch_folder, sent_name
 from clip_gen.serving.inputs import checked, read_inputs
 from clip_gen.serving.train_process import TrainingFailed, run_training
 from clip_gen.serving.watchdog import watch_worker
@@ -121,7 +121,6 @@ async def train(
     """Trains in another process, which ends with the request. Checks its inputs, as predict.py does."""
     if coglet.server.active:
         watch_worker(scratch_folder())  # from the first training on: Cog calls no setup for a function
-        end_with_server()
     if "prompt" in unknown:
         raise ValueError("this server trains models; for predictions, start another without --x-mode train")
     inputs = checked(

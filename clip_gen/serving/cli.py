@@ -36,8 +36,8 @@ def predict(arguments: Sequence[str]) -> int:
         output="name of the files, or a folder for them; a suffix sets the format",
     )
     path, suffix = output_target(options.output)
-    texts = split_pairs(options.input, "-i")
-    values = checked(fields, **parse_inputs(({"output_format": suffix} if suffix else {}) | texts, fields))
+    default_format = {"output_format": suffix} if suffix else {}
+    values = checked(fields, **parse_inputs(default_format | options.input, fields))
     if suffix and values["output_format"] != suffix:
         raise InputError(f"-o {options.output} asks for {suffix}, but output_format is {values['output_format']}")
     prompt, weights = values.pop("prompt"), values.pop("replicate_weights")
@@ -63,10 +63,9 @@ def train(arguments: Sequence[str]) -> int:
         example="script/train -i images=@photos.zip",
         output="folder for the weights, `trained` by default; the same command started again resumes the training",
     )
-    texts = split_pairs(options.input, "-i")
-    if is_url(texts.get("images", "").removeprefix("@")):
-        raise InputError(f"images is {texts['images']}; download it first, and give the file or folder")
-    values = checked(fields, **parse_inputs(texts, fields))
+    if is_url(options.input.get("images", "").removeprefix("@")):
+        raise InputError(f"images is {options.input['images']}; download it first, and give the file or folder")
+    values = checked(fields, **parse_inputs(options.input, fields))
     images, out = Path(values["images"]).absolute(), Path(options.output or "trained").absolute()
     if not images.exists():
         raise InputError(f"images is {images}: no such file; give a zip, a tar or a folder of pictures")
@@ -84,7 +83,10 @@ def train(arguments: Sequence[str]) -> int:
 def parse_options(
     arguments: Sequence[str], fields: Mapping[str, InputField], command: str, purpose: str, example: str, output: str
 ) -> argparse.Namespace:
-    """-i, -e and -o; -e is put into the environment. SystemExit(1) for arguments that do not exist."""
+    """Reads -i, -e and -o, and sets the environment variables of -e. SystemExit(1) for unknown arguments.
+
+    Returns `input`, a mapping, and `output`.
+    """
     width = max(map(len, fields))
     described = [f"  {name:<{width}}  {field.info.description} [{_limits(field)}]" for name, field in fields.items()]
     parser = argparse.ArgumentParser(
@@ -104,6 +106,7 @@ def parse_options(
     if options.output == "":
         raise InputError(f"-o is empty; give the {output.partition(';')[0]}")
     os.environ.update(split_pairs(options.env, "-e"))
+    options.input = split_pairs(options.input, "-i")
     return options
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,19 +28,6 @@ def scratch_folder() -> Path:
     folder = Path(_scratch().name)
     folder.mkdir(exist_ok=True)  # it may have been cleaned up
     return folder
-
-
-@functools.cache
-def end_with_server() -> None:
-    """Ends this process, a worker of Cog's server, soon after the server. Otherwise it ends after the training."""
-    server = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == server:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="end-with-server", daemon=True).start()
 
 
 @contextmanager

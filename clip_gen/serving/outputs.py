@@ -12,7 +12,7 @@ from clip_gen.pipeline import Generation
 
 
 class Outputs:
-    """A new folder of pictures for each prediction. Only the newest `kept` folders stay, so that the disk does not fill.
+    """A new folder of pictures for each prediction. Only the newest `kept` folders stay, to save disk space.
 
     Cog reads a prediction's files after run() has returned, then frees its slot, and deletes no files. So only the
     folders of the slots in use may still be read, and `kept` is more than twice the number of slots.
