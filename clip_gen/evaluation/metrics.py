@@ -1,4 +1,4 @@
-"""Shares with their intervals."""
+"""Shares with confidence intervals."""
 
 from __future__ import annotations
 

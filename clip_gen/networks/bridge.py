@@ -1,6 +1,6 @@
-"""The gap between text and image embeddings, the method's weak point: noise in training, mean shift in use.
+"""The gap between text and image embeddings: noise in training, a mean shift in prediction.
 
-Subtracting each side's mean: "Connect, Collapse, Corrupt", arXiv 2401.08567.
+The mean shift: "Connect, Collapse, Corrupt", arXiv 2401.08567.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from clip_gen.config import BridgeConfig
 
 
 class Bridge(nn.Module):
-    """Moves text embeddings towards where image embeddings lie, by the gap between the two means."""
+    """Shifts text embeddings by the difference of the mean image and the mean text embedding."""
 
     def __init__(self, embed_dim: int, config: BridgeConfig):
         super().__init__()
@@ -28,10 +28,9 @@ class Bridge(nn.Module):
 
 
 def add_noise(embedding: Tensor, strength: float | Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(B, E) unit length, pushed in a random direction of length `strength` and brought back to unit length.
+    """Adds a random vector of length `strength` to embeddings (B, E) of unit length, and normalizes.
 
-    strength: one number, or (B, 1). 0 leaves an embedding as it is; the expected cosine with the clean one is
-    1 / sqrt(1 + strength²).
+    strength: one number, or (B, 1). The expected cosine with the original embedding is 1 / sqrt(1 + strength²).
     """
     noise = torch.randn(embedding.shape, generator=generator, device=embedding.device, dtype=embedding.dtype)
     return F.normalize(embedding + strength * F.normalize(noise, dim=-1), dim=-1)

@@ -1,4 +1,4 @@
-"""Frozen CLIP: prompts or images -> unit-length embeddings in one space. The only door to OpenAI's `clip`."""
+"""Frozen CLIP: prompts and images to unit-length embeddings in one space, with OpenAI's `clip` package."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from clip_gen.config import ClipConfig
 from clip_gen.images import for_clip
 
 with warnings.catch_warnings():
-    # The package asks setuptools for pkg_resources on every start; requirements.txt has seen to that.
+    # `clip` imports pkg_resources, which warns. requirements.txt pins a setuptools that still has it.
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-    from clip.model import CLIP, ResidualAttentionBlock
+    from clip.model import CLIP, ResidualAttentionBlock, VisionTransformer
     from clip.simple_tokenizer import SimpleTokenizer
 
-# How OpenAI's tokenizer splits a prompt begins with the names of its two control tokens. Prompts are text: no name in
-# one may end it, so these are not matched.
+# The start of the regular expression with which OpenAI's tokenizer splits a prompt. It is removed, so that a prompt
+# with the name of a control token cannot end the text.
 CONTROL_TOKENS = r"<\|startoftext\|>|<\|endoftext\|>|"
 
 
 class Tokenizer:
-    """OpenAI's byte-pair encoding of text, cut to a context length without losing the end-of-text token."""
+    """OpenAI's byte-pair encoding, truncated to the context length."""
 
     def __init__(self, context_length: int):
         self.bpe = SimpleTokenizer()
@@ -37,21 +37,21 @@ class Tokenizer:
         self.end = self.bpe.encoder["<|endoftext|>"]
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, context_length) int64, zeros after the end-of-text token. The end of a long prompt is left out."""
+        """Token ids (B, context_length) int64, zeros after the end-of-text token. Truncates long prompts."""
         rows = torch.zeros(len(prompts), self.context_length, dtype=torch.long)
         for row, prompt in zip(rows, prompts, strict=True):
-            # CLIP pools at the end-of-text token, so it is words that are left out.
+            # Truncates the text, not the end-of-text token, whose features are the embedding.
             kept = self.bpe.encode(prompt)[: self.context_length - 2]
             row[: len(kept) + 2] = torch.tensor([self.start, *kept, self.end])
         return rows
 
     def left_out(self, prompt: str) -> str:
-        """The end of a prompt that does not fit the context; empty when all of it fits."""
+        """The truncated end of a prompt; empty if all of it fits."""
         return self.bpe.decode(self.bpe.encode(prompt)[self.context_length - 2 :]).strip()
 
 
 class ClipEncoder(nn.Module):
-    """OpenAI's CLIP as two functions. Built frozen, float32, in eval mode."""
+    """OpenAI's CLIP: frozen, float32, always in eval mode."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -60,12 +60,12 @@ class ClipEncoder(nn.Module):
         self.tokenize = Tokenizer(config.context_length)
 
     def train(self, mode: bool = True) -> ClipEncoder:
-        """Stays in eval mode whatever the parent asks: its batch norms must never move."""
+        """Ignores `mode`: the statistics of its batch norms must not change."""
         return super().train(False)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Unit-length embeddings, (B, E) float32. One prompt's does not depend on the others beside it."""
+        """Unit-length embeddings, (B, E) float32. Encodes prompts one by one, so that their bits do not depend on B."""
         tokens = self.tokenize(prompts).to(self.clip.positional_embedding.device)
         return F.normalize(torch.cat([self.clip.encode_text(row[None]) for row in tokens]), dim=-1)
 
@@ -79,27 +79,31 @@ class ClipEncoder(nn.Module):
         return F.normalize(self.clip.encode_image(for_clip(images, self.config.image_resolution)), dim=-1)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """What each quarter of the image tower makes of images (B, 3, S, S) in [-1, 1]: (B, C, ...), first to last.
+        """The outputs of the four quarters of the image encoder, (B, C, ...), for images (B, 3, S, S) in [-1, 1].
 
-        Gradients flow to the images.
+        Gradients flow to the images. An encoder with fewer than four blocks gives one output per block.
         """
-        visual, found = self.clip.visual, []
-        vit = hasattr(visual, "transformer")
-        blocks = visual.transformer.resblocks if vit else [getattr(visual, f"layer{i}") for i in (1, 2, 3, 4)]
+        visual, outputs = self.clip.visual, []
+        vit = isinstance(visual, VisionTransformer)
+        blocks = visual.transformer.resblocks if vit else [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
         quarters = sorted({max(1, len(blocks) * quarter // 4) - 1 for quarter in (1, 2, 3, 4)})
-        hooks = [blocks[i].register_forward_hook(lambda *seen: found.append(seen[-1])) for i in quarters]
+
+        def keep_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs.append(output)
+
+        hooks = [blocks[i].register_forward_hook(keep_output) for i in quarters]
         try:
             self.embed_image(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [features.permute(1, 2, 0) for features in found] if vit else found  # a ViT's are (L, B, C)
+        return [output.permute(1, 2, 0) for output in outputs] if vit else outputs  # a ViT's are (L, B, C)
 
 
 def build_clip(config: ClipConfig) -> CLIP:
-    """OpenAI's class at these sizes, with its own random start."""
+    """OpenAI's CLIP of these sizes, randomly initialised."""
     layers = config.vision_layers
-    # The config has the names of CLIP's own arguments.
+    # The fields of the config have the names of CLIP's arguments.
     sizes = vars(config) | {"vision_layers": layers[0] if len(layers) == 1 else layers}
     activation = sizes.pop("activation")
     clip = CLIP(**sizes)

@@ -1,4 +1,4 @@
-"""Networks built without their random start, for weights that are about to take its place."""
+"""Builds networks without random initialisation, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Unfilled(TorchDispatchMode):
-    """Inside it no random numbers are drawn: what they would fill is left as it is, never even touched in memory."""
+class SkipInit(TorchDispatchMode):
+    """A context in which random initialisation does nothing and leaves the memory untouched."""
 
     def __torch_dispatch__(
         self, operator: torch._ops.OpOverload, types: object, args: tuple = (), kwargs: dict | None = None

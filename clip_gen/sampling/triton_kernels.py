@@ -1,7 +1,7 @@
-"""What is between the matrix products of a step, each in one kernel of Triton's; the only door to it.
+"""Triton kernels for what is between the matrix products of a transformer step.
 
-A step for one token a row is so little work that the number of its kernels is what it takes. All is worked out in
-float32, whatever it is kept in.
+A step has one token per row, so its time depends on the number of kernels more than on their work. All kernels compute
+in float32, whatever the dtype of their tensors.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-PLACES = 32  # of the cache, looked at together
-CODES = 4096  # of the codebook, looked at together
-NEVER = tl.constexpr(-1e30)  # a score no place has; of infinities the difference would not be a number
+LANES = 32  # positions of the cache in one iteration
+CODES = 4096  # of the codebook in one iteration
+MASKED = tl.constexpr(-1e30)  # a score; -inf - -inf would be NaN
 
 
 def check_toolchain() -> None:
-    """Raises whatever Triton does where it cannot build what starts its kernels."""
+    """Raises Triton's error if it cannot compile here."""
     _ = triton.runtime.driver.active.utils
 
 
@@ -33,22 +33,22 @@ def add_norm(stream: Tensor, branch: Tensor | None, norm: nn.LayerNorm, dtype: t
 
 
 def attend(qkv: Tensor, rotation: Tensor | None, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """What the one query of each row finds, (B, n_embd), at places 0 to `position` (1,), a number on the device.
+    """Attention of one query per row over positions 0 to `position` (1,), a number on the device; (B, n_embd).
 
-    qkv: (B, 3 · n_embd), of which k and v are written to `position` of keys and values (B, H, T, D). rotation:
-    (2, T, D), by which q and k turn.
+    qkv: (B, 3 · n_embd); k and v are written to `position` of keys and values (B, H, T, D). rotation: (2, T, D), for q
+    and k.
     """
     rows, heads, length, size = keys.shape
     assert all(part.is_contiguous() for part in (qkv, keys, values))
     assert rotation is None or (rotation.is_contiguous() and rotation.shape[1] == length), rotation.shape
     out = torch.empty(rows, heads * size, device=qkv.device, dtype=qkv.dtype)
-    sizes = length, heads, size, triton.next_power_of_2(size), PLACES
+    sizes = length, heads, size, triton.next_power_of_2(size), LANES
     _attend[(rows, heads)](qkv, rotation, keys, values, position, out, size**-0.5, *sizes, num_warps=4)
     return out
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """sampling.draw: the token (B,) at which the running sum of probabilities (B, V) passes uniform (B,)."""
+    """As sampler.draw: the token (B,) at which the running sum of probabilities (B, V) passes uniform (B,)."""
     rows, codes = probabilities.shape
     assert probabilities.stride(1) == 1
     token = torch.empty(rows, dtype=torch.long, device=uniform.device)
@@ -74,8 +74,8 @@ def _add_norm(stream, branch, weight, bias, out, eps, WIDTH: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _turned(x, rotation, place, channel, inside, LENGTH: tl.constexpr, SIZE: tl.constexpr):
-    """gpt.rotate of the head at x."""
+def _rotated(x, rotation, place, channel, inside, LENGTH: tl.constexpr, SIZE: tl.constexpr):
+    """gpt.rotate, for the head at x."""
     itself = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
     partner = tl.load(x + (channel + SIZE // 2) % SIZE, mask=inside, other=0.0).to(tl.float32)
     angle = rotation + place * SIZE + channel
@@ -97,7 +97,7 @@ def _attend(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PLACES: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -106,8 +106,8 @@ def _attend(
     inside = channel < SIZE
     query = qkv + (row * 3 * HEADS + head) * SIZE
     if rotation is not None:
-        q = _turned(query, rotation, place, channel, inside, LENGTH, SIZE)
-        k = _turned(query + HEADS * SIZE, rotation, place, channel, inside, LENGTH, SIZE)
+        q = _rotated(query, rotation, place, channel, inside, LENGTH, SIZE)
+        k = _rotated(query + HEADS * SIZE, rotation, place, channel, inside, LENGTH, SIZE)
     else:
         q = tl.load(query + channel, mask=inside, other=0.0).to(tl.float32)
         k = tl.load(query + HEADS * SIZE + channel, mask=inside, other=0.0).to(tl.float32)
@@ -117,13 +117,13 @@ def _attend(
     tl.store(keys + first + place * SIZE + channel, k, mask=inside)
     tl.store(values + first + place * SIZE + channel, v, mask=inside)
 
-    # Each lane keeps a softmax of its own over every PLACES-th place, so that the loop waits for no other lane. The
-    # token's own place is not read back: what other threads of the program store is not there yet.
+    # Each lane has its own running softmax, over every LANES-th position, so the loop needs no reduction over lanes.
+    # The new position is not read from memory, where other threads' stores may not be visible yet.
     q = q * scale
-    lane = tl.arange(0, PLACES)
-    top = tl.full((PLACES,), NEVER, tl.float32)
-    mass = tl.full((PLACES,), 0.0, tl.float32)
-    sums = tl.full((PLACES, BLOCK), 0.0, tl.float32)
+    lane = tl.arange(0, LANES)
+    top = tl.full((LANES,), MASKED, tl.float32)
+    mass = tl.full((LANES,), 0.0, tl.float32)
+    sums = tl.full((LANES, BLOCK), 0.0, tl.float32)
     start = 0
     while start < place:
         seen = start + lane < place
@@ -131,25 +131,25 @@ def _attend(
         mask = seen[:, None] & inside[None, :]
         earlier_k = tl.load(keys + at, mask=mask, other=0.0).to(tl.float32)
         earlier_v = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(q[None, :] * earlier_k, axis=1), NEVER)
+        score = tl.where(seen, tl.sum(q[None, :] * earlier_k, axis=1), MASKED)
         higher = tl.maximum(top, score)
         fade = tl.exp(top - higher)
         weight = tl.exp(score - higher)
         mass = mass * fade + weight
         sums = sums * fade[:, None] + weight[:, None] * earlier_v
         top = higher
-        start += PLACES
+        start += LANES
 
     score = tl.sum(q * k.to(tl.float32), axis=0)
     highest = tl.maximum(tl.max(top, axis=0), score)
-    fade = tl.exp(top - highest)  # 0 for a lane that saw no place
+    fade = tl.exp(top - highest)  # 0 for a lane without positions
     weight = tl.exp(score - highest)
     found = tl.sum(sums * fade[:, None], axis=0) + weight * v.to(tl.float32)
     found = found / (tl.sum(mass * fade, axis=0) + weight)
     tl.store(out + (row * HEADS + head) * SIZE + channel, found, mask=inside)
 
 
-# The column of the step that is drawn starts anywhere.
+# `uniform` is a column of a matrix, of any alignment.
 @triton.jit(do_not_specialize_on_alignment=["uniform"])
 def _draw(probabilities, uniform, token, STRIDE, UNIFORM_STRIDE, CODES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

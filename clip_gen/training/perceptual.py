@@ -10,7 +10,7 @@ from torch import nn
 
 from clip_gen.files import write_text_atomic
 from clip_gen.networks.lpips import FrozenLPIPS
-from clip_gen.networks.skip_init import Unfilled
+from clip_gen.networks.skip_init import SkipInit
 from clip_gen.training.processes import wait_for
 from clip_gen.weights.default_model import lpips_weights
 from clip_gen.weights.model_folder import load_part
@@ -53,7 +53,7 @@ def _why_not(file: Path, resolution: int) -> str:
 def _loaded(file: Path) -> nn.Module:
     if not file.is_file():
         raise ValueError(f"{file}: missing, and this training began with LPIPS; get it again by {PULL}")
-    with Unfilled():
+    with SkipInit():
         lpips = FrozenLPIPS()
     try:
         load_part(lpips, file)

@@ -20,7 +20,7 @@ from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.discriminator import build_discriminator, discriminator_layers
 from clip_gen.networks.gpt import GPT, with_null_condition
-from clip_gen.networks.skip_init import Unfilled
+from clip_gen.networks.skip_init import SkipInit
 from clip_gen.networks.vqgan import VQGAN
 
 CONFIG = "config.yaml"
@@ -84,7 +84,7 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
     files = {part: folder / f"{part}.safetensors" for part in PARTS}
     missing = [part for part in fresh if not files[part].is_file()]
     tensors = {part: read_part(getattr(meta, part), files[part]) for part in PARTS if part not in missing}
-    with Unfilled():
+    with SkipInit():
         networks = build(config)
     for part in tensors:
         _assign(getattr(networks, part), tensors[part])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import vgg16
 
 from clip_gen.networks.lpips import FrozenLPIPS
-from clip_gen.networks.skip_init import Unfilled
+from clip_gen.networks.skip_init import SkipInit
 from clip_gen.training.losses import lpips_distance
 from clip_gen.weights.importers.lpips import convert_lpips, import_lpips
 from clip_gen.weights.importers.state_dict import Checkpoint
@@ -25,7 +25,7 @@ def ours(lpips_folder: Path) -> nn.Module:
 
 
 def loaded(folder: Path) -> nn.Module:
-    with Unfilled():
+    with SkipInit():
         network = FrozenLPIPS()
     load_part(network, folder / "lpips.safetensors")
     return network
@@ -40,7 +40,7 @@ def test_distances_are_those_of_tamings_lpips_that_read_the_same_files(
 ) -> None:
     def published(pretrained: bool) -> nn.Module:
         assert pretrained
-        with Unfilled():
+        with SkipInit():
             network = vgg16(weights=None)
         features = {name: tensor for name, tensor in vgg_state().items() if name.startswith("features.")}
         network.load_state_dict(features, strict=False)  # the classifier, which LPIPS stops before, stays unfilled
