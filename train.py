@@ -119,6 +119,8 @@ async def train(
     **unknown: object,
 ) -> TrainingOutput:
     """Trains in another process, which ends with the request. Checks its inputs, as predict.py does."""
+    from clip_gen.serving.request_weights import fetched_base  # imported here, because it loads torch
+
     if coglet.server.active:
         watch_worker(scratch_folder())  # from the first training on: Cog calls no setup for a function
     if "prompt" in unknown:
@@ -155,8 +157,6 @@ async def train(
         **unknown,
     )
     with one_training() as (folder, kept):
-        from clip_gen.serving.request_weights import fetched_base  # loads torch
-
         base = await fetched_base(inputs["base"])
         inputs["base"] = str(base.path) if base else None
         inputs["images"] = move_images(images, folder)
