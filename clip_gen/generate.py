@@ -81,6 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
     # Identical candidates are drawn once, so there may be fewer pictures than names.
     paths = [Path(arguments.out, name) for name in names[: len(result.images)]]
     settings |= {"prompt": arguments.prompt, "candidates": result.candidates, "seed": result.seed}
+    settings["model"] = model.config.name
     metadata = settings if arguments.output_metadata else None
     write_pictures(result, paths, metadata, arguments.output_format, arguments.output_quality)
     for path, score in zip(paths, result.scores, strict=True):

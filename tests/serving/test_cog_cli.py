@@ -67,6 +67,8 @@ def test_pictures_are_named_as_cog_predict_names_them(folder: Path) -> None:
     assert main(QUICK) == 0
     assert files(folder) == [f"output.{i}.png" for i in range(4)]
     assert {Image.open(path).size for path in folder.iterdir()} == {(16, 16)}
+    text = Image.open("output.0.png").text
+    assert (text["prompt"], text["seed"], text["candidates"], text["model"]) == ("a large red circle", "7", "4", "tiny")
 
 
 def test_each_file_is_printed_with_its_score_best_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
