@@ -43,7 +43,7 @@ class InputField:
         """The allowed values, for messages: `a whole number, 1 to 64` or `one of png, webp, jpg`."""
         info, noun = self.info, NOUNS[self.kind]
         if info.choices:
-            return f"one of {', '.join(info.choices)}"
+            return f"one of {', '.join(map(str, info.choices))}"
         if self.kind is str:
             return f"{info.min_length or 0} to {info.max_length} characters" if info.max_length else noun
         if info.ge is None:
@@ -94,7 +94,7 @@ def read_inputs(function: Callable[..., object]) -> dict[str, InputField]:
     return fields
 
 
-def checked(fields: Mapping[str, InputField], **values: object) -> dict[str, Any]:
+def checked(fields: Mapping[str, InputField], /, **values: object) -> dict[str, Any]:
     """The values in their declared types; an input that is left out has its default. InputError lists all problems.
 
     Cog's server checks requests too, but nothing when it finds no schema file.

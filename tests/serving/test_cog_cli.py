@@ -213,7 +213,8 @@ def test_all_bad_inputs_are_listed_at_once_each_with_value_and_remedy(refused: R
 
 
 def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
-    assert 'unknown input "zzz"; the inputs are prompt, num_outputs,' in refused(*QUICK, "-i", "zzz=1")
+    for name in ("zzz", "fields"):
+        assert f'unknown input "{name}"; the inputs are prompt, num_outputs,' in refused(*QUICK, "-i", f"{name}=1")
 
 
 @pytest.mark.parametrize(
