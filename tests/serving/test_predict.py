@@ -1,7 +1,7 @@
 """The predictor in this process, and what it keeps between predictions.
 
 Traps of Cog 0.23.1 held here: 14 (numbers of another type), 18 (no schema, no checks). The others: test_serve.py,
-test_schema.py.
+test_openapi.py.
 """
 
 from __future__ import annotations
