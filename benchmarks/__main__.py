@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import busy_machine, own_pictures, precision, published_size, speed
+from benchmarks import busy_machine, contact_sheet, own_pictures, precision, published_size, speed
 
 BENCHMARKS = {
     "speed": (speed.main, "sampling, decoding, loading, predictions and requests beside a plain reference"),
     "busy-machine": (busy_machine.main, "how much other processes slow down sampling"),
+    "contact-sheet": (contact_sheet.main, "the README's pictures"),
     "precision": (precision.main, "picture quality with weights in float16 and bfloat16"),
     "own-pictures": (own_pictures.main, "quality and memory of trainings on your own pictures"),
     "published-size": (published_size.main, "seconds and memory of the published model's size"),

@@ -40,7 +40,7 @@ from clip_gen.serving.train_process import KEEP_MEMORY
 from clip_gen.training.losses import psnr
 from clip_gen.worlds.shapes.folder import write_pictures
 from clip_gen.worlds.shapes.grading import Evaluation
-from clip_gen.worlds.shapes.judge import FOREGROUND
+from clip_gen.worlds.shapes.judge import MIN_FOREGROUND
 from clip_gen.worlds.shapes.pairs import RenderedPictures
 from clip_gen.worlds.shapes.prompts import cases
 from clip_gen.worlds.shapes.rendering import coverage, render
@@ -162,8 +162,8 @@ def outline_share(picture: Image.Image) -> float:
     """The share of the foreground in the outline's colour; from 0.2 on a picture counts as outlined."""
     pixels = np.asarray(picture, np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
-    foreground = ((pixels - background) ** 2).sum(axis=-1) > FOREGROUND**2
-    line = ((pixels - outline(tuple(background))) ** 2).sum(axis=-1) < FOREGROUND**2
+    foreground = ((pixels - background) ** 2).sum(axis=-1) > MIN_FOREGROUND**2
+    line = ((pixels - outline(tuple(background))) ** 2).sum(axis=-1) < MIN_FOREGROUND**2
     return float((line & foreground).sum() / max(1, foreground.sum()))
 
 

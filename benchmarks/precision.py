@@ -23,7 +23,7 @@ from clip_gen import ClipGen
 from clip_gen.files import write_text_atomic
 from clip_gen.hardware import supports_float16
 from clip_gen.sampling.sampler import Sampling
-from clip_gen.worlds.shapes.grading import CANDIDATES, TITLES, TOGETHER, Evaluation, Graded
+from clip_gen.worlds.shapes.grading import CANDIDATES, PROMPTS_PER_BATCH, TITLES, Evaluation, Graded
 from clip_gen.worlds.shapes.prompts import KINDS, cases
 
 DTYPES = {
@@ -37,8 +37,8 @@ def measure(models: dict[str, ClipGen], kind: str, prompts: int) -> dict[str, ob
     evaluations = [Evaluation(model, prompts, 0, Sampling()) for model in models.values()]
     chosen = cases(kind, prompts, 0)
     graded: list[tuple[Graded, ...]] = []
-    for start in range(0, prompts, TOGETHER):
-        some = chosen[start : start + TOGETHER]
+    for start in range(0, prompts, PROMPTS_PER_BATCH):
+        some = chosen[start : start + PROMPTS_PER_BATCH]
         graded += zip(*(evaluation.candidates(some, start, "text") for evaluation in evaluations), strict=True)
     single = np.array([[np.mean(way.right) for way in ways] for ways in graded])
     best = np.array([[way.right[way.best(CANDIDATES)] for way in ways] for ways in graded], np.float64)

@@ -147,8 +147,8 @@ def test_every_setting_of_a_training_is_told_of() -> None:
             "holds gpt, which is no part of a model folder",
         ),
         ("train-shapes --work OUT/work --out OUT", "", ["config.yaml"], "holds config.yaml, but is no model folder"),
-        ("shapes --count 1 --out OUT", "", ["notes.txt"], "already holds files; name a new or empty folder"),
-        ("shapes --count 1 --out OUT --zip", ".zip", [], "OUT.zip is there already"),
+        ("shapes --count 1 --out OUT", "", ["notes.txt"], "has files in it already; name a new or empty folder"),
+        ("shapes --count 1 --out OUT --zip", ".zip", [], "OUT.zip exists already"),
         ("pull lpips --out OUT", "", ["lpips.safetensors"], "holds lpips.safetensors, but is no LPIPS folder of this"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Procedural worlds of endless pictures, each with the recipe of a model trained on it and a judge that grades it."""
+"""Procedural worlds: endless pictures, the recipe of a model of them, and a judge that grades it."""

@@ -53,16 +53,9 @@ from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.weights.model_folder import load_networks, save_networks
 from clip_gen.worlds.shapes.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
 from clip_gen.worlds.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs, RenderedPictures
-from clip_gen.worlds.shapes.recipe import (
-    ORDER,
-    Recipe,
-    ShapesConfig,
-    _has_parts,
-    add_arguments,
-    fingerprint,
-    parts_in_order,
-)
+from clip_gen.worlds.shapes.recipe import Recipe, ShapesConfig, add_arguments, parts_in_order
 from clip_gen.worlds.shapes.recipe import main as train_shapes
+from clip_gen.worlds.shapes.work_folder import PARTS, fingerprint, has_parts
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 RECIPE = ShapesConfig(
@@ -81,8 +74,8 @@ RECIPE = ShapesConfig(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     recipe = Recipe(RECIPE, tmp_path_factory.mktemp("work"))
-    for part in ORDER:
-        recipe.part(part)
+    for part in PARTS:
+        recipe.load_or_train(part)
     return recipe
 
 
@@ -101,7 +94,7 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
 def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     again = Recipe(RECIPE, trained.work)
     monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
-    again.part("vqgan")
+    again.load_or_train("vqgan")
     for name, tensor in load_file(trained.work / "vqgan" / "vqgan.safetensors").items():
         assert torch.equal(tensor.float(), again.networks.vqgan.state_dict()[name].float()), name
 
@@ -109,7 +102,7 @@ def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: 
 def test_parts_come_with_what_they_rest_on() -> None:
     assert parts_in_order(["bridge", "vqgan"]) == ["clip", "vqgan", "bridge"]
     assert parts_in_order(["gpt"]) == ["clip", "vqgan", "gpt"]
-    assert parts_in_order(["ranker"]) == list(ORDER)  # with it the model is whole
+    assert parts_in_order(["ranker"]) == list(PARTS)  # with it the model is whole
 
 
 def test_a_part_that_another_process_trains_is_waited_for(
@@ -140,16 +133,16 @@ def test_what_one_process_trains_alone_the_others_wait_for(
     monkeypatch.setattr("clip_gen.worlds.shapes.recipe.rank_zero_only.rank", 1)
     monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
     monkeypatch.setattr("clip_gen.worlds.shapes.recipe.wait_for", lambda path: waited.append(path.write_bytes(kept)))
-    again.part("ranker")
+    again.load_or_train("ranker")
     assert waited
 
 
 def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     half = replace(RECIPE, vqgan_fit=replace(FIT, steps=4))
-    Recipe(half, tmp_path).part("vqgan")
+    Recipe(half, tmp_path).load_or_train("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
     with caplog.at_level(logging.INFO):
-        Recipe(RECIPE, tmp_path).part("vqgan")
+        Recipe(RECIPE, tmp_path).load_or_train("vqgan")
     record = json.loads((tmp_path / "vqgan" / "record.json").read_text())
     assert record["steps"] == 6
     starts = [(start["from_step"], start["to_step"], start["fit"]["steps"]) for start in record["starts"]]
@@ -167,19 +160,19 @@ def test_a_part_goes_on_with_the_pictures_it_has_not_seen(tmp_path: Path, monkey
         return step(self, batch)
 
     monkeypatch.setattr(VQGANTrainer, "training_step", watched)
-    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).part("vqgan")
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).load_or_train("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
-    Recipe(RECIPE, tmp_path).part("vqgan")
+    Recipe(RECIPE, tmp_path).load_or_train("vqgan")
     assert len(seen) == 48
     assert len(set(seen)) == 48
 
 
 def test_a_part_whose_checkpoint_is_the_last_step_keeps_the_averaged_weights(tmp_path: Path) -> None:
     first = Recipe(RECIPE, tmp_path)
-    first.part("vqgan")
+    first.load_or_train("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
     again = Recipe(RECIPE, tmp_path)
-    again.part("vqgan")
+    again.load_or_train("vqgan")
     for name, tensor in first.networks.vqgan.state_dict().items():
         assert torch.equal(tensor, again.networks.vqgan.state_dict()[name]), name
 
@@ -187,7 +180,7 @@ def test_a_part_whose_checkpoint_is_the_last_step_keeps_the_averaged_weights(tmp
 def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> None:
     other = Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=7)), trained.work)
     with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
-        other.part("vqgan")
+        other.load_or_train("vqgan")
 
 
 @pytest.mark.parametrize(
@@ -199,11 +192,11 @@ def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> 
     ],
 )
 def test_an_unfinished_part_of_another_recipe_is_not_gone_on_with(tmp_path: Path, other: dict[str, object]) -> None:
-    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).part("vqgan")
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).load_or_train("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
     kept = (tmp_path / "vqgan" / "last.ckpt").read_bytes()
     with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
-        Recipe(replace(RECIPE, **other), tmp_path).part("vqgan")
+        Recipe(replace(RECIPE, **other), tmp_path).load_or_train("vqgan")
     assert (tmp_path / "vqgan" / "last.ckpt").read_bytes() == kept
 
 
@@ -213,19 +206,19 @@ def test_what_was_drawn_by_another_transformer_is_not_ranked(trained: Recipe, tm
     told = json.loads((work / "ranker" / "told.json").read_text())
     (work / "ranker" / "told.json").write_text(json.dumps(told | {"gpt": "another"}))
     with pytest.raises(ValueError, match="ranker was trained by another recipe; remove it"):
-        Recipe(RECIPE, work).part("ranker")
+        Recipe(RECIPE, work).load_or_train("ranker")
 
 
 def test_the_work_folder_of_a_version_without_marks_is_known(trained: Recipe) -> None:
     assert not (trained.work / MARK).exists()
-    check_claimable(trained.work, "train-shapes", _has_parts)
+    check_claimable(trained.work, "train-shapes", has_parts)
 
 
 def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) -> None:
     work = Path(shutil.copytree(trained.work, tmp_path / "work"))
     (work / "vqgan" / "record.json").unlink()
     with folder_lock(work / "vqgan", ""), pytest.raises(ValueError, match="vqgan is in use by another training; wait"):
-        Recipe(RECIPE, work).part("vqgan")
+        Recipe(RECIPE, work).load_or_train("vqgan")
     assert not (work / "vqgan" / "record.json").is_file()
 
 
@@ -234,7 +227,7 @@ def test_a_part_killed_after_its_last_step_still_tells_what_it_measured(trained:
     record = again.work / "vqgan" / "record.json"
     before = json.loads(record.read_text())
     record.unlink()
-    again.part("vqgan")
+    again.load_or_train("vqgan")
     assert json.loads(record.read_text()) == before
     assert before["val_psnr"] > 0
 
@@ -250,8 +243,8 @@ def test_the_bundled_models_recipe_teaches_places_that_tell_something_from_like_
     for name, unseen in (("clip", np.zeros((4, 128), np.float16)), ("vqgan", np.zeros((4, 256), np.uint16))):
         (tmp_path / name).mkdir()
         shutil.copy(ROOT / "checkpoints" / "shapes" / f"{name}.safetensors", tmp_path / name)
-        (tmp_path / name / "record.json").write_text(json.dumps({"told": recipe.told(name)}))
-        recipe.part(name)
+        (tmp_path / name / "record.json").write_text(json.dumps({"told": recipe.settings(name)}))
+        recipe.load_or_train(name)
         mark = fingerprint(tmp_path / name / f"{name}.safetensors")
         np.save(tmp_path / "encoded" / f"{name}-{mark}-unseen-1024.npy", unseen)
 
@@ -262,7 +255,7 @@ def test_the_bundled_models_recipe_teaches_places_that_tell_something_from_like_
         return step(self, batch)
 
     monkeypatch.setattr(GPTTrainer, "training_step", watched)
-    recipe.part("gpt")
+    recipe.load_or_train("gpt")
     for conditions, tokens, _, _, near_misses, places, chances in batches:
         assert places.shape == chances.shape
         assert tokens.shape[1] / 8 < places.shape[1] < tokens.shape[1] / 2

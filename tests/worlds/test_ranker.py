@@ -1,4 +1,4 @@
-"""training/ranker.py: the image tower learns from what the generator draws, and nothing else moves."""
+"""ranker.py: the image tower learns from generated pictures, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clip_gen.training.stage import FitConfig
 from clip_gen.weights.model_folder import load_networks
 from clip_gen.worlds.shapes import ranker
 from clip_gen.worlds.shapes.pairs import CaptionedPairs, _first_scene, training_rng
-from clip_gen.worlds.shapes.ranker import RankedPictures, RankerTrainer, ranked_pictures, written_anew
+from clip_gen.worlds.shapes.ranker import RankedPictures, RankerTrainer, ranked_pictures, resample_tokens
 
 PAIRS = CaptionedPairs(40, 3, 16)
 
@@ -65,8 +65,8 @@ def test_what_is_ranked_is_drawn_as_it_will_be(tmp_path: Path, monkeypatch: pyte
 def test_drawing_that_was_cut_off_goes_on_from_the_last_file_and_comes_out_the_same(
     ranked: RankedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranker, "KEPT", 16)
-    monkeypatch.setattr(ranker, "TOGETHER", 8)
+    monkeypatch.setattr(ranker, "FILE_SIZE", 16)
+    monkeypatch.setattr(ranker, "BATCH_SIZE", 8)
     networks = tiny_networks()
     whole = ranked_pictures(networks, PAIRS, 3, tmp_path / "whole", "drawn")
     assert [len(part) for part in whole.pictures] == [16, 16, 8]
@@ -89,15 +89,15 @@ def test_drawing_that_was_cut_off_goes_on_from_the_last_file_and_comes_out_the_s
             assert np.array_equal(one, other)
 
 
-def test_a_touched_picture_keeps_the_tokens_that_are_not_written_anew() -> None:
+def test_a_touched_picture_keeps_the_tokens_that_are_not_resample_tokens() -> None:
     gpt = tiny_networks().gpt
     condition, tokens = torch.randn(64, gpt.config.embed_dim), torch.randint(gpt.config.codebook_size, (64, 16))
-    touched = written_anew(gpt, condition, tokens, np.random.default_rng(0))
+    touched = resample_tokens(gpt, condition, tokens, np.random.default_rng(0))
     kept = (touched == tokens).float().mean(dim=1)
     # Of a tenth to all of the tokens, nearly all of which come out otherwise where nothing has been learnt.
     assert kept.min() < 0.3
     assert kept.max() > 0.8
-    assert torch.equal(touched, written_anew(gpt, condition, tokens, np.random.default_rng(0)))
+    assert torch.equal(touched, resample_tokens(gpt, condition, tokens, np.random.default_rng(0)))
 
 
 def test_the_text_tower_and_what_prompts_become_stay_as_they_are(ranked: RankedPictures, tmp_path: Path) -> None:

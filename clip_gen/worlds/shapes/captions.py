@@ -1,6 +1,6 @@
-"""Scenes -> words. A Description is what a caption states; the judge checks a picture against it.
+"""Captions of scenes. A Description is what a caption states; the judge compares pictures with it.
 
-Two wordings are fixed and first in every list:
+The standard wordings, made of the first word of each list:
     a <size> <colour> <shape> on a <background> background
     a <size> <colour> <shape> <relation> a <size> <colour> <shape> on a <background> background
 """
@@ -16,7 +16,7 @@ from clip_gen.worlds.shapes.scenes import OPPOSITE, Scene
 
 @dataclass(frozen=True)
 class ItemDescription:
-    """What is said of one item; None is left unsaid."""
+    """What a caption says about one item; None: nothing."""
 
     shape: str | None = None
     colour: str | None = None
@@ -25,7 +25,7 @@ class ItemDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says of a scene; None is left unsaid. The relation is the first item's to the second."""
+    """What a caption says about a scene; None: nothing. The relation is that of the first item to the second."""
 
     items: tuple[ItemDescription, ...]
     background: str | None = None
@@ -52,13 +52,13 @@ NUMBERS = {2: ("two", "2")}
 
 
 def describe(scene: Scene) -> Description:
-    """Everything that can be said of the scene."""
+    """The complete description of a scene."""
     items = tuple(ItemDescription(item.shape, item.colour, item.size) for item in scene.items)
     return Description(items, scene.background, scene.relation)
 
 
 def leave_unsaid(description: Description, rng: np.random.Generator, chance: float = 0.3) -> Description:
-    """The description with each attribute dropped at this chance; which items there are is always said."""
+    """Drops each attribute with probability `chance`; the number of items stays."""
 
     def kept(value: str | None) -> str | None:
         return None if rng.random() < chance else value
@@ -68,18 +68,18 @@ def leave_unsaid(description: Description, rng: np.random.Generator, chance: flo
 
 
 def swapped(description: Description) -> Description:
-    """The same scene told from its second item; a description of one item is itself."""
+    """The same description with the second item first. With one item it does not change."""
     relation = OPPOSITE[description.relation] if description.relation else None
     return replace(description, items=description.items[::-1], relation=relation)
 
 
 def caption(description: Description) -> str:
-    """The description in the fixed wording, each attribute in its one standard word."""
+    """The description in the standard wording."""
     return _worded(description, rng=None)
 
 
 def vary(description: Description, rng: np.random.Generator) -> str:
-    """The description in a random wording: synonyms, order, opening and setting."""
+    """The description in a random wording: random synonyms, order, opening and setting."""
     if len(description.items) == 2 and rng.random() < 0.5:
         description = swapped(description)
     return _pick(rng, OPENINGS) + _worded(description, rng)

@@ -1,12 +1,14 @@
-"""The demo world's small CLIP, trained on (picture, caption) pairs: it plays the part of OpenAI's.
+"""Trains the small CLIP of this world on pairs of pictures and captions. It takes the place of OpenAI's CLIP.
 
-Contrastive as in "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020, with four
-additions: a caption that is true of another picture in the batch is not held against it; spoilt pictures, which no
-caption fits, stand among the wrong answers; pairs are also pulled together directly, because the contrast alone leaves
-text and pictures in two separate cones (arXiv 2203.02053), a gap that the transformer would have to bridge; and what
-captions say must be readable from either embedding, as where a captioner is trained along (CoCa, arXiv 2205.01917).
-Without the last, both towers stay with a bag of words: which colour belongs to which shape is never learnt, as with
-CLIPs of any size (arXiv 2210.01936).
+The loss is contrastive as in CLIP (arXiv 2103.00020), with four additions:
+
+- A caption that is true of another picture in the batch is no wrong answer for it.
+- Spoilt pictures, which no caption fits, are additional wrong answers.
+- The distance within pairs is a loss too: contrast alone leaves a gap between texts and pictures (arXiv 2203.02053),
+  which the transformer would have to bridge.
+- A small network must read from each embedding what the caption says, similar to the captioner of CoCa (arXiv
+  2205.01917). Without it both towers learn a bag of words (arXiv 2210.01936), and not which colour belongs to which
+  shape.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from clip_gen.worlds.shapes.pairs import CHOICES, UNSAID, PairGroup, answers, fi
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-NAMING_ALONE = 0.15  # of the steps at first: next to the contrast, naming takes many times as long to learn
-TOGETHER = 3.0  # weight of the pull; the contrast's is multiplied by a scale of up to 100
+NAMING_ONLY = 0.15  # share of the steps at the start; beside the contrast, naming takes many times as long to learn
+DISTANCE_WEIGHT = 3.0  # the contrast is scaled by up to 100
 
 
 class Collate:
-    """Groups to one batch: pictures (n, S, S, 3), text tokens (n, L), stated and shown (n, 9), spoilt (m, S, S, 3)."""
+    """Joins groups to a batch: pictures (n, S, S, 3), text tokens (n, L), stated, shown (n, 9), spoilt (m, S, S, 3)."""
 
     def __init__(self, context_length: int):
         self.tokenize = Tokenizer(context_length)
@@ -42,7 +44,7 @@ class Collate:
 
 
 class Naming(nn.Module):
-    """Reads off an embedding what the picture shows, or the caption says."""
+    """Reads from an embedding what the picture shows or the caption says."""
 
     def __init__(self, embed_dim: int):
         super().__init__()
@@ -50,11 +52,11 @@ class Naming(nn.Module):
         self.read = nn.Sequential(nn.Linear(embed_dim, 256), nn.GELU(), nn.Linear(256, sum(CHOICES)))
 
     def forward(self, embedding: Tensor, numbers: Tensor) -> Tensor:
-        """The cross-entropy summed over the questions, each averaged over where rows (n, 9) answer it."""
+        """Cross-entropy, summed over the questions; each is a mean over the rows of `numbers` (n, 9) that answer it."""
         logits = self.read(self.scale * embedding).float().split(CHOICES, dim=1)
         wanted = answers(numbers).unbind(dim=1)
-        asked = [(told, right) for told, right in zip(logits, wanted, strict=True) if (right != UNSAID).any()]
-        return sum(F.cross_entropy(told, right, ignore_index=UNSAID) for told, right in asked)
+        asked = [(guess, right) for guess, right in zip(logits, wanted, strict=True) if (right != UNSAID).any()]
+        return sum(F.cross_entropy(guess, right, ignore_index=UNSAID) for guess, right in asked)
 
 
 class ClipTrainer(Stage):
@@ -82,9 +84,9 @@ class ClipTrainer(Stage):
         naming = self.naming(image[: len(text)], shown) + self.naming(text, stated)
         values = {"contrast": contrast, "together": together, "naming": naming, "scale": scale}
         self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=len(text))
-        if self.global_step < NAMING_ALONE * self.config.steps:
+        if self.global_step < NAMING_ONLY * self.config.steps:
             return naming
-        return naming + contrast + TOGETHER * together
+        return naming + contrast + DISTANCE_WEIGHT * together
 
     def validation_step(self, batch: Batch) -> None:
         pictures, words, stated, shown, spoilt = batch
@@ -104,13 +106,13 @@ class ClipTrainer(Stage):
         return self.learning(adamw(learnt, self.config, betas=(0.9, 0.98)))
 
     @torch.no_grad()
-    def forget_unseen_words(self) -> None:
-        """A word never met says nothing, rather than the noise it started as."""
+    def clear_unseen_words(self) -> None:
+        """Sets the embeddings of words that were never trained to zero instead of their random start."""
         self.clip.token_embedding.weight[~self.word_seen] = 0
 
 
 def contrastive_loss(logits: Tensor, stated: Tensor, shown: Tensor) -> Tensor:
-    """Mean of both directions for logits (n, n + m): n texts against their n pictures and m that fit none."""
+    """Mean of both directions, for logits (n, n + m) of n texts with their n pictures and m spoilt pictures."""
     n = len(logits)
     answers = torch.arange(n, device=logits.device)
     also_true = fits(stated, shown)

@@ -1,4 +1,4 @@
-"""Writes pictures of the shapes world: a folder of PNGs, with captions if wanted, or one zip to train from."""
+"""The command `shapes`: writes pictures of the shapes world to a folder, with or without captions, or to a zip."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ from clip_gen.worlds.shapes.scenes import Scene, sample_scene
 
 log = logging.getLogger(__name__)
 
-LEAST_RESOLUTION = 16  # below, a small star is a blot
-MOST_RESOLUTION = 4096
+MIN_RESOLUTION, MAX_RESOLUTION = 16, 4096  # a small star needs 16 pixels
 
 
 def write_pictures(
     count: int, seed: int, out: Path, resolution: int, captions: bool, zipped: bool, held_out: str
 ) -> Path:
-    """The folder or zip file written; the first n pictures of a seed are the same for every count.
+    """Writes pictures; returns the folder or zip. The first n pictures of a seed are the same for every count.
 
-    captions: also write captions.jsonl, a line for each picture. zipped: one zip file instead of a folder.
-    held_out: as in sample_scene. Refuses to add to a folder that holds files or to replace a zip.
+    captions: also write captions.jsonl with a line per picture. zipped: write one zip instead of a folder.
+    held_out: as in sample_scene. ValueError if the folder has files or the zip exists.
     """
     if count < 1:
         raise ValueError(f"count is {count}; ask for at least 1 picture")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it takes 0 or more")
-    if not LEAST_RESOLUTION <= resolution <= MOST_RESOLUTION:
-        raise ValueError(f"resolution is {resolution}; it takes {LEAST_RESOLUTION} to {MOST_RESOLUTION}")
+    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
+        raise ValueError(f"resolution is {resolution}; it takes {MIN_RESOLUTION} to {MAX_RESOLUTION}")
     if captions and zipped:
-        raise ValueError("captions and zip are both asked for, but the zip holds pictures only; drop one of the two")
+        raise ValueError("a zip has no captions; leave out --captions or --zip")
     scenes = _scenes(count, seed, held_out)
     if zipped:
         out = out if out.suffix.lower() == ".zip" else out.with_name(f"{out.name}.zip")
@@ -54,21 +53,20 @@ def write_pictures(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m clip_gen shapes`."""
     parser.add_argument("--count", type=int, required=True, help="how many pictures")
-    parser.add_argument("--seed", type=int, default=0, help="picture i depends on the seed and i alone")
-    parser.add_argument("--out", type=Path, required=True, help="an empty or new folder, or the zip's name")
+    parser.add_argument("--seed", type=int, default=0, help="default 0; picture i depends only on the seed and i")
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder, or the zip to write")
     parser.add_argument("--captions", action="store_true", help="also write captions.jsonl")
-    parser.add_argument("--zip", action="store_true", help="one zip of the pictures instead of a folder")
-    parser.add_argument("--resolution", type=int, default=64, help="side in pixels")
+    parser.add_argument("--zip", action="store_true", help="write one zip instead of a folder")
+    parser.add_argument("--resolution", type=int, default=64, help="side in pixels; default 64")
     parser.add_argument(
         "--held-out",
         choices=("never", "may", "only"),
         default="never",
-        help="the colour-shape pairs kept from generators: leave out, let in, or draw nothing else",
+        help="the five colour-shape pairs of the tests: exclude (default), allow, or use no others",
     )
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Runs the command; ValueError or OSError when it cannot."""
     write_pictures(
         count=arguments.count,
         seed=arguments.seed,
@@ -90,7 +88,7 @@ def _write_folder(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: in
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; name a new or empty folder")
+        raise ValueError(f"{out} has files in it already; name a new or empty folder")
     lines = []
     for name, scene in scenes:
         (out / name).write_bytes(_png(scene, resolution))
@@ -100,14 +98,13 @@ def _write_folder(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: in
 
 
 def _write_zip(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int) -> None:
-    """Writes the zip whole or not at all."""
     if out.exists():
-        raise ValueError(f"{out} is there already; name another file or move that one away")
+        raise ValueError(f"{out} exists already; name another file, or move that one")
     check_writable(out.absolute().parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name, scene in scenes:
-            # A ZipInfo of its own carries no clock time, so a seed gives the same bytes every day.
+            # A new ZipInfo has a constant time, so a seed always gives the same bytes.
             archive.writestr(zipfile.ZipInfo(name), _png(scene, resolution))
 
 

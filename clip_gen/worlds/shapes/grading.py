@@ -1,7 +1,4 @@
-"""Grades a shapes model by the judge: a table, a JSON and a contact sheet.
-
-python -m clip_gen evaluate checkpoints/shapes
-"""
+"""The command `evaluate`: the judge grades a shapes model; writes a table, a JSON file and a contact sheet."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ log = logging.getLogger(__name__)
 
 REPORT, SHEET = "report.json", "sheet.png"
 CANDIDATES = 16
-TOGETHER = 8  # prompts sampled in one batch
+PROMPTS_PER_BATCH = 8
 
 TITLES = {
     "one": "one object",
@@ -47,9 +44,9 @@ TITLES = {
 class Graded:
     """The candidates of one prompt."""
 
-    scores: Tensor  # CLIP's, of each
-    grades: list[dict[str, bool]]  # the judge's, of each attribute that the prompt states
-    clean: list[bool]  # whether it is a picture of this world at all
+    scores: Tensor  # CLIP scores
+    grades: list[dict[str, bool]]  # by the judge, for each attribute that the prompt states
+    clean: list[bool]  # whether the judge can read the picture at all
     pictures: list[Image.Image]
 
     @property
@@ -57,7 +54,7 @@ class Graded:
         return [all(grades.values()) for grades in self.grades]
 
     def best(self, n: int) -> int:
-        """Which of the first n CLIP likes best."""
+        """The index of the highest CLIP score among the first n."""
         return int(self.scores[:n].argmax())
 
 
@@ -67,12 +64,12 @@ def readers() -> ProcessPoolExecutor:
 
 
 def readings_of(pictures: list[Image.Image]) -> list[Reading | None]:
-    """The judge's, of each: 10 ms a picture, so in as many processes as there are cores to spare."""
+    """The judge's readings. A picture takes 10 ms, so this uses one process per spare core."""
     return list(readers().map(read, map(np.asarray, pictures), chunksize=8))
 
 
 class Evaluation:
-    """One model under one way of sampling, on fixed prompts and seeds."""
+    """Grades one model with one sampling on fixed prompts and seeds."""
 
     def __init__(self, model: ClipGen, prompts: int, seed: int, sampling: Sampling):
         self.model, self.prompts, self.seed, self.sampling = model, prompts, seed, sampling
@@ -84,16 +81,16 @@ class Evaluation:
             self.grade(kind, "text")
             if kind in ("one", "two"):
                 self.grade(kind, "image")
-            if kind != "unsaid":  # that is about prompts: its scenes are like the others
+            if kind != "unsaid":  # its scenes are like those of the other kinds
                 self._reconstructions(kind)
 
     def grade(self, kind: str, source: str) -> None:
-        """Rows for one kind of prompt, from text embeddings or from those of matching renders."""
+        """Adds rows for one kind of prompt; source: "text", or "image" for the embeddings of matching renders."""
         began, chosen = time.perf_counter(), cases(kind, self.prompts, self.seed)
         graded = [
             row
-            for start in range(0, len(chosen), TOGETHER)
-            for row in self.candidates(chosen[start : start + TOGETHER], start, source)
+            for start in range(0, len(chosen), PROMPTS_PER_BATCH)
+            for row in self.candidates(chosen[start : start + PROMPTS_PER_BATCH], start, source)
         ]
         name = TITLES[kind] if source == "text" else f"{TITLES[kind]}, from image embeddings"
         for n in (1, 4, CANDIDATES):
@@ -114,14 +111,14 @@ class Evaluation:
 
     @torch.inference_mode()
     def candidates(self, chosen: list[Case], start: int, source: str) -> list[Graded]:
-        """Those of cases number `start` on; source: "text", or "image" for the embeddings of matching renders."""
+        """Samples and grades the candidates of some cases; `start` is the number of the first one."""
         model = self.model
         condition = text = model.bridge(model.clip_encoder.encode_text([case.prompt for case in chosen]))
         if source == "image":
             renders = to_tensor([render(case.scene, model.config.vqgan.resolution) for case in chosen])
             condition = model.clip_encoder.encode_image(renders.to(model.device))
         length = model.config.gpt.block_size
-        # Every prompt a seed of its own, as every user has.
+        # A different seed for each prompt, as with different users.
         uniforms = [candidate_uniforms(self.seed + start + i, range(CANDIDATES), length) for i in range(len(chosen))]
         tokens = sample_tokens(
             model.gpt, condition.repeat_interleave(CANDIDATES, dim=0), torch.cat(uniforms), self.sampling
@@ -129,10 +126,10 @@ class Evaluation:
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
         similarity = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1) @ text[:, :, None]
         pictures = to_pil(images)
-        rows, every_reading = [], readings_of(pictures)
+        rows, all_readings = [], readings_of(pictures)
         for i, case in enumerate(chosen):
             own = slice(i * CANDIDATES, (i + 1) * CANDIDATES)
-            readings = every_reading[own]
+            readings = all_readings[own]
             grades = [grade(reading, case.description) for reading in readings]
             clean = [reading is not None for reading in readings]
             rows.append(Graded(similarity[i, :, 0].cpu(), grades, clean, pictures[own]))
@@ -140,7 +137,7 @@ class Evaluation:
 
     @torch.inference_mode()
     def _reconstructions(self, kind: str) -> None:
-        """The ceiling: what is left of fresh renders after the VQGAN."""
+        """Adds a row for new renders, encoded and decoded by the VQGAN: an upper limit for the model."""
         chosen, vqgan = cases(kind, self.prompts, self.seed), self.model.vqgan
         renders = to_tensor([render(case.scene, self.model.config.vqgan.resolution) for case in chosen])
         images = torch.cat([vqgan.decode(vqgan.encode(part.to(self.model.device))) for part in renders.split(64)])
@@ -181,15 +178,18 @@ class Evaluation:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a training's folder, a weights tar or its URL")
-    parser.add_argument("--prompts", type=int, default=500, help="of each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--prompts", type=int, default=500, help="prompts of each kind; default 500")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts and the candidates; default 0")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of prompts; default: all")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/evaluation"), help="a new or an empty folder, or one of an evaluation"
+        "--out",
+        type=Path,
+        default=Path("runs/evaluation"),
+        help="a new or empty folder, or that of an evaluation",
     )
     parser.add_argument("--device", default="auto")
 
@@ -212,7 +212,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _has_report(folder: Path) -> bool:
-    """Whether a version of this command that wrote no mark made the folder."""
+    """Whether an earlier version of this command, which did not mark its folders, made this one."""
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

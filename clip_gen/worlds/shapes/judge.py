@@ -1,9 +1,7 @@
-"""Pixels -> scene, classically: what a picture shows, and whether that is what a description asked for.
+"""The judge: reads a scene from pixels without any network, and compares it with a description.
 
-Analysis by synthesis: a picture is one or two blobs on a background, and each blob is compared with the renderer's
-own drawing of all eight shapes at the blob's area and centre of mass. A reading is kept only where one drawing
-explains the blob far better than the seven others. No network takes part, so what grades generated pictures has
-not learnt from pictures itself.
+Analysis by synthesis: a picture has one or two blobs on a background. Each blob is compared with renders of all eight
+shapes with the blob's area and centre of mass, and is read only if one render fits far better than the others.
 """
 
 from __future__ import annotations
@@ -17,30 +15,29 @@ from clip_gen.worlds.shapes.captions import Description
 from clip_gen.worlds.shapes.fitting import fit_shape
 from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, SIZES, Item, Scene
 
-# A reading has the fields of a scene. Two items come from left to right or from top to bottom, whichever axis they
-# are further apart on, so their relation is always "left of" or "above".
+# A reading has the fields of a scene. Two items are ordered along the axis on which they are further apart, so their
+# relation is always "left of" or "above".
 Reading = Scene
 
-SIDE = 64  # larger pictures are shrunk to this: no shape of this world needs more, and it fixes what a pixel means
+SIDE = 64  # pixels; larger pictures are reduced to this, so that the limits below hold for all
 
-# Distances between colours are Euclidean in RGB levels. The world's least contrast of item and background is 100,
-# its two nearest item colours are 79 apart.
-FOREGROUND = 50.0  # from the background, to belong to an item
-COLOUR_ERROR = 45.0  # from the palette's colour
-COLOUR_DOUBT = 0.6  # nearest palette colour's distance over the second nearest's
-STRAY = 20.0  # root mean square of what neither the background nor an item's colour explains
-DEBRIS = 45.0  # mean distance from the background in any 2 x 2 pixels away from items
-SPECK = 4  # pixels; fewer are no item, though they may be debris
+# Distances between colours are Euclidean in RGB levels. Every item colour is at least 100 from every background and 79
+# from every other item colour.
+MIN_FOREGROUND = 50.0  # distance from the background of an item's pixels
+MAX_COLOUR_ERROR = 45.0  # distance from the palette's colour
+MAX_COLOUR_RATIO = 0.6  # distance from the nearest colour of the palette / from the second nearest
+MAX_RESIDUAL = 20.0  # root mean square of what neither the background nor an item's colour explains
+MAX_DEBRIS = 45.0  # mean distance from the background in any 2 x 2 pixels outside items
+MIN_ITEM_PIXELS = 4
 
-RADII = (0.10, 0.25)  # outside, an item is neither small nor large
+RADII = (0.10, 0.25)  # smaller and larger items are neither small nor large
 MIDDLE_RADIUS = (SIZES["small"][1] + SIZES["large"][0]) / 2
 
 
 def read(picture: np.ndarray) -> Reading | None:
-    """What a square (S, S, 3) uint8 picture, 48 px or more, shows; None unless it is a clean picture of this world.
+    """Reads a square picture (S, S, 3) uint8 of 48 px or more; None unless it is a clean picture of this world.
 
-    Not clean are: no item or three, debris, an item at the edge, between two shapes, between two colours, smeared,
-    in two colours, or of a size that is neither small nor large.
+    A clean picture has one or two items of known shape, colour and size, none at the edge or blurred, and no debris.
     """
     pixels = _shrunk(picture)
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
@@ -49,8 +46,8 @@ def read(picture: np.ndarray) -> Reading | None:
     if background is None:
         return None
 
-    foreground = ((pixels - backdrop) ** 2).sum(axis=-1) > FOREGROUND**2
-    blobs = [blob for blob in _blobs(foreground) if blob.sum() >= SPECK]
+    foreground = ((pixels - backdrop) ** 2).sum(axis=-1) > MIN_FOREGROUND**2
+    blobs = [blob for blob in _blobs(foreground) if blob.sum() >= MIN_ITEM_PIXELS]
     if len(blobs) not in (1, 2) or any(_at_the_edge(blob) for blob in blobs):
         return None
     if _littered(pixels - backdrop, np.any(blobs, axis=0)):
@@ -67,14 +64,15 @@ def read(picture: np.ndarray) -> Reading | None:
 
 
 def satisfies(reading: Reading | None, description: Description) -> bool:
-    """Whether all that the description states is right, whichever of two items it names first."""
+    """Whether everything that the description states is right; the order of its items does not matter."""
     return all(grade(reading, description).values())
 
 
 def grade(reading: Reading | None, description: Description) -> dict[str, bool]:
-    """Right or wrong for the count and each other attribute stated, matching items so that most is right.
+    """Right or wrong for the number of items and for each stated attribute.
 
-    An attribute of two items is right when it is right of both. Without a reading everything is wrong.
+    Of the two ways to match items, the better one counts. An attribute is right if it is right for all items. Without
+    a reading everything is wrong.
     """
     wrong = dict.fromkeys(_stated(description), False)
     if reading is None:
@@ -134,7 +132,7 @@ def _shrunk(picture: np.ndarray) -> np.ndarray:
 def _name(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
     distances = np.linalg.norm(np.float32(list(palette.values())) - colour, axis=1)
     nearest, second = np.sort(distances)[:2]
-    if nearest > COLOUR_ERROR or nearest > COLOUR_DOUBT * second:
+    if nearest > MAX_COLOUR_ERROR or nearest > MAX_COLOUR_RATIO * second:
         return None
     return list(palette)[distances.argmin()]
 
@@ -144,12 +142,12 @@ def _root_mean_square(colours: np.ndarray) -> float:
 
 
 def _littered(offsets: np.ndarray, items: np.ndarray) -> bool:
-    """Whether there is more than the background outside the mask `items` and its soft edge."""
+    """Whether there is anything outside the mask `items` and its soft edge."""
     outside = ~_grown(_grown(items))
     rest = np.where(outside[..., None], offsets, 0)
     patches = rest[1:, 1:] + rest[1:, :-1] + rest[:-1, 1:] + rest[:-1, :-1]
-    debris = (patches**2).sum(axis=-1).max() > (4 * DEBRIS) ** 2
-    return bool(debris or _root_mean_square(offsets[outside]) > STRAY)
+    debris = (patches**2).sum(axis=-1).max() > (4 * MAX_DEBRIS) ** 2
+    return bool(debris or _root_mean_square(offsets[outside]) > MAX_RESIDUAL)
 
 
 def _at_the_edge(blob: np.ndarray) -> bool:
@@ -167,7 +165,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _blobs(mask: np.ndarray) -> list[np.ndarray]:
-    """The mask's connected parts, each as a mask: runs of a row are joined where they touch the row above."""
+    """The mask's connected components, as masks: runs in a row are joined to the runs above that they touch."""
     starts = mask.copy()
     starts[:, 1:] &= ~mask[:, :-1]
     runs = np.cumsum(starts).reshape(mask.shape) - 1
@@ -189,18 +187,18 @@ def _blobs(mask: np.ndarray) -> list[np.ndarray]:
 def _item(pixels: np.ndarray, backdrop: np.ndarray, blob: np.ndarray) -> Item | None:
     offsets = pixels - backdrop
     strength = (offsets[blob] ** 2).sum(axis=-1)
-    # The strongest third is inside: it leaves out edges, of which a thin ring has more than anything else.
+    # The strongest third is the inside. This excludes the edges, which are most of a thin ring.
     colour = np.median(offsets[blob][strength >= np.quantile(strength, 2 / 3)], axis=0)
     name = _name(backdrop + colour, COLOURS)
     if name is None:
         return None
 
-    # Two pixels around the blob hold its whole soft edge.
+    # The soft edge is within two pixels around the blob.
     rows, columns = (np.flatnonzero(blob.any(axis=axis)) for axis in (1, 0))
     top, left = max(0, rows[0] - 2), max(0, columns[0] - 2)
     window = offsets[top : rows[-1] + 3, left : columns[-1] + 3]
     alpha = window @ colour / (colour @ colour)  # (h, w), 1 inside and 0 outside
-    if _root_mean_square(window - alpha[..., None] * colour) > STRAY:
+    if _root_mean_square(window - alpha[..., None] * colour) > MAX_RESIDUAL:
         return None
     fit = fit_shape(alpha, top, left, len(blob))
     if fit is None or not RADII[0] <= fit.radius <= RADII[1]:

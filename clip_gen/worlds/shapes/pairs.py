@@ -1,7 +1,7 @@
-"""Pictures with captions for the small CLIP, and pictures alone for everything else. All endless, from a seed.
+"""Training data, generated from a seed: pictures with captions for the small CLIP, and pictures without captions.
 
-A CLIP that sees random pairs learns what is easy. So its batches are built of near misses (scenes that differ in one
-attribute), and of spoilt pictures that no caption fits, because it will have to rank what a generator draws.
+Random pairs would teach CLIP only easy differences. So its batches have near misses (scenes that differ in one
+attribute), and spoilt pictures that no caption fits, since CLIP will rank generated pictures.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from clip_gen.worlds.shapes.scenes import (
 )
 from clip_gen.worlds.shapes.spoiling import spoil, wear
 
-TRAINING = 1203  # sets the training streams' randomness apart from everybody else's
-SHORTER = 1  # and that of a second caption from its group's
+TRAINING = 1203  # part of the seed: training pictures differ from those of the command `shapes`
+SHORTER = 1  # part of the seed of shorter captions
 
 UNSAID = -1
 ABSENT = -2
 
-# How many answers there are to each question that `answers` gives one to.
+# The number of possible answers to each question of `answers`.
 CHOICES = (len(BACKGROUNDS), 3, *2 * (len(SHAPES), len(COLOURS), len(SIZES)))
 
 
 def training_rng(seed: int, index: int) -> np.random.Generator:
-    """What draws number `index` of a training stream: never what a folder of pictures of the same seed holds."""
+    """The random generator of training picture `index`; another one than the command `shapes` uses for this seed."""
     return np.random.default_rng([TRAINING, seed, index])
 
 
 class RenderedPictures(Dataset):
-    """Picture i of a seed, (S, S, 3) uint8. Held-out pairs never occur."""
+    """Pictures (S, S, 3) uint8 without held-out pairs; picture i depends on the seed and i only."""
 
     def __init__(self, count: int, seed: int, resolution: int):
         self.count, self.seed, self.resolution = count, seed, resolution
@@ -57,49 +57,47 @@ class RenderedPictures(Dataset):
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        return render(sample_scene(training_rng(self.seed, index)), self.resolution)
+        return render(self.scene(index, training_rng(self.seed, index)), self.resolution)
+
+    def scene(self, index: int, rng: np.random.Generator) -> Scene:
+        return sample_scene(rng)
 
 
 class HardPictures(RenderedPictures):
-    """Every second one shows a small star, which a VQGAN draws worst of all by far: its points are a pixel wide."""
+    """Every second picture has a small star, by far the hardest shape for a VQGAN: its tips are a pixel wide."""
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        rng = training_rng(self.seed, index)
+    def scene(self, index: int, rng: np.random.Generator) -> Scene:
         scene = sample_scene(rng)
         while index % 2 and not any((item.shape, item.size) == ("star", "small") for item in scene.items):
             scene = sample_scene(rng)
-        return render(scene, self.resolution)
+        return scene
 
 
 class NearMisses(RenderedPictures):
-    """Item i is RenderedPictures' picture i with the shapes or the colours of its two items in each other's place, and
-    nothing moved; where there are not two, or no swap is to be had, that picture itself. Held-out pairs never occur.
+    """Picture i of RenderedPictures with the shapes or the colours of its two items swapped.
+
+    Pictures with one item, and those whose swaps give held-out pairs, do not change.
     """
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        rng = training_rng(self.seed, index)
+    def scene(self, index: int, rng: np.random.Generator) -> Scene:
         scene = sample_scene(rng)
         swaps = [replace(scene, items=_swapped(scene, name)) for name in ("shape", "colour") if len(scene.items) == 2]
         swaps = [swap for swap in swaps if swap != scene and not any(item.held_out for item in swap.items)]
-        return render(swaps[rng.integers(len(swaps))] if swaps else scene, self.resolution)
+        return swaps[rng.integers(len(swaps))] if swaps else scene
 
 
 class PairGroup(NamedTuple):
-    """Near misses of one scene with their captions, and a spoilt version of the first."""
+    """A scene and near misses of it, with captions, and a spoilt picture of the scene."""
 
     pictures: np.ndarray  # (G, S, S, 3) uint8
     captions: list[str]  # G
-    stated: np.ndarray  # (G, 9): what each caption says, UNSAID where it does not
+    stated: np.ndarray  # (G, 9): what each caption says, or UNSAID
     shown: np.ndarray  # (G, 9): what each picture shows
     spoilt: np.ndarray  # (1, S, S, 3) uint8
 
 
 class CaptionedPairs(Dataset):
-    """Group i of a seed."""
+    """Groups of captioned pictures; group i depends on the seed and i only."""
 
     def __init__(self, count: int, seed: int, resolution: int, group: int = 4):
         self.count, self.seed, self.resolution, self.group = count, seed, resolution, group
@@ -114,19 +112,17 @@ class CaptionedPairs(Dataset):
         scenes = [_first_scene(rng)]
         while len(scenes) < self.group:
             scenes.append(near_miss(scenes[rng.integers(len(scenes))], rng))
-        told = [_told(describe(scene), rng) for scene in scenes]
+        descriptions = [_shortened(describe(scene), rng) for scene in scenes]
         return PairGroup(
             pictures=np.stack([wear(render(scene, self.resolution), rng) for scene in scenes]),
-            captions=[vary(description, rng) for description in told],
-            stated=np.stack([_numbers(description) for description in told]),
+            captions=[vary(description, rng) for description in descriptions],
+            stated=np.stack([_numbers(description) for description in descriptions]),
             shown=np.stack([_numbers(describe(scene)) for scene in scenes]),
             spoilt=spoil(scenes[0], rng, self.resolution)[None],
         )
 
     def first(self, index: int) -> tuple[np.ndarray, tuple[str, str]]:
-        """The picture (S, S, 3) uint8 that group `index` begins with, as it was before it wore, its caption, and
-        another that leaves out half or nearly all.
-        """
+        """The first picture (S, S, 3) uint8 of group `index` without wear, its caption, and a shorter caption."""
         scene = _first_scene(training_rng(self.seed, index))
         rng = np.random.default_rng([TRAINING, self.seed, index, SHORTER])
         shorter = vary(leave_unsaid(describe(scene), rng, rng.choice([0.5, 0.85])), rng)
@@ -134,12 +130,12 @@ class CaptionedPairs(Dataset):
 
 
 def _first_scene(rng: np.random.Generator) -> Scene:
-    """Two scenes of three have two items: what belongs to which is the hardest to learn."""
+    """Two of three scenes have two items: which attribute belongs to which item is the hardest to learn."""
     return sample_scene(rng, count=int(rng.choice([1, 2, 2])), held_out="may")
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that differs from this one in one thing that a caption may say, drawn afresh elsewhere."""
+    """A scene that differs in one thing that a caption may say, at new random places."""
     changes = [_change_item, _change_item, _change_item, _change_background]
     if len(scene.items) == 2:
         changes = [_change_item, _change_item, _change_background, _change_relation, _drop_item]
@@ -147,7 +143,7 @@ def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
     while True:
         background, items, relation = changes[rng.integers(len(changes))](scene, rng)
         names = (background, [item.look for item in items], relation)
-        # Two alike are no scene of this world, and swapping what both have in common changes nothing.
+        # Two equal items are not allowed, and swapping equal attributes changes nothing.
         alike = len(items) == 2 and items[0].look == items[1].look
         if not alike and names != (scene.background, [item.look for item in scene.items], scene.relation):
             return place(rng, background, items, relation)
@@ -178,7 +174,7 @@ def _change_places(scene: Scene, rng: np.random.Generator) -> Parts:
 
 
 def _swap_attribute(scene: Scene, rng: np.random.Generator) -> Parts:
-    """What binds an attribute to its item: red circle, blue star -> blue circle, red star."""
+    """Red circle, blue star -> blue circle, red star."""
     return scene.background, _swapped(scene, str(rng.choice(["shape", "colour", "size"]))), scene.relation
 
 
@@ -192,8 +188,8 @@ def _drop_item(scene: Scene, rng: np.random.Generator) -> Parts:
     return scene.background, (scene.items[rng.integers(2)],), None
 
 
-def _told(description: Description, rng: np.random.Generator) -> Description:
-    """Half of all captions say everything; the others leave out a little, half, or nearly all."""
+def _shortened(description: Description, rng: np.random.Generator) -> Description:
+    """Half of all captions are complete; the others leave out a little, half, or nearly everything."""
     chance = rng.choice([0.0, 0.0, 0.0, 0.25, 0.5, 0.85])
     return leave_unsaid(description, rng, chance) if chance else description
 
@@ -214,7 +210,7 @@ def _numbers(description: Description) -> np.ndarray:
 def fits(stated: Tensor, shown: Tensor) -> Tensor:
     """(n, m) bool: whether caption n is true of picture m. Both (·, 9) as in PairGroup."""
     direct = _all_fit(stated, shown)
-    # Told from the other item: relations come in opposite pairs, 0-1 and 2-3.
+    # The same scene with the other item first. Relations 0 and 1, and 2 and 3, are opposites.
     relation = shown[:, 1]
     turned = torch.where(relation >= 0, relation ^ 1, relation)
     other = torch.cat([shown[:, :1], turned[:, None], shown[:, 2:3], shown[:, 6:], shown[:, 3:6]], dim=1)
@@ -226,10 +222,10 @@ def _all_fit(stated: Tensor, shown: Tensor) -> Tensor:
 
 
 def answers(numbers: Tensor) -> Tensor:
-    """(n, 8) what rows (n, 9) as in PairGroup say, each scene told in one order; UNSAID where they do not.
+    """What rows (n, 9) as in PairGroup say, independent of the order of items: (n, 8), UNSAID where they say nothing.
 
-    Background, arrangement (alone, side by side, one above the other), then shape, colour and size of the item on the
-    left or above and of the other. How two stand must be said to tell which is which.
+    Background, arrangement (alone, side by side, one above the other), then shape, colour and size of the left or upper
+    item and of the other one. Without a stated relation the items of two are UNSAID, since their order is unknown.
     """
     relation, items = numbers[:, 1], numbers[:, 3:]
     two = numbers[:, 2] == 2

@@ -1,4 +1,4 @@
-"""The fixed prompts a shapes model is measured on. Prompt i of a kind depends on (seed, kind, i) alone."""
+"""Fixed prompts to evaluate a shapes model. Prompt i of a kind depends only on the seed, the kind and i."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("one", "two", "held_out", "unsaid")
 @dataclass(frozen=True)
 class Case:
     prompt: str
-    description: Description  # what the prompt states, for the judge
+    description: Description
     scene: Scene  # a scene that fits it
 
 

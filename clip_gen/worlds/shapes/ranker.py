@@ -1,13 +1,12 @@
-"""CLIP's image tower learns what the generator's pictures look like, so as to rank them. Nothing else changes.
+"""Trains CLIP's image tower on generated pictures, so that it ranks them better. Nothing else changes.
 
-A caption is to be nearer to the picture it tells of than to one that the generator drew for it, as a GAN's
-discriminator tells the two apart: where the drawn picture is as good the two cancel out, and what is left is what goes
-wrong in drawing. And nearer than to the same picture with some tokens written anew, which has dents and crumbs and
-differs in nothing else. A shorter caption of the picture is to be nearer too: more of what is drawn is true of it, and
-how well it is drawn is what is left to tell. All three pictures come out of the VQGAN, so that its marks give nothing
-away; how much they spoil a picture is learnt apart, from the one before it went in.
+The embedding of a caption must be closer to its own picture than to a picture sampled for it, similar to a GAN's
+discriminator. It must also be closer than to its own picture with some tokens resampled, which has small faults and no
+other difference. The same holds for a shorter caption, which is true of more of the sampled pictures, so that quality
+is the main difference. All three pictures are decoded by the VQGAN, so that its artefacts are no clue. One more loss
+compares the picture before and after the VQGAN.
 
-The text tower is frozen, and so is what prompts become; what true pictures become is held in place.
+The text tower is frozen, so prompts keep their embeddings; a loss keeps the embeddings of true pictures in place.
 """
 
 from __future__ import annotations
@@ -35,23 +34,24 @@ from clip_gen.worlds.shapes.pairs import CaptionedPairs
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 128  # pictures made in one batch
-KEPT = 32 * TOGETHER  # captions whose pictures are kept in one file, so that drawing cut off goes on from the last
-TEMPERATURES = (1.0, 1.1, 1.2, 1.3)  # of the batches in turn: wilder pictures show more of what can go wrong
-TOUCHED = (0.1, 0.3, 0.6, 1.0)  # shares of a picture's tokens that are written anew
-HELD = 6.0  # weight of holding true pictures in place
+BATCH_SIZE = 128  # pictures sampled in one batch
+FILE_SIZE = 32 * BATCH_SIZE  # captions per file; interrupted sampling resumes after the last complete file
+TEMPERATURES = (1.0, 1.1, 1.2, 1.3)  # of the batches in turn: higher ones show more faults
+RESAMPLED_SHARES = (0.1, 0.3, 0.6, 1.0)  # of a picture's tokens
+KEEP_WEIGHT = 6.0  # of the loss that keeps true pictures in place
 
 Batch = tuple[Tensor, Tensor]
 
 
 class RankedPictures(Dataset):
-    """The embeddings of caption n and of a shorter one (2, E) float32, and four pictures (4, S, S, 3) uint8: its own as
-    it is and through the VQGAN, the same with some tokens written anew, and one drawn for the caption. Without end:
-    every other time they are mirrored, all four of them, so that left and right are as wrong in one as in the next.
+    """Item n: the embeddings of a caption and of a shorter one (2, E) float32, and four pictures (4, S, S, 3) uint8.
+
+    The pictures are the caption's own, its reconstruction by the VQGAN, the same with some tokens resampled, and one
+    sampled for the caption. Items repeat without end, in every second round with all four pictures mirrored.
     """
 
     def __init__(self, parts: list[tuple[Path, Path]]):
-        """parts: .npy files of embeddings (KEPT, 2, E) and pictures (KEPT, 4, S, S, 3); the last may have fewer."""
+        """parts: .npy files of embeddings (N, 2, E) and pictures (N, 4, S, S, 3); N is FILE_SIZE except in the last."""
         self.texts = np.concatenate([np.load(texts) for texts, _ in parts])
         self.pictures = [np.load(pictures, mmap_mode="r") for _, pictures in parts]
 
@@ -59,24 +59,24 @@ class RankedPictures(Dataset):
         return len(self.texts)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        time, row = divmod(number, len(self))
-        pictures = self.pictures[row // KEPT][row % KEPT]
-        return self.texts[row], (pictures[:, :, ::-1] if time % 2 else pictures).copy()
+        round_, row = divmod(number, len(self))
+        pictures = self.pictures[row // FILE_SIZE][row % FILE_SIZE]
+        return self.texts[row], (pictures[:, :, ::-1] if round_ % 2 else pictures).copy()
 
 
 def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder: Path, name: str) -> RankedPictures:
-    """Made for the first caption of each group, which may leave things out; what the folder has already is kept."""
+    """The pictures for the first caption of each group. Files that the folder already has are not made again."""
     parts = []
-    for start in range(0, len(pairs), KEPT):
-        texts, pictures = (folder / f"{name}-{what}-{start // KEPT:03d}.npy" for what in ("texts", "pictures"))
+    for start in range(0, len(pairs), FILE_SIZE):
+        texts, pictures = (folder / f"{name}-{what}-{start // FILE_SIZE:03d}.npy" for what in ("texts", "pictures"))
         if not pictures.is_file():
-            _make(networks, pairs, range(start, min(start + KEPT, len(pairs))), seed, texts, pictures)
+            _make(networks, pairs, range(start, min(start + FILE_SIZE, len(pairs))), seed, texts, pictures)
         parts.append((texts, pictures))
     return RankedPictures(parts)
 
 
 class Firsts(Dataset):
-    """The pictures that groups begin with, and two captions of each."""
+    """The first picture of each group, and two captions of it."""
 
     def __init__(self, pairs: CaptionedPairs, numbers: range):
         self.pairs, self.numbers = pairs, numbers
@@ -92,48 +92,47 @@ class Firsts(Dataset):
 def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, texts: Path, pictures: Path) -> None:
     config, gpt = networks.config, deepcopy(networks.gpt)
     side, length = config.vqgan.resolution, config.gpt.block_size
-    loader = loader_with_workers(Firsts(pairs, numbers), batch_size=TOGETHER, collate_fn=list)
+    loader = loader_with_workers(Firsts(pairs, numbers), batch_size=BATCH_SIZE, collate_fn=list)
     with (
         on_device(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
         new_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
         new_array(texts, (len(numbers), 2, config.clip.embed_dim), np.float32) as rows,
     ):
         gpt.cast_for_inference(choose_dtype("auto", device))
-        for start, firsts in zip(range(0, len(numbers), TOGETHER), loader, strict=True):
-            indices = numbers[start : start + TOGETHER]
-            turn, here = indices[0] // TOGETHER, slice(start, start + len(indices))
-            shows, told = zip(*firsts, strict=True)
-            true = torch.from_numpy(np.stack(shows))
-            text = torch.stack([networks.clip.encode_text(captions) for captions in zip(*told, strict=True)], dim=1)
+        for start, firsts in zip(range(0, len(numbers), BATCH_SIZE), loader, strict=True):
+            indices = numbers[start : start + BATCH_SIZE]
+            turn, here = indices[0] // BATCH_SIZE, slice(start, start + len(indices))
+            own, captions = zip(*firsts, strict=True)
+            true = torch.from_numpy(np.stack(own))
+            text = torch.stack([networks.clip.encode_text(column) for column in zip(*captions, strict=True)], dim=1)
             condition, tokens = networks.bridge(text[:, 0]), networks.vqgan.encode(from_bytes(true.to(device)))
             sampling = Sampling(temperature=TEMPERATURES[turn % len(TEMPERATURES)])
             drawn = sample_tokens(gpt, condition, candidate_uniforms(seed, indices, length), sampling)
-            touched = written_anew(gpt, condition, tokens, np.random.default_rng([seed, turn]))
+            resampled = resample_tokens(gpt, condition, tokens, np.random.default_rng([seed, turn]))
             rows[here] = text.cpu().numpy()
             shown[here, 0] = true.numpy()
-            for place, made in enumerate((tokens, touched, drawn), start=1):
+            for place, made in enumerate((tokens, resampled, drawn), start=1):
                 shown[here, place] = to_bytes(networks.vqgan.decode(made)).cpu().numpy()
-            log.info("%s: drawn for %d captions", pictures.name, here.stop)
+            log.info("%s: sampled for %d captions", pictures.name, here.stop)
 
 
-def written_anew(gpt: GPT, condition: Tensor, tokens: Tensor, rng: np.random.Generator) -> Tensor:
-    """Tokens (B, T) of which a share, another for each row, is drawn again, each as what follows the ones before it."""
+def resample_tokens(gpt: GPT, condition: Tensor, tokens: Tensor, rng: np.random.Generator) -> Tensor:
+    """Replaces a random share of each row of tokens (B, T) by tokens sampled from their predecessors in the row."""
     probabilities = gpt(condition, tokens[:, :-1]).float().softmax(dim=2)
     uniforms = torch.from_numpy(rng.random(tokens.shape, np.float32)).to(tokens.device)
-    anew = draw(probabilities.flatten(0, 1), uniforms.flatten()).view(tokens.shape)
-    shares = rng.choice(TOUCHED, size=(len(tokens), 1))
+    sampled = draw(probabilities.flatten(0, 1), uniforms.flatten()).view(tokens.shape)
+    shares = rng.choice(RESAMPLED_SHARES, size=(len(tokens), 1))
     chosen = torch.from_numpy(rng.random(tokens.shape) < shares).to(tokens.device)
-    return torch.where(chosen, anew, tokens)
+    return torch.where(chosen, sampled, tokens)
 
 
 class RankerTrainer(Stage):
-    """Batches as RankedPictures has them."""
+    """Trains on batches of RankedPictures."""
 
     def __init__(self, encoder: ClipEncoder, config: FitConfig):
         super().__init__(config)
         before = deepcopy(encoder.clip.visual).eval().requires_grad_(False)
-        # Not as a submodule, so as not to be trained, averaged or saved.
-        self.before = lambda: before
+        self.before = [before]  # in a list, so that it is no submodule and is not trained, averaged or saved
         self.visual = encoder.clip.visual.requires_grad_(True).train()
         if config.compile:
             compiled(self.visual)
@@ -141,27 +140,25 @@ class RankerTrainer(Stage):
         self.scale = float(encoder.clip.logit_scale.exp().clamp(max=100))
 
     def on_fit_start(self) -> None:
-        self.before().to(self.device)
+        self.before[0].to(self.device)
 
     def training_step(self, batch: Batch) -> Tensor:
         text, pictures = batch
         with torch.no_grad():
-            wanted = F.normalize(self.before()(self._images(pictures[:, 0])).float(), dim=-1)
-        true, through, touched, drawn = self._embed(pictures)
-        leads = torch.stack([true - through, through - touched, through - drawn])
+            wanted = F.normalize(self.before[0](self._images(pictures[:, 0])).float(), dim=-1)
+        true, decoded, resampled, drawn = self._embed(pictures)
+        leads = torch.stack([true - decoded, decoded - resampled, decoded - drawn])
         nearer = F.softplus(-self.scale * (leads[:, :, None] * text).sum(dim=3)).mean(dim=(1, 2))
-        moved = (2 - ((true + through) * wanted).sum(dim=1)).mean() / 2
+        moved = (2 - ((true + decoded) * wanted).sum(dim=1)).mean() / 2
         values = {"through": nearer[0], "touched": nearer[1], "drawn": nearer[2], "moved": moved}
         self.log_dict({name: value.detach() for name, value in values.items()}, batch_size=len(text))
-        return nearer.sum() + HELD * moved
+        return nearer.sum() + KEEP_WEIGHT * moved
 
     def validation_step(self, batch: Batch) -> None:
-        """The shares of captions nearer to their picture, sent through the VQGAN, than to it touched, and to what was
-        drawn for them.
-        """
+        """The shares of captions that are closer to their decoded picture than to the resampled and the drawn one."""
         text, pictures = batch
-        _, through, touched, drawn = self._embed(pictures)
-        nearer = ((through - torch.stack([touched, drawn])) * text[:, 0]).sum(dim=2) > 0
+        _, decoded, resampled, drawn = self._embed(pictures)
+        nearer = ((decoded - torch.stack([resampled, drawn])) * text[:, 0]).sum(dim=2) > 0
         shares = nearer.float().mean(dim=1)
         self.log_dict({"val_touched": shares[0], "val_drawn": shares[1]}, batch_size=len(text))
 

@@ -1,23 +1,23 @@
-"""The recipe of the bundled model: CLIP on pairs, then both stages on pictures alone, and last CLIP as a ranker.
+"""The command `train-shapes`: trains the bundled model from nothing, part by part.
 
     python -m clip_gen train-shapes [--config RECIPE.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
-Each part is kept when done and skipped the next time; a part that was cut off goes on from its last checkpoint. With
---parts several processes train parts at a time in one work folder, each waiting for what the others train, as
-script/train-shapes has it.
+CLIP trains on pairs of pictures and captions; the VQGAN and the transformer on pictures only; the bridge gets the mean
+embeddings; and at last CLIP's image tower is trained to rank. The work folder keeps every finished part, and an
+interrupted part resumes from its last checkpoint. With --parts several processes train different parts in one work
+folder at the same time and wait for each other, as in script/train-shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import platform
 import time
 from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,10 +25,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import nn
 
 import clip_gen
 from clip_gen.config import ModelConfig, read_config
-from clip_gen.files import claim_folder, folder_lock, list_names, write_text_atomic
+from clip_gen.files import claim_folder, folder_lock
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training.datasets import EncodedPictures, Endless, enough_places
@@ -46,19 +47,26 @@ from clip_gen.worlds.shapes.clip_trainer import ClipTrainer, Collate
 from clip_gen.worlds.shapes.pairs import CaptionedPairs, HardPictures, NearMisses, RenderedPictures
 from clip_gen.worlds.shapes.ranker import RankedPictures, RankerTrainer, ranked_pictures
 from clip_gen.worlds.shapes.scenes import HELD_OUT, sample_scene
+from clip_gen.worlds.shapes.work_folder import (
+    PARTS,
+    RECORD,
+    SETTINGS,
+    changed_fields,
+    fingerprint,
+    has_parts,
+    may_resume,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
 CONFIG = Path(clip_gen.__file__).parent / "configs" / "shapes.yaml"
 
-# Streams of pictures that never meet: each is a seed of its own.
+# Streams of pictures with different seeds, so that they have no picture in common.
 PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
 
-ORDER = ("clip", "vqgan", "gpt", "bridge", "ranker")
-NETWORK = {"ranker": "clip"}  # that a part goes on with
-RESTS_ON = {"gpt": ("clip", "vqgan"), "bridge": ("clip",), "ranker": ("clip", "vqgan", "gpt")}
-# The work that processes share; the rest is the first one's, and the others wait.
-SHARED = ("vqgan", "gpt")
+NEEDS = {"gpt": ("clip", "vqgan"), "bridge": ("clip",), "ranker": ("clip", "vqgan", "gpt")}
+SHARED = ("vqgan", "gpt")  # trained by all processes; the first process alone trains the others
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class ShapesConfig:
 
 
 class Recipe:
-    """The parts in order, each resting on the ones before."""
+    """Trains the parts in a work folder."""
 
     def __init__(self, config: ShapesConfig, work: Path, machine: Machine | None = None):
         pl.seed_everything(config.seed)
@@ -86,49 +94,69 @@ class Recipe:
         self.networks: Networks = build(config.model)
 
     def stream(self, number: int) -> int:
+        """The seed of a stream of pictures."""
         return len(STREAMS) * self.config.seed + number
 
-    def part(self, name: str) -> None:
-        """Loads the part from the work folder, or trains it and leaves it there."""
-        folder, told = self.work / name, self.told(name)
-        record, first = folder / "record.json", not rank_zero_only.rank
+    def load_or_train(self, name: str) -> None:
+        """Loads a part from the work folder, or trains it and saves it there."""
+        folder, settings = self.work / name, self.settings(name)
+        record, first = folder / RECORD, not rank_zero_only.rank
         other = f"{folder} was trained by another recipe; remove it, or name another --work folder"
         if not record.is_file() and (name in SHARED or first):
             busy = f"{folder} is in use by another training; wait for it to end, or name another --work folder"
             with folder_lock(folder, busy) if first else nullcontext():
-                if first and not goes_on(folder / "told.json", told):
+                if first and not may_resume(folder / SETTINGS, settings):
                     raise ValueError(other)
                 pl.seed_everything(self.config.seed)
-                values = getattr(self, f"train_{name}")(folder)
+                values = self.train(name, folder)
                 if first:
-                    save_part(getattr(self.networks, NETWORK.get(name, name)), folder / f"{name}.safetensors")
+                    save_part(self.network(name), self.weights(name))
                     self.load(name)
                     self.encode(name)  # before the record, which other processes wait for
-                    write_json(record, values | {"told": told})
+                    write_json(record, values | {"told": settings})
         wait_for(record)
-        if json.loads(record.read_text())["told"] != told:
+        if json.loads(record.read_text())["told"] != settings:
             raise ValueError(other)
         self.load(name)
 
+    def train(self, name: str, folder: Path) -> dict[str, object]:
+        """Trains one part; returns what to record about it."""
+        if name == "bridge":
+            return self.train_bridge()
+        by_name = {"clip": self.train_clip, "vqgan": self.train_vqgan, "gpt": self.train_gpt}
+        return by_name.get(name, self.train_ranker)(folder)
+
+    def network(self, name: str) -> nn.Module:
+        """The network that a part trains."""
+        networks = self.networks
+        return {"vqgan": networks.vqgan, "gpt": networks.gpt, "bridge": networks.bridge}.get(name, networks.clip)
+
+    def weights(self, name: str) -> Path:
+        return self.work / name / f"{name}.safetensors"
+
     def load(self, name: str) -> None:
-        """Even when just trained, so that what comes next sees the weights as they will ship: float16."""
-        network = getattr(self.networks, NETWORK.get(name, name))
-        load_part(network, self.work / name / f"{name}.safetensors")
+        """Loads a part, even if it was just trained: the next parts must see its weights in float16, as published."""
+        network = self.network(name)
+        load_part(network, self.weights(name))
         network.eval().requires_grad_(False)
 
-    def told(self, name: str) -> dict[str, object]:
-        """All that decides what a part turns into, as JSON has it."""
-        settings: dict[str, object] = {"seed": self.config.seed}
-        if name in ("clip", "vqgan", "gpt"):
-            settings["sizes"] = stated(getattr(self.config.model, name))
-        if name != "bridge":
-            settings["fit"] = stated(getattr(self.config, f"{name}_fit"))
-        if name == "gpt":
-            names = ("encoded_pictures", "embedding_noise", "condition_dropout", "condition_blur", "contrast")
-            settings |= {name: getattr(self.config, name) for name in names}
-        if name == "ranker":
-            settings["drawn_pictures"] = self.config.drawn_pictures
-        settings |= {part: fingerprint(self.work / part / f"{part}.safetensors") for part in RESTS_ON.get(name, ())}
+    def settings(self, name: str) -> dict[str, object]:
+        """Everything that determines a part's weights, as JSON values."""
+        config, sizes = self.config, self.config.model
+        settings: dict[str, object] = {"seed": config.seed}
+        match name:
+            case "clip":
+                settings |= {"sizes": changed_fields(sizes.clip), "fit": changed_fields(config.clip_fit)}
+            case "vqgan":
+                settings |= {"sizes": changed_fields(sizes.vqgan), "fit": changed_fields(config.vqgan_fit)}
+            case "gpt":
+                settings |= {"sizes": changed_fields(sizes.gpt), "fit": changed_fields(config.gpt_fit)}
+                settings |= {"encoded_pictures": config.encoded_pictures, "embedding_noise": config.embedding_noise}
+                settings |= {"condition_dropout": config.condition_dropout, "condition_blur": config.condition_blur}
+                settings["contrast"] = config.contrast
+            case "ranker":
+                settings |= {"fit": changed_fields(config.ranker_fit), "drawn_pictures": config.drawn_pictures}
+        settings |= {part: fingerprint(self.weights(part)) for part in NEEDS.get(name, ())}
         return json.loads(json.dumps(settings))
 
     def train_clip(self, folder: Path) -> dict[str, object]:
@@ -140,10 +168,10 @@ class Recipe:
 
         seen, unseen = groups(config.steps * config.batch_size, PAIRS), groups(512, UNSEEN)
         collate = Collate(clip.context_length)
-        # On one process whatever the machine: a batch shared out would have fewer wrong answers to each question.
+        # In one process: if processes shared a batch, each caption would have fewer wrong pictures to compare with.
         alone = replace(self.machine, devices="1", nodes=1)
         record = fit("clip", trainer, seen, unseen, folder, seed=self.config.seed, machine=alone, collate=collate)
-        trainer.forget_unseen_words()
+        trainer.clear_unseen_words()
         return record
 
     def train_vqgan(self, folder: Path) -> dict[str, object]:
@@ -162,11 +190,11 @@ class Recipe:
         return fit("gpt", trainer, Endless(seen, seed), unseen, folder, seed=seed, machine=self.machine)
 
     def encoded(self, name: str) -> EncodedPictures:
-        """The pictures the transformer trains on, "train", or those its loss is watched on, "unseen"."""
-        embeddings, tokens = self.array("clip", name), self.array("vqgan", name)
+        """The pictures that the transformer trains on ("train") or is validated on ("unseen")."""
+        embeddings, tokens = self.embeddings(name), self.tokens(name)
         missed, neighbours = None, None
         if self.config.contrast and name == "train":
-            missed = self.array("clip", "missed")
+            missed = self.embeddings("missed")
         if self.config.condition_blur and name == "train":
             path = embeddings.with_name(embeddings.name.replace(name, "neighbours"))
             neighbours = find_neighbours(embeddings, 0, path, self.config.seed)
@@ -182,29 +210,44 @@ class Recipe:
         )
 
     def encode(self, part: str) -> None:
-        """What the transformer will learn from, while another process may be training the other network."""
-        names = {"clip": ("train", "missed", "unseen"), "vqgan": ("train", "unseen")}.get(part, ())
-        for name in names:
-            if name != "missed" or self.config.contrast:
-                self.array(part, name)
+        """Encodes the transformer's pictures by a new network, while another process may train the other network."""
+        for name in ("train", "unseen"):
+            if part == "clip":
+                self.embeddings(name)
+            elif part == "vqgan":
+                self.tokens(name)
+        if part == "clip" and self.config.contrast:
+            self.embeddings("missed")
 
-    def array(self, part: str, name: str) -> Path:
-        """These pictures' embeddings by CLIP, or tokens by the VQGAN; made unless they are there."""
-        count, stream = (1024, UNSEEN) if name == "unseen" else (self.config.encoded_pictures, ENCODED)
-        kind, network = NearMisses if name == "missed" else RenderedPictures, getattr(self.networks, part)
-        pictures = kind(count, self.stream(stream), self.config.model.vqgan.resolution)
-        # An array is of use only to the network that made it.
-        mark = fingerprint(self.work / part / f"{part}.safetensors")
-        path = self.work / "encoded" / f"{part}-{mark}-{name}-{count}.npy"
-        if self.config.gpt_fit.compile and part == "clip":
-            compiled(network.clip.visual)
-        elif self.config.gpt_fit.compile:
-            compiled(network.encoder, dynamic=network.config.local)
-        return (encode_embeddings if part == "clip" else encode_tokens)(pictures, network, path)
+    def embeddings(self, name: str) -> Path:
+        """CLIP's embeddings of the pictures "train" or "unseen", or "missed" (near misses of "train"); a .npy file."""
+        if self.config.gpt_fit.compile:
+            compiled(self.networks.clip.clip.visual)
+        pictures = self.to_encode(name)
+        return encode_embeddings(pictures, self.networks.clip, self.array_path("clip", name, pictures))
+
+    def tokens(self, name: str) -> Path:
+        """The VQGAN's tokens of the pictures "train" or "unseen"; a .npy file."""
+        vqgan = self.networks.vqgan
+        if self.config.gpt_fit.compile:
+            compiled(vqgan.encoder, dynamic=vqgan.config.local)
+        pictures = self.to_encode(name)
+        return encode_tokens(pictures, vqgan, self.array_path("vqgan", name, pictures))
+
+    def to_encode(self, name: str) -> RenderedPictures:
+        resolution = self.config.model.vqgan.resolution
+        if name == "unseen":
+            return RenderedPictures(1024, self.stream(UNSEEN), resolution)
+        kind = NearMisses if name == "missed" else RenderedPictures
+        return kind(self.config.encoded_pictures, self.stream(ENCODED), resolution)
+
+    def array_path(self, part: str, name: str, pictures: RenderedPictures) -> Path:
+        """The file name has the network's fingerprint, since another network would encode otherwise."""
+        return self.work / "encoded" / f"{part}-{fingerprint(self.weights(part))}-{name}-{len(pictures)}.npy"
 
     @torch.no_grad()
-    def train_bridge(self, folder: Path) -> dict[str, object]:
-        """The mean of each side, over 4,000 pictures of the generator's and the captions of 4,000 other scenes."""
+    def train_bridge(self) -> dict[str, object]:
+        """The mean embeddings of 4,000 pictures and of the captions of 4,000 other scenes."""
         bridge, clip = self.networks.bridge, self.networks.clip
         loader = loader_with_workers(self.pictures(4000, PICTURES), batch_size=64)
         scenes = (sample_scene(np.random.default_rng([self.stream(UNSEEN), i])) for i in range(4000))
@@ -233,38 +276,11 @@ class Recipe:
         return {
             "data": "shapes: rendered pictures; the VQGAN and the transformer saw no caption and no held-out pair",
             "held_out": sorted(" ".join(pair) for pair in HELD_OUT),
-            "stages": {name: json.loads((self.work / name / "record.json").read_text()) for name in ORDER},
+            "stages": {name: json.loads((self.work / name / RECORD).read_text()) for name in PARTS},
             "config": asdict(self.config),
             "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
             "python": platform.python_version(),
         }
-
-
-def goes_on(path: Path, told: dict[str, object]) -> bool:
-    """Notes what a part is told; False where it was begun otherwise. To go on for longer is not otherwise."""
-
-    def lasting(settings: dict[str, object]) -> dict[str, object]:
-        fit = {name: value for name, value in settings.get("fit", {}).items() if name != "steps"}
-        return settings | {"fit": fit}
-
-    if path.is_file() and lasting(json.loads(path.read_text())) != lasting(told):
-        return False
-    write_json(path, told)
-    return True
-
-
-def write_json(path: Path, values: dict[str, object]) -> None:
-    write_text_atomic(path, json.dumps(values))
-
-
-def stated(config: object) -> dict[str, object]:
-    """The fields that differ from their defaults: a setting that is new since then does not make another recipe."""
-    values = {spec.name: (getattr(config, spec.name), spec.default) for spec in fields(config)}
-    return {name: value for name, (value, default) in values.items() if value != default}
-
-
-def fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -272,48 +288,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"), help="checkpoints and encoded pictures")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where the model folder goes")
     parser.add_argument("--devices", default="auto", help="GPUs or, on a CPU, processes that share the work")
-    words = "those to train; others that they rest on another process trains in the same --work folder"
-    parser.add_argument("--parts", nargs="+", choices=ORDER, default=list(ORDER), help=f"{words}; all by default")
+    words = "parts to train; another process must train those that they need in the same --work folder; default: all"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help=words)
 
 
 def main(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, ShapesConfig)
     if not rank_zero_only.rank:
         check_model_folder(arguments.out)
-        claim_folder(arguments.work, "train-shapes", _has_parts)
+        claim_folder(arguments.work, "train-shapes", has_parts)
     recipe = Recipe(config, arguments.work, Machine(arguments.devices))
     for name in parts_in_order(arguments.parts):
         if name not in arguments.parts:
-            wait_for_another(arguments.work / name / "record.json")
-        recipe.part(name)
-    if ORDER[-1] in arguments.parts and not rank_zero_only.rank:
+            wait_for_another(arguments.work / name / RECORD)
+        recipe.load_or_train(name)
+    if PARTS[-1] in arguments.parts and not rank_zero_only.rank:
         save_networks(recipe.networks, arguments.out, recipe.training_record())
-
-
-def _has_parts(work: Path) -> bool:
-    """Whether a version of this command that wrote no mark made the folder: it holds parts and nothing else."""
-    written = [*work.glob("*/told.json"), *work.glob("*/record.json")]
-    return bool(written) and set(list_names(work)) <= {*ORDER, "encoded"} and all(map(_is_of_a_part, written))
-
-
-def _is_of_a_part(path: Path) -> bool:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and ("told" in values or "seed" in values)
 
 
 def wait_for_another(record: Path) -> None:
     if not record.is_file():
-        log.info("waiting for %s, which another process is to train", record.parent)
+        log.info("waiting for another process to train %s", record.parent)
     while not record.is_file():
         time.sleep(0.5)
 
 
 def parts_in_order(wanted: Collection[str]) -> list[str]:
-    """These and what they rest on; with the last one, whose model is whole, all."""
-    if ORDER[-1] in wanted:
-        return list(ORDER)
-    needed = {*wanted, *(below for name in wanted for below in RESTS_ON.get(name, ()))}
-    return [name for name in ORDER if name in needed]
+    """The wanted parts and the parts that they need. The last part saves the whole model, so it needs all."""
+    if PARTS[-1] in wanted:
+        return list(PARTS)
+    needed = {*wanted, *(part for name in wanted for part in NEEDS.get(name, ()))}
+    return [name for name in PARTS if name in needed]

@@ -1,4 +1,4 @@
-"""Scenes -> pixels, anti-aliased by 4 x 4 samples a pixel. Each shape is a test of points, and our own."""
+"""Renders scenes, anti-aliased with 4 x 4 samples per pixel. Each shape is a function that tests points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, Item, Scene
 
-SAMPLES = 4  # a pixel's side is sampled this often, so coverage comes in sixteenths
+SAMPLES = 4  # per pixel and axis
 
 
 def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Five points, one up. Fold the plane into half a point, then ask which side of its one edge we are on.
+    # Five points, one up. By symmetry all points fall into half of one tip; then test the side of its edge.
     angle = abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     radius = np.hypot(x, y)
     tip, notch, half = 1.0, 0.45, np.pi / 5
@@ -48,7 +48,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # The sextic (u² + v² - 1)³ = u² v³, scaled into the box.
+    # (u² + v² - 1)³ <= u² v³, scaled into the bounding square.
     u, v = x * 1.14, 0.12 - y * 1.12
     inner = u * u + v * v - 1
     return inner * inner * inner <= u * u * v * v * v
@@ -67,7 +67,7 @@ INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> np.ndarray:
-    """How much of each pixel the shape covers, (resolution, resolution) float32 in [0, 1]."""
+    """The share of each pixel that the shape covers: (resolution, resolution) float32 in [0, 1]."""
     covered = np.zeros((resolution, resolution), np.float32)
     left, top = (max(0, int(np.floor((c - radius) * resolution))) for c in (x, y))
     right, bottom = (min(resolution, int(np.ceil((c + radius) * resolution)) + 1) for c in (x, y))

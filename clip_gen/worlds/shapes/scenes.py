@@ -1,6 +1,6 @@
-"""What may stand in a picture of the shapes world, and how one is drawn at random.
+"""The scenes of the shapes world, and sampling them at random.
 
-All lengths are fractions of the picture's side; x runs right and y runs down, (0, 0) is the top left corner.
+All lengths are fractions of the picture's side. x points right and y down; (0, 0) is the top left corner.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond")
 
-# Chosen to keep apart from one another and from every background, in RGB 0 to 255.
+# RGB, 0 to 255. All colours differ clearly from each other and from the backgrounds.
 COLOURS = {
     "red": (222, 32, 38),
     "green": (40, 168, 60),
@@ -30,15 +30,15 @@ BACKGROUNDS = {
     "brown": (104, 66, 36),
 }
 
-# Half the side of the square box a shape fills: (least, most). 64 px: small 7.7 to 8.6, large 12.8 to 14.1.
+# Half the side of a shape's bounding square: (minimum, maximum). At 64 px: small 7.7 to 8.6, large 12.8 to 14.1.
 SIZES = {"small": (0.12, 0.135), "large": (0.20, 0.22)}
-MARGIN = 0.03  # from the box to the picture's edge
-GAP = 0.05  # between two boxes, along the axis of their relation
+MARGIN = 0.03  # between a bounding square and the picture's edge
+GAP = 0.05  # between two bounding squares, along the axis of their relation
 
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# (colour, shape) pairs that no generator ever sees; CLIP does, as OpenAI's has seen more than any one VQGAN.
+# (colour, shape) pairs that only CLIP is trained on, not the VQGAN and the transformer.
 HELD_OUT = frozenset(
     {("purple", "star"), ("yellow", "heart"), ("green", "cross"), ("orange", "ring"), ("cyan", "diamond")}
 )
@@ -46,7 +46,7 @@ HELD_OUT = frozenset(
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: its three names, the centre of its box, and half the box's side."""
+    """One shape: its three names, the centre of its bounding square, and half the square's side."""
 
     shape: str
     colour: str
@@ -66,7 +66,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """One item, or two of which the first stands in `relation` to the second."""
+    """One item, or two; then `relation` is that of the first to the second."""
 
     background: str
     items: tuple[Item, ...]
@@ -74,9 +74,9 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out: str = "never") -> Scene:
-    """A random scene of one or two items (`count`; either when None).
+    """A random scene of `count` items; None: of one or two.
 
-    held_out: "never" leaves the held-out pairs out, "may" lets them occur, "only" makes every item one.
+    held_out: "never" excludes the held-out pairs, "may" allows them, "only" uses no others.
     """
     if count is None:
         count = int(rng.integers(1, 3))
@@ -91,7 +91,7 @@ def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out
 
 
 def place(rng: np.random.Generator, background: str, items: tuple[Item, ...], relation: str | None = None) -> Scene:
-    """The scene with its items moved to random spots that make the relation plain; radii follow their sizes."""
+    """The scene with items at random places that show the relation clearly, with random radii of their sizes."""
     sized = [replace(item, radius=float(rng.uniform(*SIZES[item.size]))) for item in items]
     if len(sized) == 1:
         return Scene(background, (_placed_anywhere(rng, sized[0]),))
@@ -99,7 +99,7 @@ def place(rng: np.random.Generator, background: str, items: tuple[Item, ...], re
 
 
 def another(rng: np.random.Generator, names: Iterable[str], current: str | None) -> str:
-    """One of the names but not this one."""
+    """A random name that is not the current one."""
     return str(rng.choice([name for name in names if name != current]))
 
 
@@ -122,11 +122,11 @@ def _placed_anywhere(rng: np.random.Generator, item: Item) -> Item:
 
 
 def _placed_in_relation(rng: np.random.Generator, first: Item, second: Item, relation: str) -> tuple[Item, Item]:
-    """Both items where `relation` is plain to see: boxes apart along its axis, and well off the diagonal."""
+    """Both items where `relation` is clear: separated along its axis, and far from the diagonal."""
     before, after = (first, second) if relation in ("left of", "above") else (second, first)
     closest = before.radius + after.radius + GAP
     while True:
-        # Many tries at once, of which the first that fits is taken: a tight pair fits one time in a hundred.
+        # Takes the first of many random places that fits; for two large items one in a hundred does.
         a = rng.uniform(MARGIN + before.radius, 1 - MARGIN - before.radius, size=(64, 2))
         b = rng.uniform(MARGIN + after.radius, 1 - MARGIN - after.radius, size=(64, 2))
         along, across = b[:, 0] - a[:, 0], abs(b[:, 1] - a[:, 1])

@@ -1,4 +1,4 @@
-"""Pictures gone wrong in the ways generators go wrong, and pictures a little off that are still right."""
+"""Pictures with faults that generators make, and slightly degraded pictures that are still right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, a
 
 
 def wear(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Half the pictures a little off, as a decoder leaves them: tinted, noisy, soft. Still what the caption says."""
+    """Degrades half of the pictures slightly, as a decoder does: tint, noise, blur. The caption stays true."""
     if rng.random() < 0.5:
         return picture
     worn = picture.astype(np.float32)
@@ -23,7 +23,7 @@ def wear(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _softened(picture: np.ndarray, share: float) -> np.ndarray:
-    """Mixed with its mean over 3 x 3 pixels."""
+    """A mixture of the picture and its mean over 3 x 3 pixels."""
     padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
     side = picture.shape[0]
     mean = sum(padded[dy : dy + side, dx : dx + side] for dy in range(3) for dx in range(3)) / 9
@@ -31,14 +31,14 @@ def _softened(picture: np.ndarray, share: float) -> np.ndarray:
 
 
 def spoil(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
-    """A picture (S, S, 3) uint8 gone wrong in the ways generators go wrong; no caption of this world fits it."""
+    """A picture (S, S, 3) uint8 of the scene with a random fault, so that no caption fits it."""
     ways = (_chimera, _chimera, _bitten, _scrambled, _scrambled, _two_coloured, _littered, _blurred)
     picture = ways[rng.integers(len(ways))](scene, rng, resolution)
     return wear(picture.clip(0, 255).astype(np.uint8), rng)
 
 
 def _chimera(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
-    """One item half one shape and half another, or something between the two."""
+    """One item is a mixture of two shapes."""
     which = int(rng.integers(len(scene.items)))
     item = scene.items[which]
     others = tuple(other for i, other in enumerate(scene.items) if i != which)
@@ -60,7 +60,7 @@ def _chimera(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndar
 
 
 def _spots(scene: Scene, rng: np.random.Generator, resolution: int, count: int, side: int) -> list[tuple[int, int]]:
-    """Top left corners of blocks that lie on an item."""
+    """The top left corners of random blocks on items."""
     spots = []
     for _ in range(count):
         item = scene.items[rng.integers(len(scene.items))]
@@ -78,7 +78,7 @@ def _bitten(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarr
 
 
 def _scrambled(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
-    """Blocks of the item exchanged, as when single tokens are wrong."""
+    """Blocks of items are exchanged, as with wrong tokens."""
     picture = render(scene, resolution)
     side = int(rng.choice([resolution // 16, resolution // 16, resolution // 8]))
     spots = _spots(scene, rng, resolution, count=2 * int(rng.integers(2, 7)), side=side)
@@ -90,7 +90,7 @@ def _scrambled(scene: Scene, rng: np.random.Generator, resolution: int) -> np.nd
 
 
 def _two_coloured(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
-    """One item in two colours."""
+    """One item has two colours."""
     which = int(rng.integers(len(scene.items)))
     item = scene.items[which]
     others = tuple(
@@ -104,7 +104,7 @@ def _two_coloured(scene: Scene, rng: np.random.Generator, resolution: int) -> np
 
 
 def _littered(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
-    """Specks of colour where nothing should be."""
+    """Coloured squares at random places."""
     picture = render(scene, resolution)
     for _ in range(rng.integers(1, 5)):
         side = int(rng.integers(resolution // 16, resolution // 6))

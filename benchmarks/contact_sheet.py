@@ -1,6 +1,6 @@
-"""The README's contact sheet: a few prompts, the best pictures of each, drawn by the bundled model and not chosen.
+"""The contact sheet of the README: the best pictures of a few prompts by the bundled model, not selected by hand.
 
-python -m clip_gen.worlds.shapes.sheet --out docs/sheet.png
+.venv/bin/python -m benchmarks contact-sheet --out docs/sheet.png
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.models import BUNDLED
+from clip_gen.files import ROOT
 from clip_gen.pipeline import ClipGen
 
 PROMPTS = (
@@ -42,14 +44,12 @@ def contact_sheet(model: ClipGen, prompts: tuple[str, ...] = PROMPTS, seed: int 
     return sheet
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the README's contact sheet.")
-    parser.add_argument("--model", type=Path, default=Path("checkpoints/shapes"))
-    parser.add_argument("--out", type=Path, default=Path("docs/sheet.png"))
-    arguments = parser.parse_args()
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks contact-sheet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "sheet.png")
+    arguments = parser.parse_args(words)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(ClipGen.load(arguments.model)).save(arguments.out, optimize=True)
-
-
-if __name__ == "__main__":
-    main()
