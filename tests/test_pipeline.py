@@ -41,7 +41,7 @@ def test_images_come_best_first_with_the_cosines_clip_gives_them(tiny_model: Cli
     assert to_tensor(result.images).shape == (8, 3, 16, 16)
 
 
-def test_pictures_are_ranked_by_how_near_they_come_to_where_the_bridge_puts_the_prompt(
+def test_scores_are_cosines_with_the_embedding_that_the_bridge_has_moved(
     tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bridge = Bridge(16, BridgeConfig(mean_shift=1.0))
@@ -96,7 +96,7 @@ def test_pictures_and_scores_are_the_same_beside_others(tiny_model: ClipGen, mon
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=FLOAT16)])
-def test_logits_of_a_row_do_not_depend_on_the_others_at_full_width_on_any_processor(dtype: str) -> None:
+def test_logits_of_a_row_do_not_depend_on_the_rest_of_the_batch(dtype: str) -> None:
     """Matrix products of other numbers of rows round differently on older processors; batches have one that does not.
 
     MKL_CBWR as the scripts and cog.yaml set it: by default MKL's rounding depends on where in memory numbers lie.
@@ -290,9 +290,7 @@ def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
 
 
 @pytest.mark.parametrize("patch", [1, 4])
-def test_whole_pictures_are_decoded_in_the_order_that_is_quicker_for_them_and_come_out_the_same(
-    tmp_path: Path, patch: int
-) -> None:
+def test_whole_images_are_decoded_channels_last_with_the_same_result(tmp_path: Path, patch: int) -> None:
     vqgan = replace(TINY.vqgan, patch=patch, ch_mult=(1, 1, 1) if patch == 1 else (1,))
     save_networks(build(replace(TINY, vqgan=vqgan)), tmp_path / "model", {})
     plain = load_networks(tmp_path / "model").vqgan
@@ -337,6 +335,6 @@ def test_a_model_is_loaded_from_whatever_people_have_of_it(
         (5, "the name of the weights is 5; give a model"),
     ],
 )
-def test_what_is_no_name_of_weights_is_refused_with_a_sentence(weights: object, sentence: str) -> None:
+def test_a_value_that_names_no_weights_is_refused_with_a_sentence(weights: object, sentence: str) -> None:
     with pytest.raises(ModelFolderError, match=sentence):
         ClipGen.load(weights)

@@ -236,7 +236,7 @@ def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
         ([*QUICK, "-i", "replicate_weights=absent.tar"], "absent.tar"),
     ],
 )
-def test_what_will_not_do_is_said_in_a_sentence(refused: Refuse, arguments: list[str], sentence: str) -> None:
+def test_unusable_values_are_refused_with_a_sentence(refused: Refuse, arguments: list[str], sentence: str) -> None:
     Path("../no_text").write_bytes(bytes(range(256)))
     assert sentence in refused(*arguments)
 

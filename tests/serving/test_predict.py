@@ -233,7 +233,7 @@ def test_predictions_at_once_share_their_batches_and_none_can_tell(
     assert [generation.metrics["rows_in_batch"] for generation in made] == [full] * 8
 
 
-def test_a_prediction_that_takes_too_long_fails_with_a_sentence_and_leaves_the_model(tmp_path: Path) -> None:
+def test_a_prediction_over_the_time_limit_fails_and_frees_the_model(tmp_path: Path) -> None:
     async def wait_for_the_end() -> int:
         predictor = Predictor()
         await predictor.setup(str(folder := slow_folder(tmp_path / "slow")))
@@ -288,7 +288,7 @@ def test_pictures_that_cannot_be_saved_leave_nothing_behind(tiny_model: ClipGen,
     assert len(list(root.iterdir())) == 1
 
 
-def test_pictures_are_saved_though_somebody_took_away_their_folder(tiny_model: ClipGen) -> None:
+def test_pictures_are_saved_after_their_folder_was_removed(tiny_model: ClipGen) -> None:
     outputs, generation = Outputs(), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
     shutil.rmtree(outputs.save(generation, {}, "png", 90)[0].parents[1])
     assert outputs.save(generation, {}, "png", 90)[0].is_file()
@@ -327,7 +327,7 @@ def test_weights_that_take_long_to_load_keep_nobody_from_those_that_are_loaded(
         assert loading.result(60) is get(models, str(slow))
 
 
-def test_weights_that_would_not_load_are_tried_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_weights_that_failed_to_load_are_loaded_again(tiny_model_folder: Path, tmp_path: Path) -> None:
     models, folder = Models(str(tiny_model_folder)), other_folder(tmp_path / "other")
     whole = (folder / "gpt.safetensors").read_bytes()
     times = (folder / "config.yaml").stat()
@@ -436,7 +436,7 @@ def test_a_request_names_no_file_of_the_server(predictor: Predictor, tiny_model_
         predict(predictor, replicate_weights=str(tiny_model_folder))
 
 
-def test_a_folder_trained_anew_is_loaded_anew(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_with_newer_files_is_loaded_again(tiny_model_folder: Path, tmp_path: Path) -> None:
     models, folder = Models(str(tiny_model_folder)), other_folder(tmp_path / "other")
     before = get(models, str(folder))
     time.sleep(0.01)

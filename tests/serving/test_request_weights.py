@@ -96,7 +96,7 @@ def test_with_none_nothing_is_opened(tar: Path) -> None:
         assert server.connections == 0
 
 
-def test_with_any_paths_and_private_servers_are_allowed_and_failures_are_still_alike(
+def test_with_any_paths_and_private_servers_are_allowed_and_failures_look_alike(
     tiny_model_folder: Path, tar: Path
 ) -> None:
     rules = RequestRules("any")

@@ -207,7 +207,7 @@ def test_all_wrong_inputs_are_listed(server: Server) -> None:
         ({"replicate_weights": "absent.tar"}, REFUSALS["any"]),
     ],
 )
-def test_what_no_schema_can_say_fails_with_a_sentence(server: Server, inputs: dict, sentence: str) -> None:
+def test_values_that_do_not_go_together_fail_with_a_sentence(server: Server, inputs: dict, sentence: str) -> None:
     assert sentence in server.failed(**QUICK | inputs)
 
 
@@ -265,7 +265,7 @@ def test_a_server_started_from_a_tar_draws_the_same(server: Server, bare_server:
     assert same(server.pictures(**QUICK), bare_server.pictures(**QUICK))
 
 
-def test_a_server_started_from_a_url_uploads_every_file_and_takes_no_private_weights(
+def test_a_server_started_from_a_url_uploads_files_and_takes_no_private_weights(
     server: Server, files: Path, website: str, tmp_path: Path
 ) -> None:
     """Its own weights may come from anywhere."""

@@ -46,7 +46,7 @@ def small_server(model: Path, scratch: Path, *command: str, **environment: str) 
         yield server.wait_until_set_up()
 
 
-def test_a_prediction_ends_at_the_limit_and_a_killed_worker_takes_the_server_with_it(
+def test_a_prediction_ends_at_the_limit_and_a_killed_worker_ends_the_server(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     slow = str(slow_folder(tmp_path / "slow"))
@@ -65,9 +65,7 @@ def test_a_prediction_ends_at_the_limit_and_a_killed_worker_takes_the_server_wit
         assert not list(tmp_path.glob("clip-gen-*"))
 
 
-def test_a_server_of_a_nameless_user_starts_and_leaves_nothing_when_all_its_processes_are_stopped(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_server_of_a_nameless_user_starts_and_leaves_no_files(tiny_model_folder: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with small_server(tiny_model_folder, tmp_path, "setsid", *nameless_user(), HOME="") as server:
         assert server.health()["status"] == "READY"
