@@ -97,7 +97,7 @@ def test_it_can_learn_to_write_what_an_embedding_asks_for(gpt: GPT, embedding: T
     assert (written == tokens).float().mean() > 0.9
 
 
-def test_rotated_queries_and_keys_feel_how_far_apart_they_are_in_rows_and_columns_and_nothing_else() -> None:
+def test_rotary_attention_depends_on_distances_in_rows_and_columns_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(3))
     rotation = grid_rotation(4, 16)
     scores = rotate(q.expand(1, 1, 16, 16), rotation) @ rotate(k.expand(1, 1, 16, 16), rotation).transpose(-2, -1)

@@ -124,7 +124,7 @@ def test_those_who_ask_together_share_a_batch(gpt: GPT, batcher: Batcher, thread
     assert [future.result(30).rows_in_batch for future in asked] == [2, 2]
 
 
-def test_those_who_ask_within_a_moment_of_one_another_share_a_batch_but_nobody_waits_for_ever(
+def test_requests_at_almost_the_same_time_share_a_batch_and_none_waits_for_ever(
     gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rows(count: int) -> list[float]:
@@ -551,9 +551,7 @@ def test_an_error_reaches_those_whose_batch_it_was_and_nobody_else(
     assert batcher.run(lambda: 7) == 7
 
 
-def test_a_request_waits_from_when_it_came_until_it_begins_however_many_batches_it_takes(
-    gpt: GPT, batcher: Batcher
-) -> None:
+def test_queue_seconds_end_when_the_first_batch_of_a_request_starts(gpt: GPT, batcher: Batcher) -> None:
     started = time.monotonic()
     large = batcher.sample(gpt, embedding(1), 40 * STANDARD_ROWS, 1, Sampling())
     assert large.queue_seconds + large.sampling_seconds <= time.monotonic() - started

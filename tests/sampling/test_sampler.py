@@ -62,7 +62,7 @@ def test_top_k_keeps_k_tokens_of_equal_ones_the_first(k: int) -> None:
     assert [row.nonzero().flatten().tolist() for row in kept] == [sorted([1, 3, 2, 4, 5, 0][:k]), list(range(k))]
 
 
-def test_a_row_has_the_same_probabilities_alone_and_beside_others_whatever_the_codebook() -> None:
+def test_a_row_has_the_same_probabilities_in_any_batch_for_any_codebook() -> None:
     logits = torch.randn(4, 65536, generator=torch.Generator().manual_seed(0))
     sampling, threads = Sampling(top_p=0.9), torch.get_num_threads()
     torch.set_num_threads(2)
@@ -81,7 +81,7 @@ def test_top_p_keeps_the_fewest_tokens_that_fill_the_share(top_p: float, kept: i
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(2))
 
 
-def test_guidance_is_the_conditional_at_one_the_unconditional_at_zero_and_beyond_above() -> None:
+def test_guidance_is_unconditional_at_zero_conditional_at_one_and_beyond_above() -> None:
     conditional, unconditional = LOGITS[:1], LOGITS[1:]
     assert torch.allclose(guided(conditional, unconditional, 1), conditional)
     assert torch.allclose(guided(conditional, unconditional, 0), unconditional)

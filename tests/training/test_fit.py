@@ -391,7 +391,7 @@ def damaged(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut off", "one bit", "missing"])
 @pytest.mark.parametrize("train", ["gpt"], indirect=True)
-def test_a_stage_resumes_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_very_weights(
+def test_a_stage_resumes_from_the_checkpoint_before_a_damaged_one(
     train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     whole = train(tmp_path / "whole")
@@ -477,9 +477,7 @@ class Rates(Callback):
 
 
 @pytest.mark.parametrize("train", ["gpt"], indirect=True)
-def test_a_resumed_stage_has_the_rest_of_its_minutes_and_its_learning_rate_does_not_rise(
-    train: Callable, tmp_path: Path
-) -> None:
+def test_a_resumed_stage_has_the_rest_of_its_minutes_and_no_higher_rate(train: Callable, tmp_path: Path) -> None:
     endless, limited = replace(CONFIG, steps=100_000), Machine(max_minutes=2 / 60, save_seconds=0)
     first, second = Rates(until=0.7), Rates()
     with pytest.raises(Cut):
@@ -519,7 +517,7 @@ class Few(torch.utils.data.Dataset):
 OVERFITTING = replace(CONFIG, steps=2000, learning_rate=3e-3, validate_every=10, patience=3)
 
 
-def test_the_best_weights_by_validation_are_kept_and_the_stage_ends_when_they_are_not_beaten(
+def test_the_best_weights_are_kept_and_the_stage_ends_when_nothing_improves(
     encoded: EncodedPictures, tmp_path: Path
 ) -> None:
     stage = stage_2(OVERFITTING)

@@ -246,7 +246,7 @@ def test_what_the_time_does_not_suffice_for_is_said_at_once_and_at_the_end(
     assert last in (tmp_path / "report.html").read_text()
 
 
-def test_few_steps_from_a_base_that_fits_leave_it_as_it_is_and_few_views_leave_out_pictures(
+def test_few_steps_hardly_change_a_fitting_base_and_few_views_skip_pictures(
     toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     told = replace(toy, stage="transformer", sample_prompts="")
@@ -337,7 +337,7 @@ def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, t
     assert not (tmp_path / "work" / "vqgan").exists()
 
 
-def test_other_processes_wait_for_what_the_first_prepares_whatever_an_earlier_start_left(
+def test_other_processes_wait_for_the_first_and_ignore_files_of_earlier_starts(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     """As under torchrun, which starts all of them at once; the earlier start had time for few views."""
@@ -374,7 +374,7 @@ def test_what_was_half_written_when_a_training_was_killed_does_not_stay(
     assert not left.exists()
 
 
-def test_a_training_cut_off_before_its_first_checkpoint_ends_with_the_very_weights_too(
+def test_a_training_killed_before_its_first_checkpoint_ends_with_the_same_weights(
     photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = replace(toy, stage="vqgan", adversarial_weight=1.0)
@@ -481,7 +481,7 @@ def test_a_resumed_training_has_the_rest_of_its_minutes(
     assert given == pytest.approx([10, 7, 7], abs=0.5)
 
 
-def test_a_finished_training_continues_with_more_minutes_and_says_otherwise_that_it_is_finished(
+def test_a_finished_training_continues_only_with_more_minutes(
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "LEAST_MINUTES", 0.002)
@@ -586,7 +586,7 @@ def command(photos: Path, out: Path, base: str, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_training_ended_again_and_again_ends_with_the_very_weights_of_one_that_was_not(
+def test_a_training_interrupted_many_times_ends_with_the_same_weights(
     photos: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     whole, ended, scratch = tmp_path / "whole", tmp_path / "ended", tmp_path / "scratch"
@@ -826,7 +826,7 @@ def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> Non
         one.model.check()
 
 
-def test_views_are_encoded_as_long_as_there_is_time_and_the_others_when_there_is_more(
+def test_views_are_encoded_while_there_is_time_and_the_rest_with_more_time(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     def begun(max_minutes: float) -> int:

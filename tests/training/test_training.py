@@ -232,7 +232,7 @@ def test_a_part_killed_after_its_last_step_still_tells_what_it_measured(trained:
     assert before["val_psnr"] > 0
 
 
-def test_the_bundled_models_recipe_teaches_places_that_tell_something_from_like_codes(
+def test_the_bundled_recipe_selects_informative_places_and_starts_from_the_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read_config(ROOT / "clip_gen" / "configs" / "shapes.yaml", ShapesConfig)
@@ -390,7 +390,7 @@ def matrices_of(gpt: GPT) -> list[torch.nn.Parameter]:
     return [parameter for parameter in gpt.blocks.parameters() if parameter.dim() == 2]
 
 
-def test_muon_turns_every_direction_of_a_block_matrix_alike_and_leaves_the_rest_to_adamw() -> None:
+def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest() -> None:
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()
     before = {name: value.clone() for name, value in gpt.state_dict().items()}
@@ -456,7 +456,7 @@ def test_singular_values_are_brought_near_one_whatever_the_shape(
     assert torch.allclose(found, u @ torch.diag_embed(values) @ v, atol=1e-4)
 
 
-def test_muon_takes_a_convolutions_weights_as_a_matrix_and_leaves_a_vqgans_rest_to_adamw() -> None:
+def test_muon_updates_the_convolutions_of_a_vqgan_and_adamw_the_rest() -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(TINY.vqgan).train()
     config = FitConfig(muon_rate=1e-2, learning_rate=1e-4, weight_decay=0.0)
@@ -491,7 +491,7 @@ def test_each_networks_gradients_are_cut_back_for_themselves() -> None:
 
 
 @torch.no_grad()
-def test_reconstruction_is_measured_by_the_mean_error_of_pictures_that_are_not_plain() -> None:
+def test_reconstruction_is_measured_on_pictures_that_are_not_of_one_colour() -> None:
     vqgan = tiny_networks().vqgan
     pictures = torch.from_numpy(np.stack([RenderedPictures(6, 2, 16)[i] for i in range(6)]))
     images = from_bytes(pictures)
@@ -720,7 +720,7 @@ def test_enough_places_are_those_that_tell_something_and_some_more() -> None:
     assert enough_places(photographs) == 0
 
 
-def test_the_second_loss_reaches_the_transformer_and_nothing_else_and_falls_along_its_gradient() -> None:
+def test_the_second_loss_trains_the_transformer_only() -> None:
     # The bundled CLIP and VQGAN: to an untrained CLIP all pictures are one.
     networks = load_networks(ROOT / "checkpoints" / "shapes")
     vqgan, clip = networks.vqgan, networks.clip
@@ -846,7 +846,7 @@ def test_some_conditions_are_blurred_with_their_neighbours(encoded: EncodedPictu
     assert 5 < np.median(blurred) < 12
 
 
-def test_a_sample_is_the_same_whatever_came_before_and_every_picture_comes_once_a_round(
+def test_a_sample_depends_on_its_number_and_each_round_has_every_picture_once(
     encoded: EncodedPictures,
 ) -> None:
     samples = Endless(encoded, seed=5)
@@ -971,7 +971,7 @@ def test_the_rate_is_down_when_time_is_over_however_many_steps_are_left() -> Non
     assert rates(time_spent=0.5)[90] == pytest.approx(rates(time_spent=0.0)[90])
 
 
-def test_the_rate_is_up_after_a_twentieth_of_the_time_but_not_at_once_and_then_falls_with_the_time() -> None:
+def test_the_rate_rises_for_a_twentieth_of_the_time_and_then_falls_with_the_time() -> None:
     assert rates(time_spent=0.04)[3:5] == pytest.approx([0.8, 0.8])
     assert rates(time_spent=0.05)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, rates(time_spent=0.05)[10]])
     assert rates(time_spent=0.01)[5] == pytest.approx(0.6)

@@ -30,9 +30,7 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> RankedPictures:
     return ranked_pictures(tiny_networks(), PAIRS, 3, tmp_path_factory.mktemp("ranked"), "drawn")
 
 
-def test_each_caption_has_a_shorter_one_its_picture_also_through_the_vqgan_and_touched_and_one_that_was_drawn(
-    ranked: RankedPictures, tmp_path: Path
-) -> None:
+def test_each_item_has_two_captions_and_the_four_pictures_to_rank(ranked: RankedPictures, tmp_path: Path) -> None:
     networks = tiny_networks()
     text, pictures = ranked[82]  # the third time through
     assert np.array_equal(ranked[42][1], pictures[:, :, ::-1])
