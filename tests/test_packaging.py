@@ -52,6 +52,13 @@ def test_without_a_model_the_command_says_how_to_get_one(installed: Path, tmp_pa
     assert ended.stderr.splitlines()[-1].startswith("generate: no model is installed: `clip-gen pull coco` downloads")
 
 
+def test_the_installed_command_lists_the_settings_of_a_training(installed: Path, tmp_path: Path) -> None:
+    ended = run(installed, tmp_path, "train", "--help")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("usage: clip-gen train")
+    assert "--max-minutes" in ended.stdout
+
+
 def test_the_installed_command_draws_with_a_named_model(
     installed: Path, tmp_path: Path, tiny_model_folder: Path
 ) -> None:

@@ -54,8 +54,9 @@ def alone(item: Item, background: str = "white") -> Scene:
     return Scene(background, (item,))
 
 
-def test_fresh_renders_are_read_right():
-    scenes = fresh(4000)
+@pytest.mark.parametrize("count", [500, pytest.param(4000, marks=pytest.mark.slow)])
+def test_fresh_renders_are_read_right(count: int):
+    scenes = fresh(count)
     assert share_right(scenes, (render(scene) for scene in scenes)) >= 0.999
 
 
