@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from clip_gen.data.decoding import load_picture
 from clip_gen.networks.bridge import add_noise
 
-ORDER, CHANCE = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
+ORDER_STREAM, AUGMENT_STREAM = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
 NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
 CENTRE = (1.0, 0.5, 0.5)  # the whole shorter side, in the middle of the longer one
 MAX_SAMPLED = 2000  # images that enough_places looks at
@@ -71,8 +71,8 @@ class Endless(Dataset):
         epoch, index = divmod(number, len(self.pictures))
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.pictures))
-        return self.pictures.draw(int(self.order[index]), np.random.default_rng([self.seed, CHANCE, number]))
+            self.order = np.random.default_rng([self.seed, ORDER_STREAM, epoch]).permutation(len(self.pictures))
+        return self.pictures.draw(int(self.order[index]), np.random.default_rng([self.seed, AUGMENT_STREAM, number]))
 
 
 class PictureFiles(Dataset):
@@ -146,7 +146,7 @@ class Views(Dataset):
     def __getitem__(self, row: int) -> object:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, CHANCE, row]))
+        return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, AUGMENT_STREAM, row]))
 
 
 Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor] | tuple[Tensor, Tensor, bool, Tensor, Tensor, Tensor, Tensor]

@@ -44,7 +44,7 @@ from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.losses import colour_errors, decibels, mean_errors, squared_errors
 from clip_gen.training.neighbours import find_neighbours
 from clip_gen.training.perceptual import chosen_lpips
-from clip_gen.training.plan import SIZES, Plan, TrainSettings, plan, prompts_of
+from clip_gen.training.plan import MODEL_SIZES, Plan, TrainSettings, plan, prompts_of
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.progress import Forecast, Reach, enough_minutes
 from clip_gen.training.report import write_report
@@ -435,7 +435,7 @@ class Training:
 
     def remedy(self) -> str:
         """What helps besides more minutes, as the end of a sentence."""
-        size, laptop = self.settings.size, SIZES["laptop"][0]
+        size, laptop = self.settings.size, MODEL_SIZES["laptop"][0]
         if size == "laptop":
             return ", or a smaller resolution"
         if size != "base":

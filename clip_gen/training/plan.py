@@ -18,7 +18,7 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 # From a laptop's to the published model's. `local` tokens are learnt soonest; they leave detail to the decoder. In an
 # hour on two cores a small transformer learns more than a large one, for it gets to see many times as many pictures.
-SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
+MODEL_SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
     "laptop": (
         VQGANConfig(
             resolution=64,
@@ -81,7 +81,7 @@ class TrainSettings:
     size: str = setting(
         "base",
         "base goes on with the base model; the others train new networks of that size for its CLIP.",
-        choices=("base", *SIZES),
+        choices=("base", *MODEL_SIZES),
     )
     resolution: int = setting(
         0, "Side of the pictures for new networks; multiples of 16 suit all sizes. 0: by the size.", ge=0, le=1024
@@ -150,7 +150,7 @@ class TrainSettings:
                 if getattr(self, name):
                     raise ValueError(
                         f"{name} is {getattr(self, name)}, but the base model has its own; "
-                        f"leave it out, or train from scratch with size one of {', '.join(SIZES)}"
+                        f"leave it out, or train from scratch with size one of {', '.join(MODEL_SIZES)}"
                     )
         elif self.tokens == "keep":
             raise ValueError(f"tokens is keep, but new networks have none yet: leave out size {self.size}")
@@ -246,7 +246,7 @@ def _in_step(config: FitConfig, minutes: float) -> FitConfig:
 
 def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelConfig:
     """New networks of a size, for the base's CLIP."""
-    vqgan, gpt = SIZES[settings.size]
+    vqgan, gpt = MODEL_SIZES[settings.size]
     codes = next((codes for up_to, codes in CODES_PER_PICTURES if pictures <= up_to), MOST_CODES)
     codes = settings.codebook_size or codes
     vqgan = replace(vqgan, resolution=settings.resolution or vqgan.resolution, codebook_size=codes)

@@ -39,7 +39,7 @@ from clip_gen.training.fit import Machine
 from clip_gen.training.folder import own_training_folder
 from clip_gen.training.grids import SampleGrids, save_grid
 from clip_gen.training.job import Training
-from clip_gen.training.plan import SIZES, TrainSettings, plan, prompts_of
+from clip_gen.training.plan import MODEL_SIZES, TrainSettings, plan, prompts_of
 from clip_gen.training.report import write_report
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import ModelFolderError, save_networks, save_part, transformer_matches
@@ -211,9 +211,9 @@ def test_one_stage_alone_leaves_the_other_network_as_it_is(
 
 
 def small_laptop(monkeypatch: pytest.MonkeyPatch) -> None:
-    vqgan, gpt = SIZES["laptop"]
+    vqgan, gpt = MODEL_SIZES["laptop"]
     small = (replace(vqgan, ch=64, z_channels=64), replace(gpt, n_layer=1, n_head=2, n_embd=16))
-    monkeypatch.setitem(SIZES, "laptop", small)
+    monkeypatch.setitem(MODEL_SIZES, "laptop", small)
 
 
 def test_what_the_time_does_not_suffice_for_is_said_at_once_and_at_the_end(

@@ -12,7 +12,16 @@ import pytest
 from clip_gen.worlds.shapes.captions import Description, ItemDescription, describe, leave_unsaid, swapped
 from clip_gen.worlds.shapes.judge import grade, read, satisfies
 from clip_gen.worlds.shapes.rendering import coverage, render
-from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, OPPOSITE, SHAPES, SIZES, Item, Scene, sample_scene
+from clip_gen.worlds.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OBJECT_SIZES,
+    OPPOSITE,
+    SHAPES,
+    Item,
+    Scene,
+    sample_scene,
+)
 
 RING = Item("ring", "green", "large", 0.3, 0.4, 0.21)
 HEART = Item("heart", "blue", "small", 0.75, 0.55, 0.13)
@@ -68,8 +77,8 @@ def test_renders_of_other_resolutions_are_read_right(resolution):
 
 def test_every_shape_colour_size_and_background_is_read_right():
     for shape, colour in product(SHAPES, COLOURS):
-        for background, size in zip(BACKGROUNDS, (*SIZES, *SIZES), strict=True):
-            scene = alone(Item(shape, colour, size, 0.52, 0.47, np.mean(SIZES[size])), background)
+        for background, size in zip(BACKGROUNDS, (*OBJECT_SIZES, *OBJECT_SIZES), strict=True):
+            scene = alone(Item(shape, colour, size, 0.52, 0.47, np.mean(OBJECT_SIZES[size])), background)
             assert satisfies(read(render(scene)), describe(scene)), scene
 
 
@@ -136,8 +145,8 @@ def test_a_motion_smear_is_no_reading(axis):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_half_an_item_is_not_that_item(shape):
-    for size, colour in zip(SIZES, ("red", "blue"), strict=True):
-        scene = alone(Item(shape, colour, size, 0.5, 0.5, np.mean(SIZES[size])))
+    for size, colour in zip(OBJECT_SIZES, ("red", "blue"), strict=True):
+        scene = alone(Item(shape, colour, size, 0.5, 0.5, np.mean(OBJECT_SIZES[size])))
         for half in (np.s_[:32], np.s_[32:], np.s_[:, :32], np.s_[:, 32:]):
             picture = render(scene)
             picture[half] = BACKGROUNDS["white"]
@@ -147,7 +156,7 @@ def test_half_an_item_is_not_that_item(shape):
 @pytest.mark.parametrize(("one", "other"), list(combinations(SHAPES, 2)))
 def test_halfway_between_two_shapes_is_neither(one, other):
     for size, colour, background in (("small", "red", "brown"), ("large", "blue", "white")):
-        radius = np.mean(SIZES[size])
+        radius = np.mean(OBJECT_SIZES[size])
         mask = (coverage(one, 0.5, 0.5, radius, 64) + coverage(other, 0.5, 0.5, radius, 64)) / 2
         reading = read(drawn(mask, colour, background))
         for shape in (one, other):

@@ -10,12 +10,12 @@ import pytest
 from clip_gen.worlds.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
-    GAP,
     HELD_OUT,
     MARGIN,
+    MIN_GAP,
+    OBJECT_SIZES,
     RELATIONS,
     SHAPES,
-    SIZES,
     Scene,
     sample_scene,
 )
@@ -60,14 +60,14 @@ def test_every_name_of_the_world_occurs():
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
     assert {item.shape for item in items} == set(SHAPES)
     assert {item.colour for item in items} == set(COLOURS)
-    assert {item.size for item in items} == set(SIZES)
+    assert {item.size for item in items} == set(OBJECT_SIZES)
     assert {scene.relation for scene in drawn} == {None, *RELATIONS}
 
 
 def test_every_box_keeps_the_margin_and_its_size():
     for scene in scenes(1000):
         for item in scene.items:
-            least, most = SIZES[item.size]
+            least, most = OBJECT_SIZES[item.size]
             assert least <= item.radius <= most
             assert min(item.x, item.y) - item.radius >= MARGIN - ROUNDING
             assert max(item.x, item.y) + item.radius <= 1 - MARGIN + ROUNDING
@@ -83,7 +83,7 @@ def test_the_relation_is_plain_to_see():
         right, down = second.x - first.x, second.y - first.y
         along = {"left of": right, "right of": -right, "above": down, "below": -down}[scene.relation]
         across = abs(down) if scene.relation in ("left of", "right of") else abs(right)
-        assert along >= first.radius + second.radius + GAP - ROUNDING
+        assert along >= first.radius + second.radius + MIN_GAP - ROUNDING
         assert along >= 1.5 * across - ROUNDING
 
 

@@ -15,7 +15,7 @@ from clip_gen.weights.importers.state_dict import Checkpoint, Source, convert_di
 QUANTIZERS = {"VQModel": "taming", "VQNoDiscModel": "taming", "VQModelInterface": "taming", "GumbelVQ": "gumbel"}
 # Our codebook is one module deeper than theirs.
 CODEBOOK = "quantizer.quantize."
-SIZES = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
+SIZE_FIELDS = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
 LISTS = ("ch_mult", "attn_resolutions")
 # Other settings of the encoder and the decoder: the default, and the only supported value.
 FIXED = {
@@ -40,7 +40,7 @@ def read_vqgan_config(path: Path) -> VQGANConfig:
         raise ValueError(f"{path}: its model is {kind}; only {', '.join(QUANTIZERS)} can be imported")
     params = _mapping(path, model, "params")
     encoder = _mapping(path, params, "ddconfig")
-    values = {name: _sizes(path, encoder, name) for name in SIZES}
+    values = {name: _sizes(path, encoder, name) for name in SIZE_FIELDS}
     values |= {"codebook_size": _sizes(path, params, "n_embed"), "codebook_dim": _sizes(path, params, "embed_dim")}
     stated = {name: (encoder.get(name, unsaid), wanted) for name, (unsaid, wanted) in FIXED.items()}
     for name, (value, wanted) in (stated | {"remap": (params.get("remap"), None)}).items():

@@ -48,7 +48,7 @@ SETTINGS = (
     "a {background} background with {things}",
 )
 OPENINGS = ("", "", "", "a picture of ", "an image of ", "a drawing of ", "there is ", "draw ")
-NUMBERS = {2: ("two", "2")}
+NUMBER_WORDS = {2: ("two", "2")}
 
 
 def describe(scene: Scene) -> Description:
@@ -102,7 +102,7 @@ def _things(description: Description, rng: np.random.Generator | None) -> str:
         return _with_article(_noun_phrase(description.items[0], rng))
     first, second = description.items
     if first == second and description.relation is None:
-        return f"{_pick(rng, NUMBERS[2])} {_plural(_noun_phrase(first, rng))}"
+        return f"{_pick(rng, NUMBER_WORDS[2])} {_plural(_noun_phrase(first, rng))}"
     phrases = [_with_article(_noun_phrase(item, rng)) for item in description.items]
     if description.relation is None:
         return " and ".join(phrases)

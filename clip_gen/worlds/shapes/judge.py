@@ -13,7 +13,7 @@ from PIL import Image
 
 from clip_gen.worlds.shapes.captions import Description
 from clip_gen.worlds.shapes.fitting import fit_shape
-from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, SIZES, Item, Scene
+from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, OBJECT_SIZES, Item, Scene
 
 # A reading has the fields of a scene. Two items are ordered along the axis on which they are further apart, so their
 # relation is always "left of" or "above".
@@ -31,7 +31,7 @@ MAX_DEBRIS = 45.0  # mean distance from the background in any 2 x 2 pixels outsi
 MIN_ITEM_PIXELS = 4
 
 RADII = (0.10, 0.25)  # smaller and larger items are neither small nor large
-MIDDLE_RADIUS = (SIZES["small"][1] + SIZES["large"][0]) / 2
+MIDDLE_RADIUS = (OBJECT_SIZES["small"][1] + OBJECT_SIZES["large"][0]) / 2
 
 
 def read(picture: np.ndarray) -> Reading | None:

@@ -19,9 +19,9 @@ from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
+    OBJECT_SIZES,
     RELATIONS,
     SHAPES,
-    SIZES,
     Item,
     Scene,
     another,
@@ -37,7 +37,7 @@ UNSAID = -1
 ABSENT = -2
 
 # The number of possible answers to each question of `answers`.
-CHOICES = (len(BACKGROUNDS), 3, *2 * (len(SHAPES), len(COLOURS), len(SIZES)))
+CHOICES = (len(BACKGROUNDS), 3, *2 * (len(SHAPES), len(COLOURS), len(OBJECT_SIZES)))
 
 
 def training_rng(seed: int, index: int) -> np.random.Generator:
@@ -154,7 +154,7 @@ Parts = tuple[str, tuple[Item, ...], str | None]
 
 def _change_item(scene: Scene, rng: np.random.Generator) -> Parts:
     which, attribute = rng.integers(len(scene.items)), rng.choice(["shape", "colour", "size"])
-    names = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}[attribute]
+    names = {"shape": SHAPES, "colour": COLOURS, "size": OBJECT_SIZES}[attribute]
     item = scene.items[which]
     changed = replace(item, **{str(attribute): another(rng, names, getattr(item, attribute))})
     items = tuple(changed if i == which else other for i, other in enumerate(scene.items))
@@ -203,7 +203,7 @@ def _numbers(description: Description) -> np.ndarray:
     row = [number(BACKGROUNDS, description.background), number(RELATIONS, description.relation)]
     row.append(len(description.items))
     for item in description.items:
-        row += [number(SHAPES, item.shape), number(COLOURS, item.colour), number(SIZES, item.size)]
+        row += [number(SHAPES, item.shape), number(COLOURS, item.colour), number(OBJECT_SIZES, item.size)]
     return np.array(row + [ABSENT] * (9 - len(row)), np.int64)
 
 

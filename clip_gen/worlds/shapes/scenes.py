@@ -31,9 +31,9 @@ BACKGROUNDS = {
 }
 
 # Half the side of a shape's bounding square: (minimum, maximum). At 64 px: small 7.7 to 8.6, large 12.8 to 14.1.
-SIZES = {"small": (0.12, 0.135), "large": (0.20, 0.22)}
+OBJECT_SIZES = {"small": (0.12, 0.135), "large": (0.20, 0.22)}
 MARGIN = 0.03  # between a bounding square and the picture's edge
-GAP = 0.05  # between two bounding squares, along the axis of their relation
+MIN_GAP = 0.05  # between two bounding squares, along the axis of their relation
 
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -92,7 +92,7 @@ def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out
 
 def place(rng: np.random.Generator, background: str, items: tuple[Item, ...], relation: str | None = None) -> Scene:
     """The scene with items at random places that show the relation clearly, with random radii of their sizes."""
-    sized = [replace(item, radius=float(rng.uniform(*SIZES[item.size]))) for item in items]
+    sized = [replace(item, radius=float(rng.uniform(*OBJECT_SIZES[item.size]))) for item in items]
     if len(sized) == 1:
         return Scene(background, (_placed_anywhere(rng, sized[0]),))
     return Scene(background, _placed_in_relation(rng, sized[0], sized[1], relation), relation)
@@ -106,7 +106,7 @@ def another(rng: np.random.Generator, names: Iterable[str], current: str | None)
 def _sample_item(rng: np.random.Generator, held_out: str) -> Item:
     if held_out not in ("never", "may", "only"):
         raise ValueError(f'held_out is "{held_out}"; it takes "never", "may" or "only"')
-    size = str(rng.choice(list(SIZES)))
+    size = str(rng.choice(list(OBJECT_SIZES)))
     if held_out == "only":
         colour, shape = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))]
         return Item(shape, colour, size)
@@ -124,7 +124,7 @@ def _placed_anywhere(rng: np.random.Generator, item: Item) -> Item:
 def _placed_in_relation(rng: np.random.Generator, first: Item, second: Item, relation: str) -> tuple[Item, Item]:
     """Both items where `relation` is clear: separated along its axis, and far from the diagonal."""
     before, after = (first, second) if relation in ("left of", "above") else (second, first)
-    closest = before.radius + after.radius + GAP
+    closest = before.radius + after.radius + MIN_GAP
     while True:
         # Takes the first of many random places that fits; for two large items one in a hundred does.
         a = rng.uniform(MARGIN + before.radius, 1 - MARGIN - before.radius, size=(64, 2))
