@@ -1,1 +1,1 @@
-"""How the weights came about: both stages, and the small CLIP of the demo world. The only door to Lightning."""
+"""Training of both stages with Lightning, from images to a model folder."""

@@ -97,6 +97,7 @@ def test_a_cancelled_training_is_gone_within_two_seconds(
     wait_for(lambda: not processes_of(groups[0].pid), seconds=2)
 
 
+@pytest.mark.slow
 def test_the_script_trains_in_a_folder_that_outlives_it(
     photos: Path,
     tiny_model_folder: Path,
