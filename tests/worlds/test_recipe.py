@@ -1,0 +1,318 @@
+"""worlds/shapes/recipe.py and clip_trainer.py at toy size: the parts of the bundled model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from clip_gen import ClipGen
+from clip_gen.config import read_config
+from clip_gen.files import MARK, ROOT, check_claimable, folder_lock
+from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.stage import FitConfig
+from clip_gen.training.vqgan_trainer import VQGANTrainer
+from clip_gen.weights.model_folder import save_networks
+from clip_gen.worlds.shapes.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
+from clip_gen.worlds.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs
+from clip_gen.worlds.shapes.recipe import Recipe, ShapesConfig, add_arguments, parts_in_order
+from clip_gen.worlds.shapes.recipe import main as train_shapes
+from clip_gen.worlds.shapes.work_folder import PARTS, fingerprint, has_parts
+
+FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
+RECIPE = ShapesConfig(
+    model=TINY,
+    clip_fit=FIT,
+    vqgan_fit=FIT,
+    gpt_fit=FIT,
+    ranker_fit=FIT,
+    encoded_pictures=64,
+    contrast=4.0,
+    drawn_pictures=48,
+    condition_blur=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    recipe = Recipe(RECIPE, tmp_path_factory.mktemp("work"))
+    for part in PARTS:
+        recipe.load_or_train(part)
+    return recipe
+
+
+def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path: Path) -> None:
+    save_networks(trained.networks, tmp_path / "model", trained.training_record())
+    result = ClipGen.load(tmp_path / "model", "cpu").generate("a red circle", candidates=2, num_outputs=2, seed=0)
+    assert len(result.images) == 2
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    for part in ("clip", "vqgan", "gpt", "ranker"):
+        assert record["stages"][part]["steps"] == 6
+        assert [(start["from_step"], start["to_step"]) for start in record["stages"][part]["starts"]] == [(0, 6)]
+        assert record["stages"][part]["told"]["fit"]["steps"] == 6
+    assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
+
+
+def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = Recipe(RECIPE, trained.work)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
+    again.load_or_train("vqgan")
+    for name, tensor in load_file(trained.work / "vqgan" / "vqgan.safetensors").items():
+        assert torch.equal(tensor.float(), again.networks.vqgan.state_dict()[name].float()), name
+
+
+def test_parts_come_with_what_they_rest_on() -> None:
+    assert parts_in_order(["bridge", "vqgan"]) == ["clip", "vqgan", "bridge"]
+    assert parts_in_order(["gpt"]) == ["clip", "vqgan", "gpt"]
+    assert parts_in_order(["ranker"]) == list(PARTS)  # with it the model is whole
+
+
+def test_a_part_that_another_process_trains_is_waited_for(
+    trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, aside = Path(shutil.copytree(trained.work, tmp_path / "work")), tmp_path / "vqgan"
+    (work / "vqgan").rename(aside)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.read_config", lambda *_: RECIPE)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--work", str(work), "--out", str(tmp_path / "model"), "--devices", "1"]
+    arguments = parser.parse_args([*words, "--parts", "clip", "gpt", "bridge", "ranker"])
+    other = threading.Timer(2.0, lambda: aside.rename(work / "vqgan"))
+    other.start()
+    began = time.monotonic()
+    train_shapes(arguments)
+    assert time.monotonic() - began > 1.5
+    assert ClipGen.load(tmp_path / "model", "cpu").config.name == TINY.name
+
+
+def test_what_one_process_trains_alone_the_others_wait_for(
+    trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
+    record, waited = again.work / "ranker" / "record.json", []
+    kept = record.read_bytes()
+    record.unlink()
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.rank_zero_only.rank", 1)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.wait_for", lambda path: waited.append(path.write_bytes(kept)))
+    again.load_or_train("ranker")
+    assert waited
+
+
+def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    half = replace(RECIPE, vqgan_fit=replace(FIT, steps=4))
+    Recipe(half, tmp_path).load_or_train("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    with caplog.at_level(logging.INFO):
+        Recipe(RECIPE, tmp_path).load_or_train("vqgan")
+    record = json.loads((tmp_path / "vqgan" / "record.json").read_text())
+    assert record["steps"] == 6
+    starts = [(start["from_step"], start["to_step"], start["fit"]["steps"]) for start in record["starts"]]
+    assert starts == [(0, 4, 4), (4, 6, 6)]
+    assert sum("vqgan 6/6" in line for line in caplog.messages) == 1
+    assert not any("4/6" in line for line in caplog.messages)
+
+
+def test_a_part_goes_on_with_the_pictures_it_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = VQGANTrainer.training_step
+
+    def watched(self: VQGANTrainer, batch: torch.Tensor) -> torch.Tensor:
+        seen.extend(hash(picture.numpy().tobytes()) for picture in batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(VQGANTrainer, "training_step", watched)
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).load_or_train("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    Recipe(RECIPE, tmp_path).load_or_train("vqgan")
+    assert len(seen) == 48
+    assert len(set(seen)) == 48
+
+
+def test_a_part_whose_checkpoint_is_the_last_step_keeps_the_averaged_weights(tmp_path: Path) -> None:
+    first = Recipe(RECIPE, tmp_path)
+    first.load_or_train("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    again = Recipe(RECIPE, tmp_path)
+    again.load_or_train("vqgan")
+    for name, tensor in first.networks.vqgan.state_dict().items():
+        assert torch.equal(tensor, again.networks.vqgan.state_dict()[name]), name
+
+
+def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> None:
+    other = Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=7)), trained.work)
+    with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
+        other.load_or_train("vqgan")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"vqgan_fit": replace(FIT, learning_rate=0.5)},
+        {"vqgan_fit": replace(FIT, steps=7), "seed": 1},
+        {"model": replace(TINY, vqgan=replace(TINY.vqgan, codebook_dim=8))},
+    ],
+)
+def test_an_unfinished_part_of_another_recipe_is_not_gone_on_with(tmp_path: Path, other: dict[str, object]) -> None:
+    Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).load_or_train("vqgan")
+    (tmp_path / "vqgan" / "record.json").unlink()
+    kept = (tmp_path / "vqgan" / "last.ckpt").read_bytes()
+    with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
+        Recipe(replace(RECIPE, **other), tmp_path).load_or_train("vqgan")
+    assert (tmp_path / "vqgan" / "last.ckpt").read_bytes() == kept
+
+
+def test_what_was_drawn_by_another_transformer_is_not_ranked(trained: Recipe, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
+    (work / "ranker" / "record.json").unlink()
+    told = json.loads((work / "ranker" / "told.json").read_text())
+    (work / "ranker" / "told.json").write_text(json.dumps(told | {"gpt": "another"}))
+    with pytest.raises(ValueError, match="ranker was trained by another recipe; remove it"):
+        Recipe(RECIPE, work).load_or_train("ranker")
+
+
+def test_the_work_folder_of_a_version_without_marks_is_known(trained: Recipe) -> None:
+    assert not (trained.work / MARK).exists()
+    check_claimable(trained.work, "train-shapes", has_parts)
+
+
+def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
+    (work / "vqgan" / "record.json").unlink()
+    with folder_lock(work / "vqgan", ""), pytest.raises(ValueError, match="vqgan is in use by another training; wait"):
+        Recipe(RECIPE, work).load_or_train("vqgan")
+    assert not (work / "vqgan" / "record.json").is_file()
+
+
+def test_a_part_killed_after_its_last_step_still_tells_what_it_measured(trained: Recipe, tmp_path: Path) -> None:
+    again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
+    record = again.work / "vqgan" / "record.json"
+    before = json.loads(record.read_text())
+    record.unlink()
+    again.load_or_train("vqgan")
+    assert json.loads(record.read_text()) == before
+    assert before["val_psnr"] > 0
+
+
+def test_the_bundled_recipe_selects_informative_places_and_starts_from_the_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_config(ROOT / "clip_gen" / "configs" / "shapes.yaml", ShapesConfig)
+    whole.model.check()
+    short = replace(whole.gpt_fit, steps=2, batch_size=16, compile=False)
+    recipe = Recipe(replace(whole, gpt_fit=short, encoded_pictures=64), tmp_path)
+    (tmp_path / "encoded").mkdir()
+    for name, unseen in (("clip", np.zeros((4, 128), np.float16)), ("vqgan", np.zeros((4, 256), np.uint16))):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "checkpoints" / "shapes" / f"{name}.safetensors", tmp_path / name)
+        (tmp_path / name / "record.json").write_text(json.dumps({"told": recipe.settings(name)}))
+        recipe.load_or_train(name)
+        mark = fingerprint(tmp_path / name / f"{name}.safetensors")
+        np.save(tmp_path / "encoded" / f"{name}-{mark}-unseen-1024.npy", unseen)
+
+    batches, step = [], GPTTrainer.training_step
+
+    def watched(self: GPTTrainer, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        batches.append(batch)
+        return step(self, batch)
+
+    monkeypatch.setattr(GPTTrainer, "training_step", watched)
+    recipe.load_or_train("gpt")
+    for conditions, tokens, _, _, near_misses, places, chances in batches:
+        assert places.shape == chances.shape
+        assert tokens.shape[1] / 8 < places.shape[1] < tokens.shape[1] / 2
+        assert 0 < (near_misses != conditions).any(dim=1).sum() < len(conditions)
+    codes = F.normalize(recipe.networks.vqgan.quantizer.lookup(torch.arange(1024)[None])[0].float(), dim=1)
+    tokens = F.normalize(recipe.networks.gpt.token_embedding.weight.float(), dim=1)
+    alike = torch.corrcoef(torch.stack([(codes @ codes.T).flatten(), (tokens @ tokens.T).flatten()]))[0, 1]
+    assert alike > 0.9
+
+
+def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Recipe) -> None:
+    fresh = Recipe(RECIPE, Path("unused")).networks
+    for part in ("vqgan", "gpt", "clip"):
+        before = dict(getattr(fresh, part).named_parameters())
+        moved = [
+            not torch.allclose(before[name], parameter, atol=1e-3)
+            for name, parameter in getattr(trained.networks, part).named_parameters()
+        ]
+        assert sum(moved) > len(moved) / 2, part
+
+
+def test_the_batch_norms_of_clip_learn_what_pictures_look_like(trained: Recipe) -> None:
+    norm = trained.networks.clip.clip.visual.bn1
+    assert norm.num_batches_tracked == 6 + 6  # and again as a ranker
+    assert norm.running_mean.abs().sum() > 0
+
+
+def test_words_never_met_say_nothing(trained: Recipe) -> None:
+    clip = trained.networks.clip
+    table = clip.clip.token_embedding.weight
+    known, unknown = (clip.tokenize([word])[0, 1] for word in ("shape", "zebra"))
+    assert table[unknown].abs().sum() == 0
+    assert table[known].abs().sum() > 0
+
+
+def test_other_true_captions_are_not_held_against_a_picture() -> None:
+    stated = torch.tensor([[0, -1, 1, 2, -1, -1, -2, -2, -2], [0, -1, 1, 2, 3, -1, -2, -2, -2]])
+    shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [0, -1, 1, 2, 3, 1, -2, -2, -2]])
+    # Caption 0 leaves the colour unsaid, so it is true of both pictures; only caption 1 may tell them apart.
+    logits = torch.tensor([[0.0, 9.0], [0.0, 9.0]], requires_grad=True)
+    contrastive_loss(logits, stated, shown).backward()
+    assert logits.grad[0, 1] == 0
+    assert logits.grad[1, 0] > 0
+
+
+def test_no_caption_is_pulled_towards_a_spoilt_picture() -> None:
+    stated = shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [1, -1, 1, 2, 3, 1, -2, -2, -2]])
+    logits = torch.zeros(2, 3, requires_grad=True)
+    contrastive_loss(logits, stated, shown).backward()
+    assert (logits.grad[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize("naming_only", [0.0, 1.0])
+def test_the_small_clip_learns(naming_only: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.worlds.shapes.clip_trainer.NAMING_ONLY", naming_only)
+    torch.manual_seed(0)
+    encoder = ClipEncoder(TINY.clip)
+    trainer = ClipTrainer(encoder, FitConfig(steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0))
+    trainer.log_dict = lambda *_, **__: None
+    pairs = CaptionedPairs(8, 0, 32)
+    batch = Collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])
+    batch = (batch[0], batch[1][:, :16], *batch[2:])
+    optimizer = trainer.configure_optimizers()["optimizer"]
+    losses = []
+    for _ in range(40):
+        loss = trainer.training_step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_naming_asks_only_what_was_said() -> None:
+    torch.manual_seed(0)
+    naming = Naming(8)
+    circle = torch.tensor([[0, UNSAID, 1, 0, UNSAID, 1, ABSENT, ABSENT, ABSENT]])
+    naming(torch.randn(1, 8), circle).backward()
+    asked = [gradient.any().item() for gradient in naming.read[-1].bias.grad.split(CHOICES)]
+    assert asked == [True, True, True, False, True, False, False, False]
+    nothing = torch.full((1, 9), UNSAID)
+    nothing[:, 2] = 2
+    both = torch.cat([circle, nothing])
+    embeddings = torch.randn(2, 8)
+    assert torch.allclose(naming(embeddings, both), naming(embeddings[:1], circle))
