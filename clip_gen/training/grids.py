@@ -1,4 +1,4 @@
-"""Pictures of how far a stage has come: a PNG for each tenth of it, in the stage's folder under grids/."""
+"""Sample images during training: a PNG for each tenth of a stage, in the stage's folder under grids/."""
 
 from __future__ import annotations
 
@@ -26,32 +26,31 @@ from clip_gen.weights.model_folder import Networks
 
 log = logging.getLogger(__name__)
 
-SHOWN = 8  # pictures in a row
-GAP = 2
-LEAST_SIDE = 96  # small pictures are enlarged to about this
+COLUMNS = 8
+GAP = 2  # pixels between images
+MIN_SIDE = 96  # pixels; smaller images are enlarged to about this
 
 
 class Grids(Callback, ABC):
-    """Draws `rows` at each tenth of the steps or of the time, and at the end, on the first process.
+    """Draws `rows` on the first process, at each tenth of the steps or of the time limit and at the end.
 
-    Where that takes long they are fewer, so that besides the first and the last they take a twentieth of the time.
+    If drawing is slow some are left out: apart from the first and the last they take at most a twentieth of the time.
     """
 
-    legend = ""  # what the rows are, from above; for the report
+    legend = ""  # describes the rows in the report
 
     def __init__(self, folder: Path):
         self.folder = folder / "grids"
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.tenths, self.took, self.drawn = self._tenths(trainer, module), 0.0, time.monotonic()
+        self.tenths, self.seconds, self.drawn_at = self._tenths(trainer, module), 0.0, time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         tenths = self._tenths(trainer, module)
-        if self.tenths < tenths < 10 and trainer.global_step:
-            rested = time.monotonic() - self.drawn >= 19 * self.took
-            if rested:
-                self.tenths = tenths
-                self._draw(trainer, module)
+        has_rested = time.monotonic() - self.drawn_at >= 19 * self.seconds
+        if self.tenths < tenths < 10 and trainer.global_step and has_rested:
+            self.tenths = tenths
+            self._draw(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._draw(trainer, module)
@@ -65,14 +64,14 @@ class Grids(Callback, ABC):
             return
         try:
             self._draw_here(trainer, module)
-        except torch.OutOfMemoryError:  # which would stop this process alone
-            log.warning("there was no memory for the pictures of step %d", trainer.global_step)
+        except torch.OutOfMemoryError:  # it would end this process, but not the others
+            log.warning("not enough memory for the sample images of step %d", trainer.global_step)
 
     def _draw_here(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         began, training = time.monotonic(), module.training
         module.eval()
         try:
-            # To compile for these few would take longer than to draw them.
+            # Compiling for these few would take longer than drawing them.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 rows = self.rows(module)
         finally:
@@ -80,16 +79,16 @@ class Grids(Callback, ABC):
         self.folder.mkdir(exist_ok=True)
         with atomic_file(self.folder / f"{trainer.global_step:07d}.png", durable=False) as temporary:
             save_grid(rows, temporary, self.legend)
-        self.drawn = time.monotonic()
-        self.took = self.drawn - began
+        self.drawn_at = time.monotonic()
+        self.seconds = self.drawn_at - began
 
     @abstractmethod
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
-        """Equal pictures, row by row, of what the stage's network makes now."""
+        """Rows of images of one size, made by the network as trained so far."""
 
 
 class ReconstructionGrids(Grids):
-    """Pictures the VQGAN does not learn from, above what it makes of them."""
+    """Held-back pictures, above their reconstructions."""
 
     legend = "Pictures that were held back, above what the VQGAN makes of them."
 
@@ -98,13 +97,13 @@ class ReconstructionGrids(Grids):
         self.pictures = held_back
 
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
-        pixels = np.stack([self.pictures[i] for i in range(min(SHOWN, len(self.pictures)))])
+        pixels = np.stack([self.pictures[i] for i in range(min(COLUMNS, len(self.pictures)))])
         images = from_bytes(torch.from_numpy(pixels)).to(module.device)
         return [to_pil(images), to_pil(module.vqgan.decode(module.vqgan.encode(images)))]
 
 
 class SampleGrids(Grids):
-    """The same pictures as their tokens have them, above what is drawn from their embeddings; a row for each prompt."""
+    """Held-back pictures decoded from their tokens, images sampled from their embeddings, and a row for each prompt."""
 
     def __init__(self, networks: Networks, held_back: EncodedPictures, prompts: Sequence[str], folder: Path, seed: int):
         super().__init__(folder)
@@ -113,21 +112,21 @@ class SampleGrids(Grids):
         self.legend = f"From above: {'; '.join([*rows, *(f'“{prompt}”' for prompt in prompts)])}."
 
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
-        count = min(SHOWN, len(self.pictures))
+        count = min(COLUMNS, len(self.pictures))
         _, tokens, _, embeddings, _ = zip(*(self.pictures[i] for i in range(count)), strict=True)
         vqgan = self.networks.vqgan
         rows = [to_pil(vqgan.decode(torch.stack(tokens).to(module.device)))]
         try:
-            rows.append(self._drawn(module, torch.stack(embeddings)))
+            rows.append(self._sample(module, torch.stack(embeddings)))
             if self.prompts:
                 bridge: Bridge = self.networks.bridge.to(module.device)
                 texts = bridge(self.networks.clip.encode_text(list(self.prompts)))
-                rows += [self._drawn(module, text.expand(SHOWN, -1)) for text in texts]
+                rows += [self._sample(module, text.expand(COLUMNS, -1)) for text in texts]
         finally:
-            forget(module.gpt)  # what was recorded would hold memory until the next time
+            forget(module.gpt)  # recorded CUDA graphs would keep their memory
         return rows
 
-    def _drawn(self, module: pl.LightningModule, embeddings: Tensor) -> list[Image.Image]:
+    def _sample(self, module: pl.LightningModule, embeddings: Tensor) -> list[Image.Image]:
         gpt = module.gpt
         uniforms = candidate_uniforms(self.seed, range(len(embeddings)), gpt.config.block_size)
         tokens = sample_tokens(gpt, embeddings.to(module.device), uniforms, Sampling())
@@ -135,15 +134,15 @@ class SampleGrids(Grids):
 
 
 def save_grid(rows: list[list[Image.Image]], path: str | Path, legend: str) -> None:
-    """As a PNG that carries its legend: prompts may differ from one start of a training to the next."""
+    """Saves a PNG with its legend inside: a resumed training may have other prompts."""
     info = PngInfo()
     info.add_itxt("legend", legend)
     grid(rows).save(path, "png", pnginfo=info)
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Rows of equal pictures on white, small ones enlarged by a whole number."""
-    side = rows[0][0].width * max(1, round(LEAST_SIDE / rows[0][0].width))
+    """Rows of images of one size on white, small ones enlarged by a whole factor."""
+    side = rows[0][0].width * max(1, round(MIN_SIDE / rows[0][0].width))
     width, height = (max(map(len, rows)) * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP)
     sheet = Image.new("RGB", (width, height), (255, 255, 255))
     for y, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Which network tells stage 1 how alike two pictures look: LPIPS where its weights are, else the frozen CLIP."""
+"""Chooses the perceptual loss of stage 1: LPIPS if its weights have been downloaded, else features of CLIP."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from clip_gen.weights.model_folder import load_part
 log = logging.getLogger(__name__)
 
 PULL = "python -m clip_gen pull lpips"
-LEAST_SIDE = 16  # pixels that LPIPS can look at
+MIN_SIDE = 16  # pixels, for LPIPS
 
 
-def chosen_lpips(folder: Path, resolution: int) -> nn.Module | None:
-    """LPIPS, or None where CLIP takes its place; says which, and how to get LPIPS.
+def choose_lpips(folder: Path, resolution: int) -> nn.Module | None:
+    """LPIPS, or None for CLIP's features; logs the choice, and how to get LPIPS.
 
-    folder: the stage's, which notes it down: a training that was cut off goes on with what it began with, and every
-    process does as the first. ValueError when it began with LPIPS and that is gone, or damaged.
+    The first process writes the choice to the stage's folder, for the other processes and for resumed trainings.
+    ValueError if it was LPIPS and its weights are now missing or damaged.
     """
-    file, note = lpips_weights(), folder / "perceptual_loss"
-    if not note.is_file() and not rank_zero_only.rank:
+    weights, choice = lpips_weights(), folder / "perceptual_loss"
+    if not choice.is_file() and not rank_zero_only.rank:
         folder.mkdir(parents=True, exist_ok=True)
-        begun = (folder / "last.ckpt").is_file()  # without a note: before there was LPIPS
-        fits = file.is_file() and resolution >= LEAST_SIDE and not begun
+        began_without = (folder / "last.ckpt").is_file()  # by an earlier version, which had no LPIPS
+        fits = weights.is_file() and resolution >= MIN_SIDE and not began_without
         if fits:
-            _loaded(file)  # or there is nothing to go on with
-        write_text_atomic(note, "LPIPS" if fits else "CLIP")
-    wait_for(note)
-    if note.read_text() == "LPIPS":
-        return _loaded(file)
-    log.info("perceptual loss: features of CLIP, for %s", _why_not(file, resolution))
+            _load(weights)  # an error here must come before the choice is written
+        write_text_atomic(choice, "LPIPS" if fits else "CLIP")
+    wait_for(choice)
+    if choice.read_text() == "LPIPS":
+        return _load(weights)
+    log.info("perceptual loss: features of CLIP, for %s", _reason(weights, resolution))
     return None
 
 
-def _why_not(file: Path, resolution: int) -> str:
-    if not file.is_file():
-        return f"{file} is not there; {PULL} gets LPIPS, for trainings that begin after it"
-    if resolution < LEAST_SIDE:
-        return f"LPIPS takes pictures of {LEAST_SIDE} pixels and more"
+def _reason(weights: Path, resolution: int) -> str:
+    if not weights.is_file():
+        return f"{weights} is not there; {PULL} gets LPIPS, for trainings that begin after it"
+    if resolution < MIN_SIDE:
+        return f"LPIPS takes pictures of {MIN_SIDE} pixels and more"
     return "this training began with them; one in another folder would take LPIPS"
 
 
-def _loaded(file: Path) -> nn.Module:
-    if not file.is_file():
-        raise ValueError(f"{file}: missing, and this training began with LPIPS; get it again by {PULL}")
+def _load(weights: Path) -> nn.Module:
+    if not weights.is_file():
+        raise ValueError(f"{weights}: missing, and this training began with LPIPS; get it again by {PULL}")
     with SkipInit():
         lpips = FrozenLPIPS()
     try:
-        load_part(lpips, file)
+        load_part(lpips, weights)
     except ValueError as error:
-        raise ValueError(f"{file}: is not LPIPS as pull leaves it ({error}); get it again by {PULL}") from error
-    log.info("perceptual loss: LPIPS, of %s", file)
+        raise ValueError(f"{weights}: is not LPIPS as pull leaves it ({error}); get it again by {PULL}") from error
+    log.info("perceptual loss: LPIPS, of %s", weights)
     return lpips

@@ -1,4 +1,4 @@
-"""What a training is told, and what follows from that and from how many pictures there are."""
+"""The settings of a training, and the plan made from them and the number of pictures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ STAGES = ("both", "vqgan", "transformer")
 TOKENS = ("auto", "keep", "learn")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
-# From a laptop's to the published model's. `local` tokens are learnt soonest; they leave detail to the decoder. In an
-# hour on two cores a small transformer learns more than a large one, for it gets to see many times as many pictures.
+# `local` tokens are learnt fastest; they leave detail to the decoder. In an hour on two cores a small transformer
+# learns more than a large one, because it sees many times as many pictures.
 MODEL_SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
     "laptop": (
         VQGANConfig(
@@ -39,20 +39,20 @@ MODEL_SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
     "medium": (VQGANConfig(), GPTConfig(n_layer=12, n_head=12, n_embd=768, rotary=True)),
     "published": (VQGANConfig(), GPTConfig(n_layer=24, n_head=16, n_embd=1024, rotary=True)),
 }
-TRAINED = "trained"  # the name of any model that was
-# Up to so many pictures, so many codes.
+TRAINED = "trained"  # the name of every trained model
+# Maximum number of pictures, and the codebook size for it.
 CODES_PER_PICTURES = ((200, 256), (2_000, 512), (50_000, 1024), (500_000, 4096))
 MIN_RESOLUTION = 16  # smaller pictures are too small for the discriminator
-LEAST_CODES, MOST_CODES = 16, 16384
+MIN_CODES, MAX_CODES = 16, 16384
 
-# A VQGAN's by its levels, for deep ones take less. A transformer's for a width of 256, and wider ones take less in the
-# measure that they are, arXiv 2203.03466: AdamW's for all but its blocks' matrices, Muon's for those.
+# Learning rates. A VQGAN's depend on its number of levels. A transformer's are for a width of GPT_WIDTH and shrink in
+# proportion to a greater one, arXiv 2203.03466. Its blocks' matrices have Muon's rates, the rest AdamW's.
 VQGAN_RATES = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 1e-3, 5: 3e-4}
 GPT_RATES, GPT_WIDTH = {"scratch": 4.5e-3, "base": 0.9e-3}, 256
 MUON_RATES = {"scratch": 6e-3, "base": 3.6e-3}
-KNOWN = 0.6  # of a VQGAN's rate, for what it knows already is not to be swept away
+FINE_TUNING_FACTOR = 0.6  # on a VQGAN's rate, so fine-tuning does not destroy what it has learnt
 
-# Enough passes for few pictures, enough steps for many; (least, passes, most).
+# (minimum steps, passes over the pictures, maximum steps)
 VQGAN_STEPS = {"scratch": (4_000, 100, 60_000), "base": (1_500, 30, 20_000)}
 GPT_STEPS = {"scratch": (5_000, 150, 100_000), "base": (2_000, 50, 40_000)}
 
@@ -138,9 +138,9 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
-        if self.codebook_size > 0 and not LEAST_CODES <= self.codebook_size <= MOST_CODES:
+        if self.codebook_size > 0 and not MIN_CODES <= self.codebook_size <= MAX_CODES:
             raise ValueError(
-                f"codebook_size is {self.codebook_size}; give {LEAST_CODES} to {MOST_CODES}, or 0 for a size "
+                f"codebook_size is {self.codebook_size}; give {MIN_CODES} to {MAX_CODES}, or 0 for a size "
                 "that suits the number of pictures"
             )
         for spec in fields(self):
@@ -173,7 +173,7 @@ def check_limits(name: str, value: object, limits: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided."""
+    """The model to train and how each stage trains it."""
 
     model: ModelConfig
     vqgan: FitConfig
@@ -183,77 +183,83 @@ class Plan:
 
 
 def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False) -> Plan:
-    """ValueError where the sizes asked for do not go together."""
-    start = "base" if settings.size == "base" else "scratch"
-    model = replace(base, name=TRAINED) if start == "base" else _model(settings, base, pictures)
+    """The plan for so many pictures; ValueError if the sizes in the settings do not fit together."""
+    model = replace(base, name=TRAINED) if settings.size == "base" else _new_model(settings, base, pictures)
     model = replace(model, bridge=replace(model.bridge, mean_shift=settings.mean_shift))
     model.check()
-    # More and smaller steps learn more from as many pictures, a VQGAN above all; a GPU takes many as fast as few.
+    # Small batches learn more from the same number of pictures, above all a VQGAN; a GPU is as fast with large ones.
     batch = 32 if on_gpu and model.vqgan.resolution <= 128 and pictures >= 1000 else 16
-    vqgan_batch = settings.batch_size or (batch if on_gpu else batch // 2)
-    batch = settings.batch_size or batch
-    vqgan_rate = (KNOWN if start == "base" else 1.0) * VQGAN_RATES.get(len(model.vqgan.ch_mult), 3e-4)
-    vqgan_rate = settings.vqgan_learning_rate or vqgan_rate
-    gpt_rate = GPT_RATES[start] * min(1.0, GPT_WIDTH / model.gpt.n_embd)
-    gpt_rate = settings.transformer_learning_rate or gpt_rate
+    vqgan = _vqgan_fit(settings, model, pictures, settings.batch_size or (batch if on_gpu else batch // 2))
+    transformer = _transformer_fit(settings, model, pictures, settings.batch_size or batch)
+    loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight)
+    return Plan(model, vqgan, loss, transformer, _views(settings, pictures))
 
-    def steps(asked: int, usual: tuple[int, int, int], batch: int) -> int:
-        least, passes, most = usual
-        return asked or min(most, max(least, passes * pictures // batch))
 
-    vqgan = FitConfig(
-        steps=steps(settings.vqgan_steps, VQGAN_STEPS[start], vqgan_batch),
-        batch_size=vqgan_batch,
-        learning_rate=vqgan_rate,
-        # For the convolutions of flat ones, which it was measured with; deep ones have AdamW alone.
-        muon_rate=vqgan_rate if len(model.vqgan.ch_mult) == 1 else 0.0,
+def _vqgan_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int) -> FitConfig:
+    levels = len(model.vqgan.ch_mult)
+    start, factor = ("base", FINE_TUNING_FACTOR) if settings.size == "base" else ("scratch", 1.0)
+    rate = settings.vqgan_learning_rate or factor * VQGAN_RATES.get(levels, 3e-4)
+    config = FitConfig(
+        steps=settings.vqgan_steps or _usual_steps(VQGAN_STEPS[start], pictures, batch_size),
+        batch_size=batch_size,
+        learning_rate=rate,
+        muon_rate=rate if levels == 1 else 0.0,  # Muon was measured on VQGANs with one level only
         weight_decay=0.0,
         ema_decay=0.995,
         precision=settings.precision,
     )
-    transformer = FitConfig(
-        steps=steps(settings.transformer_steps, GPT_STEPS[start], batch),
-        batch_size=batch,
-        learning_rate=gpt_rate,
-        muon_rate=MUON_RATES[start] / GPT_RATES[start] * gpt_rate,
+    return _scheduled(config, settings.max_minutes)
+
+
+def _transformer_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int) -> FitConfig:
+    start = "base" if settings.size == "base" else "scratch"
+    rate = settings.transformer_learning_rate or GPT_RATES[start] * min(1.0, GPT_WIDTH / model.gpt.n_embd)
+    config = FitConfig(
+        steps=settings.transformer_steps or _usual_steps(GPT_STEPS[start], pictures, batch_size),
+        batch_size=batch_size,
+        learning_rate=rate,
+        muon_rate=MUON_RATES[start] / GPT_RATES[start] * rate,
         weight_decay=0.05,
         ema_decay=0.995,
         patience=4,
         precision=settings.precision,
     )
-    loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight)
-    minutes = settings.max_minutes
-    return Plan(model, _in_step(vqgan, minutes), loss, _in_step(transformer, minutes), _views(settings, pictures))
+    return _scheduled(config, settings.max_minutes)
+
+
+def _usual_steps(limits: tuple[int, int, int], pictures: int, batch_size: int) -> int:
+    least, passes, most = limits
+    return min(most, max(least, passes * pictures // batch_size))
+
+
+def _scheduled(config: FitConfig, minutes: float) -> FitConfig:
+    """With warm-up in the first twentieth, about forty validations, and compilation if the stage is long enough."""
+    is_long = config.steps >= 1000 and (minutes == 0 or minutes >= 20)
+    return replace(
+        config,
+        warmup=min(50, config.steps // 20 + 1),
+        validate_every=max(1, config.steps // 40),
+        compile=is_long and shutil.which("g++") is not None,
+    )
 
 
 def _views(settings: TrainSettings, pictures: int) -> int:
-    """Some 40,000 views are learnt from without learning them by heart, and 400,000 fit any disk."""
+    """About 40,000 views in all are enough against overfitting, and 400,000 fit on any disk."""
     if not (settings.crop or settings.shift):
         return 2 if settings.flip else 1
     return max(1, min(32, max(8, 40_000 // pictures), 400_000 // pictures))
 
 
-def _in_step(config: FitConfig, minutes: float) -> FitConfig:
-    """Warmed up in a twentieth, looked at forty times, and compiled where that pays."""
-    long = config.steps >= 1000 and (minutes == 0 or minutes >= 20)
-    return replace(
-        config,
-        warmup=min(50, config.steps // 20 + 1),
-        validate_every=max(1, config.steps // 40),
-        compile=long and shutil.which("g++") is not None,
-    )
-
-
-def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelConfig:
-    """New networks of a size, for the base's CLIP."""
+def _new_model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelConfig:
+    """New networks of a size from MODEL_SIZES, for the base's CLIP."""
     vqgan, gpt = MODEL_SIZES[settings.size]
-    codes = next((codes for up_to, codes in CODES_PER_PICTURES if pictures <= up_to), MOST_CODES)
+    codes = next((codes for limit, codes in CODES_PER_PICTURES if pictures <= limit), MAX_CODES)
     codes = settings.codebook_size or codes
     vqgan = replace(vqgan, resolution=settings.resolution or vqgan.resolution, codebook_size=codes)
-    fold = vqgan.patch * 2 ** (len(vqgan.ch_mult) - 1)
-    if vqgan.resolution % fold or vqgan.resolution < MIN_RESOLUTION:
+    factor = vqgan.patch * 2 ** (len(vqgan.ch_mult) - 1)
+    if vqgan.resolution % factor or vqgan.resolution < MIN_RESOLUTION:
         raise ValueError(
-            f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {fold} from {MIN_RESOLUTION} on"
+            f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {factor} from {MIN_RESOLUTION} on"
         )
     if vqgan.attn_resolutions:
         vqgan = replace(vqgan, attn_resolutions=(vqgan.grid,))
@@ -261,6 +267,15 @@ def _model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelCo
     return replace(base, name=TRAINED, vqgan=vqgan, gpt=gpt)
 
 
+def remedy(settings: TrainSettings, plan: Plan) -> str:
+    """What helps a training besides more minutes, as the end of a sentence; empty if nothing does."""
+    if settings.size == "laptop":
+        return ", or a smaller resolution"
+    if settings.size != "base":
+        return ", or a smaller size"
+    return ", or size laptop" if plan.model.vqgan.resolution > MODEL_SIZES["laptop"][0].resolution else ""
+
+
 def prompts_of(sample_prompts: str) -> list[str]:
-    """The setting's prompts, which stand with | between them."""
+    """The prompts in the setting of this name, which are separated by |."""
     return [prompt.strip() for prompt in sample_prompts.split("|") if prompt.strip()]

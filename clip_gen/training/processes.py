@@ -1,4 +1,4 @@
-"""How the processes of a training that share a folder wait for one another: the first writes, the others read."""
+"""How the processes of a training wait for files in its folder, which the first process writes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ PARENT = os.getppid()  # 1 where that is a container's first process
 
 
 def announce(path: Path) -> IO[str]:
-    """Tells the others that what the first process prepares at its start is done, as long as the returned file is open.
+    """Tells the other processes that this one has prepared the folder, for as long as the returned file is open.
 
-    The kernel closes it when this process ends, however it does, so that a file from an earlier start tells nothing.
+    They look for its lock, which ends with this process in any case, so a file of an earlier start means nothing.
     """
-    unseen = path.with_name(f"{PARTIAL}{path.name}")
-    file = unseen.open("w")
+    temporary = path.with_name(f"{PARTIAL}{path.name}")
+    file = temporary.open("w")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.replace(unseen, path)
+    os.replace(temporary, path)
     return file
 
 
 def wait_for_announcement(path: Path) -> None:
-    """Returns once the first process of this training has announced itself by that file; OSError as wait_for."""
+    """Waits until the first process of this training has called `announce`; OSError like wait_for."""
     _wait(path, lambda: _is_locked(path))
 
 
 def wait_for(path: Path) -> None:
-    """Returns once the file exists, which the first process of a training writes for all of them.
+    """Waits until the file exists, which the first process of a training writes for all.
 
-    OSError when the process that started this one has ended: the first process itself, or torchrun.
+    OSError if the parent process has ended, which is the first process itself or torchrun.
     """
     _wait(path, path.is_file)
 

@@ -1,4 +1,4 @@
-"""report.html: one page with everything in it about a training: curves, pictures, what was skipped, every setting."""
+"""report.html: one page about a training with its curves, sample images, skipped files and settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from clip_gen.training.callbacks import read_history
 STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
 CURVES = {
     "vqgan": (
-        ("loss",),  # which rises where the discriminator comes in
-        ("fooled", "told_apart"),  # the generator's loss for that, and the discriminator's
+        ("loss",),  # rises when the discriminator starts
+        ("fooled", "told_apart"),  # the generator's adversarial loss, and the discriminator's loss
         ("l1",),
         ("perceptual",),
         ("val_psnr",),
@@ -25,7 +25,7 @@ CURVES = {
     ),
     "gpt": (("loss", "val_loss"), ("embedding",), ("contrast",)),
 }
-COLOURS = ("#2563eb", "#dc2626")  # of the curves in one chart: what is learnt from, what was held back
+COLOURS = ("#2563eb", "#dc2626")  # of the curves in one chart: training, validation
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
 MOST_GRIDS = 10
 STYLE = """
@@ -37,7 +37,7 @@ img { max-width: 100%; image-rendering: pixelated } svg text { font-size: 11px; 
 
 
 def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
-    """Writes the page for the training whose stages lie in `work`; record: as in training.json."""
+    """Writes the page of a training. work: the folder of its stages' folders. record: as in training.json."""
     pictures = record["pictures"]
     body = [
         f"<h1>A training on {pictures['used']} pictures</h1>",
@@ -82,14 +82,14 @@ def _curves(folder: Path, name: str) -> list[str]:
         lines = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in group}
         lines = {key: points for key, points in lines.items() if len(points) > 1}
         if lines:
-            colours = dict(zip(lines, COLOURS, strict=False))  # there may be fewer lines than colours
+            colours = dict(zip(lines, COLOURS, strict=False))  # a chart may have one line
             words = ", ".join(f'<span style="color:{colours[key]}">{key}</span>' for key in lines)
             figures.append(f"<figure>{_chart(lines, colours)}<figcaption>{words}</figcaption></figure>")
     return figures
 
 
 def _chart(lines: dict[str, list[tuple[int, float]]], colours: dict[str, str]) -> str:
-    """Step across, value up, as SVG."""
+    """The values over the steps, as SVG."""
     every = [point for points in lines.values() for point in points]
     last, low, high = max(x for x, _ in every), min(y for _, y in every), max(y for _, y in every)
     span = high - low or 1.0
@@ -110,7 +110,7 @@ def _chart(lines: dict[str, list[tuple[int, float]]], colours: dict[str, str]) -
 
 
 def _grids(folder: Path) -> list[str]:
-    """The last grids, with their legend above the first of those that share one."""
+    """The last grids; consecutive grids with the same legend share one above them."""
     figures, before = [], ""
     for path in sorted(folder.glob("*.png"))[-MOST_GRIDS:]:
         with Image.open(path) as grid:

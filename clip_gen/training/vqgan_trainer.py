@@ -1,4 +1,4 @@
-"""Stage 1: the VQGAN learns to write pictures as tokens and to read them back."""
+"""Stage 1: trains the VQGAN to encode images as tokens and to decode them."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 
 @dataclass(frozen=True)
 class VQGANLoss:
-    """How much each part of the loss counts; pixels count 1."""
+    """The weights of the parts of the loss; the pixels' weight is 1."""
 
     perceptual: float = 0.0
-    adversarial: float = 0.0  # on top of the adaptive weight
-    adversarial_from: float = 0.5  # the share of the stage, by steps or by time, at which the discriminator comes in
+    adversarial: float = 0.0  # times the adaptive weight
+    adversarial_from: float = 0.5  # the fraction of the stage after which the discriminator is used
 
 
 class VQGANTrainer(Stage):
-    """Batches are pictures, (B, S, S, 3) uint8. What looks alike is LPIPS's to say where it is given, else CLIP's.
+    """Trains on batches of pictures, (B, S, S, 3) uint8. The perceptual loss is LPIPS if given, else CLIP's features.
 
-    discriminator: one to go on with; else a new one.
-    decoder_alone: the encoder and the codes stay as they are, and with them every picture's tokens.
+    discriminator: a trained one; else a new one.
+    decoder_only: the encoder and the codebook are frozen, so every picture keeps its tokens.
     """
 
     def __init__(
@@ -50,24 +50,24 @@ class VQGANTrainer(Stage):
         lpips: nn.Module | None = None,
         *,
         discriminator: nn.Module | None = None,
-        decoder_alone: bool = False,
+        decoder_only: bool = False,
     ):
         super().__init__(config)
-        self.decoder_alone = decoder_alone
-        if decoder_alone:
+        self.decoder_only = decoder_only
+        if decoder_only:
             vqgan.requires_grad_(False)
             for part in (vqgan.decoder, vqgan.post_quant_conv):
                 part.requires_grad_(True)
             vqgan.quantizer.eval()
-        # Channels last is how convolutions are fastest.
+        # Convolutions are fastest with channels last.
         self.vqgan, self.weights = vqgan.to(memory_format=torch.channels_last), loss
-        # On a GPU torch 2.11 compiles a backward pass that stops at the memory order of its own weight gradients.
+        # On a GPU the backward pass that torch 2.11 compiles fails at the memory format of its own weight gradients.
         if config.compile and not torch.cuda.is_available():
-            compiled(vqgan.encoder, dynamic=vqgan.config.local)  # how many squares differ is another number each time
+            compiled(vqgan.encoder, dynamic=vqgan.config.local)  # the number of distinct patches varies
             compiled(vqgan.decoder)
-        # Behind functions, so as not to be trained, averaged or saved.
+        # In functions, so they are not trained, averaged or saved.
         self.clip, self.lpips = lambda: clip, lambda: lpips
-        # One layer fewer where pictures are too small for three.
+        # Small pictures are too small for three layers.
         layers = 3 if vqgan.config.resolution >= 32 else 2
         self.discriminator = (discriminator or build_discriminator(layers=layers)) if loss.adversarial else None
 
@@ -81,15 +81,15 @@ class VQGANTrainer(Stage):
 
     def train(self, mode: bool = True) -> VQGANTrainer:
         super().train(mode)
-        if self.decoder_alone:
-            self.vqgan.quantizer.eval()  # in training its codes follow what they stand for
+        if self.decoder_only:
+            self.vqgan.quantizer.eval()  # in training mode it would update its codes
         return self
 
     def training_step(self, batch: Tensor) -> Tensor:
         images = from_bytes(batch)
         out = self.vqgan(images)
         difference = out.images.float() - images
-        # The absolute error keeps edges sharp, the square keeps any one pixel from being far off.
+        # The absolute error keeps edges sharp; the squared error avoids large errors of single pixels.
         reconstruction = difference.abs().mean() + difference.square().mean()
         values = {"l1": difference.abs().mean(), **self._codebook_use(out.tokens)}
         if self.weights.perceptual:
@@ -107,9 +107,9 @@ class VQGANTrainer(Stage):
         return perceptual_distance(self.clip(), fakes, images)
 
     def _adversarial(self, images: Tensor, fakes: Tensor, reconstruction: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """The generator's and the discriminator's losses as one sum, each kept from the other's weights."""
-        if max(self.global_step / self.config.steps, self.time_spent) < self.weights.adversarial_from:
-            # Processes that share the work want a gradient, if of nothing, for every parameter.
+        """The sum of the generator's and the discriminator's losses; each trains its own network only."""
+        if self.fraction_done < self.weights.adversarial_from:
+            # DDP needs a gradient for every parameter, even zero.
             return 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         self.discriminator.requires_grad_(False)
         fooled = -self.discriminator(fakes).mean()
@@ -120,7 +120,7 @@ class VQGANTrainer(Stage):
         return self.weights.adversarial * weight * fooled + told_apart
 
     def _codebook_use(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The share of codes in this batch, and how many evenly used ones would be as hard to guess."""
+        """The share of codes in this batch, and the perplexity of their distribution."""
         counts = torch.bincount(tokens.flatten(), minlength=self.vqgan.config.codebook_size).float()
         shares = counts / counts.sum()
         perplexity = torch.special.entr(shares).sum().exp()
@@ -140,7 +140,7 @@ class VQGANTrainer(Stage):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None
     ) -> None:
-        """Each network's for itself: the discriminator's gradient is far the greater."""
+        """Clips each network separately: the discriminator's gradient is much larger."""
         for network in (self.vqgan, self.discriminator):
             if network is not None:
                 nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_val)

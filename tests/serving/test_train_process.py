@@ -23,7 +23,7 @@ from clip_gen.serving.inputs import checked
 from clip_gen.serving.openapi import write_schema
 from clip_gen.serving.request_weights import REFUSALS
 from clip_gen.serving.train_process import TrainingFailed, as_options, run_training
-from clip_gen.training.job import contents_of
+from clip_gen.training.folder import hash_of_model
 from clip_gen.weights.tarball import pack
 from train import INPUTS
 
@@ -120,7 +120,7 @@ def test_the_script_trains_in_a_folder_that_outlives_it(
     for more in (["-i", "base=out/weights.tar"], ["-e", "COG_WEIGHTS=out"]):
         assert main(["train", *words, *more, "-o", f"{more[0][1]}-further"]) == 0
         told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
-        assert told["base"] == contents_of(tmp_path / "out" / "model")
+        assert told["base"] == hash_of_model(tmp_path / "out" / "model")
     assert main(["train", *words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
     assert "checkpoints/shapes: no such file or folder" in capfd.readouterr().err
     assert main(["train", "-i", "images=@"]) == 1

@@ -10,7 +10,7 @@ import pytest
 
 from clip_gen.__main__ import main
 from clip_gen.files import MARK
-from clip_gen.training.folder import check_training_folder, own_training_folder
+from clip_gen.training.folder import check_training_folder, claim_training_folder
 from clip_gen.training.plan import TrainSettings
 
 # What the version of commit 72e9866 left of a training with toy settings, without what was in the files.
@@ -93,11 +93,11 @@ def test_a_folder_of_a_version_without_marks_is_used_and_marked(tmp_path: Path, 
     before = everything(tmp_path)
     check_training_folder(tmp_path)
     assert everything(tmp_path) == before
-    own_training_folder(tmp_path)
+    claim_training_folder(tmp_path)
     assert everything(tmp_path).keys() - before.keys() == {MARK}
     (tmp_path / "work" / "settings.json").unlink(missing_ok=True)
     (tmp_path / "notes.txt").write_text("mine")
-    own_training_folder(tmp_path)  # by its mark
+    claim_training_folder(tmp_path)  # by its mark
 
 
 def pictures_and_model(out: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_folder_of_a_person_is_refused_and_untouched(
     assert everything(out) == before
 
 
-@pytest.mark.parametrize("make", [finished, own_training_folder])
+@pytest.mark.parametrize("make", [finished, claim_training_folder])
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [

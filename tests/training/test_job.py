@@ -36,7 +36,7 @@ from clip_gen.networks.discriminator import build_discriminator
 from clip_gen.training import cli, job
 from clip_gen.training.datasets import PictureFiles, Views
 from clip_gen.training.fit import Machine
-from clip_gen.training.folder import own_training_folder
+from clip_gen.training.folder import claim_training_folder
 from clip_gen.training.grids import SampleGrids, save_grid
 from clip_gen.training.job import Training
 from clip_gen.training.plan import MODEL_SIZES, TrainSettings, plan, prompts_of
@@ -54,6 +54,17 @@ TOY = TrainSettings(
     precision="32-true",  # in bfloat16 eight steps change too little for the validation to see, and it ends
     seed=3,
 )
+
+
+def prepared(images: Path, out: Path, settings: TrainSettings, machine: Machine | None = None) -> Training:
+    """A training that has begun: its pictures are unpacked and its stages planned."""
+    training = Training(images, out, settings, machine)
+    training.check()
+    training.load_base()
+    training.claim_folder()
+    with training.lock():
+        training.prepare()
+    return training
 
 
 @pytest.fixture
@@ -95,7 +106,7 @@ def test_prompts_are_moved_towards_the_pictures_where_the_texts_mean_is_known(
     networks.bridge.text_mean.fill_(0.1)
     save_networks(networks, tmp_path / "known", training={})
     for base, shift in ((toy.base, 0.0), (str(tmp_path / "known"), 1.0)):
-        training = Training(photos, tmp_path / str(shift), replace(toy, base=base))
+        training = prepared(photos, tmp_path / str(shift), replace(toy, base=base))
         training.measure_pictures()
         moved = training.networks.bridge(torch.eye(16))
         assert torch.allclose(moved, torch.eye(16), atol=1e-6) == (shift == 0)
@@ -293,43 +304,43 @@ def test_the_end_of_another_process_is_one_sentence(
 
 
 def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
-    Training(photos, tmp_path, toy)
-    Training(photos, tmp_path, replace(toy, max_minutes=5, sample_prompts="a blue star"))
-    Training(photos, tmp_path, replace(toy, sample_prompts=""))
-    with pytest.raises(ValueError, match="holds a training with vqgan_steps 8, not 9; say the same to go on"):
-        Training(photos, tmp_path, replace(toy, vqgan_steps=9))
+    prepared(photos, tmp_path, toy)
+    prepared(photos, tmp_path, replace(toy, max_minutes=5, sample_prompts="a blue star"))
+    prepared(photos, tmp_path, replace(toy, sample_prompts=""))
+    with pytest.raises(ValueError, match="with vqgan_steps 8, not 9; give the same value to resume it"):
+        prepared(photos, tmp_path, replace(toy, vqgan_steps=9))
 
 
 def test_a_training_goes_on_wherever_its_base_and_its_pictures_lie(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
-    Training(photos, tmp_path / "out", toy)
+    prepared(photos, tmp_path / "out", toy)
     moved = Path(shutil.copytree(toy.base, tmp_path / "base"))
-    Training(Path(shutil.copy(photos, tmp_path)), tmp_path / "out", replace(toy, base=str(moved)))
+    prepared(Path(shutil.copy(photos, tmp_path)), tmp_path / "out", replace(toy, base=str(moved)))
     gpt = moved / "gpt.safetensors"
     weights = load_file(gpt)
     save_file({**weights, "head.weight": weights["head.weight"] + 1}, gpt)
     with pytest.raises(ValueError, match=r"holds a training from another base than .*/base; give the same model"):
-        Training(photos, tmp_path / "out", replace(toy, base=str(moved)))
+        prepared(photos, tmp_path / "out", replace(toy, base=str(moved)))
 
 
 def test_a_setting_that_an_earlier_version_did_not_know_was_what_it_is_by_default(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
-    Training(photos, tmp_path, toy)
+    prepared(photos, tmp_path, toy)
     told = tmp_path / "work" / "settings.json"
     told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "tokens"}))
     with pytest.raises(ValueError, match="holds a training with tokens 'auto', not 'learn'"):
-        Training(photos, tmp_path, replace(toy, tokens="learn"))
-    Training(photos, tmp_path, toy)
+        prepared(photos, tmp_path, replace(toy, tokens="learn"))
+    prepared(photos, tmp_path, toy)
 
 
 def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
     busy += rf" \(process {os.getpid()} holds it\)"
-    own_training_folder(tmp_path)
+    claim_training_folder(tmp_path)
     with folder_lock(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
-        Training(photos, tmp_path, toy)
+        prepared(photos, tmp_path, toy)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
     training = Training(photos, tmp_path, toy)
     with folder_lock(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
@@ -342,8 +353,8 @@ def test_other_processes_wait_for_the_first_and_ignore_files_of_earlier_starts(
 ) -> None:
     """As under torchrun, which starts all of them at once; the earlier start had time for few views."""
     told = replace(toy, stage="transformer", transformer_steps=2)
-    earlier = Training(photos, tmp_path, replace(told, max_minutes=1e-6))
-    assert earlier.encoded("learnt").rows == 64
+    earlier = prepared(photos, tmp_path, replace(told, max_minutes=1e-6))
+    assert earlier.encode_train_pictures().rows == 64
     earlier.ready.close()  # as when its process ends
     code = f"""
 import sys
@@ -351,26 +362,30 @@ from pathlib import Path
 from clip_gen.training.job import Training, TrainSettings
 print("begun", flush=True)
 training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), {told!r})
-print(training.encoded("learnt").rows, flush=True)
+training.check()
+training.load_base()
+training.claim_folder()
+training.prepare()
+print(training.encode_train_pictures().rows, flush=True)
 """
     environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as second:
         assert second.stdout.readline() == "begun\n"
         assert not select.select([second.stdout], [], [], 3)[0]
         assert second.poll() is None
-        first = Training(photos, tmp_path, told)
-        assert first.encoded("learnt").rows == 22 * 32
+        first = prepared(photos, tmp_path, told)
+        assert first.encode_train_pictures().rows == 22 * 32
         assert second.stdout.readline() == f"{22 * 32}\n"
 
 
 def test_what_was_half_written_when_a_training_was_killed_does_not_stay(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
-    Training(photos, tmp_path, toy)
+    prepared(photos, tmp_path, toy)
     left = tmp_path / "work" / "vqgan" / ".clip-gen-saving-x1y2"
     left.parent.mkdir()
     left.write_text("half a checkpoint")
-    Training(photos, tmp_path, toy)
+    prepared(photos, tmp_path, toy)
     assert not left.exists()
 
 
@@ -411,7 +426,7 @@ def test_tokens_that_the_bases_transformer_does_not_know_are_not_kept(
     base = Path(shutil.copytree(toy.base, tmp_path / "base"))
     record = {"settings": {"stage": "vqgan"}, "stages": {"vqgan": {"tokens_kept": False}}}
     (base / "training.json").write_text(json.dumps(record))
-    assert Training(photos, tmp_path / "out", replace(toy, base=str(base))).keeps_tokens(tmp_path / "x") is False
+    assert prepared(photos, tmp_path / "out", replace(toy, base=str(base))).keeps_tokens(tmp_path / "x") is False
     assert not (tmp_path / "x").exists()
 
 
@@ -439,19 +454,19 @@ def test_a_published_discriminator_is_gone_on_with(
 
 
 def test_minutes_are_of_all_starts(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
-    training = Training(photos, tmp_path, toy)
+    training = prepared(photos, tmp_path, toy)
     assert (
         training.record({"vqgan": {"steps": 1, "minutes": 5.0}, "gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == 12.5
     )
     training.clock.began -= 20 * 60
     training.clock.save()
-    again = Training(photos, tmp_path, toy)
+    again = prepared(photos, tmp_path, toy)
     assert again.record({"gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == pytest.approx(20, abs=0.5)
     # A folder of an earlier version has no clock, but what each stage took.
     (tmp_path / "work" / "clock.json").unlink()
     (tmp_path / "work" / "vqgan").mkdir()
     (tmp_path / "work" / "vqgan" / "ledger.json").write_text(json.dumps([{"from_step": 0, "to_step": 5, "minutes": 3}]))
-    assert Training(photos, tmp_path, toy).clock.minutes == pytest.approx(3, abs=0.5)
+    assert prepared(photos, tmp_path, toy).clock.minutes == pytest.approx(3, abs=0.5)
 
 
 class Killed(Exception):
@@ -471,7 +486,7 @@ def test_a_resumed_training_has_the_rest_of_its_minutes(
     toy = replace(toy, stage="transformer", max_minutes=10, crop=False, flip=False)
     for minutes_before in (0, 3):
         training = Training(photos, tmp_path, toy)
-        training.clock.began -= minutes_before * 60  # as if it had taken so long to load and encode
+        training.began -= minutes_before * 60  # as if it had taken so long to load and encode
         with pytest.raises(Killed):
             training.run()
     training.clock.began -= 4 * 60
@@ -484,7 +499,7 @@ def test_a_resumed_training_has_the_rest_of_its_minutes(
 def test_a_finished_training_continues_only_with_more_minutes(
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "LEAST_MINUTES", 0.002)
+    monkeypatch.setattr(job, "MIN_MINUTES", 0.002)
     toy = replace(toy, vqgan_steps=2, transformer_steps=100, adversarial_weight=0.0, crop=False, flip=False)
     toy = replace(toy, sample_prompts="a prompt of over sixteen words " * 4)
 
@@ -520,12 +535,12 @@ def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(ModelFolderError, match="no such file"):
-        Training(photos, out, replace(toy, base="nope.tar"))
+        prepared(photos, out, replace(toy, base="nope.tar"))
     others = tmp_path / "others.zip"
     write_zip(others, 12)
-    training = Training(others, out, toy)
+    training = prepared(others, out, toy)
     assert len(training.pictures.paths) == 12
-    assert Training(others, out, toy).pictures == training.pictures
+    assert prepared(others, out, toy).pictures == training.pictures
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])
@@ -535,23 +550,23 @@ def test_pictures_that_have_changed_are_not_taken_for_those_of_before(
     images = tmp_path / "album"
     write = write_zip if kind == "zip" else write_folder
     write(images, 10)
-    Training(images, tmp_path / "out", toy)
+    prepared(images, tmp_path / "out", toy)
     write(images, 10)  # the same, written anew
     if kind == "folder":
         for left in (".DS_Store", "Icon\r", "__MACOSX/00.png", ".git/config"):  # by a file manager, or hidden
             (images / left).parent.mkdir(exist_ok=True)
             (images / left).write_text("no picture of anybody's")
-    assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10
+    assert len(prepared(images, tmp_path / "out", toy).pictures.paths) == 10
     write(images, 11)
     with pytest.raises(ValueError, match=r"album is not what it was when the training in .*out began; name another"):
-        Training(images, tmp_path / "out", toy)
+        prepared(images, tmp_path / "out", toy)
     shutil.rmtree(tmp_path / "out" / "work" / "pictures")
     with pytest.raises(ValueError, match="is not what it was"):
-        Training(images, tmp_path / "out", toy)
+        prepared(images, tmp_path / "out", toy)
     write(images, 10)
-    Training(images, tmp_path / "out", toy)
+    prepared(images, tmp_path / "out", toy)
     (images.unlink if kind == "zip" else lambda: shutil.rmtree(images))()
-    assert len(Training(images, tmp_path / "out", toy).pictures.paths) == 10  # what is unpacked is enough
+    assert len(prepared(images, tmp_path / "out", toy).pictures.paths) == 10  # what is unpacked is enough
 
 
 def write_zip(path: Path, count: int) -> None:
@@ -711,7 +726,7 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
     }
     for sentence, machine in refused.items():
         with pytest.raises(ValueError, match=sentence):
-            Training(photos, tmp_path / "out", toy, machine)
+            prepared(photos, tmp_path / "out", toy, machine)
     assert not (tmp_path / "out").exists()
 
 
@@ -725,8 +740,8 @@ def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
     good: float,
     kept: bool,
 ) -> None:
-    monkeypatch.setattr("clip_gen.training.job.GOOD_DB", good)
-    monkeypatch.setattr("clip_gen.training.job.BETTER_DB", -99)
+    monkeypatch.setattr("clip_gen.training.quality.GOOD_DB", good)
+    monkeypatch.setattr("clip_gen.training.quality.BETTER_DB", -99)
     base = load_file(Path(toy.base) / "vqgan.safetensors")
     Training(photos, tmp_path, replace(toy, stage="vqgan", tokens=told)).run()
     after = load_file(tmp_path / "model" / "vqgan.safetensors")
@@ -746,7 +761,7 @@ def test_what_is_pale_is_not_taken_for_told_well(tmp_path: Path, pale: bool, kep
     for i in range(8):
         noise = np.uint8(128 + 8 * rng.standard_normal((64, 64, 3)))
         Image.fromarray(noise if pale else shapes[i]).save(tmp_path / "pictures" / f"{i}.png")
-    training = Training(
+    training = prepared(
         tmp_path / "pictures", tmp_path / "out", TrainSettings(base=str(ROOT / "checkpoints" / "shapes"))
     )
     decision = tmp_path / "tokens.json"
@@ -766,7 +781,7 @@ def test_pictures_of_one_colour_do_not_decide_whether_tokens_are_kept(tmp_path: 
         Image.fromarray(white).save(tmp_path / "pictures" / f"white{i}.png")
     for seed in (1, 4):  # which decides which pictures are held back
         settings = TrainSettings(base=str(ROOT / "checkpoints" / "shapes"), seed=seed)
-        training = Training(tmp_path / "pictures", tmp_path / str(seed), settings)
+        training = prepared(tmp_path / "pictures", tmp_path / str(seed), settings)
         assert len(training.pictures.paths) == 63
         assert training.keeps_tokens(tmp_path / str(seed) / "tokens.json") is True
 
@@ -809,10 +824,10 @@ def test_a_training_taken_up_elsewhere_goes_on_as_it_was_planned(
 ) -> None:
     told = replace(toy, batch_size=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    there = Training(photos, tmp_path, told).plan
+    there = prepared(photos, tmp_path, told).plan
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert Training(photos, tmp_path, told).plan == there
-    assert Training(photos, tmp_path / "new", told).plan != there
+    assert prepared(photos, tmp_path, told).plan == there
+    assert prepared(photos, tmp_path / "new", told).plan != there
 
 
 def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> None:
@@ -830,12 +845,12 @@ def test_views_are_encoded_while_there_is_time_and_the_rest_with_more_time(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     def begun(max_minutes: float) -> int:
-        training = Training(photos, tmp_path, replace(toy, stage="transformer", max_minutes=max_minutes))
-        encoded = training.encoded("learnt")
-        assert len(encoded) == len(training.learnt) == 22
+        training = prepared(photos, tmp_path, replace(toy, stage="transformer", max_minutes=max_minutes))
+        encoded = training.encode_train_pictures()
+        assert len(encoded) == len(training.train_paths) == 22
         assert training.plan.views == 32
         # Row v · n + i is a view of picture i.
-        views = Views(training.files(training.learnt), 32, toy.seed)
+        views = Views(training.picture_files(training.train_paths), 32, toy.seed)
         for row in (0, 21, 22, 60):
             image = from_bytes(torch.from_numpy(views[row][None]))
             assert encoded.tokens[row].tolist() == training.networks.vqgan.encode(image)[0].tolist()
@@ -926,5 +941,5 @@ def test_the_log_tells_how_far_it_is(
 def test_a_folder_inside_that_of_the_pictures_is_refused_before_it_is_there(toy: TrainSettings, tmp_path: Path) -> None:
     write_folder(tmp_path / "album", 10)
     with pytest.raises(ValueError, match=r"trained: is inside the folder of pictures .*album; name"):
-        Training(tmp_path / "album", tmp_path / "album" / "trained", toy)
+        prepared(tmp_path / "album", tmp_path / "album" / "trained", toy)
     assert not (tmp_path / "album" / "trained").exists()

@@ -17,7 +17,7 @@ from clip_gen.images import from_bytes
 from clip_gen.training import perceptual, vqgan_trainer
 from clip_gen.training.job import Training
 from clip_gen.training.losses import lpips_distance
-from clip_gen.training.perceptual import chosen_lpips
+from clip_gen.training.perceptual import choose_lpips
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
@@ -97,7 +97,7 @@ def trainer(weight: float) -> VQGANTrainer:
 
 
 def loaded() -> torch.nn.Module:
-    return perceptual._loaded(perceptual.lpips_weights())
+    return perceptual._load(perceptual.lpips_weights())
 
 
 @pytest.mark.usefixtures("_lpips")
@@ -129,24 +129,24 @@ def test_a_training_goes_on_with_what_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert chosen_lpips(tmp_path / "a", 16) is not None
+    assert choose_lpips(tmp_path / "a", 16) is not None
     folder = perceptual.lpips_weights().parent
     monkeypatch.setenv("CLIP_GEN_LPIPS", "nowhere")
     with pytest.raises(ValueError, match=r"nowhere/lpips\.safetensors: missing, and this training began with"):
-        chosen_lpips(tmp_path / "a", 16)
-    assert chosen_lpips(tmp_path / "b", 16) is None
+        choose_lpips(tmp_path / "a", 16)
+    assert choose_lpips(tmp_path / "b", 16) is None
     monkeypatch.setenv("CLIP_GEN_LPIPS", str(folder))
-    assert chosen_lpips(tmp_path / "b", 16) is None
+    assert choose_lpips(tmp_path / "b", 16) is None
     assert "this training began with them" in caplog.messages[-1]
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "last.ckpt").touch()  # of before there was LPIPS: nothing is noted
-    assert chosen_lpips(tmp_path / "old", 16) is None
+    assert choose_lpips(tmp_path / "old", 16) is None
 
 
 @pytest.mark.usefixtures("_lpips")
 def test_pictures_too_small_for_lpips_are_compared_by_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert chosen_lpips(tmp_path, 12) is None
+    assert choose_lpips(tmp_path, 12) is None
     assert "LPIPS takes pictures of 16 pixels and more" in caplog.text
 
 
@@ -156,10 +156,10 @@ def test_a_file_that_is_no_lpips_is_refused_in_a_sentence(tmp_path: Path, monkey
     with pytest.raises(
         ValueError, match=r"lpips\.safetensors: is not LPIPS as pull leaves it .* get it again by python -m clip_gen"
     ):
-        chosen_lpips(tmp_path / "stage", 16)
+        choose_lpips(tmp_path / "stage", 16)
 
 
 def test_without_a_name_it_is_looked_for_where_it_is_pulled_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLIP_GEN_LPIPS")
     assert perceptual.lpips_weights() == ROOT / "checkpoints" / "lpips" / "lpips.safetensors"
-    assert TINY.vqgan.resolution >= perceptual.LEAST_SIDE  # or these tests would compare by CLIP
+    assert TINY.vqgan.resolution >= perceptual.MIN_SIDE  # or these tests would compare by CLIP
