@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from clip_gen.data.decoding import load_picture
 from clip_gen.networks.bridge import add_noise
 
+MAX_HELD_BACK = 512  # pictures
 ORDER_STREAM, AUGMENT_STREAM = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
 NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
 CENTRE = (1.0, 0.5, 0.5)  # the whole shorter side, in the middle of the longer one
@@ -28,6 +29,13 @@ MAX_SAMPLED = 2000  # images that enough_places looks at
 MAX_ROUNDING = 1e-3  # between two float16 encodings of one image, by networks compiled differently
 REDUCING_GAP = 3.0  # a picture is first reduced to this multiple of its final size, which is fast; the rest is bicubic
 MAX_GROUND_NOISE = 12  # levels of 255 by which a plain background may vary, as after JPEG compression
+
+
+def split_pictures(paths: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
+    """The paths held back for validation, a twentieth but at least 2 and at most MAX_HELD_BACK, and the others."""
+    count = min(MAX_HELD_BACK, max(2, len(paths) // 20))
+    shuffled = [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))]
+    return shuffled[:count], shuffled[count:]
 
 
 class Batches(Sampler[list[int]]):

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
@@ -30,7 +29,7 @@ from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training.callbacks import Clock
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
-from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles
+from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, split_pictures
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.folder import (
     PICTURES,
@@ -67,7 +66,6 @@ from clip_gen.weights.tarball import pack, resolve_weights
 
 log = logging.getLogger(__name__)
 
-MAX_HELD_BACK = 512
 RECORD = "record.json"  # of a finished stage
 VQGAN_TIME = 0.2  # of max_minutes; the transformer gets the rest
 MIN_MINUTES = 0.1  # for the transformer, however long the steps before it took
@@ -135,7 +133,7 @@ class Training:
         on_gpu = saved_settings(self.out).get("on_gpu", torch.cuda.is_available())
         self.plan = plan(self.settings, self.networks.config, len(self.pictures.paths), on_gpu)
         self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
-        self.split_pictures()
+        self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
         if self.is_first:
             save_settings(self.out, self.settings, self.base, on_gpu)
             remove_incomplete_files(self.out)
@@ -147,13 +145,6 @@ class Training:
         if self.is_first:
             self.ready = announce(self.work / "ready")
         self.build_networks()
-
-    def split_pictures(self) -> None:
-        """A twentieth of the pictures is held back for validation: at least 2, at most MAX_HELD_BACK."""
-        paths = self.pictures.paths
-        count = min(MAX_HELD_BACK, max(2, len(paths) // 20))
-        shuffled = [paths[i] for i in np.random.default_rng(self.settings.seed).permutation(len(paths))]
-        self.held_back_paths, self.train_paths = shuffled[:count], shuffled[count:]
 
     def reopen_last_stage(self) -> None:
         """The last stage trains further if its time limit ended it and there is more time now. Earlier stages do not:
@@ -333,13 +324,11 @@ class Training:
         grids: Callback,
         fine_tunes: bool,
     ) -> dict[str, object]:
-        machine, folder = replace(self.machine, max_minutes=minutes), self.work / name
-        planned = Reach(
-            name, 0, trainer.config.steps, self.settings.max_minutes, fine_tunes, remedy(self.settings, self.plan)
-        )
+        settings, machine, folder = self.settings, replace(self.machine, max_minutes=minutes), self.work / name
+        advice = remedy(settings, self.plan)
+        planned = Reach(name, 0, trainer.config.steps, settings.max_minutes, fine_tunes, advice)
         forecast = Forecast(minutes, planned)
-        callbacks = [forecast, grids, self.clock]
-        seed = self.settings.seed
+        callbacks, seed = [forecast, grids, self.clock], settings.seed
         values = fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=callbacks)
         values |= {"planned_steps": planned.planned, "fine_tunes": fine_tunes}
         return values | ({"forecast_steps": forecast.reach.steps} if forecast.reach else {})
