@@ -256,10 +256,10 @@ def _new_model(settings: TrainSettings, base: ModelConfig, pictures: int) -> Mod
     codes = next((codes for limit, codes in CODES_PER_PICTURES if pictures <= limit), MAX_CODES)
     codes = settings.codebook_size or codes
     vqgan = replace(vqgan, resolution=settings.resolution or vqgan.resolution, codebook_size=codes)
-    factor = vqgan.patch * 2 ** (len(vqgan.ch_mult) - 1)
-    if vqgan.resolution % factor or vqgan.resolution < MIN_RESOLUTION:
+    fold = vqgan.patch * 2 ** (len(vqgan.ch_mult) - 1)
+    if vqgan.resolution % fold or vqgan.resolution < MIN_RESOLUTION:
         raise ValueError(
-            f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {factor} from {MIN_RESOLUTION} on"
+            f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {fold} from {MIN_RESOLUTION} on"
         )
     if vqgan.attn_resolutions:
         vqgan = replace(vqgan, attn_resolutions=(vqgan.grid,))
