@@ -84,11 +84,7 @@ class Training:
         self.began = time.monotonic()
 
     def run(self) -> Path:
-        """Trains the stages that are not finished and returns the weights tar.
-
-        ValueError for settings, pictures, base models and folders that cannot be used, and while another training uses
-        the folder.
-        """
+        """Trains the unfinished stages and returns the weights tar; ValueError for inputs that cannot be used."""
         self.check()
         self.load_base()
         self.claim_folder()
@@ -280,9 +276,8 @@ class Training:
             vqgan=networks.vqgan,
             clip=networks.clip,
         )
-        minutes = self.minutes_left("gpt")
+        minutes, samples = self.minutes_left("gpt"), Endless(pictures, settings.seed)
         grids = SampleGrids(networks, held_back, self.sample_prompts(), folder, settings.seed)
-        samples = Endless(pictures, settings.seed)
         values = self.fit("gpt", trainer, samples, held_back, minutes, grids, fine_tunes=self.gpt_knows_tokens())
         encoded = {"pictures": len(pictures), "views": pictures.rows, "places": pictures.places or "all"}
         return values | quality | encoded
