@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import StrategyRegistry
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from clip_gen.hardware import choose_device, is_out_of_memory, prefers_bfloat16
@@ -96,7 +97,8 @@ def fit(
     best = KeepBest(folder / "best.ckpt", ema, config.patience) if config.patience else None
     own = _callbacks(name, stage, folder, seed, machine, interrupts, ema, best)
     # The given ones come last: their errors must not prevent the last checkpoint.
-    trainer = _trainer(stage, machine, folder, [*own, *callbacks])
+    with _configuration_explained(machine):
+        trainer = _trainer(stage, machine, folder, [*own, *callbacks])
     _check_torchrun(trainer.world_size)
     if steps < config.steps:
         data = StageData(samples, held_back, config, collate, steps)
@@ -184,6 +186,16 @@ def _record(steps: int, ended_by: str, values: dict[str, float], starts: list[di
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "starts": starts,
     }
+
+
+@contextmanager
+def _configuration_explained(machine: Machine) -> Iterator[None]:
+    """Makes ValueErrors of Lightning's errors about a strategy that cannot be used here."""
+    try:
+        yield
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+        given = f'strategy "{machine.strategy}" with devices {machine.devices}'
+        raise ValueError(f"{given} cannot be used on this machine ({error}); give auto or ddp") from error
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from clip_gen.training.progress import Forecast, Reach
 from clip_gen.training.quality import decide_to_keep_tokens, measure_quality, warn_if_poor
 from clip_gen.training.record import earlier_record, log_finished, training_record
 from clip_gen.training.report import write_report
-from clip_gen.training.views import encode_held_back, encode_train_pictures, remove_incomplete_views
+from clip_gen.training.views import encode_held_back, encode_train_pictures, encoding_limit, remove_incomplete_views
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.default_model import default_model
 from clip_gen.weights.model_folder import (
@@ -343,5 +343,5 @@ class Training:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
-        held_back = len(self.held_back_paths)
-        return training_record(self.settings, self.plan, self.pictures, held_back, stages, self.clock.minutes)
+        limit, held_back = encoding_limit(self.work / "encoded", self.settings), len(self.held_back_paths)
+        return training_record(self.settings, self.plan, self.pictures, held_back, stages, self.clock.minutes, limit)

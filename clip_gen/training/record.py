@@ -19,9 +19,17 @@ Stages = dict[str, dict[str, object]]  # the record of each stage
 
 
 def training_record(
-    settings: TrainSettings, plan: Plan, pictures: Pictures, held_back: int, stages: Stages, minutes: float
+    settings: TrainSettings,
+    plan: Plan,
+    pictures: Pictures,
+    held_back: int,
+    stages: Stages,
+    minutes: float,
+    encoding_limit: float,
 ) -> dict[str, object]:
-    """minutes: of all starts; the stages' own minutes count if they are more, as in a folder of an earlier version."""
+    """minutes: of all starts; the stages' minutes count if they are more, as in a folder of an earlier version.
+    encoding_limit: max_minutes when the pictures were encoded.
+    """
     values = asdict(settings)
     # The record is public: no path of this machine, no secret of a URL.
     values["base"] = Path(urlsplit(settings.base).path).name
@@ -32,7 +40,7 @@ def training_record(
         "settings": values,
         "plan": asdict(plan),
         "stages": stages,
-        "warnings": shortages(settings, plan, len(pictures.paths) - held_back, stages),
+        "warnings": shortages(settings, plan, len(pictures.paths) - held_back, stages, encoding_limit),
         "minutes": round(max(minutes, sum(stage["minutes"] for stage in stages.values())), 1),
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
     }
@@ -50,7 +58,7 @@ def earlier_record(model: Path, stages: Stages) -> dict[str, object]:
     return {name: record[name] for name in kept if name in record}
 
 
-def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages) -> list[str]:
+def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages, encoding_limit: float) -> list[str]:
     """A sentence for each thing that the stages had too little time for."""
     sentences = []
     for name, values in stages.items():
@@ -58,10 +66,12 @@ def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages
         steps, planned = values["steps"], values.get("planned_steps", 0)  # 0: by an earlier version
         reach = Reach(name, steps, planned, minutes, values.get("fine_tunes", False), remedy(settings, plan))
         if minutes and values.get("ended_by") == "time" and reach.too_few:
-            sentences.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}")
+            # More minutes train only the last stage further.
+            where = "" if name == list(stages)[-1] else ", in another folder"
+            sentences.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}{where}")
         encoded = values.get("pictures", pictures)
-        if minutes and encoded < pictures:
-            sentences.append(few_pictures(settings.max_minutes, encoded, pictures))
+        if encoded < pictures:
+            sentences.append(f"{few_pictures(encoding_limit, encoded, pictures)}, in another folder")
     return sentences
 
 

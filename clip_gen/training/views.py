@@ -50,7 +50,7 @@ def encode_train_pictures(
         places=0 if settings.embedding_loss_weight else enough_places(tokens),  # that loss needs whole pictures
     )
     if len(encoded) < len(files) and not rank_zero_only.rank:
-        log.warning(few_pictures(settings.max_minutes, len(encoded), len(files)))
+        log.warning(few_pictures(encoding_limit(folder, settings), len(encoded), len(files)))
     return encoded
 
 
@@ -68,6 +68,12 @@ def _encode(pictures: Dataset, networks: Networks, embeddings: Path, tokens: Pat
         encode_embeddings(pictures, networks.clip, embeddings, seconds / 2)
         embedded = Subset(pictures, range(len(np.load(embeddings, mmap_mode="r"))))
         encode_tokens(embedded, networks.vqgan, tokens, seconds - (time.monotonic() - began))
+
+
+def encoding_limit(folder: Path, settings: TrainSettings) -> float:
+    """max_minutes when the pictures were encoded."""
+    limit = folder / TIME_LIMIT
+    return float(limit.read_text()) if limit.is_file() else settings.max_minutes
 
 
 def remove_incomplete_views(folder: Path, wanted: int, max_minutes: float) -> None:
