@@ -1,1 +1,1 @@
-"""The networks: CLIP, the VQGAN, the transformer and what joins them. Plain modules, without files or training."""
+"""The networks as plain nn.Modules, without files or training."""

@@ -176,7 +176,8 @@ class Batch:
     def keep(self, wanted: list[int]) -> bool:
         """Drops all rows but these, if that is worth copying the cache; returns whether it did.
 
-        It is not before the first token, for less than a quarter of the rows, or if a graph would have to be recorded.
+        Returns False before the first token, if fewer than a quarter of the rows would go, and if a CUDA graph for the
+        rest would have to be recorded first.
         """
         rows = padded_batch_size(self.gpt, len(wanted), self.passes)
         width = rows if self.recorded else len(wanted)
