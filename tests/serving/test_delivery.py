@@ -92,7 +92,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     given = {"images": data_url(photos), "base": str(tiny_model_folder), **STEPS, "seed": 7}
     body = {"input": given, "webhook": receiver.address}
     assert server.request("PUT", "/trainings/one", body, Prefer="respond-async")[0] == 202
-    wait_for(lambda: receiver.messages and "24 pictures" in receiver.messages[-1][1]["logs"], seconds=60)
+    wait_for(lambda: receiver.messages and "24 usable pictures" in receiver.messages[-1][1]["logs"], seconds=60)
     # A second one has a slot, but is refused; the first goes on, and repeating its PUT tells how far it is.
     second = server.request("POST", "/trainings", {"input": given | {"seed": 8}})[1]
     assert second["status"] == "failed"
