@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import tomllib
 
 from packaging.requirements import Requirement
 
@@ -49,3 +50,8 @@ def test_all_that_setup_installs_is_pinned_to_what_is_installed() -> None:
     pinned = {package: version for name in files for package, version in pins(name).items()}
     assert with_dependencies(list(pinned)) == set(pinned)
     assert {package: importlib.metadata.version(package) for package in pinned} == pinned
+
+
+def test_the_build_system_has_the_pinned_setuptools() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["build-system"]["requires"] == [f"setuptools=={pins('requirements.txt')['setuptools']}"]

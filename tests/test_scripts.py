@@ -72,6 +72,7 @@ def refused_to_serve(environment: dict[str, str], *words: str, status: int = 1) 
     return run.stderr
 
 
+@pytest.mark.slow
 def test_the_bundled_models_recipe_is_one_command(tmp_path: Path) -> None:
     fit = FitConfig(steps=2, batch_size=4, ema_decay=0.5)
     fits = {f"{name}_fit": fit for name in ("clip", "vqgan", "gpt", "ranker")}
