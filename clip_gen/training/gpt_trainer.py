@@ -18,9 +18,11 @@ WHOLE_FROM = 2 / 3
 
 
 class GPTTrainer(Stage):
-    """Trains the transformer on batches of EncodedPictures: conditions (B, E), tokens (B, T), whether to drop the
-    condition (B,) bool, embeddings (B, E), embeddings of near misses (B, E) and, if only some positions are trained on,
-    these places (B, K) and their probabilities (B, K).
+    """Trains the transformer on batches of EncodedPictures.
+
+    A batch is conditions (B, E), tokens (B, T), whether to drop the condition (B,) bool, embeddings (B, E), and
+    embeddings of near misses (B, E). If only some positions are trained on, these places (B, K) follow with their
+    probabilities (B, K).
 
     embedding_loss: the weight of CLIP-GEN's second loss, the distance between the true embedding and that of the image
     decoded from the predicted tokens.
