@@ -43,11 +43,11 @@ class Grids(Callback, ABC):
         self.folder = folder / "grids"
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.tenths, self.seconds, self.drawn_at = self._tenths(trainer, module), 0.0, time.monotonic()
+        self.tenths, self.draw_seconds, self.drawn_at = self._tenths(trainer, module), 0.0, time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         tenths = self._tenths(trainer, module)
-        has_rested = time.monotonic() - self.drawn_at >= 19 * self.seconds
+        has_rested = time.monotonic() - self.drawn_at >= 19 * self.draw_seconds
         if self.tenths < tenths < 10 and trainer.global_step and has_rested:
             self.tenths = tenths
             self._draw(trainer, module)
@@ -80,7 +80,7 @@ class Grids(Callback, ABC):
         with atomic_file(self.folder / f"{trainer.global_step:07d}.png", durable=False) as temporary:
             save_grid(rows, temporary, self.legend)
         self.drawn_at = time.monotonic()
-        self.seconds = self.drawn_at - began
+        self.draw_seconds = self.drawn_at - began
 
     @abstractmethod
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
