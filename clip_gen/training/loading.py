@@ -91,16 +91,16 @@ def _workers_that_fit(loader: DataLoader, wanted: int, sharing: int) -> int:
     size, free = sharing * _batch_bytes(loader), _free_bytes()
     count = min(wanted, max(0, int(USABLE * free / max(1, size) - BATCHES_IN_USE) // BATCHES_PER_WORKER))
     if count < wanted and not getattr(rank_zero_only, "rank", 0):  # without Lightning there is one process
-        _warn_of_fewer(count, wanted, size * (BATCHES_PER_WORKER * wanted + BATCHES_IN_USE), free)
+        _warn_of_fewer(count, wanted, size * (BATCHES_PER_WORKER * wanted + BATCHES_IN_USE))
     return count
 
 
 @cache  # warns once for loaders that need the same
-def _warn_of_fewer(count: int, wanted: int, need: int, free: int) -> None:
+def _warn_of_fewer(count: int, wanted: int, need: int) -> None:
     log.warning(
         "%s has %.0f MB free, too little for %d processes that load pictures (%.0f MB): %s; a larger one makes loading "
         "faster (docker run --shm-size=%dg)",
-        *(SHARED_MEMORY, free / 1e6, wanted, need / 1e6),
+        *(SHARED_MEMORY, _free_bytes() / 1e6, wanted, need / 1e6),
         f"{count} will load them" if count else "the training process loads them itself",
         need / USABLE // 2**30 + 1,
     )
