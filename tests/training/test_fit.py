@@ -26,6 +26,7 @@ from conftest import TINY, tiny_networks
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
+from clip_gen.files import PARTIAL
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training import fit as fit_module
@@ -366,7 +367,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint_complete(
         with disk_with(room), pytest.raises(OSError, match=sentence):
             train(tmp_path)
         assert last.read_bytes() == before
-        assert not list(tmp_path.glob(".saving*"))
+        assert not list(tmp_path.glob(f"{PARTIAL}*"))
     assert train(tmp_path).record["steps"] == 9
 
 
