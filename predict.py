@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import coglet
 from cog import BaseRunner, Input, Path, concurrent
 
+from clip_gen.files import shortened
 from clip_gen.serving.inputs import checked, read_inputs
 from clip_gen.serving.slots import Slots, max_prediction_seconds
 from clip_gen.serving.watchdog import server_ends_with_worker
@@ -38,7 +39,7 @@ class Predictor(BaseRunner):
             self.models = Models(source)
             # asyncio's own executor has fewer threads on a small machine.
             self.drawing = ThreadPoolExecutor(SLOTS, "drawing")
-        print(f"model: {self.models.own.config.name} from {source[:100]} on {self.models.own.device}: {reason}")
+        print(f"model: {self.models.own.config.name} from {shortened(source)} on {self.models.own.device}: {reason}")
 
     # 12 slots serve 8 clients: Cog frees a slot a moment after it has sent the reply, so a client that asks again at
     # once may need a second slot. Cog 0.23.1 also answers 409 when two requests take a slot at the same time, because
@@ -118,7 +119,7 @@ class Predictor(BaseRunner):
         try:
             async with self.models.borrow(replicate_weights, stop.is_set) as model:
                 if replicate_weights:
-                    print(f"model: {model.config.name} from {replicate_weights[:100]}: replicate_weights names it")
+                    print(f"model: {model.config.name} from {shortened(replicate_weights)}: replicate_weights names it")
                 for sentence in model.warnings:
                     print(f"warning: {sentence}")
                 generate = functools.partial(model.generate, **settings, should_stop=stop.is_set)

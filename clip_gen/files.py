@@ -254,3 +254,10 @@ def list_names(folder: Path) -> list[str]:
     with errors_named(folder):
         names = os.listdir(folder) if folder.exists() else []
     return sorted(name for name in names if name not in SYSTEM_FILES and not name.startswith(PARTIAL))
+
+
+def shortened(text: str) -> str:
+    """A path, a URL or a reason for messages. Of a long path both ends are kept: its file name is at its end."""
+    if text.startswith("/"):
+        return text if len(text) <= 200 else f"{text[:97]}...{text[-100:]}"
+    return text if len(text) <= 100 else text[:97] + "..."

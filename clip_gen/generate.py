@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_gen.files import PARTIAL, check_writable
+from clip_gen.files import PARTIAL, check_writable, shortened
 from clip_gen.images import OUTPUT_FORMATS, save_image
 from clip_gen.pipeline import ClipGen, Generation
 from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
@@ -76,7 +76,7 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         weights, reason = default_model(os.environ.get("COG_WEIGHTS"))
     model = ClipGen.load(weights, arguments.device)
-    log.info("model: %s from %s on %s: %s", model.config.name, weights[:100], model.device, reason)
+    log.info("model: %s from %s on %s: %s", model.config.name, shortened(weights), model.device, reason)
     result = model.generate(arguments.prompt, **settings)
     # Identical candidates are drawn once, so there may be fewer pictures than names.
     paths = [Path(arguments.out, name) for name in names[: len(result.images)]]

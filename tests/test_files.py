@@ -21,6 +21,7 @@ from clip_gen.files import (
     folder_lock,
     list_names,
     remove_leftovers,
+    shortened,
     write_text_atomic,
 )
 
@@ -230,3 +231,11 @@ def test_files_of_a_person_with_a_similar_prefix_stay(tmp_path: Path) -> None:
     write_text_atomic(tmp_path / "new.txt", "text")
     assert (own / "a.jpg").is_file()
     assert list_names(tmp_path) == [".saving-photos", "new.txt"]
+
+
+def test_a_long_path_keeps_its_file_name_in_messages() -> None:
+    assert shortened("a/weights.tar") == "a/weights.tar"
+    text = shortened(f"/{'folder/' * 90}weights.tar")
+    assert len(text) == 200
+    assert text.startswith("/folder/")
+    assert text.endswith("folder/weights.tar")

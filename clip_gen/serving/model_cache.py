@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clip_gen.files import shortened
 from clip_gen.pipeline import ClipGen
 from clip_gen.serving.request_weights import BusyError, RequestRules
 from clip_gen.weights.model_folder import ModelFolderError
-from clip_gen.weights.tarball import open_weights, shortened
+from clip_gen.weights.tarball import open_weights
 from clip_gen.weights.url import is_url
 
 # More than slots: the thread of a cancelled request ends within a second, but not while it connects to a host.

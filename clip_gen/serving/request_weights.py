@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from clip_gen.files import shortened
 from clip_gen.weights.cache import CacheError, WeightsFolder
 from clip_gen.weights.model_folder import ModelFolderError
-from clip_gen.weights.tarball import NotWeightsError, open_weights, shortened
+from clip_gen.weights.tarball import NotWeightsError, open_weights
 from clip_gen.weights.url import PublicOnly, is_url
 
 log = logging.getLogger(__name__)

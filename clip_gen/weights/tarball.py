@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 from clip_gen.data.entries import ZIP_STARTS, reason_of
 from clip_gen.data.tars import tar_files
 from clip_gen.data.zips import SMALL, ZIP_ERRORS, open_zip
-from clip_gen.files import atomic_file, disk_is_full, is_web_page
+from clip_gen.files import atomic_file, disk_is_full, is_web_page, shortened
 from clip_gen.weights.cache import Cache, CacheError, WeightsFolder
 from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
 from clip_gen.weights.url import PublicOnly, is_url, open_url
@@ -112,10 +112,6 @@ def _local(name: str) -> Path:
     if (path / "work").is_dir():
         raise NotWeightsError(f"{path}: holds a training that has not ended; start the same command again to finish it")
     raise NotWeightsError(f"{path}: holds no model, its {CONFIG} is missing; copy the whole folder again, or {WANTED}")
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _reason(error: Exception) -> str:
