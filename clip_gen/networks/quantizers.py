@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from taming.modules.vqvae.quantize import GumbelQuantize, VectorQuantizer2
 from torch import Tensor, distributed, nn
 from vector_quantize_pytorch import VectorQuantize
@@ -11,14 +13,14 @@ from vector_quantize_pytorch.vector_quantize_pytorch import sample_vectors_distr
 from clip_gen.config import VQGANConfig
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
+    @abstractmethod
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features (B, C, h, w) to codes (B, C, h, w), tokens (B, T) and a scalar loss; straight-through gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:
         """Codes (B, T, C) of tokens (B, T)."""
-        raise NotImplementedError
 
     def share_between_processes(self) -> None:
         """Keeps the codebooks of all processes equal. A codebook that is a parameter needs nothing: DDP does it."""

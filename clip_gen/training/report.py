@@ -82,7 +82,7 @@ def _curves(folder: Path, name: str) -> list[str]:
         lines = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in group}
         lines = {key: points for key, points in lines.items() if len(points) > 1}
         if lines:
-            colours = dict(zip(lines, COLOURS, strict=False))  # a chart may have one line
+            colours = dict(zip(lines, COLOURS, strict=False))  # a chart may have fewer lines than colours
             words = ", ".join(f'<span style="color:{colours[key]}">{key}</span>' for key in lines)
             figures.append(f"<figure>{_chart(lines, colours)}<figcaption>{words}</figcaption></figure>")
     return figures

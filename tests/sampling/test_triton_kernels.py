@@ -33,7 +33,9 @@ from clip_gen.sampling import triton_kernels  # noqa: E402
 here = pytest.mark.skipif(not INTERPRETED and not GPU, reason="by the interpreter, in a process of its own")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="by the interpreter already: it would start itself without end")
+@pytest.mark.skipif(
+    INTERPRETED, reason="this test starts the file in the interpreter; there it would start itself again"
+)
 def test_all_of_this_file_passes_by_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -157,7 +157,7 @@ def test_a_stage_that_was_on_a_gpu_goes_on_without_one(
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in ended.state_dict().items())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fsdp can be used on a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Lightning refuses fsdp only where there is no GPU")
 @pytest.mark.parametrize("train", ["gpt"], indirect=True)
 def test_a_strategy_that_this_machine_does_not_support_is_one_clear_error(train: Callable, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'strategy "fsdp" with devices auto cannot be used on this machine \('):

@@ -118,6 +118,7 @@ def _checked_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+    # zipfile raises NotImplementedError for a version of the format that it does not read.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path}: is cut off or damaged; {AGAIN}") from error
     if not any(name.endswith("/data.pkl") for name in names):
