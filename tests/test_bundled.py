@@ -100,21 +100,30 @@ def test_the_same_seed_gives_the_same_bytes_alone_and_beside_others(model: ClipG
 
 THREADS = """
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from clip_gen import ClipGen
 
 def threads():
     return len(os.listdir("/proc/self/task"))
 
+def wait_for(count):
+    # A joined thread stays in /proc until the kernel has removed it.
+    for _ in range(500):
+        if threads() <= count:
+            break
+        time.sleep(0.01)
+    return threads()
+
 before = threads()
 model = ClipGen.load(FOLDER, device="cpu")
-print(threads() - before)
+print(wait_for(before) - before)
 with ThreadPoolExecutor(2) as drawing:
     many = {"candidates": 32, "num_outputs": 32}
     asked = [drawing.submit(model.generate, "a red circle", seed=seed, **many) for seed in range(2)]
     for request in asked:
         request.result()
-    print(threads() - before - 2)  # while the two that asked are still there
+    print(wait_for(before + 3) - before - 2)  # without the two threads that sent the requests
 """
 
 
