@@ -270,13 +270,7 @@ class StageData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         config, trainer = self.config, self.trainer
         batches = Batches(config.steps, config.batch_size, self.done, trainer.global_rank, trainer.world_size)
-        return loader_with_workers(
-            self.samples,
-            trainer.num_devices,
-            batch_sampler=batches,
-            collate_fn=self.collate,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return loader_with_workers(self.samples, trainer.num_devices, self.collate, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
         # Every process validates on all of it: it takes little time, and the mean is exact.
