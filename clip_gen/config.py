@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 Config = TypeVar("Config")
 
-MAX_SIZE = 2**18  # of all sizes without a limit below; the largest known codebook has as many codes
-MAX_LAYERS = 256
-MAX_RES_BLOCKS = 32  # per resolution of a VQGAN; published ones have 2 or 3
-MAX_RESOLUTION = 2048  # small weights may describe large pictures: one with 2**18 pixels a side needs 800 GB
 ACTIVATIONS = ("quick_gelu", "gelu")  # of CLIP's transformers: OpenAI's approximation of GELU, and GELU
-MAX_NESTED = 20  # levels of lists and mappings in a YAML file
 RENAMED_FIELDS = {"looks_around": "neighbour_context"}  # in config files of earlier versions
-CLIP_TOKENS = 49408  # vocabulary of CLIP's tokenizer, which all models here use
+MAX_SIZE = 2**18  # of all sizes without other limits; the largest known codebook has as many codes
+LIMITS = {
+    **dict.fromkeys(("n_layer", "vision_layers", "transformer_layers"), (1, 256)),
+    "num_res_blocks": (1, 32),  # per resolution; published VQGANs have 2 or 3
+    "resolution": (1, 2048),  # small weights may describe large pictures: one with 2**18 pixels a side needs 800 GB
+    "context_length": (3, MAX_SIZE),  # a word between two marks
+    "vocab_size": (49408, MAX_SIZE),  # CLIP's tokenizer, which all models here use, has 49408
+    "norm_eps": (1e-12, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,10 @@ class ModelConfig:
         vqgan, gpt, clip = self.vqgan, self.gpt, self.clip
         for part in ("clip", "vqgan", "gpt"):
             for name, value in vars(getattr(self, part)).items():
-                most = MAX_RES_BLOCKS if name == "num_res_blocks" else MAX_LAYERS if "layer" in name else MAX_SIZE
+                least, most = LIMITS.get(name, (1, MAX_SIZE))
                 for size in value if isinstance(value, tuple) else [value]:
-                    if isinstance(size, int) and not isinstance(size, bool) and not 1 <= size <= most:
-                        raise ValueError(f"{part}.{name} is {size}; give 1 to {most}")
+                    if (type(size) is int or name in LIMITS) and not least <= size <= most:
+                        raise ValueError(f"{part}.{name} is {size}; give {least} to {most}")
         pairs = {
             "gpt.block_size and the VQGAN's tokens per picture": (gpt.block_size, vqgan.grid**2),
             "gpt.codebook_size and vqgan.codebook_size": (gpt.codebook_size, vqgan.codebook_size),
@@ -118,44 +120,54 @@ class ModelConfig:
         for names, (ours, theirs) in pairs.items():
             if ours != theirs:
                 raise ValueError(f"{names} must be equal, but they are {ours} and {theirs}")
-        if vqgan.resolution > MAX_RESOLUTION:
-            raise ValueError(f"vqgan.resolution is {vqgan.resolution}; give {MAX_RESOLUTION} or less")
-        if clip.vocab_size < CLIP_TOKENS:
-            raise ValueError(f"clip.vocab_size is {clip.vocab_size}; CLIP's tokenizer has {CLIP_TOKENS}")
         if clip.activation not in ACTIVATIONS:
             raise ValueError(f'clip.activation is "{clip.activation}"; give {" or ".join(ACTIVATIONS)}')
-        if clip.context_length < 3:
-            raise ValueError(f"clip.context_length is {clip.context_length}; a word between two marks takes 3")
         least = clip.vision_patch_size or 32
         if clip.image_resolution < least:
             raise ValueError(f"clip.image_resolution is {clip.image_resolution}; this CLIP sees nothing below {least}")
-        if not 0 < vqgan.norm_eps < 1:
-            raise ValueError(f"vqgan.norm_eps is {vqgan.norm_eps}; give a small share of one, such as 1.0e-06")
         if gpt.n_embd % gpt.n_head:
             raise ValueError(f"gpt.n_embd ({gpt.n_embd}) must be a multiple of gpt.n_head ({gpt.n_head})")
         if gpt.rotary and gpt.n_embd // gpt.n_head % 4:
             raise ValueError(f"gpt.rotary needs n_embd / n_head to be a multiple of 4, not {gpt.n_embd // gpt.n_head}")
-        if vqgan.local and len(vqgan.ch_mult) > 1:
-            raise ValueError(f"vqgan.local has nothing to halve: vqgan.ch_mult takes one number, not {vqgan.ch_mult}")
         # taming's group norm has 32 groups. A group with one value per square would always be normalised to 0.
-        if vqgan.local and vqgan.ch * vqgan.ch_mult[0] < 64:
-            raise ValueError(f"vqgan.local needs 64 channels or more; vqgan.ch is {vqgan.ch}")
+        if vqgan.local and (len(vqgan.ch_mult) != 1 or vqgan.ch * vqgan.ch_mult[0] < 64):
+            raise ValueError(
+                "vqgan.local needs one number in vqgan.ch_mult and 64 channels or more, "
+                f"not ch_mult {vqgan.ch_mult} and ch {vqgan.ch}"
+            )
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
     """A YAML file over the defaults of a dataclass; ValueError for unknown names and wrong types."""
+    values = read_settings(path)
     try:
-        check_nesting(path)
-        # Model folders come from strangers, and OmegaConf would replace ${oc.env:SECRET}.
-        if "${" in path.read_text(encoding="utf-8"):
-            raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
-        given = _with_new_names(OmegaConf.to_container(OmegaConf.load(path)))
-        merged = OmegaConf.merge(OmegaConf.structured(kind), given)
-        values = OmegaConf.to_container(merged)
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
+        return config_of(kind, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """A YAML file as plain dicts and lists; ValueError unless it is a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: {reason}") from error
-    return _build(kind, values)
+        raise ValueError(f"{path}: is not a YAML file of settings ({reason})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no settings")
+    return values
+
+
+def config_of(kind: type[Config], values: dict[str, object]) -> Config:
+    """The dataclass with these values over its defaults; ValueError for unknown names and wrong types."""
+    # Model folders come from strangers, and OmegaConf would replace ${oc.env:SECRET}.
+    if "${" in str(values):
+        raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), _with_new_names(values))
+        return _build(kind, OmegaConf.to_container(merged))
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _with_new_names(values: object) -> object:
@@ -165,30 +177,6 @@ def _with_new_names(values: object) -> object:
     return values
 
 
-def read_settings(path: Path) -> dict[str, object]:
-    """A foreign YAML file as plain dicts and lists; ValueError unless it is a mapping."""
-    remedy = "give the YAML file that came with the checkpoint"
-    if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; {remedy}")
-    try:
-        check_nesting(path)
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not a YAML file of settings; {remedy}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no settings; {remedy}")
-    return values
-
-
-def check_nesting(path: Path) -> None:
-    """ValueError for deep nesting, with which the recursive YAML parser would crash Python."""
-    depth = 0
-    for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_NESTED:
-            raise ValueError(f"has lists or mappings more than {MAX_NESTED} levels deep; give a file without them")
-
-
 def write_config(config: object, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
@@ -196,10 +184,7 @@ def write_config(config: object, path: Path) -> None:
 def _build(kind: type[Config], values: dict) -> Config:
     """The frozen dataclass. OmegaConf's objects are mutable and have lists instead of tuples."""
     arguments = {}
-    for spec in fields(kind):
-        value = values[spec.name]
-        default = spec.default_factory() if callable(spec.default_factory) else spec.default
-        if is_dataclass(default):
-            value = _build(type(default), value)
-        arguments[spec.name] = tuple(value) if isinstance(value, list) else value
+    for name, default in vars(kind()).items():
+        value = _build(type(default), values[name]) if is_dataclass(default) else values[name]
+        arguments[name] = tuple(value) if isinstance(value, list) else value
     return kind(**arguments)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ from clip_gen.networks.discriminator import build_discriminator, discriminator_l
 from clip_gen.networks.gpt import GPT, with_null_condition
 from clip_gen.networks.skip_init import SkipInit
 from clip_gen.networks.vqgan import VQGAN
+
+Built = TypeVar("Built")
 
 CONFIG = "config.yaml"
 TRAINING = "training.json"
@@ -76,11 +79,7 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such model folder; give one that holds {CONFIG} and its weights")
     config = load_config(folder)
-    try:
-        with torch.device("meta"):  # a config may describe networks larger than the memory
-            meta = build(config)
-    except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError) as error:
-        raise ModelFolderError(f"{folder / CONFIG}: its sizes describe no network ({error}); correct it") from error
+    meta = on_meta(lambda: build(config), folder / CONFIG, "correct it")
     files = {part: folder / f"{part}.safetensors" for part in PARTS}
     missing = [part for part in fresh if not files[part].is_file()]
     tensors = {part: read_part(getattr(meta, part), files[part]) for part in PARTS if part not in missing}
@@ -94,6 +93,19 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
     for part in PARTS:
         getattr(networks, part).to(device).eval().requires_grad_(False)
     return networks
+
+
+def on_meta(build: Callable[[], Built], path: Path, remedy: str) -> Built:
+    """Networks on the meta device, for names and shapes: a file may describe networks larger than the memory.
+
+    ModelFolderError if its sizes describe none.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about empty tensors, whose shapes will not fit
+            return build()
+    except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError, LookupError, NameError) as error:
+        raise ModelFolderError(f"{path}: its sizes describe no network ({error}); {remedy}") from error
 
 
 def load_base(folder: str | Path) -> Networks:
@@ -198,23 +210,12 @@ def part_digests(folder: Path) -> dict[str, str]:
         path = folder / f"{part}.safetensors"
         if not path.is_file():
             continue
-        with _opened(path) as file:
-            digest = hashlib.sha256()
-            for name in sorted(file.keys()):
-                if name.startswith(prefix):
-                    digest.update(file.get_tensor(name).flatten()[:SAMPLE].view(torch.uint8).numpy())
+        digest = hashlib.sha256()
+        for name, tensor in sorted(_tensors(path).items()):
+            if name.startswith(prefix):
+                digest.update(tensor.flatten()[:SAMPLE].view(torch.uint8).numpy())
         digests[part] = digest.hexdigest()
     return digests
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file; ModelFolderError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelFolderError(f"{path}: damaged ({error}); copy it again") from error
 
 
 def load_discriminator(folder: Path) -> nn.Module | None:
@@ -223,15 +224,10 @@ def load_discriminator(folder: Path) -> nn.Module | None:
     if not path.exists() and not path.is_symlink():
         return None
     try:
-        with safe_open(path, "pt") as file:  # its sizes are in no config
-            layers = discriminator_layers(file.keys())
-            channels = file.get_slice("main.0.weight").get_shape()[0]
-        if not channels:
-            raise ValueError("its first layer has no channels")
-        with torch.device("meta"):  # a damaged file may describe a network larger than the memory
-            meta = build_discriminator(channels, layers)
-        tensors = read_part(meta, path)
-    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
+        tensors = _tensors(path)
+        layers, channels = discriminator_layers(tensors), max(1, len(tensors["main.0.weight"]))
+        tensors = read_part(on_meta(lambda: build_discriminator(channels, layers), path, "copy it again"), path)
+    except (LookupError, TypeError, ModelFolderError) as error:
         raise ModelFolderError(
             f"{path}: is damaged or not a discriminator; copy it again, or remove it to train with a new one"
         ) from error
@@ -249,10 +245,7 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
     """The file's tensors, memory-mapped. ModelFolderError unless names and shapes fit and all numbers are finite."""
     if not path.is_file():
         raise ModelFolderError(f"{path}: missing; copy the whole model folder again{_REMEDIES.get(path.stem, '')}")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelFolderError(f"{path}: damaged ({error}); copy it again") from error
+    tensors = _tensors(path)
     problem = _mismatch(network.state_dict(), tensors)
     if problem:
         raise ModelFolderError(f"{path}: {problem}; it belongs to another {CONFIG} than the one beside it")
@@ -260,6 +253,14 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
         if not all_finite(tensor):
             raise ModelFolderError(f"{path}: {name} holds numbers that are not finite; copy it again, or train again")
     return tensors
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, memory-mapped; ModelFolderError if it is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelFolderError(f"{path}: damaged ({error}); copy it again") from error
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Collection
 from dataclasses import replace
@@ -12,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clip_gen.config import BridgeConfig, ClipConfig, GPTConfig, ModelConfig
+from clip_gen.config import BridgeConfig, ClipConfig, ModelConfig
 from clip_gen.files import atomic_folder
 from clip_gen.networks.bridge import Bridge
-from clip_gen.weights.importers import hfailab_gpt, hfailab_vqgan, openai_clip, taming
+from clip_gen.weights.importers import hfailab, openai_clip, taming
 from clip_gen.weights.importers.reader import origin, read_checkpoint
 from clip_gen.weights.model_folder import (
     CONFIG,
@@ -40,21 +39,21 @@ def import_hfailab(
 ) -> None:
     """HFAiLab's files to a model folder. Without `clip` the folder is complete but for its CLIP."""
     check_model_folder(out)
-    gpt_config, gpt_tensors = hfailab_gpt.convert_gpt(read_checkpoint(gpt), n_head, dtype)
-    vqgan_config, vqgan_tensors, discriminator = hfailab_vqgan.convert_vqgan(
+    parts, files = {}, {"vqgan": vqgan, "gpt": gpt}
+    gpt_config, parts["gpt"] = hfailab.convert_gpt(read_checkpoint(gpt), n_head, dtype)
+    vqgan_config, parts["vqgan"], parts["discriminator"] = hfailab.convert_vqgan(
         read_checkpoint(vqgan), gpt_config.block_size, dtype
     )
-    parts = {"vqgan": vqgan_tensors, "gpt": gpt_tensors, "discriminator": discriminator}
     parts["bridge"] = Bridge(gpt_config.embed_dim, BridgeConfig()).state_dict()
-    clip_config, files = ClipConfig(embed_dim=gpt_config.embed_dim), {"vqgan": vqgan, "gpt": gpt}
+    clip_config = ClipConfig(embed_dim=gpt_config.embed_dim)
     if clip is not None:
         clip_config, parts["clip"] = _read_clip(clip, dtype, activation)
         files["clip"] = clip
-    config = ModelConfig(name=out.resolve().name, clip=clip_config, vqgan=vqgan_config, gpt=gpt_config)
     log.info(
         f"{gpt.name}: {gpt_config.n_layer} layers of width {gpt_config.n_embd}, {gpt_config.n_head} heads; "
         f"{vqgan.name}: {vqgan_config.resolution} pixels, {vqgan_config.codebook_size} codes"
     )
+    config = ModelConfig(name=out.resolve().name, clip=clip_config, vqgan=vqgan_config, gpt=gpt_config)
     _write(out, config, parts, {"imported": _origins(files, "hfailab")})
     if clip is None:
         log.info(f"{out} has no CLIP yet: python -m clip_gen import clip --checkpoint FILE --out {out}")
@@ -63,12 +62,10 @@ def import_hfailab(
 def import_taming(settings: Path, checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     """A VQGAN of taming's to a model folder without transformer and CLIP, to train a transformer on."""
     check_model_folder(out)
-    vqgan_config = taming.read_vqgan_config(settings)
+    config = taming.read_taming_config(settings, out.resolve().name)
     content = read_checkpoint(checkpoint, inside=taming.FIRST_STAGE)
-    vqgan_tensors, discriminator = taming.convert_vqgan(content, vqgan_config, dtype)
-    gpt_config = GPTConfig(block_size=vqgan_config.grid**2, codebook_size=vqgan_config.codebook_size)
-    config = ModelConfig(name=out.resolve().name, vqgan=vqgan_config, gpt=gpt_config)
-    parts = {"vqgan": vqgan_tensors, "discriminator": discriminator}
+    vqgan, discriminator = taming.convert_vqgan(content, config.vqgan, dtype)
+    parts = {"vqgan": vqgan, "discriminator": discriminator}
     _write(out, config, parts, {"imported": _origins({"vqgan": checkpoint}, "taming")})
 
 
@@ -112,21 +109,13 @@ def _write(
     except ValueError as error:
         raise ValueError(f"{out}: not written, its parts do not fit one another: {error}") from error
     with atomic_folder(out) as folder:
+        for path in kept:
+            shutil.copyfile(path, folder / path.name)
         for name, tensors in parts.items():
             if tensors:
                 write_part(tensors, folder / f"{name}.safetensors")
-        for path in kept:
-            if not (folder / path.name).exists():
-                _link_or_copy(path, folder / path.name)
         write_description(folder, config, record)
     log.info(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-
-
-def _link_or_copy(path: Path, other: Path) -> None:
-    try:
-        os.link(path, other)
-    except OSError:  # not all file systems support links
-        shutil.copyfile(path, other)
 
 
 def _origins(files: dict[str, Path], form: str) -> dict[str, object]:

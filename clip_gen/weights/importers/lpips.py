@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clip_gen.files import atomic_folder, check_replaceable
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.weights.importers.reader import origin, read_checkpoint
-from clip_gen.weights.importers.state_dict import Checkpoint, Source, on_meta
+from clip_gen.weights.importers.state_dict import Checkpoint, Source
 from clip_gen.weights.model_folder import write_part
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def _has_record(folder: Path) -> bool:
 
 def convert_lpips(vgg: Checkpoint, linear: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of FrozenLPIPS. ValueError with a key that is missing, unexpected or of another shape."""
-    network = on_meta(FrozenLPIPS, vgg.path)
+    with torch.device("meta"):
+        network = FrozenLPIPS()
     # Our layers, inside slices, have the numbers of VGG's features.
     sources = {ours: Source(f"features.{ours.partition('.')[2]}") for ours in network.net.state_dict()}
     convolutions = vgg.without(*CLASSIFIER).converted(network.net, sources, dtype)

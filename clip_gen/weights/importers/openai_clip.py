@@ -15,7 +15,8 @@ from clip_gen.config import ClipConfig
 from clip_gen.files import sha256_of
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.weights.importers.reader import AGAIN, read_checkpoint
-from clip_gen.weights.importers.state_dict import REMEDY, Checkpoint, Source, on_meta
+from clip_gen.weights.importers.state_dict import REMEDY, Checkpoint, Source
+from clip_gen.weights.model_folder import on_meta
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,7 @@ def read_clip(path: Path, scripts: Collection[str] = frozenset(SHA256.values()))
             f"{path}: has the names of Hugging Face's transformers; give the open_clip file of the same model "
             "(open_clip_pytorch_model.bin or open_clip_model.safetensors)"
         )
-    if f"{TEXT}token_embedding.weight" in checkpoint.tensors:
-        return Checkpoint(path, {name.removeprefix(TEXT): tensor for name, tensor in checkpoint.tensors.items()})
-    return checkpoint
+    return Checkpoint(path, {name.removeprefix(TEXT): tensor for name, tensor in checkpoint.tensors.items()})
 
 
 def chosen_activation(path: Path, asked: str | None) -> str:
@@ -71,55 +70,40 @@ def convert_clip(
 ) -> tuple[ClipConfig, dict[str, Tensor]]:
     """Sizes and tensors of our encoder."""
     config = replace(clip_config(checkpoint), activation=activation)
-    rest = _checked_sizes(checkpoint, config)
-    network = on_meta(lambda: ClipEncoder(config), checkpoint.path)
+    network = on_meta(lambda: ClipEncoder(config), checkpoint.path, REMEDY)
     sources = {name: Source(name.removeprefix(OURS)) for name in network.state_dict()}
-    return config, rest.converted(network, sources, dtype)
+    return config, _without_sizes(checkpoint, config).converted(network, sources, dtype)
 
 
 def clip_config(checkpoint: Checkpoint) -> ClipConfig:
     """The sizes, inferred from the shapes."""
-    width = checkpoint.size("ln_final.weight")
-    vision = _vit(checkpoint) if "visual.proj" in checkpoint.tensors else _resnet(checkpoint)
-    return ClipConfig(
-        embed_dim=checkpoint.size("text_projection", 1),
-        context_length=checkpoint.size("positional_embedding"),
-        vocab_size=checkpoint.size("token_embedding.weight"),
-        transformer_width=width,
-        transformer_heads=max(1, width // HEAD_SIZE),
-        transformer_layers=checkpoint.count("transformer.resblocks."),
-        **vision,
-    )
-
-
-def _vit(checkpoint: Checkpoint) -> dict[str, object]:
-    patch, width = checkpoint.size("visual.conv1.weight", -1), checkpoint.size("visual.conv1.weight")
-    if width > MAX_VIT_WIDTH:
+    is_vit = "visual.proj" in checkpoint.tensors
+    width = checkpoint.size("visual.conv1.weight" if is_vit else "visual.layer1.0.conv1.weight")
+    if is_vit and width > MAX_VIT_WIDTH:
         raise ValueError(
             f"{checkpoint.path}: its image tower has width {width}. Published ViTs wider than {MAX_VIT_WIDTH} (H, g, "
             f"bigG) have attention heads of other sizes than {HEAD_SIZE}, which weights do not show; give a ViT-S, "
             "ViT-B, ViT-L or ResNet"
         )
-    side = math.isqrt(checkpoint.size("visual.positional_embedding") - 1)
-    return {
-        "image_resolution": patch * side,
-        "vision_layers": (checkpoint.count("visual.transformer.resblocks."),),
-        "vision_width": width,
-        "vision_patch_size": patch,
-    }
+    patch = checkpoint.size("visual.conv1.weight", -1) if is_vit else None
+    positions = checkpoint.size("visual.positional_embedding" if is_vit else "visual.attnpool.positional_embedding")
+    layers = ["transformer.resblocks."] if is_vit else [f"layer{i}." for i in (1, 2, 3, 4)]
+    text_width = checkpoint.size("ln_final.weight")
+    return ClipConfig(
+        embed_dim=checkpoint.size("text_projection", 1),
+        image_resolution=math.isqrt(positions - 1) * (patch or 32),
+        vision_layers=tuple(checkpoint.count(f"visual.{name}") for name in layers),
+        vision_width=width,
+        vision_patch_size=patch,
+        context_length=checkpoint.size("positional_embedding"),
+        vocab_size=checkpoint.size("token_embedding.weight"),
+        transformer_width=text_width,
+        transformer_heads=max(1, text_width // HEAD_SIZE),
+        transformer_layers=checkpoint.count("transformer.resblocks."),
+    )
 
 
-def _resnet(checkpoint: Checkpoint) -> dict[str, object]:
-    side = math.isqrt(checkpoint.size("visual.attnpool.positional_embedding") - 1)
-    return {
-        "image_resolution": 32 * side,
-        "vision_layers": tuple(checkpoint.count(f"visual.layer{i}.") for i in (1, 2, 3, 4)),
-        "vision_width": checkpoint.size("visual.layer1.0.conv1.weight"),
-        "vision_patch_size": None,
-    }
-
-
-def _checked_sizes(checkpoint: Checkpoint, config: ClipConfig) -> Checkpoint:
+def _without_sizes(checkpoint: Checkpoint, config: ClipConfig) -> Checkpoint:
     """Removes the three sizes that official files hold as tensors; ValueError unless they agree with the shapes."""
     sizes = {
         "input_resolution": config.image_resolution,
@@ -128,10 +112,6 @@ def _checked_sizes(checkpoint: Checkpoint, config: ClipConfig) -> Checkpoint:
     }
     for name, size in sizes.items():
         stated = checkpoint.tensors.get(name)
-        if stated is not None and stated.numel() != 1:
-            raise ValueError(f"{checkpoint.path}: {name} has shape {tuple(stated.shape)}; {REMEDY}")
-        if stated is not None and stated.item() != size:
-            raise ValueError(
-                f"{checkpoint.path}: {name} is {stated.item()}, but its tensors are for {size}; it is damaged: {AGAIN}"
-            )
+        if stated is not None and (stated.numel() != 1 or stated.item() != size):
+            raise ValueError(f"{checkpoint.path}: {name} is not {size}, as its other tensors are for; {AGAIN}")
     return checkpoint.without(*sizes)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from clip_gen.networks.discriminator import build_discriminator, discriminator_layers
-from clip_gen.weights.model_folder import all_finite, narrowed
-
-Network = TypeVar("Network", bound=nn.Module)
+from clip_gen.weights.model_folder import all_finite, narrowed, on_meta
 
 REMEDY = "give the whole checkpoint, of the format and the network that this command imports"
 
@@ -39,9 +35,10 @@ class Source:
         return theirs.reshape(self.of, *ours)[self.part]
 
 
-def weight_and_bias(ours: str, theirs: str) -> dict[str, Source]:
-    """Sources of a layer that only has another name."""
-    return {f"{ours}.{kind}": Source(f"{theirs}.{kind}") for kind in ("weight", "bias")}
+def renamed(name: str, names: dict[str, str]) -> str:
+    """The name with each of these parts replaced, longer ones first."""
+    parts = sorted(names, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, parts)), lambda part: names[part[0]], name)
 
 
 @dataclass(frozen=True)
@@ -110,29 +107,15 @@ class Checkpoint:
             ) from error
 
 
-def on_meta(build: Callable[[], Network], path: Path, remedy: str = REMEDY) -> Network:
-    """The network on the meta device, for its names and shapes. ValueError if the file's sizes describe none."""
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about empty tensors, whose shapes will not fit
-            return build()
-    except (ValueError, RuntimeError, AssertionError, ArithmeticError, TypeError, LookupError) as error:
-        raise ValueError(f"{path}: its sizes describe no network ({error}); {remedy}") from error
-
-
-def convert_discriminator(checkpoint: Checkpoint, body: str, head: str | None = None) -> dict[str, Tensor]:
+def convert_discriminator(checkpoint: Checkpoint, body: str = "main", head: str | None = None) -> dict[str, Tensor]:
     """The tensors of a VQGAN's discriminator under taming's names, `main.<i>...`; empty if the checkpoint has none.
 
     body: the checkpoint's name of the list of layers. head: its name of the last layer, if that is not in the list.
     """
     if not checkpoint.tensors:
         return {}
-    layers = discriminator_layers(checkpoint.tensors)
-    channels = checkpoint.size(f"{body}0.weight")
-    network = on_meta(lambda: build_discriminator(channels, layers), checkpoint.path)
-    last = f"main.{3 * layers + 2}."
-    sources = {}
-    for name in network.state_dict():
-        theirs = head + name.removeprefix(last) if head and name.startswith(last) else body + name.removeprefix("main.")
-        sources[name] = Source(theirs)
-    return checkpoint.converted(network, sources)
+    layers, channels = discriminator_layers(checkpoint.tensors), checkpoint.size(f"{body}.0.weight")
+    network = on_meta(lambda: build_discriminator(channels, layers), checkpoint.path, REMEDY)
+    last = f"main.{3 * layers + 2}"
+    names = {"main": body, last: head or last}
+    return checkpoint.converted(network, {name: Source(renamed(name, names)) for name in network.state_dict()})
