@@ -18,6 +18,7 @@ COMMAND = "CLIP_GEN_COMMAND"  # the environment variable with the command that s
 PARTIAL = ".clip-gen-saving-"  # prefix of incomplete files and folders; leftovers with it are removed
 LEFTOVER_SECONDS = 60  # a newer file may not be locked yet
 MARK = ".clip-gen"  # the file that marks a folder as written by this program
+NEW_FOLDER = "name a new or an empty one"
 # Made by the operating system. They do not count as content and are never removed.
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
 
@@ -34,8 +35,7 @@ def checkpoints_folder() -> Path:
 def atomic_file(path: Path, durable: bool = True) -> Iterator[str]:
     """A temporary file beside `path`. It replaces `path` on success and is removed on failure.
 
-    Leftovers of killed processes are removed first. durable: sync the data to disk before `path` changes, so that a
-    power failure cannot lose both versions.
+    durable: sync the data to disk before `path` changes, so that a power failure cannot lose both versions.
     """
     remove_leftovers(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
@@ -90,8 +90,8 @@ def _put_back(temporary: Path) -> None:
             os.replace(old, temporary.parent / old.name)
 
 
-def write_text_atomic(path: Path, text: str, durable: bool = True) -> None:
-    with atomic_file(path, durable) as temporary:
+def write_text_atomic(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
@@ -122,10 +122,9 @@ def set_compile_cache_folders() -> None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a folder can be created in this one. Found out by trying: permissions say nothing about root."""
     try:
-        os.rmdir(tempfile.mkdtemp(dir=folder, prefix=PARTIAL))
-    except OSError:
+        check_writable(folder)
+    except ValueError:
         return False
     return True
 
@@ -191,21 +190,15 @@ def errors_named(folder: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError unless this process can write into the folder, or create it. Leaves nothing there."""
+    """ValueError unless this process can write into the folder, or create it. Leaves nothing there.
+
+    Makes a folder there and removes it, because permissions say nothing about root.
+    """
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
     with errors_named(folder):
-        nearest = folder.absolute()
-        while not nearest.exists():
-            if nearest.is_symlink():
-                raise ValueError(
-                    f"{nearest} is a link to {os.readlink(nearest)}, which does not exist; name another folder"
-                )
-            nearest = nearest.parent
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; name another folder")
-        if not nearest.is_dir():
-            raise ValueError(f"{folder}: {nearest} is a file, so it cannot contain a folder; name another folder")
-        if not is_writable(nearest):
-            raise ValueError(f"{folder}: {nearest} cannot be written to; name another folder or change its permissions")
+        os.rmdir(tempfile.mkdtemp(dir=nearest, prefix=PARTIAL))
 
 
 def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
@@ -215,13 +208,12 @@ def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path],
     which wrote no mark.
     """
     check_writable(folder)
-    names = list_names(folder)
-    mark = folder / MARK
-    if not names or (mark.is_file() and mark.read_text(errors="replace").startswith(f"{kind}\n")):
-        return
-    if mark.is_file() or not made_before_marks(folder):
+    names, mark = list_names(folder), folder / MARK
+    has_mark = mark.is_file()
+    ours = mark.read_text(errors="replace").startswith(f"{kind}\n") if has_mark else made_before_marks(folder)
+    if names and not ours:
         shown = next((name for name in names if name != MARK), MARK)
-        raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; name a new or an empty one")
+        raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
 
 
 def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here: Callable[[Path], bool]) -> None:
@@ -233,10 +225,9 @@ def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here
     check_writable(folder.absolute().parent)  # where atomic_folder writes first
     present = list_names(folder)
     unknown = [name for name in present if name not in names]
-    if unknown:
-        raise ValueError(f"{folder}: holds {unknown[0]}, which is no part of a {kind}; give another folder")
-    if present and not made_here(folder):
-        raise ValueError(f"{folder}: holds {present[0]}, but is no {kind} of this program; give another folder")
+    if unknown or (present and not made_here(folder)):
+        shown = (unknown or present)[0]
+        raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
 
 
 def claim_folder(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:

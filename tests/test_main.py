@@ -43,14 +43,14 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
         (["generate", "caf\udce9"], "generate: prompt is 'caf\\udce9', which is not UTF-8 text"),
         (["generate", "a", "--num-outputs", "17"], "generate: num_outputs is 17, more than the 16 candidates"),
         (["generate", "a", "--top-p", "1.5"], "generate: top_p is 1.5; give a number, 0 to 1"),
-        (["generate", "a", "--out", f"{__file__}/x"], f"generate: {__file__}/x: {__file__} is a file, so it"),
-        (["generate", "a", "--out", "/proc/x"], "generate: /proc/x: /proc cannot be written to; name another folder"),
+        (["generate", "a", "--out", f"{__file__}/x"], f"generate: {__file__}/x: cannot be used (Not a directory)"),
+        (["generate", "a", "--out", "/proc/x"], "generate: /proc/x: cannot be used (No such file or directory)"),
         (["evaluate", "nowhere", "--prompts", "0"], "evaluate: prompts is 0; give 1 or more"),
         (
             ["generate", "a", "--output-quality", "101"],
             "generate: output_quality is 101; give a whole number, 0 to 100",
         ),
-        (["generate", "a", "--out", __file__], f"generate: {__file__} is a file; name another folder"),
+        (["generate", "a", "--out", __file__], f"generate: {__file__}: cannot be used (Not a directory); name"),
         (["generate", "a", "--out", ""], "generate: --out is empty; name a folder for the pictures"),
         (["evaluate", "nowhere"], "evaluate: nowhere: no such file or folder; give a model folder"),
         (["train-shapes", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -73,7 +73,7 @@ def test_a_broken_link_as_folder_is_refused_before_drawing(
     monkeypatch.setattr(pipeline, "load_networks", None)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert main(["generate", "a", "--out", str(tmp_path / "link")]) == 1
-    error = f"generate: {tmp_path}/link is a link to {tmp_path}/nowhere, which does not exist; name another folder\n"
+    error = f"generate: {tmp_path}/link: cannot be used (No such file or directory); name another folder\n"
     assert capsys.readouterr().err == error
 
 
@@ -144,12 +144,12 @@ def test_every_setting_of_a_training_is_told_of() -> None:
             "train-shapes --work OUT/work --out OUT",
             "",
             ["gpt/told.json"],
-            "holds gpt, which is no part of a model folder",
+            "holds gpt and is no model folder",
         ),
-        ("train-shapes --work OUT/work --out OUT", "", ["config.yaml"], "holds config.yaml, but is no model folder"),
+        ("train-shapes --work OUT/work --out OUT", "", ["config.yaml"], "holds config.yaml and is no model folder"),
         ("shapes --count 1 --out OUT", "", ["notes.txt"], "has files in it already; name a new or empty folder"),
         ("shapes --count 1 --out OUT --zip", ".zip", [], "OUT.zip exists already"),
-        ("pull lpips --out OUT", "", ["lpips.safetensors"], "holds lpips.safetensors, but is no LPIPS folder of this"),
+        ("pull lpips --out OUT", "", ["lpips.safetensors"], "holds lpips.safetensors and is no LPIPS folder of this"),
     ],
 )
 def test_no_command_replaces_a_persons_files(

@@ -291,7 +291,7 @@ def _type(tensor: Tensor) -> str:
 
 def check_model_folder(folder: Path) -> None:
     """ValueError unless the folder is new, empty, or a model folder without other files, which may be replaced."""
-    check_replaceable(folder, "model folder", (*FILES, DISCRIMINATOR), _has_model_config)
+    check_replaceable(folder, "model", (*FILES, DISCRIMINATOR), _has_model_config)
 
 
 def _has_model_config(folder: Path) -> bool:

@@ -148,7 +148,7 @@ def test_a_folder_of_a_person_is_refused_and_untouched(
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("model/car.blend", "model: holds car.blend, which is no part of a model folder"),
+        ("model/car.blend", "model holds car.blend and is no model folder"),
         ("work/pictures/holiday.jpg", "pictures holds holiday.jpg, which no training put there"),
     ],
 )

@@ -39,7 +39,7 @@ def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype
 
 def check_lpips_folder(out: Path) -> None:
     """ValueError unless the folder is new, empty or an LPIPS folder, which may be replaced."""
-    check_replaceable(out, "LPIPS folder", (WEIGHTS, RECORD), _has_record)
+    check_replaceable(out, "LPIPS", (WEIGHTS, RECORD), _has_record)
 
 
 def _has_record(folder: Path) -> bool:

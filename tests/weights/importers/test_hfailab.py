@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EACCES
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,7 @@ def test_only_a_model_folder_is_ever_replaced(tmp_path: Path, capsys: pytest.Cap
     hfailab_files(tmp_path)
     words = ["import", "hfailab", "--vqgan", str(tmp_path / "vqgan.pt"), "--gpt", str(tmp_path / "gpt.pt")]
     assert main([*words, "--out", str(tmp_path)]) == 1
-    assert "holds gpt.pt, which is no part of a model folder" in capsys.readouterr().err
+    assert "holds gpt.pt and is no model folder" in capsys.readouterr().err
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     assert main([*words, "--out", str(tmp_path / "out"), "--dtype", "float16"]) == 0
 
@@ -233,7 +234,7 @@ def test_files_of_another_program_with_the_same_names_are_not_replaced(
     out.mkdir()
     (out / name).write_text("theirs: 1\n")
     assert main([*words, "--out", str(out)]) == 1
-    assert f"holds {name}, but is no model folder" in capsys.readouterr().err
+    assert f"holds {name} and is no model folder" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_text() == "theirs: 1\n"
 
@@ -244,14 +245,18 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
     (tmp_path / "file").write_text("")
     words = ["import", "hfailab", "--vqgan", "nowhere", "--gpt", "nowhere", "--out"]
     for out, sentence in (
-        ("file", "file is a file; name another folder"),
-        ("file/out", f"{tmp_path}/file is a file, so it cannot contain a folder"),
+        ("file", "file: cannot be used (Not a directory); name another folder"),
+        ("file/out", "file/out: cannot be used (Not a directory)"),
     ):
         assert main([*words, str(tmp_path / out)]) == 1
         assert sentence in capsys.readouterr().err
-    monkeypatch.setattr("clip_gen.files.is_writable", lambda _: False)  # tests may run as root, who may write anywhere
+
+    def refuse(**_: object) -> str:  # tests may run as root, who may write anywhere
+        raise PermissionError(EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     assert main([*words, str(tmp_path / "new" / "out")]) == 1
-    assert f"{tmp_path} cannot be written to; name another folder" in capsys.readouterr().err
+    assert "out: cannot be used (Permission denied); name another folder" in capsys.readouterr().err
 
 
 def test_every_published_key_has_its_place_at_the_published_size() -> None:
