@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
-import math
 import os
 import platform
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-MEMORY_FILES = (  # limit, usage and statistics: of cgroups version 2 and version 1
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -74,53 +68,41 @@ def supports_float16() -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device; for a CPU in a container, within the container's limit."""
+    """Bytes that can still be allocated on the device; for a CPU, within the limits of this process's cgroups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = [int(lines["MemAvailable"].split()[0]) * 1024]
-    for limit, usage, statistics in MEMORY_FILES:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
-            most, used = (int((CGROUPS / name).read_text()) for name in (limit, usage))
-            kinds = dict(line.split() for line in (CGROUPS / statistics).read_text().splitlines())
+    for folder in _cgroups():
+        with suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            most, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+            kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             cached = sum(int(kinds.get(name, 0)) for name in ("inactive_file", "active_file"))  # freed on demand
             available.append(most - used + cached)
     return max(0, min(available))
 
 
 def cpus() -> int:
-    """How many CPUs this process can use: those it may run on, limited by its cgroup's quota. At least 1.
+    """How many CPUs this process can use: those it may run on, limited by its cgroups' quotas. At least 1.
 
     A quota of 1.5 CPUs counts as 1, because two threads would both wait for the next period.
     """
-    return max(1, math.floor(min(len(os.sched_getaffinity(0)), _cpu_quota())))
-
-
-def _cpu_quota() -> float:
-    """The smallest quota of this process's cgroups and their parents, in CPUs; infinite without a limit."""
-    quotas = [math.inf]
-    for folder in _cpu_cgroups():
-        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+    limits = [len(os.sched_getaffinity(0))]
+    for folder in _cgroups():
+        with suppress(OSError, ValueError):  # no such file, or no limit ("max")
             quota, period = map(int, (folder / "cpu.max").read_text().split())
-            quotas.append(quota / period)
-        with contextlib.suppress(OSError, ValueError):  # cgroups v1, where -1 is no limit
-            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-            quotas.append(quota / period if quota > 0 else math.inf)
-    return min(quotas)
+            limits.append(quota // period)
+    return max(1, min(limits))
 
 
-def _cpu_cgroups() -> Iterator[Path]:
-    """Folders of the cgroups that limit CPU time.
+def _cgroups() -> list[Path]:
+    """Folders of this process's cgroup (version 2) and its parents.
 
     In a container the path in /proc may be the host's. Then only the top folder exists.
     """
-    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top, inside = CGROUPS / "cpu" if controllers else CGROUPS, Path(path.strip("/"))
-        yield from (top / group for group in (inside, *inside.parents))
+    own = [line[3:] for line in OWN_CGROUPS.read_text().splitlines() if line.startswith("0::")]
+    inside = Path("".join(own).strip("/"))
+    return [CGROUPS / group for group in (inside, *inside.parents)]
 
 
 def spare_cores() -> int:
@@ -128,26 +110,18 @@ def spare_cores() -> int:
     return min(16, max(1, cpus() - 1))
 
 
-def get_threads() -> int:
-    """How many threads torch uses for work of the calling thread.
-
-    The lock matters when a thread uses torch for the first time: set_threads changes that default for a moment.
-    """
-    with _thread_lock():
-        return torch.get_num_threads()
-
-
-def set_threads(count: int) -> None:
-    """Sets how many threads torch uses for work of the calling thread, and of no other.
+def set_threads(count: int) -> int:
+    """Sets how many threads torch uses for work of the calling thread, and of no other; returns how many it used.
 
     torch.set_num_threads alone also changes the default for threads that use torch for the first time later.
     """
-    if get_threads() == count:
-        return
     with _thread_lock(), ThreadPoolExecutor(1) as new_thread:
-        default = new_thread.submit(torch.get_num_threads).result()
-        torch.set_num_threads(count)
-        new_thread.submit(torch.set_num_threads, default).result()
+        before = torch.get_num_threads()
+        if before != count:
+            default = new_thread.submit(torch.get_num_threads).result()
+            torch.set_num_threads(count)
+            new_thread.submit(torch.set_num_threads, default).result()
+    return before
 
 
 @contextmanager
@@ -157,8 +131,7 @@ def one_thread() -> Iterator[None]:
     A thread keeps the OpenMP threads that it started. With more of them than CPUs, GNU's OpenMP puts all to sleep
     between two operations, and a batcher that uses several threads takes 2.5 times as long.
     """
-    before = get_threads()
-    set_threads(1)
+    before = set_threads(1)
     try:
         yield
     finally:
@@ -176,9 +149,7 @@ def _thread_lock() -> threading.Lock:
 def release_memory() -> None:
     """Returns freed memory, which malloc keeps (serving.train_process.KEEP_MEMORY), to the system."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
@@ -199,10 +170,7 @@ def on_device(*networks: nn.Module) -> Iterator[torch.device]:
 @contextmanager
 def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
     """Whether a GPU may use TF32 in float32 products: mantissas of ten bits, several times as fast."""
-    if device.type != "cuda":
-        yield
-        return
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn] if device.type == "cuda" else []
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

@@ -81,22 +81,16 @@ def test_networks_moved_in_inference_mode_can_be_trained_afterwards() -> None:
         # A service has the limits of the groups around it too.
         ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "600000 100000"}, 3),
         ("0::/host/path/of/container", {"cpu.max": "400000 100000"}, 4),
-        # The first version of cgroups.
-        ("4:memory:/x\n1:cpu:/\n0::/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ("2:cpu,cpuacct:/d/1", {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "50000"}, 3),
-        ("2:cpu:/d", {"cpu/d/cpu.cfs_quota_us": "20000", "cpu/d/cpu.cfs_period_us": "10000"}, 2),
-        ("2:cpuset:/d", {"cpu/d/cpu.cfs_quota_us": "20000", "cpu/d/cpu.cfs_period_us": "10000"}, 8),
-        (None, {"cpu.max": "100000 100000"}, 8),
+        ("4:memory:/x\n1:cpu:/\n0::/", {"cpu.max": "400000 100000"}, 4),
     ],
 )
 def test_cpus_are_those_that_the_cgroup_pays_for(
-    own: str | None, files: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: str, files: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr("clip_gen.hardware.CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr("clip_gen.hardware.OWN_CGROUPS", tmp_path / "own")
-    if own is not None:
-        (tmp_path / "own").write_text(own + "\n")
+    (tmp_path / "own").write_text(own + "\n")
     for name, text in files.items():
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,22 +169,14 @@ print(kept - began, held() - began, int(prepares))
     assert max(map(int, left)) < 30
 
 
-@pytest.mark.parametrize(
-    ("limit", "usage", "statistics"),
-    [
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ],
-)
 def test_available_memory_is_the_containers_with_its_file_cache_counted_as_free(
-    limit: str, usage: str, statistics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clip_gen.hardware.CGROUPS", tmp_path)
     assert available_memory(CPU) > 1e8
-    (tmp_path / limit).parent.mkdir(exist_ok=True)
-    (tmp_path / limit).write_text("5000000\n")
-    (tmp_path / usage).write_text("4800000\n")
-    (tmp_path / statistics).write_text("anon 2000000\nfile 2800000\ninactive_file 1500000\nactive_file 1300000\n")
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("4800000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\nfile 2800000\ninactive_file 1500000\nactive_file 1300000\n")
     assert available_memory(CPU) == 3_000_000
-    (tmp_path / limit).write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert available_memory(CPU) > 1e8
