@@ -16,7 +16,7 @@ import numpy as np
 from PIL import IcoImagePlugin, Image, JpegImagePlugin
 
 from clip_gen.data.colours import in_srgb, on_background
-from clip_gen.data.file_kinds import CAMERA_RAW, HEAD_BYTES, PictureError, kind_of
+from clip_gen.data.file_kinds import CAMERA_RAW, HEAD_BYTES, UnusableError, kind_of
 from clip_gen.data.heic import HeicFile
 
 BROKEN = "cut off or damaged"
@@ -78,7 +78,7 @@ def decode(
     A JPEG of more than `max_pixels` is decoded at a half, a quarter or an eighth of its size. So is one that still is
     at least `wanted_side` pixels wide and high.
 
-    PictureError if the file is not a usable picture. Before decoding: if a side is under `min_side` pixels, if the
+    UnusableError if the file is not a usable picture. Before decoding: if a side is under `min_side` pixels, if the
     longer side is over `max_aspect` times the shorter, or if it has over `max_pixels`. OSError if there is no file.
     """
     with path.open("rb") as file:
@@ -94,14 +94,14 @@ def decode(
                 image.load()
                 upright, notes = _upright_rgb(image, kind)
                 return Decoded(upright, (*frames, *scaled, *notes))
-        except PictureError:
+        except UnusableError:
             raise
         except Image.DecompressionBombError as error:
-            raise PictureError(TOO_LARGE) from error
+            raise UnusableError(TOO_LARGE) from error
         except DECODING_ERRORS as error:
             # UnidentifiedImageError names our temporary file, which means nothing to the user.
             detail = "" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-            raise PictureError(BROKEN, detail) from error
+            raise UnusableError(BROKEN, detail) from error
 
 
 def is_one_colour(image: Image.Image) -> bool:
@@ -118,12 +118,12 @@ def _opened(file: BinaryIO, kind: str) -> Image.Image:
         return IcoImagePlugin.IcoFile(file).frame(0)  # the largest
     image = Image.open(file, formats=[kind])
     if kind == "TIFF" and DNG_VERSION in image.tag_v2:
-        raise PictureError(CAMERA_RAW)
+        raise UnusableError(CAMERA_RAW)
     return image
 
 
 class _Quiet:
-    """Silences PIL's warnings and log about odd files, which become a PictureError or do not matter.
+    """Silences PIL's warnings and log about odd files, which become a UnusableError or do not matter.
 
     These settings belong to the process: the first thread to enter saves them, the last to leave restores them.
     """
@@ -162,13 +162,13 @@ def _has_more_frames(image: Image.Image) -> bool:
 def _check_shape(size: tuple[int, int], min_side: int, max_aspect: float) -> None:
     shown = f"{size[0]} x {size[1]}"
     if min(size) < min_side:
-        raise PictureError(TOO_SMALL, f"{shown}; {min_side} is the least side")
+        raise UnusableError(TOO_SMALL, f"{shown}; {min_side} is the least side")
     if max(size) > max_aspect * min(size):
-        raise PictureError(TOO_THIN, f"{shown}; the longer side may be {max_aspect:g} times the shorter")
+        raise UnusableError(TOO_THIN, f"{shown}; the longer side may be {max_aspect:g} times the shorter")
 
 
 def _shrunk(image: Image.Image, max_pixels: int) -> bool:
-    """Reduces a JPEG to at most `max_pixels`, and returns whether it had to. PictureError if that is impossible."""
+    """Reduces a JPEG to at most `max_pixels`, and returns whether it had to. UnusableError if that is impossible."""
     width, height = image.size
     if width * height <= max_pixels:
         return False
@@ -180,7 +180,7 @@ def _shrunk(image: Image.Image, max_pixels: int) -> bool:
             if -(-width // scale) * -(-height // scale) <= max_pixels:
                 image.draft(None, (width // scale, height // scale))
                 return True
-    raise PictureError(TOO_LARGE, f"{width} x {height}; {max_pixels:,} is the most in all: make it smaller")
+    raise UnusableError(TOO_LARGE, f"{width} x {height}; {max_pixels:,} is the most in all: make it smaller")
 
 
 def _upright_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, list[str]]:
@@ -210,10 +210,10 @@ def _plain_mode(image: Image.Image, kind: str) -> Image.Image:
 
 
 def _from_unit_range(image: Image.Image) -> Image.Image:
-    """8-bit grey of float grey from 0 to 1, as scientific programs write it. PictureError for other 32-bit pixels."""
+    """8-bit grey of float grey from 0 to 1, as scientific programs write it. UnusableError for other 32-bit pixels."""
     levels = np.asarray(image)
     if image.mode != "F" or not (levels.min() >= 0 and levels.max() <= 1):  # neither holds where one is NaN
-        raise PictureError(UNKNOWN_RANGE)
+        raise UnusableError(UNKNOWN_RANGE)
     return image.point(lambda level: level * 255 + 0.5).convert("L")
 
 

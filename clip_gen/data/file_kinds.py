@@ -68,8 +68,8 @@ WEB_PAGES = re.compile(rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype html|html
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-class PictureError(ValueError):
-    """The file is not a usable picture. `reason` is the same for all such files; `detail` may be empty."""
+class UnusableError(ValueError):
+    """The file cannot be used. `reason` is the same for all such files; `detail` may be empty."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -77,15 +77,15 @@ class PictureError(ValueError):
 
 
 def kind_of(head: bytes, name: str = "") -> str:
-    """PIL's name of the format of a file with these first HEAD_BYTES; PictureError for anything but a picture.
+    """PIL's name of the format of a file with these first HEAD_BYTES; UnusableError for anything but a picture.
 
     The content decides; `name` is used only if the content does not.
     """
     kind = _picture_kind(head)
     if kind == "TIFF" and (head[8:10] == b"CR" or _suffix(name) in RAW_NAMES):
-        raise PictureError(CAMERA_RAW)  # most raw files are TIFFs, and PIL would read their thumbnail
+        raise UnusableError(CAMERA_RAW)  # most raw files are TIFFs, and PIL would read their thumbnail
     if kind is None:
-        raise PictureError(_other(head, name))
+        raise UnusableError(_other(head, name))
     return kind
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from clip_gen.data.decoding import MAX_PIXELS
 
+CHUNK = 2**16  # bytes that are read at a time
+WANTED = "give a zip, a tar (plain, gz, bz2 or xz) or a folder"
+
 
 class ArchiveError(ValueError):
-    """The source has no usable pictures. The message says what it is and what to give instead."""
+    """The archive or folder cannot be used. The message says what it is and what to give instead."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,15 @@ class Limits:
 
 
 class Meter:
-    """Counts the entries and bytes read from an archive; ArchiveError when there are too many."""
+    """Counts the files and unpacked bytes of an archive or folder; ArchiveError when there are too many.
 
-    def __init__(self, source: Path, limits: Limits):
-        self.source, self._limits = source, limits
-        self._packed = None if source.is_dir() else source.stat().st_size
-        self._bytes = self._entries = 0
+    name: how messages call it. packed_bytes: its own size, to which max_ratio applies.
+    """
+
+    def __init__(self, name: str, limits: Limits, packed_bytes: float = float("inf")):
+        self.name, self.bytes = name, 0
+        self._limits, self._entries = limits, 0
+        self._bomb_bytes = max(limits.free_bytes, limits.max_ratio * packed_bytes)
 
     def add_entries(self, count: int) -> None:
         self._entries += count
@@ -47,12 +52,23 @@ class Meter:
             raise self._too_much(f"{self._limits.max_entries:,} files")
 
     def add_bytes(self, count: int) -> None:
-        self._bytes += count
-        if self._bytes > self._limits.max_bytes:
+        self.bytes += count
+        if self.bytes > self._limits.max_bytes:
             raise self._too_much(f"{self._limits.max_bytes:,} bytes unpacked")
-        ratio = self._limits.max_ratio
-        if self._packed is not None and self._bytes > max(self._limits.free_bytes, ratio * self._packed):
-            raise self._too_much(f"{ratio:g} times its own size, as archive bombs do")
+        if self.bytes > self._bomb_bytes:
+            raise self._too_much(f"{self._limits.max_ratio:g} times its own size, as archive bombs do")
+
+    def damaged(self, error: Exception | str) -> ArchiveError:
+        """The error for an archive that cannot be read."""
+        reason = reason_of(error)
+        return ArchiveError(
+            f"{self.name}: is damaged, cut off or no archive ({reason}); download or copy it again, or {WANTED}"
+        )
 
     def _too_much(self, what: str) -> ArchiveError:
-        return ArchiveError(f"{self.source}: holds more than {what}; give fewer pictures")
+        return ArchiveError(f"{self.name}: holds more than {what}; give fewer files")
+
+
+def reason_of(error: Exception | str) -> str:
+    """The message of an error, for an OSError without its path."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,6 +1,7 @@
 """Reads a tar of any compression as a stream, and counts all unpacked bytes.
 
-Python's tarfile trusts sizes in headers, keeps whole headers in memory, and takes damage for the end of the tar.
+Python's tarfile trusts sizes in headers, keeps whole headers in memory, and takes damage for the end of the tar. So it
+reads the headers only.
 """
 
 from __future__ import annotations
@@ -14,103 +15,108 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
+from clip_gen.data.limits import CHUNK, ArchiveError, Meter
+
 MAX_HEADER_BYTES = 2**20  # of one member, with its long names and pax records
 MAX_XZ_MEMORY = 2**28  # four times what `xz -9` needs
-CHUNK = 2**16
 
 T = TypeVar("T")
 
 
-def tar_files(
-    stream: BinaryIO, count: Callable[[int], None]
-) -> Iterator[tuple[tarfile.TarInfo, io.BufferedReader | None]]:
-    """Each member, and its content if it is a plain file. Read the content before the next member is requested.
+def tar_members(file: BinaryIO, meter: Meter) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
+    """Each member and its content in pieces. Read the content before the next member is requested.
 
-    count: called with the number of bytes of each read, headers and skipped content included; may raise to stop.
-    Raises tarfile.TarError or OSError if the tar is damaged or cut off, or if it is not a tar.
+    The meter counts headers and skipped content too. ArchiveError if the tar is damaged or cut off.
     """
-    forward = _Forward(_decompressed(io.BufferedReader(stream)), count)
-    tar = forward.header(lambda: tarfile.TarFile(fileobj=forward))
-    while (member := forward.header(tar.next)) is not None:
-        yield member, tar.extractfile(member) if member.isreg() and not member.issparse() else None
+    stream = _TarStream(_decompressed(file), meter)
+    tar = stream.header(tarfile.TarFile, fileobj=stream)
+    while (member := stream.header(tar.next)) is not None:
+        yield member, stream.pieces(member.offset_data + member.size)
+        for _ in stream.pieces(tar.offset):
+            pass
         # tarfile would keep both for all members.
         tar.members.clear()
         tar.pax_headers.clear()
-    if not forward.last or forward.last.strip(b"\0"):
-        raise tarfile.ReadError("it is cut off or damaged: its end is missing")
+    stream.check_end()
 
 
-def _decompressed(stream: io.BufferedReader) -> BinaryIO:
-    start = stream.peek(6)
+def _decompressed(file: BinaryIO) -> BinaryIO:
+    start = file.read(6)
+    file.seek(0)
     if start.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=stream)
+        return gzip.GzipFile(fileobj=file)
     if start.startswith(b"BZh"):
-        return bz2.BZ2File(stream)
+        return bz2.BZ2File(file)
     if start.startswith(b"\xfd7zXZ\0"):
-        return io.BufferedReader(_Xz(stream))
-    return stream
+        return io.BufferedReader(_Xz(file))
+    return file
 
 
-class _Forward:
-    """A file for tarfile that only reads forward; only a malicious tar would seek back."""
+class _TarStream:
+    """An unpacked tar that is only read forward. tarfile calls `tell` and `read` for headers."""
 
-    def __init__(self, stream: BinaryIO, count: Callable[[int], None]):
-        self._stream, self._count = stream, count
+    def __init__(self, file: BinaryIO, meter: Meter):
+        self._file, self._meter = file, meter
         self._position = 0
-        self._left: int | None = None  # bytes that the current header may still take
-        self._stopped = False
-        self.last = b""
+        self._left = 0  # bytes that the current header may still take
+        self._block = b""  # the last of a header
 
-    def header(self, read: Callable[[], T]) -> T:
-        """Calls `read`, which may read at most MAX_HEADER_BYTES."""
-        self._left = MAX_HEADER_BYTES
+    def header(self, read: Callable[..., T], **arguments: object) -> T:
+        """Calls `read`, in which tarfile reads a header of at most MAX_HEADER_BYTES."""
+        self._left, start = MAX_HEADER_BYTES, self._position
         try:
-            return read()
-        except RecursionError as error:  # tarfile recurses for each extended header
-            raise tarfile.ReadError("it has too many headers in a row") from error
-        except (ValueError, LookupError, OverflowError) as error:  # it parses any text in them as numbers
-            if self._stopped:
-                raise
-            raise tarfile.ReadError("a header in it makes no sense") from error
-        finally:
-            self._left = None
+            result = read(**arguments)
+        except ArchiveError:
+            raise
+        except tarfile.TarError as error:
+            raise self._meter.damaged(error) from error
+        # It takes any text for numbers, and recurses for each extended header.
+        except (ValueError, LookupError, OverflowError, RecursionError) as error:
+            raise self._meter.damaged("a header in it makes no sense") from error
+        self._meter.add_bytes(self._position - start)
+        return result
 
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
-        if size < 0:
-            raise tarfile.ReadError("a size in it is below 0")
-        if self._left is not None:
-            self._left -= size
-            if self._left < 0:
-                raise tarfile.ReadError(f"a header in it is over {MAX_HEADER_BYTES:,} bytes")
-        self.last = self._take(size)
-        return self.last
+        self._left -= size
+        if size < 0 or self._left < 0:
+            raise self._meter.damaged(f"a header in it is over {MAX_HEADER_BYTES:,} bytes")
+        self._block = self._take(size)
+        return self._block
 
-    def seek(self, position: int) -> None:
-        if position < self._position:
-            raise tarfile.ReadError("a size in it is wrong")
-        while self._position < position and self._take(min(position - self._position, CHUNK)):
-            pass
+    def pieces(self, end: float) -> Iterator[bytes]:
+        """The bytes from here to the position `end`."""
+        while self._position < end and (piece := self._take(min(end - self._position, CHUNK))):
+            self._meter.add_bytes(len(piece))
+            yield piece
+        if self._position != end:
+            raise self._meter.damaged("a size in it is wrong, or its end is missing")
+
+    def check_end(self) -> None:
+        """ArchiveError unless the last header was a block of zeros. tarfile ends at a damaged header too."""
+        if not self._block or self._block.strip(b"\0"):
+            raise self._meter.damaged("its end is missing")
+        while piece := self._take(CHUNK):
+            self._meter.add_bytes(len(piece))
+            if piece.strip(b"\0"):
+                raise self._meter.damaged("something follows its end, such as another archive")
 
     def _take(self, size: int) -> bytes:
         try:
-            data = self._stream.read(size)
-        except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise tarfile.ReadError(str(error)) from error
+            data = self._file.read(size)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            raise self._meter.damaged(error) from error
         self._position += len(data)
-        self._stopped = True  # stays True if count raises
-        self._count(len(data))
-        self._stopped = False
         return data
 
 
 class _Xz(io.RawIOBase):
     """lzma.open with a memory limit: an xz file may require 4 GiB."""
 
-    def __init__(self, stream: BinaryIO):
-        self._stream, self._decoder = stream, lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
+    def __init__(self, file: BinaryIO):
+        self._file, self._decoder = file, lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
 
     def readable(self) -> bool:
         return True
@@ -120,12 +126,12 @@ class _Xz(io.RawIOBase):
         while not data:
             packed = b""
             if self._decoder.eof:
-                packed = self._decoder.unused_data or self._stream.read(CHUNK)
+                packed = self._decoder.unused_data or self._file.read(CHUNK)
                 if not packed:
                     return 0
                 self._decoder = lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
             elif self._decoder.needs_input:
-                packed = self._stream.read(CHUNK)
+                packed = self._file.read(CHUNK)
                 if not packed:
                     raise EOFError("it is cut off")
             data = self._decoder.decompress(packed, len(buffer))

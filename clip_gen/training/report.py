@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clip_gen.data.decoding import PictureError
+from clip_gen.data.decoding import UnusableError
 from clip_gen.files import write_text_atomic
 from clip_gen.training.callbacks import read_history
 
@@ -50,7 +50,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
             body += _grids(work / name / "grids")
     if pictures["notes"]:
         body += ["<h2>Pictures changed for training</h2>", _table(pictures["notes"].items())]
-    skipped = [(one["name"], str(PictureError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
+    skipped = [(one["name"], str(UnusableError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
     if skipped:
         body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
     body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from clip_gen.data.entries import reason_of
+from clip_gen.data.limits import reason_of
 from clip_gen.files import open_descriptor
 from clip_gen.weights.model_folder import ModelFolderError
 

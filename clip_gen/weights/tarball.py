@@ -6,28 +6,28 @@ import base64
 import binascii
 import http.client
 import io
+import math
 import os
 import secrets
 import shutil
 import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
-from clip_gen.data.entries import ZIP_STARTS, reason_of
-from clip_gen.data.tars import tar_files
-from clip_gen.data.zips import SMALL, ZIP_ERRORS, open_zip
-from clip_gen.files import atomic_file, disk_is_full, is_web_page, shortened
+from clip_gen.data.entries import LINK, NOT_A_FILE, archive_entries
+from clip_gen.data.file_kinds import UnusableError
+from clip_gen.data.limits import ArchiveError, Limits, Meter, reason_of
+from clip_gen.files import atomic_file, shortened
 from clip_gen.weights.cache import Cache, CacheError, WeightsFolder
 from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
 from clip_gen.weights.url import PublicOnly, is_url, open_url
 
-MAX_BYTES = 4 * 2**30  # unpacked; the published COCO model has less than 2 GiB
-MIN_BYTES = 2**20  # that each file counts for at least, so that an archive cannot hold millions of empty files
-STEP = 64 * 2**20  # unpacked bytes between two checks of the cache's room
+# The published COCO model has less than 2 GiB.
+LIMITS = Limits(max_entries=4096, max_bytes=4 * 2**30, max_ratio=math.inf)
+STEP = 64 * 2**20  # bytes written between two checks of the cache's room
 MAX_NAME = 4096  # characters of a path in an archive, as on Linux
 MAX_FOLDERS = 64  # folders of an archive with files named like those of a model folder
 CHUNK = 2**20
@@ -84,7 +84,7 @@ def open_weights(
     except (http.client.HTTPException, OSError, ValueError) as error:
         if isinstance(error, ModelFolderError):
             raise
-        raise NotWeightsError(f"{shortened(name)}: cannot be opened ({_reason(error)}); {WANTED}") from error
+        raise _not_opened(name, error) from error
     with stream:
         cache = Cache()
         try:
@@ -92,9 +92,11 @@ def open_weights(
             if cached is None and before_unpacking is not None:
                 before_unpacking()
                 cached = cache.find(key)  # another thread may have unpacked it meanwhile
-            return cached or _unpacked(cache, key, stream, name, needs_room)
+            return cached or cache.add(key, lambda folder: _fill(folder, stream, name, cache, needs_room))
         except OSError as error:
-            raise CacheError(f"{cache.folder}: cannot be used ({_reason(error)}); set CLIP_GEN_CACHE") from error
+            raise CacheError(
+                f"{cache.folder}: cannot be written to ({_reason(error)}); make room, or set CLIP_GEN_CACHE"
+            ) from error
 
 
 def _local(name: str) -> Path:
@@ -112,6 +114,10 @@ def _local(name: str) -> Path:
     if (path / "work").is_dir():
         raise NotWeightsError(f"{path}: holds a training that has not ended; start the same command again to finish it")
     raise NotWeightsError(f"{path}: holds no model, its {CONFIG} is missing; copy the whole folder again, or {WANTED}")
+
+
+def _not_opened(name: str, error: Exception) -> NotWeightsError:
+    return NotWeightsError(f"{shortened(name)}: cannot be opened ({_reason(error)}); {WANTED}")
 
 
 def _reason(error: Exception) -> str:
@@ -147,125 +153,90 @@ def _data(url: str) -> bytes:
         raise ValueError(f"its data is not base64: {error}") from error
 
 
-def _unpacked(cache: Cache, key: str, stream: BinaryIO, name: str, needs_room: bool) -> WeightsFolder:
-    def make_room(wanted: int) -> None:
-        if not cache.make_room(wanted) and needs_room:
-            raise CacheError(
-                f"{cache.folder}: has no room for these weights beside those in use; make room on the disk, or raise "
-                "CLIP_GEN_CACHE_GB"
-            )
+class _Room(Meter):
+    """Also makes room in the cache for what is written. CacheError if there is none, but needs_room."""
 
-    try:
-        return cache.add(key, lambda folder: _unpack(stream, folder, make_room))
-    except (tarfile.TarError, http.client.HTTPException, *ZIP_ERRORS) as error:
-        if isinstance(error, CacheError):
-            raise
-        if disk_is_full(error):
-            raise CacheError(f"{cache.folder}: the disk is full; make room, or set CLIP_GEN_CACHE") from error
-        if isinstance(error, ModelFolderError):
-            raise type(error)(f"{shortened(name)}: {error}") from error
-        raise NotWeightsError(f"{shortened(name)}: cannot be read ({_reason(error)}); {WANTED}") from error
-
-
-class _Budget:
-    """Counts the unpacked bytes and files of an archive. ModelFolderError if they are more than one model has."""
-
-    def __init__(self, make_room: Callable[[int], None]):
-        self._left, self._granted, self._make_room = MAX_BYTES, 0, make_room
+    def __init__(self, name: str, cache: Cache, needs_room: bool):
+        super().__init__(shortened(name), LIMITS)
+        self._cache, self._needs_room, self._granted = cache, needs_room, 0
 
     def add_bytes(self, count: int) -> None:
-        self._left -= count
-        if self._left < 0:
-            raise ModelFolderError(f"holds more than {MAX_BYTES // 2**30} GiB or thousands of files; {WANTED}")
-        if self._granted < MAX_BYTES - self._left:
-            self._make_room(STEP)
+        super().add_bytes(count)
+        if self._granted < self.bytes:
             self._granted += STEP
-
-    def add_entries(self, count: int) -> None:
-        self.add_bytes(count * MIN_BYTES)
-
-    def check_entries(self, count: int) -> None:
-        if count * MIN_BYTES > self._left:
-            self.add_entries(count)
+            if not self._cache.make_room(STEP) and self._needs_room:
+                raise CacheError(
+                    f"{self._cache.folder}: has no room for these weights beside those in use; make room on the disk, "
+                    "or raise CLIP_GEN_CACHE_GB"
+                )
 
 
-def _unpack(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> None:
+def _fill(folder: Path, stream: BinaryIO, name: str, cache: Cache, needs_room: bool) -> None:
+    """Unpacks an archive into a folder of the cache; a download is stored first."""
+    with tempfile.TemporaryFile(dir=folder) as download:
+        if not stream.seekable():
+            _download(stream, download, _Room(name, cache, needs_room))
+            stream = download
+        _unpack(stream, folder, _Room(name, cache, needs_room))
+
+
+def _download(stream: BinaryIO, file: BinaryIO, room: Meter) -> None:
+    while True:
+        try:
+            piece = stream.read(CHUNK)
+        except (http.client.HTTPException, OSError) as error:
+            raise _not_opened(room.name, error) from error
+        if not piece:
+            break
+        room.add_bytes(len(piece))
+        file.write(piece)
+    file.seek(0)
+
+
+def _unpack(archive: BinaryIO, folder: Path, room: Meter) -> None:
     """Unpacks a tar or zip of a model folder, whose files may be at the root or in any folder of the archive.
 
     Writes only files with the names of a model folder. Names in the archive never become paths.
     """
     folders: dict[PurePosixPath, Path] = {}  # in the archive: on disk
     try:
-        for name, pieces in _files(stream, folder, make_room):
-            if len(name) > MAX_NAME:  # thousands of long names would fill the memory
+        for entry in archive_entries(archive, room):
+            inside = PurePosixPath(entry.name.replace("\\", "/"))
+            # Thousands of long names would fill the memory.
+            if inside.name not in FILES or len(entry.name) > MAX_NAME:
                 continue
-            inside = PurePosixPath(name.replace("\\", "/"))
-            if inside.name in FILES:
-                if len(folders) == MAX_FOLDERS and inside.parent not in folders:
-                    raise ModelFolderError(f"holds model files in more than {MAX_FOLDERS} folders; pack one model")
-                target = folders.setdefault(inside.parent, folder / str(len(folders)))
-                target.mkdir(exist_ok=True)
-                with (target / inside.name).open("wb") as file:
-                    file.writelines(pieces)
-    except (tarfile.TarError, http.client.HTTPException, *ZIP_ERRORS) as error:
-        if not folders or disk_is_full(error) or isinstance(error, ModelFolderError):
-            raise
-        raise ModelFolderError(f"is damaged or cut off ({_reason(error)}); download or copy it again") from error
-    chosen = folders[_complete_model(folders)]
-    for file in chosen.iterdir():
+            if entry.error is not None and entry.error.reason in (LINK, NOT_A_FILE):
+                continue
+            target = folders.setdefault(inside.parent, folder / str(len(folders)))
+            if len(folders) > MAX_FOLDERS:
+                raise ArchiveError(f"{room.name}: holds model files in over {MAX_FOLDERS} folders; pack one model")
+            if entry.error is not None:
+                raise entry.error
+            target.mkdir(exist_ok=True)
+            with (target / inside.name).open("wb") as file:
+                file.writelines(entry.pieces)
+    except UnusableError as error:
+        raise ModelFolderError(f"{room.name}: a file in it is {error}; pack the whole model folder again") from error
+    except ArchiveError as error:
+        raise (ModelFolderError if folders else NotWeightsError)(str(error)) from error
+    for file in folders[_complete_model(folders, room.name)].iterdir():
         os.replace(file, folder / file.name)
     for path in folders.values():
         shutil.rmtree(path)
 
 
-def _complete_model(folders: dict[PurePosixPath, Path]) -> PurePosixPath:
+def _complete_model(folders: dict[PurePosixPath, Path], name: str) -> PurePosixPath:
     """The complete model folder nearest to the root of the archive; ModelFolderError if there is not exactly one."""
     if not folders:
-        raise NotWeightsError(f"holds no weights, nothing in it is called {CONFIG}; {WANTED}")
+        raise NotWeightsError(f"{name}: holds no weights, nothing in it is called {CONFIG}; {WANTED}")
     missing = {
-        inside: [name for name in FILES if name != TRAINING and not (path / name).is_file()]
+        inside: [file for file in FILES if file != TRAINING and not (path / file).is_file()]
         for inside, path in folders.items()
     }
     complete = sorted((inside for inside in folders if not missing[inside]), key=lambda inside: len(inside.parts))
     if not complete:
         nearest = min(folders, key=lambda inside: len(missing[inside]))
-        raise ModelFolderError(f"has no {missing[nearest][0]}; pack the whole model folder again")
+        raise ModelFolderError(f"{name}: has no {missing[nearest][0]}; pack the whole model folder again")
     if len(complete) > 1 and len(complete[0].parts) == len(complete[1].parts):
-        raise ModelFolderError(f"holds several models, {complete[0]} and {complete[1]}; pack one of them")
+        raise ModelFolderError(f"{name}: holds several models, {complete[0]} and {complete[1]}; pack one of them")
     return complete[0]
-
-
-def _files(stream: BinaryIO, folder: Path, make_room: Callable[[int], None]) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """The name of each file in a tar or zip, and its content in pieces. Read it before the next file is requested."""
-    buffered = io.BufferedReader(stream)
-    start = buffered.peek(512)[:512]
-    if not start:
-        raise NotWeightsError(f"is empty; {WANTED}")
-    if is_web_page(start):
-        raise NotWeightsError(f"is an HTML page, not weights; look at its address, and {WANTED}")
-    budget = _Budget(make_room)
-    if not start.startswith(ZIP_STARTS):
-        for member, content in tar_files(buffered, budget.add_bytes):
-            budget.add_entries(1)
-            if content is not None:
-                yield member.name, iter(lambda content=content: content.read(CHUNK), b"")
-        return
-    with tempfile.NamedTemporaryFile(dir=folder) as copy:  # zipfile needs a file: the table of contents is at the end
-        copying = _Budget(make_room)
-        while piece := buffered.read(CHUNK):
-            copying.add_bytes(len(piece))
-            copy.write(piece)
-        copy.flush()
-        with open_zip(Path(copy.name), budget) as archive:
-            for member in archive.filelist:
-                if not member.is_dir():
-                    yield member.filename, _content(archive, member, budget)
-
-
-def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, budget: _Budget) -> Iterator[bytes]:
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others without a limit
-        raise ModelFolderError(f"{member.filename[:100]} in it is compressed in an unusual way; zip the folder again")
-    with archive.open(member) as content:
-        while piece := content.read(SMALL):
-            budget.add_bytes(len(piece))
-            yield piece

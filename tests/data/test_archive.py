@@ -419,8 +419,8 @@ def test_an_empty_archive_is_an_error(tmp_path: Path, out: Path, kind: str) -> N
         (b"Rar!\x1a\7\1\0" + bytes(2000), "is packed with RAR, which is not read; unpack it and give the folder"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(2000), "is packed with 7-Zip, which is not read; unpack it"),
         (b"\x28\xb5\x2f\xfd" + bytes(2000), "is packed with zstd, which is not read; unpack it"),
-        (b"\x1f\x8b junk", "is not an archive that can be read"),
-        (bytes(range(256)) * 4, "is not an archive that can be read"),
+        (b"\x1f\x8b junk", "is damaged, cut off or no archive ("),
+        (bytes(range(256)) * 4, "is damaged, cut off or no archive ("),
         (b"", "is an empty file, not an archive; give a zip"),
     ],
 )
@@ -469,7 +469,7 @@ def test_an_archive_cut_off_is_an_error(tmp_path: Path, out: Path, kind: str, sh
     source = MAKERS[kind](tmp_path / f"photos.{kind}", {f"{i}.png": picture(i, side=60) for i in range(10)})
     data = source.read_bytes().rstrip(b"\0")
     source.write_bytes(data[: int(len(data) * share)])
-    assert any(words in refused(source, out) for words in ("damaged or cut off", "is not an archive that can be read"))
+    assert "is damaged, cut off or no archive" in refused(source, out)
 
 
 def test_a_tar_cut_off_between_two_files_is_an_error(tmp_path: Path, out: Path) -> None:
@@ -478,6 +478,13 @@ def test_a_tar_cut_off_between_two_files_is_an_error(tmp_path: Path, out: Path) 
         end = tar.getmembers()[8].offset_data + 512 * -(-tar.getmembers()[8].size // 512)
     source.write_bytes(source.read_bytes()[:end])
     assert "its end is missing" in refused(source, out)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "folder"])
+def test_archives_joined_to_one_file_are_refused(tmp_path: Path, out: Path, kind: str) -> None:
+    source = MAKERS[kind](tmp_path / f"photos.{kind}", TEN)
+    source.write_bytes(source.read_bytes() * 2)
+    assert "such as another archive" in refused(source, out)
 
 
 def test_a_folder_that_is_taken_or_inside_the_source_is_refused(tmp_path: Path) -> None:
@@ -664,7 +671,7 @@ def test_devices_and_pipes_in_a_tar_are_passed_by(tmp_path: Path, out: Path) -> 
 def test_too_many_files_are_refused(tmp_path: Path, out: Path, kind: str) -> None:
     files = TEN | {f"a/{number}": b"" for number in range(50)}
     source = MAKERS[kind](tmp_path / f"photos.{kind}", files)
-    assert "holds more than 55 files; give fewer pictures" in refused(source, out, replace(LIMITS, max_entries=55))
+    assert "holds more than 55 files; give fewer files" in refused(source, out, replace(LIMITS, max_entries=55))
 
 
 def test_a_long_table_of_contents_is_refused_before_it_is_kept(
@@ -807,7 +814,7 @@ def with_checksum(data: bytes, place: int) -> bytes:
 def test_a_name_that_is_no_utf8_though_marked_so_is_an_error(tmp_path: Path, out: Path) -> None:
     source = make_zip(tmp_path / "photos.zip", TEN | {"ä.png": TEN["1.png"]})
     source.write_bytes(source.read_bytes().replace("ä".encode(), b"\xff\xff"))
-    assert "is damaged or cut off" in refused(source, out)
+    assert "is damaged, cut off or no archive" in refused(source, out)
 
 
 def tar_header(name: str, kind: bytes, size: int) -> bytes:
@@ -871,7 +878,7 @@ def test_headers_that_make_no_sense_are_refused(tmp_path: Path, out: Path, hosti
     if hostile[:1] == b"x":
         data = with_checksum(data, place)
     (tmp_path / "photos.tar").write_bytes(data + bytes(1024))
-    assert "is damaged or cut off" in refused(tmp_path / "photos.tar", out)
+    assert "is damaged, cut off or no archive" in refused(tmp_path / "photos.tar", out)
 
 
 def test_a_sparse_file_is_not_blown_up(tmp_path: Path, out: Path) -> None:

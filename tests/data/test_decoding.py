@@ -43,7 +43,7 @@ from clip_gen.data.decoding import (
     is_one_colour,
     load_picture,
 )
-from clip_gen.data.file_kinds import HEAD_BYTES, NO_PICTURE, PictureError, kind_of
+from clip_gen.data.file_kinds import HEAD_BYTES, NO_PICTURE, UnusableError, kind_of
 
 HEIC = FIXTURES / "heic"
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
@@ -401,7 +401,7 @@ def test_a_picture_cut_off_is_refused(tmp_path: Path, kind: str, share: float) -
 
 
 def reason(path: Path, *limits: float) -> str:
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(UnusableError) as caught:
         decode(path, *limits)
     return caught.value.reason
 
@@ -451,7 +451,7 @@ WEB_PAGE = "a web page: download the picture itself"
     ],
 )
 def test_what_is_no_picture_is_called_what_it_is(content: bytes, name: str, expected: str) -> None:
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(UnusableError) as caught:
         kind_of(content[:HEAD_BYTES], name)
     assert caught.value.reason == expected
 
@@ -478,7 +478,7 @@ def test_a_dng_that_pil_reads_as_its_thumbnail_is_camera_raw(tmp_path: Path) -> 
 
 def test_the_reason_does_not_show_where_the_file_lies(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff" + bytes(100))
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(UnusableError) as caught:
         load_picture(tmp_path / "a.jpg")
     assert str(tmp_path) not in str(caught.value)
 
@@ -503,7 +503,7 @@ def test_too_many_pixels_are_refused_before_decoding_without_output(
     tmp_path: Path, side: int, capfd: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     (tmp_path / "a.png").write_bytes(png(side, side, b""))  # nothing to decode: its size must be what is refused
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(UnusableError) as caught:
         load_picture(tmp_path / "a.png")
     assert caught.value.reason == TOO_LARGE
     assert not recwarn
@@ -512,7 +512,7 @@ def test_too_many_pixels_are_refused_before_decoding_without_output(
 
 def test_too_small_is_refused_by_its_shorter_side(tmp_path: Path) -> None:
     path = saved(tmp_path / "a", Image.new("RGB", (100, 15)), "PNG")
-    with pytest.raises(PictureError, match="100 x 15") as caught:
+    with pytest.raises(UnusableError, match="100 x 15") as caught:
         decode(path, min_side=16)
     assert caught.value.reason == TOO_SMALL
 
@@ -576,7 +576,7 @@ def test_one_colour_is_seen_through_compression(tmp_path: Path) -> None:
 def test_a_text_bomb_in_a_png_is_refused(tmp_path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_itxt("Comment", "a" * 10_000_000, zip=True)
-    with pytest.raises(PictureError):
+    with pytest.raises(UnusableError):
         load_picture(saved(tmp_path / "a", Image.fromarray(PIXELS), "PNG", pnginfo=text))
 
 
@@ -603,6 +603,6 @@ def test_no_damage_raises_anything_but_picture_error(tmp_path: Path, capsys: pyt
             places = generator.integers(4, len(data) if generator.random() < 0.5 else 200, 6)
             data[places] = generator.integers(0, 256, 6)
             (tmp_path / "a").write_bytes(data.tobytes())
-            with contextlib.suppress(PictureError):
+            with contextlib.suppress(UnusableError):
                 decode(tmp_path / "a", max_pixels=10_000)
     assert capsys.readouterr() == ("", "")

@@ -112,7 +112,9 @@ def test_with_any_paths_and_private_servers_are_allowed_and_failures_look_alike(
 def test_damaged_weights_are_called_that(tar: Path) -> None:
     with serving(PUBLIC, {"/weights.tar": tar.read_bytes()[:50_000]}) as server:
         url = f"https://weights.example:{server.server_port}/weights.tar"
-        with pytest.raises(ModelFolderError, match=rf"^{url}: is damaged or cut off .*; download or copy it again"):
+        with pytest.raises(
+            ModelFolderError, match=rf"^{url}: is damaged, cut off or no archive .*; download or copy it again"
+        ):
             HTTPS.open(url)
 
 
