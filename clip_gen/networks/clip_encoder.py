@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import regex
 import torch
@@ -28,10 +29,7 @@ class Tokenizer:
     """OpenAI's byte-pair encoding, truncated to the context length."""
 
     def __init__(self, context_length: int):
-        self.bpe = SimpleTokenizer()
-        pattern = self.bpe.pat.pattern
-        assert pattern.startswith(CONTROL_TOKENS), pattern
-        self.bpe.pat = regex.compile(pattern.removeprefix(CONTROL_TOKENS), regex.IGNORECASE)
+        self.bpe = _byte_pair_encoding()
         self.context_length = context_length
         self.start = self.bpe.encoder["<|startoftext|>"]
         self.end = self.bpe.encoder["<|endoftext|>"]
@@ -48,6 +46,16 @@ class Tokenizer:
     def left_out(self, prompt: str) -> str:
         """The truncated end of a prompt; empty if all of it fits."""
         return self.bpe.decode(self.bpe.encode(prompt)[self.context_length - 2 :]).strip()
+
+
+@cache
+def _byte_pair_encoding() -> SimpleTokenizer:
+    """OpenAI's vocabulary, which takes 0.2 seconds to read, with a regular expression without control tokens."""
+    bpe = SimpleTokenizer()
+    pattern = bpe.pat.pattern
+    assert pattern.startswith(CONTROL_TOKENS), pattern
+    bpe.pat = regex.compile(pattern.removeprefix(CONTROL_TOKENS), regex.IGNORECASE)
+    return bpe
 
 
 class ClipEncoder(nn.Module):
