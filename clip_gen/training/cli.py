@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import re
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.watch_stdin:
         watch_stdin(arguments.watch_stdin)
+    gc.freeze()  # collections skip what is imported
     settings = TrainSettings(**{spec.name: getattr(arguments, spec.name) for spec in fields(TrainSettings)})
     machine = Machine(arguments.devices, arguments.nodes, arguments.strategy, save_seconds=arguments.save_seconds)
     try:
