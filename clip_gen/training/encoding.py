@@ -1,11 +1,12 @@
-"""Encodes images once: CLIP embeddings and VQGAN tokens of a whole dataset, as .npy files."""
+"""The transformer's training data, computed once into .npy files: embeddings, tokens and similar pictures."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -13,137 +14,171 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from clip_gen.files import atomic_file
 from clip_gen.hardware import is_out_of_memory, on_device
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.vqgan import VQGAN
+from clip_gen.training.datasets import EncodedPictures, PictureFiles, Views, enough_places
 from clip_gen.training.loading import loader_with_workers
+from clip_gen.training.plan import TrainSettings
 from clip_gen.training.processes import wait_for
+from clip_gen.weights.model_folder import Networks
 
 log = logging.getLogger(__name__)
 
+BATCH_SIZE = 32
 LOG_SECONDS = 30
+ENCODING_TIME = 0.05  # of max_minutes
+POOL_SIZE, MAX_NEIGHBOURS = 2048, 64
+EMBEDDINGS, TOKENS, NEIGHBOURS = "embeddings-learnt.npy", "tokens-learnt.npy", "neighbours-learnt.npy"
 
 
-def token_type(codebook_size: int) -> type[np.integer]:
-    """The smallest integer type for the tokens of a codebook; ValueError for codebooks of more than 2**31 codes."""
-    for dtype in (np.uint16, np.int32):
-        if codebook_size <= np.iinfo(dtype).max + 1:
-            return dtype
-    raise ValueError(f"the codebook has {codebook_size} codes; at most {np.iinfo(np.int32).max + 1} can be stored")
+def encode_train_pictures(
+    files: PictureFiles, view_count: int, networks: Networks, folder: Path, settings: TrainSettings
+) -> EncodedPictures:
+    """Views of every picture, as many as there is time for, with neighbours if the settings need them."""
+    views = Views(files, view_count, settings.seed) if view_count > 1 else files
+    embeddings, tokens, neighbours = folder / EMBEDDINGS, folder / TOKENS, None
+    _encode_in_time(views, networks, embeddings, tokens, settings.max_minutes)
+    if settings.contrast_weight or settings.condition_blur:
+        neighbours = find_neighbours(embeddings, len(files), folder / NEIGHBOURS, settings.seed)
+    encoded = EncodedPictures(
+        embeddings,
+        tokens,
+        len(files),
+        noise=settings.embedding_noise,
+        dropout=settings.condition_dropout,
+        neighbours=neighbours,
+        blur=settings.condition_blur,
+        # The embedding loss needs whole pictures.
+        places=0 if settings.embedding_loss_weight else enough_places(np.load(tokens, mmap_mode="r")),
+    )
+    if len(encoded) < len(files) and not rank_zero_only.rank:
+        log.warning(few_pictures(len(encoded), len(files)))
+    return encoded
 
 
-def encode_tokens(pictures: Dataset, vqgan: VQGAN, path: Path, seconds: float = inf) -> Path:
-    """Writes the tokens of pictures (S, S, 3) uint8 as a .npy of (N, T) in token_type, unless the file exists.
-
-    Stops after `seconds` with the pictures encoded by then, at least one batch.
-    """
-    dtype = token_type(vqgan.config.codebook_size)
-    return _encode_once(pictures, vqgan, vqgan.encode, path, dtype, vqgan.config.grid**2, seconds)
+def encode_held_back(files: PictureFiles, networks: Networks, folder: Path, max_minutes: float) -> EncodedPictures:
+    embeddings, tokens = folder / "embeddings-held_back.npy", folder / "tokens-held_back.npy"
+    _encode_in_time(files, networks, embeddings, tokens, max_minutes)
+    return EncodedPictures(embeddings, tokens)
 
 
-def encode_embeddings(pictures: Dataset, clip_encoder: ClipEncoder, path: Path, seconds: float = inf) -> Path:
-    """Writes their CLIP embeddings as a .npy of (N, E) float16; otherwise like encode_tokens."""
-    width = clip_encoder.config.embed_dim
-    return _encode_once(pictures, clip_encoder, clip_encoder.encode_image, path, np.float16, width, seconds)
+def _encode_in_time(pictures: Dataset, networks: Networks, embeddings: Path, tokens: Path, max_minutes: float) -> None:
+    # Not compiled: a resumed training, which has compiled nothing, must get the same tokens.
+    with torch.compiler.set_stance("force_eager"):
+        seconds = 60 * ENCODING_TIME * max_minutes or inf
+        encode_once(pictures, {embeddings: networks.clip, tokens: networks.vqgan}, seconds)
+
+
+def remove_incomplete_views(folder: Path, wanted: int) -> None:
+    """Removes the encoded pictures if a time limit cut them short of `wanted` views."""
+    arrays = [path for path in (folder / EMBEDDINGS, folder / TOKENS) if path.is_file()]
+    if any(len(np.load(path, mmap_mode="r")) < wanted for path in arrays):
+        shutil.rmtree(folder)
+
+
+def few_pictures(encoded: int, wanted: int) -> str:
+    return (
+        f"gpt: its time sufficed to encode {encoded:,} of {wanted:,} pictures, and it learns from no others; give "
+        f"{wanted / encoded:.1f} times as many max_minutes"
+    )
 
 
 @torch.no_grad()
-def _encode_once(
-    pictures: Dataset,
-    network: nn.Module,
-    encode: Callable[[Tensor], Tensor],
-    path: Path,
-    dtype: type,
-    width: int,
-    seconds: float,
-    batch_size: int = 64,
-) -> Path:
-    """Writes a row for each picture, in order. The file is complete or missing; the first process writes it."""
+def encode_once(pictures: Dataset, networks: Mapping[Path, ClipEncoder | VQGAN], seconds: float = inf) -> None:
+    """Writes a row for each of the pictures (S, S, 3) uint8 to each file, unless it exists.
+
+    A ClipEncoder gives embeddings (N, E) float16, a VQGAN tokens (N, T) uint16 or int32. Stops after `seconds` with the
+    pictures encoded by then, at least one batch. The first process writes the files. ValueError when out of memory.
+    """
     if rank_zero_only.rank:
-        wait_for(path)
-    if path.is_file():
-        _check_type(path, dtype)
-        return path
-    done, progress = 0, _Progress(path.name, len(pictures), seconds)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".rows")  # a .npy starts with its shape, which is known only at the end
-    with unfinished.open("wb") as file, on_device(network) as device:
-        for batch in loader_with_workers(pictures, batch_size=batch_size):
-            rows, batch_size = _encode_batch(batch, encode, device, batch_size, path.name)
-            file.write(rows.numpy().astype(dtype).tobytes())
-            done += len(batch)
-            if progress.out_of_time(done):
-                break
-    with new_array(path, (done, width), dtype) as rows:
-        rows[:] = np.memmap(unfinished, dtype, "r", shape=rows.shape)
-    unfinished.unlink()
-    return path
+        for path in networks:
+            wait_for(path)
+    missing = {path: network for path, network in networks.items() if not path.is_file()}
+    if not missing:
+        return
+    rows: dict[Path, list[np.ndarray]] = {path: [] for path in missing}
+    with on_device(*missing.values()) as device, _out_of_memory_explained():
+        for batch in _batches_in_time(pictures, seconds, names=", ".join(path.name for path in missing)):
+            images = from_bytes(batch.to(device))
+            for path, network in missing.items():
+                rows[path].append(_rows(network, images))
+    for path, parts in rows.items():
+        save_array(path, np.concatenate(parts))
 
 
-class _Progress:
-    """Logs the progress of encoding, and after the first batch how many pictures the time allows."""
-
-    def __init__(self, name: str, count: int, seconds: float):
-        self.name, self.count, self.seconds = name, count, seconds
-        self.began, self.logged, self.reach = time.perf_counter(), 0.0, None
-
-    def out_of_time(self, done: int) -> bool:
-        passed = time.perf_counter() - self.began
-        if self.reach is None:
-            self.reach = max(done, min(self.count, done * self.seconds / passed))
-            if self.reach < self.count:
-                message = "%s: about %s of %s views fit into %.2g minutes"
-                log.info(message, self.name, f"{self.reach:,.0f}", f"{self.count:,}", max(0, self.seconds) / 60)
-        if passed >= self.seconds and done < self.count:
-            log.info("%s: there was time for %d of %d views", self.name, done, self.count)
-            return True
-        if passed - self.logged >= LOG_SECONDS:
-            self.logged = passed
-            log.info("%s: %d of %d pictures, %.0f a second", self.name, done, self.count, done / passed)
-        return False
+def _rows(network: ClipEncoder | VQGAN, images: Tensor) -> np.ndarray:
+    if isinstance(network, ClipEncoder):
+        return network.encode_image(images).cpu().numpy().astype(np.float16)
+    return network.encode(images).cpu().numpy().astype(token_type(network.config.codebook_size))
 
 
-def _check_type(path: Path, dtype: type) -> None:
-    """ValueError for tokens of an earlier version, which stored 16 bits of each for any codebook."""
-    stored = np.load(path, mmap_mode="r").dtype
-    if stored != dtype:
-        raise ValueError(
-            f"{path} holds {stored} numbers, but this codebook needs {np.dtype(dtype)}; delete {path.parent} and "
-            f"{path.parent.parent / 'gpt'} to encode the pictures and train the transformer again"
-        )
+def token_type(codebook_size: int) -> type[np.integer]:
+    """The smaller integer type that holds all tokens of a codebook."""
+    return np.uint16 if codebook_size <= 2**16 else np.int32
 
 
-def _encode_batch(
-    batch: Tensor, encode: Callable[[Tensor], Tensor], device: torch.device, size: int, name: str
-) -> tuple[Tensor, int]:
-    """The rows of the batch, and the number of pictures that fitted into memory at a time, at most `size`."""
-    while True:
-        try:
-            return torch.cat([encode(from_bytes(part.to(device))).cpu() for part in batch.split(size)]), size
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise ValueError(f"{name}: out of memory with one picture; train with a smaller resolution") from error
-        # Outside the except block, which would keep the tensors of the failed attempt alive.
-        torch.cuda.empty_cache()
-        size //= 2
-        log.warning("%s: out of memory; continuing with %d pictures at a time", name, size)
+def _batches_in_time(pictures: Dataset, seconds: float, names: str) -> Iterator[Tensor]:
+    """Batches until `seconds` have passed. Logs the progress and how many pictures the time allows."""
+    began, logged, done, count = time.monotonic(), -inf, 0, len(pictures)
+    for batch in loader_with_workers(pictures, batch_size=BATCH_SIZE):
+        yield batch
+        done, passed = done + len(batch), time.monotonic() - began
+        is_last = done == count or passed >= seconds
+        if is_last or passed - logged >= LOG_SECONDS:
+            logged, reach = passed, min(count, max(done, done * seconds / passed))
+            limit = f"; about {reach:,.0f} fit into {seconds / 60:.2g} minutes" if reach < count else ""
+            log.info("%s: %s of %s views, %.0f a second%s", names, f"{done:,}", f"{count:,}", done / passed, limit)
+        if is_last:
+            return
 
 
 @contextmanager
-def new_array(path: Path, shape: tuple[int, ...], dtype: type) -> Iterator[np.ndarray]:
-    """A memory-mapped array to fill in; `path` exists once it is complete. OSError when the disk is full."""
+def _out_of_memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise ValueError(
+                f"out of memory while encoding {BATCH_SIZE} pictures; train with a smaller resolution"
+            ) from error
+        raise
+
+
+def save_array(path: Path, rows: np.ndarray) -> None:
+    """Writes a .npy completely or not at all. OSError when the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    rows = np.lib.format.open_memmap(part, "w+", dtype, shape)
-    # Reserves the space: a full disk would otherwise end the process with SIGBUS when a page is written.
-    with part.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    yield rows
-    rows.flush()
-    os.replace(part, path)
+    with atomic_file(path, durable=False) as temporary, open(temporary, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, rows.nbytes)  # numpy's own error for a full disk has no errno
+        np.save(file, rows)
+
+
+def find_neighbours(embeddings: Path, pictures: int, path: Path, seed: int) -> Path:
+    """Writes the nearest rows of each row, nearest first, as a .npy of (N, K) int32, unless the file exists.
+
+    Nearest is by cosine, among the rows of one random pool: comparing all rows would take quadratic time. Row r is a
+    view of picture r % pictures (0: each row is a picture), and views of the same picture are no neighbours. Rows with
+    fewer than K neighbours are filled up with themselves.
+    """
+    if rank_zero_only.rank:
+        wait_for(path)
+    if path.is_file():
+        return path
+    rows = np.load(embeddings, mmap_mode="r")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    pools = np.array_split(order, -(-len(rows) // POOL_SIZE))
+    neighbours = np.empty((len(rows), min(MAX_NEIGHBOURS, min(map(len, pools)))), np.int32)
+    for pool in pools:
+        directions = F.normalize(torch.from_numpy(rows[pool].astype(np.float32)), dim=1)
+        picture = torch.from_numpy(pool % (pictures or len(rows)))
+        similarity = (directions @ directions.T).masked_fill(picture[:, None] == picture, -2.0)
+        values, nearest = similarity.topk(neighbours.shape[1], dim=1)
+        neighbours[pool] = np.where(values > -2.0, pool[nearest.numpy()], pool[:, None])
+    save_array(path, neighbours)
+    return path

@@ -30,6 +30,7 @@ from clip_gen.images import from_bytes
 from clip_gen.training.callbacks import Clock
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, split_pictures
+from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_views
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.folder import (
     PICTURES,
@@ -50,7 +51,6 @@ from clip_gen.training.progress import Forecast, Reach
 from clip_gen.training.quality import decide_to_keep_tokens, measure_quality, warn_if_poor
 from clip_gen.training.record import earlier_record, log_finished, training_record
 from clip_gen.training.report import write_report
-from clip_gen.training.views import encode_held_back, encode_train_pictures, encoding_limit, remove_incomplete_views
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.default_model import default_model
 from clip_gen.weights.model_folder import (
@@ -135,8 +135,7 @@ class Training:
             remove_incomplete_files(self.out)
             self.reopen_last_stage()
             if not has_checkpoint(self.work / "gpt"):  # which depends on the views
-                wanted = len(self.train_paths) * self.plan.views
-                remove_incomplete_views(self.work / "encoded", wanted, self.settings.max_minutes)
+                remove_incomplete_views(self.work / "encoded", len(self.train_paths) * self.plan.views)
         self.clock = Clock(self.work, self.stages, self.began)
         if self.is_first:
             self.ready = announce(self.work / "ready")
@@ -307,7 +306,7 @@ class Training:
 
     def encode_held_back(self) -> EncodedPictures:
         files, folder = self.picture_files(self.held_back_paths), self.work / "encoded"
-        return encode_held_back(files, self.networks, folder, self.settings)
+        return encode_held_back(files, self.networks, folder, self.settings.max_minutes)
 
     def fit(
         self,
@@ -343,5 +342,5 @@ class Training:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
-        limit, held_back = encoding_limit(self.work / "encoded", self.settings), len(self.held_back_paths)
-        return training_record(self.settings, self.plan, self.pictures, held_back, stages, self.clock.minutes, limit)
+        held_back, minutes = len(self.held_back_paths), self.clock.minutes
+        return training_record(self.settings, self.plan, self.pictures, held_back, stages, minutes)

@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from clip_gen.data.archive import Pictures
+from clip_gen.training.encoding import few_pictures
 from clip_gen.training.plan import Plan, TrainSettings, remedy
-from clip_gen.training.progress import Reach, enough_minutes
+from clip_gen.training.progress import Reach
 from clip_gen.weights.model_folder import ModelFolderError, load_record
 
 log = logging.getLogger(__name__)
@@ -25,11 +26,8 @@ def training_record(
     held_back: int,
     stages: Stages,
     minutes: float,
-    encoding_limit: float,
 ) -> dict[str, object]:
-    """minutes: of all starts; the stages' minutes count if they are more, as in a folder of an earlier version.
-    encoding_limit: max_minutes when the pictures were encoded.
-    """
+    """minutes: of all starts; the stages' minutes count if they are more, as in a folder of an earlier version."""
     values = asdict(settings)
     # The record is public: no path of this machine, no secret of a URL.
     values["base"] = Path(urlsplit(settings.base).path).name
@@ -40,7 +38,7 @@ def training_record(
         "settings": values,
         "plan": asdict(plan),
         "stages": stages,
-        "warnings": shortages(settings, plan, len(pictures.paths) - held_back, stages, encoding_limit),
+        "warnings": shortages(settings, plan, len(pictures.paths) - held_back, stages),
         "minutes": round(max(minutes, sum(stage["minutes"] for stage in stages.values())), 1),
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
     }
@@ -58,7 +56,7 @@ def earlier_record(model: Path, stages: Stages) -> dict[str, object]:
     return {name: record[name] for name in kept if name in record}
 
 
-def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages, encoding_limit: float) -> list[str]:
+def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages) -> list[str]:
     """A sentence for each thing that the stages had too little time for."""
     sentences = []
     for name, values in stages.items():
@@ -71,15 +69,8 @@ def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages
             sentences.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}{where}")
         encoded = values.get("pictures", pictures)
         if encoded < pictures:
-            sentences.append(f"{few_pictures(encoding_limit, encoded, pictures)}, in another folder")
+            sentences.append(f"{few_pictures(encoded, pictures)}, in another folder")
     return sentences
-
-
-def few_pictures(max_minutes: float, encoded: int, wanted: int) -> str:
-    return (
-        f"gpt: its time sufficed to encode {encoded:,} of {wanted:,} pictures, and it learns from no others; give "
-        f"max_minutes of about {enough_minutes(max_minutes, encoded, wanted)}"
-    )
 
 
 def log_finished(out: Path, stages: Stages) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import subprocess
 import sys
@@ -15,14 +17,15 @@ import pytest
 import torch
 from conftest import TINY, tiny_networks
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from clip_gen.files import ROOT
 from clip_gen.hardware import choose_dtype
 from clip_gen.images import from_bytes
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
+from clip_gen.training import encoding, muon, processes
 from clip_gen.training import fit as fit_module
-from clip_gen.training import muon, neighbours, processes
 from clip_gen.training.datasets import (
     NEAR_MISS_NEIGHBOURS,
     Batches,
@@ -32,31 +35,29 @@ from clip_gen.training.datasets import (
     enough_places,
     informative,
 )
-from clip_gen.training.encoding import encode_embeddings, encode_tokens, token_type
+from clip_gen.training.encoding import encode_once, find_neighbours, token_type
 from clip_gen.training.fit import fit
 from clip_gen.training.gpt_trainer import GPTTrainer, embedding_loss, start_from_codes, token_nats
 from clip_gen.training.muon import Muon, orthogonal
-from clip_gen.training.neighbours import find_neighbours
 from clip_gen.training.processes import wait_for
 from clip_gen.training.stage import FitConfig, Stage, adamw
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
-from clip_gen.weights.model_folder import load_networks
+from clip_gen.weights.model_folder import Networks, load_networks
 from clip_gen.worlds.shapes.pairs import RenderedPictures
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 
 
+def encode(networks: Networks, pictures: Dataset, folder: Path, seconds: float = math.inf) -> EncodedPictures:
+    embeddings, tokens = folder / "embeddings.npy", folder / "tokens.npy"
+    encode_once(pictures, {embeddings: networks.clip, tokens: networks.vqgan}, seconds)
+    return EncodedPictures(embeddings, tokens)
+
+
 def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> None:
     networks = tiny_networks()
     pictures = RenderedPictures(70, 0, 16)  # more than a batch
-
-    def encode() -> EncodedPictures:
-        return EncodedPictures(
-            encode_embeddings(pictures, networks.clip, tmp_path / "embeddings.npy"),
-            encode_tokens(pictures, networks.vqgan, tmp_path / "tokens.npy"),
-        )
-
-    encoded = encode()
+    encoded = encode(networks, pictures, tmp_path)
     assert len(encoded) == 70
     for i in (0, 13, 69):
         image = from_bytes(torch.from_numpy(pictures[i][None]))
@@ -67,29 +68,22 @@ def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> Non
         assert torch.equal(tokens, networks.vqgan.encode(image)[0])
         assert torch.allclose(embedding, networks.clip.encode_image(image)[0], atol=1e-3)
     before = (tmp_path / "tokens.npy").stat().st_mtime_ns
-    encode()
+    encode(networks, pictures, tmp_path)
     assert (tmp_path / "tokens.npy").stat().st_mtime_ns == before
 
 
-def test_tokens_of_a_large_codebook_are_stored_in_full(tmp_path: Path) -> None:
+def test_tokens_of_a_large_codebook_are_stored_completely(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vqgan = VQGAN(replace(TINY.vqgan, quantizer="taming", codebook_size=2**17)).eval()
     pictures = RenderedPictures(8, 0, 16)
-    embeddings = encode_embeddings(pictures, tiny_networks().clip, tmp_path / "embeddings.npy")
-    encoded = EncodedPictures(embeddings, encode_tokens(pictures, vqgan, tmp_path / "tokens.npy"))
-    images = from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(8)]))
-    tokens = vqgan.encode(images)
+    encoded = encode(replace(tiny_networks(), vqgan=vqgan), pictures, tmp_path)
+    tokens = vqgan.encode(from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(8)])))
     assert tokens.max() >= 2**16
     assert torch.equal(torch.stack([encoded[i][1] for i in range(8)]), tokens)
-    assert [token_type(count) for count in (2**16, 2**16 + 1, 2**31)] == [np.uint16, np.int32, np.int32]
-    with pytest.raises(ValueError, match="the codebook has 2147483649 codes; at most 2147483648 can be stored"):
-        token_type(2**31 + 1)
-    np.save(tmp_path / "tokens.npy", tokens.numpy().astype(np.uint16))  # as earlier versions stored them
-    with pytest.raises(ValueError, match=r"tokens\.npy holds uint16 numbers, but this codebook needs int32; delete"):
-        encode_tokens(pictures, vqgan, tmp_path / "tokens.npy")
+    assert [token_type(count) for count in (2**16, 2**16 + 1)] == [np.uint16, np.int32]
 
 
-def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+def test_interrupted_encoding_leaves_no_files(tmp_path: Path) -> None:
     class Broken(RenderedPictures):
         def __getitem__(self, index: int) -> np.ndarray:
             if index == 65:
@@ -97,40 +91,31 @@ def test_encoding_that_was_cut_off_leaves_nothing_that_looks_whole(tmp_path: Pat
             return super().__getitem__(index)
 
     with pytest.raises(OSError, match="unreadable"):
-        encode_tokens(Broken(70, 0, 16), tiny_networks().vqgan, tmp_path / "tokens.npy")
-    assert not list(tmp_path.glob("*.npy"))
+        encode(tiny_networks(), Broken(70, 0, 16), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_encoding_goes_on_with_fewer_pictures_at_a_time_where_memory_is_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_encoding_without_enough_memory_is_an_error_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures, networks = RenderedPictures(70, 0, 16), tiny_networks()
-    whole = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "whole.npy"))
-    encode, sizes, room = VQGAN.encode, [], 20
+    def out_of_memory(vqgan: VQGAN, images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def short(vqgan: VQGAN, images: torch.Tensor) -> torch.Tensor:
-        if len(images) > room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        sizes.append(len(images))
-        return encode(vqgan, images)
-
-    monkeypatch.setattr(VQGAN, "encode", short)
-    assert np.array_equal(np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "short.npy")), whole)
-    assert sizes == [16, 16, 16, 16, 6]
-    assert caplog.messages[-1] == "short.npy: out of memory; continuing with 16 pictures at a time"
-
-    room = 0
-    with pytest.raises(ValueError, match=r"none\.npy: out of memory with one picture; train with a smaller"):
-        encode_tokens(pictures, networks.vqgan, tmp_path / "none.npy")
+    monkeypatch.setattr(VQGAN, "encode", out_of_memory)
+    with pytest.raises(ValueError, match="out of memory while encoding 32 pictures; train with a smaller resolution"):
+        encode(tiny_networks(), RenderedPictures(70, 0, 16), tmp_path)
 
 
-def test_encoding_ends_with_its_time_and_keeps_what_it_has(tmp_path: Path) -> None:
+def test_encoding_stops_after_its_time_and_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     pictures, networks = RenderedPictures(150, 0, 16), tiny_networks()
-    whole = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "whole.npy"))
-    some = np.load(encode_tokens(pictures, networks.vqgan, tmp_path / "some.npy", seconds=0))
-    assert 0 < len(some) < len(whole) == 150
-    assert np.array_equal(some, whole[: len(some)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["some.npy", "whole.npy"]
+    whole = np.array(encode(networks, pictures, tmp_path / "whole").tokens)
+    some = np.array(encode(networks, pictures, tmp_path / "some", seconds=0).tokens)
+    assert len(some) == 32 < len(whole) == 150
+    assert np.array_equal(some, whole[:32])
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["embeddings.npy", "tokens.npy"]
+    assert caplog.messages[-1].startswith("embeddings.npy, tokens.npy: 32 of 150 views, ")
+    assert caplog.messages[-1].endswith(" a second; about 32 fit into 0 minutes")
 
 
 def one_step(gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
@@ -546,8 +531,8 @@ def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp
 
 @pytest.mark.parametrize("pool", [2048, 150])
 def test_neighbours_are_other_pictures_much_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: int) -> None:
-    monkeypatch.setattr(neighbours, "POOL_SIZE", pool)
-    monkeypatch.setattr(neighbours, "MAX_NEIGHBOURS", 10)
+    monkeypatch.setattr(encoding, "POOL_SIZE", pool)
+    monkeypatch.setattr(encoding, "MAX_NEIGHBOURS", 10)
     rng = np.random.default_rng(0)
     # Ten kinds of twenty pictures each, in two views that are nearer each other than anything else.
     pictures = np.arange(400) % 200

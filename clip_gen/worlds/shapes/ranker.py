@@ -26,7 +26,7 @@ from clip_gen.images import for_clip, from_bytes, to_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, draw, sample_tokens
-from clip_gen.training.encoding import new_array
+from clip_gen.training.encoding import save_array
 from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.weights.model_folder import Networks
@@ -93,11 +93,9 @@ def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, 
     config, gpt = networks.config, deepcopy(networks.gpt)
     side, length = config.vqgan.resolution, config.gpt.block_size
     loader = loader_with_workers(Firsts(pairs, numbers), batch_size=BATCH_SIZE, collate_fn=list)
-    with (
-        on_device(gpt, networks.clip, networks.vqgan, networks.bridge) as device,
-        new_array(pictures, (len(numbers), 4, side, side, 3), np.uint8) as shown,  # last, and so when both are whole
-        new_array(texts, (len(numbers), 2, config.clip.embed_dim), np.float32) as rows,
-    ):
+    shown = np.empty((len(numbers), 4, side, side, 3), np.uint8)
+    rows = np.empty((len(numbers), 2, config.clip.embed_dim), np.float32)
+    with on_device(gpt, networks.clip, networks.vqgan, networks.bridge) as device:
         gpt.cast_for_inference(choose_dtype("auto", device))
         for start, firsts in zip(range(0, len(numbers), BATCH_SIZE), loader, strict=True):
             indices = numbers[start : start + BATCH_SIZE]
@@ -114,6 +112,8 @@ def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, 
             for place, made in enumerate((tokens, resampled, drawn), start=1):
                 shown[here, place] = to_bytes(networks.vqgan.decode(made)).cpu().numpy()
             log.info("%s: sampled for %d captions", pictures.name, here.stop)
+    save_array(texts, rows)
+    save_array(pictures, shown)  # last, so it exists when both are complete
 
 
 def resample_tokens(gpt: GPT, condition: Tensor, tokens: Tensor, rng: np.random.Generator) -> Tensor:

@@ -33,11 +33,10 @@ from clip_gen.files import claim_folder, folder_lock
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training.datasets import EncodedPictures, Endless, enough_places
-from clip_gen.training.encoding import encode_embeddings, encode_tokens
+from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.loading import loader_with_workers
-from clip_gen.training.neighbours import find_neighbours
 from clip_gen.training.processes import wait_for
 from clip_gen.training.stage import FitConfig, compiled
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -223,16 +222,21 @@ class Recipe:
         """CLIP's embeddings of the pictures "train" or "unseen", or "missed" (near misses of "train"); a .npy file."""
         if self.config.gpt_fit.compile:
             compiled(self.networks.clip.clip.visual)
-        pictures = self.to_encode(name)
-        return encode_embeddings(pictures, self.networks.clip, self.array_path("clip", name, pictures))
+        return self.encode_once("clip", name)
 
     def tokens(self, name: str) -> Path:
         """The VQGAN's tokens of the pictures "train" or "unseen"; a .npy file."""
         vqgan = self.networks.vqgan
         if self.config.gpt_fit.compile:
             compiled(vqgan.encoder, dynamic=vqgan.config.local)
-        pictures = self.to_encode(name)
-        return encode_tokens(pictures, vqgan, self.array_path("vqgan", name, pictures))
+        return self.encode_once("vqgan", name)
+
+    def encode_once(self, part: str, name: str) -> Path:
+        """The file name has the network's fingerprint, since another network would encode otherwise."""
+        pictures, network = self.to_encode(name), fingerprint(self.weights(part))
+        path = self.work / "encoded" / f"{part}-{network}-{name}-{len(pictures)}.npy"
+        encode_once(pictures, {path: self.network(part)})
+        return path
 
     def to_encode(self, name: str) -> RenderedPictures:
         resolution = self.config.model.vqgan.resolution
@@ -240,10 +244,6 @@ class Recipe:
             return RenderedPictures(1024, self.stream(UNSEEN), resolution)
         kind = NearMisses if name == "missed" else RenderedPictures
         return kind(self.config.encoded_pictures, self.stream(ENCODED), resolution)
-
-    def array_path(self, part: str, name: str, pictures: RenderedPictures) -> Path:
-        """The file name has the network's fingerprint, since another network would encode otherwise."""
-        return self.work / "encoded" / f"{part}-{fingerprint(self.weights(part))}-{name}-{len(pictures)}.npy"
 
     @torch.no_grad()
     def train_bridge(self) -> dict[str, object]:
