@@ -37,7 +37,7 @@ from clip_gen.files import ROOT
 from clip_gen.images import from_bytes
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.serving.train_process import KEEP_MEMORY
-from clip_gen.training.losses import psnr
+from clip_gen.training.losses import decibels, squared_errors
 from clip_gen.worlds.shapes.folder import write_pictures
 from clip_gen.worlds.shapes.grading import Evaluation
 from clip_gen.worlds.shapes.judge import MIN_FOREGROUND
@@ -81,13 +81,13 @@ def scratch(arguments: argparse.Namespace) -> dict[str, object]:
     words = ["--size", "laptop", "--no-crop", "--shift", f"--max-minutes={arguments.minutes}", *arguments.words]
     took, _ = train(archive, arguments.out / "trained", words)
     model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
-    decibels, used = reconstructed(model, 1000)
+    psnr, used = reconstructed(model, 1000)
     evaluation = Evaluation(model, arguments.prompts, 0, Sampling())
     evaluation.run(["one"])
     print(evaluation.table())
     evaluation.sheet().save(arguments.out / "sheet.png")
     shares = {name: share.value for name, share in evaluation.rows.items()}
-    return {"minutes": took, "psnr": decibels, "codes_used": used, **shares}
+    return {"minutes": took, "psnr": psnr, "codes_used": used, **shares}
 
 
 @torch.inference_mode()
@@ -98,7 +98,7 @@ def reconstructed(model: ClipGen, count: int) -> tuple[float, float]:
     for start in range(0, count, 50):
         images = from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(start, start + 50)]))
         tokens = model.vqgan.encode(images)
-        found += psnr(model.vqgan.decode(tokens), images).tolist()
+        found += decibels(squared_errors(model.vqgan.decode(tokens), images)).tolist()
         used |= set(tokens.unique().tolist())
     return float(np.mean(found)), len(used) / model.config.vqgan.codebook_size
 

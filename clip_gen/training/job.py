@@ -30,6 +30,7 @@ from clip_gen.images import from_bytes
 from clip_gen.training.callbacks import Clock
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, split_pictures
+from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
 from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_views
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.folder import (
@@ -44,11 +45,9 @@ from clip_gen.training.folder import (
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.loading import loader_with_workers
-from clip_gen.training.perceptual import choose_lpips
 from clip_gen.training.plan import TrainSettings, plan, prompts_of, remedy
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.progress import Forecast, Reach
-from clip_gen.training.quality import decide_to_keep_tokens, measure_quality, warn_if_poor
 from clip_gen.training.record import earlier_record, log_finished, training_record
 from clip_gen.training.report import write_report
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -262,7 +261,7 @@ class Training:
         settings, networks = self.settings, self.networks
         quality = {}
         if settings.stage == "transformer" and self.is_first:
-            quality = warn_if_poor(measure_quality(networks.vqgan, self.judged_pictures()))
+            quality = warn_if_poor(networks.vqgan, self.judged_pictures())
         pictures, held_back = self.encode_train_pictures(), self.encode_held_back()
         self.clock.save()
         if settings.size != "base":

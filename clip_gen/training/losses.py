@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.vqgan import VQGAN
 
-# Pictures whose mean colour has a lower squared error count as plain: a standard deviation of 2.5 levels of 255, more
-# than JPEG artefacts cause.
+# Pictures whose mean colour has a lower squared error count as plain. It is a standard deviation of 2.5 levels of 255,
+# more than JPEG artefacts cause.
 MAX_PLAIN_ERROR = 4e-4
 
 
@@ -18,31 +19,23 @@ def squared_errors(images: Tensor, targets: Tensor) -> Tensor:
     return (images.float() - targets).square().mean(dim=(1, 2, 3))
 
 
-def colour_errors(images: Tensor) -> Tensor:
-    """The mean squared error of each picture's mean colour, (B,): below MAX_PLAIN_ERROR for plain pictures."""
-    return squared_errors(images.mean(dim=(2, 3), keepdim=True).expand_as(images), images)
+def reconstruction_errors(vqgan: VQGAN, images: Tensor) -> Tensor:
+    """Squared errors (2, B) of the reconstructions of images (B, 3, S, S), and of each image's mean colour."""
+    decoded, mean_colour = vqgan.decode(vqgan.encode(images)), images.mean(dim=(2, 3), keepdim=True)
+    return torch.stack([squared_errors(decoded, images), squared_errors(mean_colour, images)])
 
 
-def mean_errors(errors: Tensor) -> Tensor:
-    """The means (2,) of the rows of (2, N): squared errors of reconstructions, and colour_errors.
-
-    Plain pictures, which are easy to reconstruct, are left out unless all are plain.
+def mean_decibels(errors: Tensor) -> Tensor:
+    """The PSNR (2,) in dB of reconstruction_errors (2, N), after averaging: plain pictures, at about 100 dB, would
+    dominate a mean of PSNRs. They are left out unless all are plain.
     """
     varied = errors[1] >= MAX_PLAIN_ERROR
-    return errors[:, varied | ~varied.any()].mean(dim=1)
+    return decibels(errors[:, varied | ~varied.any()].mean(dim=1))
 
 
 def decibels(errors: Tensor) -> Tensor:
-    """The PSNR in dB of mean squared errors, for the range [-1, 1]; at most 106 dB.
-
-    For several pictures, average their errors first: plain pictures, at about 100 dB, would dominate a mean of PSNRs.
-    """
+    """The PSNR in dB of mean squared errors, for the range [-1, 1]; at most 106 dB."""
     return 10 * torch.log10(4 / errors.clamp(min=1e-10))
-
-
-def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """The PSNR of each of `images` (B, 3, S, S) in [-1, 1] to its target, in dB, (B,)."""
-    return decibels(squared_errors(images, targets))
 
 
 def perceptual_distance(clip: ClipEncoder, images: Tensor, targets: Tensor) -> Tensor:

@@ -13,13 +13,11 @@ from clip_gen.networks.discriminator import build_discriminator
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training.losses import (
     adaptive_weight,
-    colour_errors,
-    decibels,
     hinge_loss,
     lpips_distance,
-    mean_errors,
+    mean_decibels,
     perceptual_distance,
-    squared_errors,
+    reconstruction_errors,
 )
 from clip_gen.training.muon import Muon
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
@@ -130,12 +128,10 @@ class VQGANTrainer(Stage):
         self.errors: list[Tensor] = []
 
     def validation_step(self, batch: Tensor) -> None:
-        images = from_bytes(batch)
-        decoded = self.vqgan.decode(self.vqgan.encode(images))
-        self.errors.append(torch.stack([squared_errors(decoded, images), colour_errors(images)]))
+        self.errors.append(reconstruction_errors(self.vqgan, from_bytes(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_psnr", decibels(mean_errors(torch.cat(self.errors, dim=1)))[0], sync_dist=True)
+        self.log("val_psnr", mean_decibels(torch.cat(self.errors, dim=1))[0], sync_dist=True)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None

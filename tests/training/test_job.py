@@ -742,8 +742,8 @@ def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
     good: float,
     kept: bool,
 ) -> None:
-    monkeypatch.setattr("clip_gen.training.quality.GOOD_DB", good)
-    monkeypatch.setattr("clip_gen.training.quality.BETTER_DB", -99)
+    monkeypatch.setattr("clip_gen.training.decisions.GOOD_DB", good)
+    monkeypatch.setattr("clip_gen.training.decisions.BETTER_DB", -99)
     base = load_file(Path(toy.base) / "vqgan.safetensors")
     Training(photos, tmp_path, replace(toy, stage="vqgan", tokens=told)).run()
     after = load_file(tmp_path / "model" / "vqgan.safetensors")

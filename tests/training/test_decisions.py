@@ -1,4 +1,4 @@
-"""training/perceptual.py: stage 1 compares by LPIPS where it is, else by CLIP, and says so."""
+"""training/decisions.py: stage 1 uses LPIPS if it was pulled, else features of CLIP."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from clip_gen.files import ROOT
 from clip_gen.images import from_bytes
-from clip_gen.training import perceptual, vqgan_trainer
+from clip_gen.networks.lpips import FrozenLPIPS
+from clip_gen.training import decisions, vqgan_trainer
+from clip_gen.training.decisions import choose_lpips
 from clip_gen.training.job import Training
 from clip_gen.training.losses import lpips_distance
-from clip_gen.training.perceptual import choose_lpips
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
+from clip_gen.weights.model_folder import load_part
 
 BATCH = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -31,54 +33,45 @@ def _lpips(lpips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(photos: Path, base: Path, out: Path, **settings: object) -> dict[str, object]:
-    """What training.json says of stage 1."""
-    told = TrainSettings(
+    """The record of stage 1 in training.json."""
+    toy = TrainSettings(
         stage="vqgan", base=str(base), vqgan_steps=2, batch_size=4, precision="32-true", adversarial_weight=0.0
     )
-    Training(photos, out, replace(told, **settings)).run()
+    Training(photos, out, replace(toy, **settings)).run()
     return json.loads((out / "model" / "training.json").read_text())["stages"]["vqgan"]
 
 
 def no_distance(*_: object) -> Tensor:
-    raise AssertionError("the other distance was asked for")
+    raise AssertionError("the other distance was used")
 
 
-@pytest.mark.usefixtures("_lpips")
-def test_a_training_takes_lpips_where_it_is_and_says_so(
+def test_a_training_uses_lpips_if_it_was_pulled_and_else_clip(
     photos: Path,
     tiny_model_folder: Path,
     tmp_path: Path,
+    lpips_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(vqgan_trainer, "perceptual_distance", no_distance)
-    with caplog.at_level(logging.INFO):
-        record = trained(photos, tiny_model_folder, tmp_path)
-    assert record["perceptual_loss"] == "LPIPS"
-    assert any(line.startswith("perceptual loss: LPIPS, of ") for line in caplog.messages)
-    assert "<td>perceptual_loss</td><td>LPIPS</td>" in (tmp_path / "report.html").read_text()
-    saved = torch.load(tmp_path / "work" / "vqgan" / "last.ckpt", weights_only=True)["state_dict"]
+    caplog.set_level(logging.INFO)
+    unused = {"CLIP": "lpips_distance", "LPIPS": "perceptual_distance"}
+    for name in ("CLIP", "LPIPS"):
+        with monkeypatch.context() as patched:
+            patched.setattr(vqgan_trainer, unused[name], no_distance)
+            record = trained(photos, tiny_model_folder, tmp_path / name)
+        assert record["perceptual_loss"] == name
+        assert f"<td>perceptual_loss</td><td>{name}</td>" in (tmp_path / name / "report.html").read_text()
+        monkeypatch.setenv("CLIP_GEN_LPIPS", str(lpips_folder))
+    clip, lpips = (line for line in caplog.messages if line.startswith("perceptual loss: "))
+    assert "features of CLIP" in clip
+    assert "python -m clip_gen pull lpips" in clip
+    assert lpips.startswith("perceptual loss: LPIPS, of ")
+    saved = torch.load(tmp_path / "LPIPS" / "work" / "vqgan" / "last.ckpt", weights_only=True)["state_dict"]
     assert not [name for name in saved if "lpips" in name or "lin0" in name]
 
 
-def test_a_training_without_lpips_takes_clip_and_says_how_to_get_it(
-    photos: Path,
-    tiny_model_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(vqgan_trainer, "lpips_distance", no_distance)
-    with caplog.at_level(logging.INFO):
-        record = trained(photos, tiny_model_folder, tmp_path)
-    assert record["perceptual_loss"] == "CLIP"
-    (line,) = (line for line in caplog.messages if line.startswith("perceptual loss: "))
-    assert "features of CLIP" in line
-    assert "python -m clip_gen pull lpips" in line
-
-
 @pytest.mark.usefixtures("_lpips")
-def test_a_training_without_a_perceptual_loss_asks_for_neither(
+def test_without_a_perceptual_loss_neither_is_used(
     photos: Path, tiny_model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -88,20 +81,22 @@ def test_a_training_without_a_perceptual_loss_asks_for_neither(
 
 def trainer(weight: float) -> VQGANTrainer:
     """With LPIPS and no CLIP."""
-    made = VQGANTrainer(
+    stage = VQGANTrainer(
         tiny_networks().vqgan.requires_grad_(True), FitConfig(), VQGANLoss(perceptual=weight), lpips=loaded()
     )
-    made.logged = {}
-    made.log_means = lambda values, _: made.logged.update(values)
-    return made
+    stage.logged = {}
+    stage.log_means = lambda values, _: stage.logged.update(values)
+    return stage
 
 
-def loaded() -> torch.nn.Module:
-    return perceptual._load(perceptual.lpips_weights())
+def loaded() -> FrozenLPIPS:
+    lpips = FrozenLPIPS()
+    load_part(lpips, decisions.lpips_weights())
+    return lpips
 
 
 @pytest.mark.usefixtures("_lpips")
-def test_the_loss_is_that_without_lpips_and_its_weight_times_the_distance() -> None:
+def test_lpips_adds_its_weight_times_the_distance_to_the_loss() -> None:
     without, with_lpips = trainer(0.0), trainer(3.0)
     losses = [float(stage.training_step(BATCH).detach()) for stage in (without, with_lpips)]
     images = from_bytes(BATCH)
@@ -112,7 +107,7 @@ def test_the_loss_is_that_without_lpips_and_its_weight_times_the_distance() -> N
 
 
 @pytest.mark.usefixtures("_lpips")
-def test_its_gradient_reaches_the_encoder_and_the_decoder_and_not_lpips_itself() -> None:
+def test_gradients_of_lpips_reach_the_vqgan_but_not_lpips() -> None:
     stage = trainer(1.0)
     stage.vqgan.train()
     stage.training_step(BATCH)
@@ -125,41 +120,36 @@ def test_its_gradient_reaches_the_encoder_and_the_decoder_and_not_lpips_itself()
 
 
 @pytest.mark.usefixtures("_lpips")
-def test_a_training_goes_on_with_what_it_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
+def test_a_resumed_training_keeps_its_perceptual_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_lpips(tmp_path / "a", 16) is not None
-    folder = perceptual.lpips_weights().parent
+    folder = decisions.lpips_weights().parent
     monkeypatch.setenv("CLIP_GEN_LPIPS", "nowhere")
-    with pytest.raises(ValueError, match=r"nowhere/lpips\.safetensors: missing, and this training began with"):
+    with pytest.raises(
+        ValueError, match=r"nowhere/lpips\.safetensors: missing or damaged; this training began with LPIPS"
+    ):
         choose_lpips(tmp_path / "a", 16)
     assert choose_lpips(tmp_path / "b", 16) is None
     monkeypatch.setenv("CLIP_GEN_LPIPS", str(folder))
     assert choose_lpips(tmp_path / "b", 16) is None
-    assert "this training began with them" in caplog.messages[-1]
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "last.ckpt").touch()  # of before there was LPIPS: nothing is noted
-    assert choose_lpips(tmp_path / "old", 16) is None
 
 
 @pytest.mark.usefixtures("_lpips")
-def test_pictures_too_small_for_lpips_are_compared_by_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pictures_too_small_for_lpips_use_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert choose_lpips(tmp_path, 12) is None
-    assert "LPIPS takes pictures of 16 pixels and more" in caplog.text
+    assert "on pictures of 16 pixels and more" in caplog.text
 
 
-def test_a_file_that_is_no_lpips_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_lpips_file_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lpips.safetensors").write_bytes(b"something else")
     monkeypatch.setenv("CLIP_GEN_LPIPS", str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"lpips\.safetensors: is not LPIPS as pull leaves it .* get it again by python -m clip_gen"
+        ValueError, match=r"lpips\.safetensors: missing or damaged; .* run python -m clip_gen pull lpips"
     ):
         choose_lpips(tmp_path / "stage", 16)
 
 
-def test_without_a_name_it_is_looked_for_where_it_is_pulled_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_is_by_default_where_pull_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLIP_GEN_LPIPS")
-    assert perceptual.lpips_weights() == ROOT / "checkpoints" / "lpips" / "lpips.safetensors"
-    assert TINY.vqgan.resolution >= perceptual.MIN_SIDE  # or these tests would compare by CLIP
+    assert decisions.lpips_weights() == ROOT / "checkpoints" / "lpips" / "lpips.safetensors"
+    assert TINY.vqgan.resolution >= decisions.MIN_SIDE  # or these tests would use CLIP
