@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import ceil, isqrt
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from clip_gen.networks.bridge import add_noise
 MAX_HELD_BACK = 512  # pictures
 ORDER_STREAM, AUGMENT_STREAM = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
 NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
-CENTRE = (1.0, 0.5, 0.5)  # the whole shorter side, in the middle of the longer one
 MAX_SAMPLED = 2000  # images that enough_places looks at
 MAX_ROUNDING = 1e-3  # between two float16 encodings of one image, by networks compiled differently
 REDUCING_GAP = 3.0  # a picture is first reduced to this multiple of its final size, which is fast; the rest is bicubic
@@ -57,21 +55,10 @@ class Batches(Sampler[list[int]]):
         return self.count
 
 
-Drawn = TypeVar("Drawn", covariant=True)
-
-
-class Drawable(Protocol[Drawn]):
-    """Pictures of which `draw` gives a random variant."""
-
-    def __len__(self) -> int: ...
-
-    def draw(self, index: int, rng: np.random.Generator) -> Drawn: ...
-
-
 class Endless(Dataset):
     """An endless dataset: sample n is the nth of pass after pass over the pictures, each in a new random order."""
 
-    def __init__(self, pictures: Drawable, seed: int):
+    def __init__(self, pictures: PictureFiles | EncodedPictures, seed: int):
         self.pictures, self.seed = pictures, seed
         self.epoch, self.order = -1, np.empty(0, int)
 
@@ -98,28 +85,23 @@ class PictureFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._square(self._load(index), *CENTRE)
+        return self._square(index, share=1.0, x=0.5, y=0.5)
 
     def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
         # All numbers are drawn with any settings, so changing one setting leaves the other numbers the same.
         share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
         down, right = rng.random(2)
-        square = (share, x, y) if self.crop < 1 else CENTRE
-        pixels = self._square(self._load(index), *square)
+        pixels = self._square(index, share, x, y) if self.crop < 1 else self[index]
         pixels = shifted(pixels, down, right) if self.shift else pixels
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
 
-    def _load(self, index: int) -> Image.Image:
-        # Large JPEGs are decoded at the smallest scale that _square would reduce them to.
-        return load_picture(self.paths[index], ceil(REDUCING_GAP * self.resolution / self.crop))
-
-    def _square(self, picture: Image.Image, share: float, x: float, y: float) -> np.ndarray:
+    def _square(self, index: int, share: float, x: float, y: float) -> np.ndarray:
         """A square with this share of the shorter side, resized to S x S; x and y in [0, 1] say where."""
+        # Large JPEGs are decoded at the smallest scale that would be reduced here.
+        picture = load_picture(self.paths[index], ceil(REDUCING_GAP * self.resolution / self.crop))
         side = max(1, round(min(picture.size) * share))
         left, top = round((picture.width - side) * x), round((picture.height - side) * y)
         box = (left, top, left + side, top + side)
-        if side == self.resolution:
-            return np.array(picture.crop(box))
         size = (self.resolution, self.resolution)
         # Not Lanczos, which overshoots at hard edges. Reducing first is several times faster on photographs.
         return np.array(picture.resize(size, Image.Resampling.BICUBIC, box, REDUCING_GAP))
@@ -145,19 +127,17 @@ def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
 class Views(Dataset):
     """Each picture in `count` random variants: item v · n + i is view v of picture i of n."""
 
-    def __init__(self, pictures: Drawable, count: int, seed: int):
+    def __init__(self, pictures: PictureFiles, count: int, seed: int):
         self.pictures, self.count, self.seed = pictures, count, seed
 
     def __len__(self) -> int:
         return len(self.pictures) * self.count
 
     def __getitem__(self, row: int) -> object:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
         return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, AUGMENT_STREAM, row]))
 
 
-Encoded = tuple[Tensor, Tensor, bool, Tensor, Tensor] | tuple[Tensor, Tensor, bool, Tensor, Tensor, Tensor, Tensor]
+Encoded = tuple[Tensor | bool, ...]
 
 
 class EncodedPictures(Dataset):

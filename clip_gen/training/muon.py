@@ -17,7 +17,7 @@ class Muon(torch.optim.Optimizer):
 
     Muon steps along the nearest orthogonal matrix, so all directions move alike: Jordan et al. 2024,
     kellerjordan.github.io/posts/muon; scaled so that AdamW's learning rates fit: arXiv 2502.16982. torch.optim.Muon
-    always computes that matrix in bfloat16, which is several times slower on a CPU without such instructions.
+    takes no convolutions, and always uses bfloat16, which is several times slower on a CPU without such instructions.
     """
 
     def __init__(self, network: nn.Module, matrices: list[nn.Parameter], config: FitConfig):
@@ -72,17 +72,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    rows, columns = x.shape[1:]
-    if x.dtype == torch.bfloat16 or columns < 2 * rows:
-        for _ in range(5):
-            squares = x @ x.mT
-            x = 3.4445 * x + (-4.7750 * squares + 2.0315 * squares @ squares) @ x
-    else:
-        # A round turns x into p x and s = x xᵀ into p s p. The small (rows, rows) matrices are enough until the end.
-        squares, identity = x @ x.mT, torch.eye(rows, device=x.device)
-        product = identity
-        for _ in range(5):
-            p = 3.4445 * identity - 4.7750 * squares + 2.0315 * squares @ squares
-            product, squares = p @ product, p @ squares @ p
-        x = product @ x
+    for _ in range(5):
+        squares = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * squares + 2.0315 * squares @ squares) @ x
     return (x.mT if tall else x).to(matrices.dtype)
