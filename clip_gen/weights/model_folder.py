@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -37,8 +39,7 @@ DIGESTED = {"vqgan": "quantizer.", "gpt": "head."}
 SAMPLE = 2**18  # numbers of each tensor in a digest; all of a large one would delay loading by 0.1 s
 MAX_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
 MAX_JSON_LISTS = 2**19  # lists and objects in training.json: each takes far more memory than its two characters
-
-_REMEDIES = {
+REMEDIES = {
     "clip": ", or add a CLIP to it by: python -m clip_gen import clip",
     "gpt": ", or train its transformer (stage 2)",
 }
@@ -81,16 +82,13 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
     config = load_config(folder)
     meta = on_meta(lambda: build(config), folder / CONFIG, "correct it")
     files = {part: folder / f"{part}.safetensors" for part in PARTS}
-    missing = [part for part in fresh if not files[part].is_file()]
-    tensors = {part: read_part(getattr(meta, part), files[part]) for part in PARTS if part not in missing}
-    with SkipInit():
+    files = {part: path for part, path in files.items() if part not in fresh or path.is_file()}
+    tensors = {part: read_part(getattr(meta, part), path) for part, path in files.items()}
+    with SkipInit() if len(files) == len(PARTS) else nullcontext():
         networks = build(config)
-    for part in tensors:
-        _assign(getattr(networks, part), tensors[part])
-    if missing:
-        started = build(config)
-        networks = replace(networks, **{part: getattr(started, part) for part in missing})
     for part in PARTS:
+        if part in tensors:
+            _assign(getattr(networks, part), tensors[part])
         getattr(networks, part).to(device).eval().requires_grad_(False)
     return networks
 
@@ -109,9 +107,7 @@ def on_meta(build: Callable[[], Built], path: Path, remedy: str) -> Built:
 
 
 def load_base(folder: str | Path) -> Networks:
-    """Loads a model folder for training. A missing transformer gets random weights, and one without a null condition
-    gets one.
-    """
+    """Loads a model folder for training. A missing transformer gets random weights; each has a null condition."""
     networks = load_networks(folder, fresh=("gpt", "bridge"))
     gpt = with_null_condition(networks.gpt)
     return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config))
@@ -130,39 +126,32 @@ def _assign(network: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def load_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG
-    if not path.is_file():
-        raise ModelFolderError(f"{path}: missing; a model folder needs it. Copy the whole folder again")
+    _check_file(path)
     try:
         _text(path)
         config = read_config(path, ModelConfig)
         config.check()
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error) if str(path) in str(error) else f"{path}: {error}"
-        raise ModelFolderError(f"{reason}. Copy the model folder again, or correct {path}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ModelFolderError(f"{path}: {reason}. Copy the model folder again, or correct this file") from error
     return config
 
 
 def load_record(folder: Path) -> dict[str, object]:
     """The content of training.json; empty if there is none. ModelFolderError if it cannot be read."""
     path = folder / TRAINING
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return {}
     try:
         text = _text(path)
         if text.count("[") + text.count("{") > MAX_JSON_LISTS:
             raise ValueError(f"over {MAX_JSON_LISTS:,} lists and objects")
         record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
-    if not isinstance(record, dict):
-        raise ModelFolderError(f"{path}: holds {shown(record)}, not a JSON object; copy it again, or remove it")
     return record
-
-
-def shown(value: object) -> str:
-    """A value as JSON, shortened to 40 characters."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _text(path: Path) -> str:
@@ -181,18 +170,13 @@ def transformer_mismatch(folder: Path) -> str | None:
     """Why the transformer was not trained on the tokens of the VQGAN beside it, so that it draws noise; or None."""
     record = load_record(folder)
     before, now = _section(record, DIGESTS), part_digests(folder)
-    for part in now:
-        if before and before.get(part) != now[part]:
-            return (
-                f"{part}.safetensors is not the one that {TRAINING} describes, so the transformer and the VQGAN belong "
-                "to different models and draw noise together; copy the whole folder again, or train stage transformer "
-                "from it"
-            )
+    replaced = before and any(before.get(part) != digest for part, digest in now.items())
     vqgan = _section(_section(record, "stages"), "vqgan")
-    if _section(record, "settings").get("stage") == "vqgan" and not vqgan.get("tokens_kept"):
+    trained_alone = _section(record, "settings").get("stage") == "vqgan" and not vqgan.get("tokens_kept")
+    if replaced or trained_alone:
         return (
-            "its transformer does not know its VQGAN's tokens, so that it draws noise; train stage transformer "
-            "from these weights"
+            "its transformer was not trained on the tokens of its VQGAN, so that it draws noise; train stage "
+            "transformer from these weights, or copy the whole folder again if it was changed"
         )
     return None
 
@@ -221,7 +205,7 @@ def part_digests(folder: Path) -> dict[str, str]:
 def load_discriminator(folder: Path) -> nn.Module | None:
     """The discriminator of an imported VQGAN, for fine-tuning; None if there is none. ModelFolderError if damaged."""
     path = folder / DISCRIMINATOR
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return None
     try:
         tensors = _tensors(path)
@@ -237,14 +221,13 @@ def load_discriminator(folder: Path) -> nn.Module | None:
 
 
 def load_part(network: nn.Module, path: Path) -> None:
-    """Loads a network from a safetensors file, as strictly as read_part."""
+    """Loads a network from a safetensors file; the errors of read_part."""
     network.load_state_dict(read_part(network, path))
 
 
 def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
     """The file's tensors, memory-mapped. ModelFolderError unless names and shapes fit and all numbers are finite."""
-    if not path.is_file():
-        raise ModelFolderError(f"{path}: missing; copy the whole model folder again{_REMEDIES.get(path.stem, '')}")
+    _check_file(path)
     tensors = _tensors(path)
     problem = _mismatch(network.state_dict(), tensors)
     if problem:
@@ -253,6 +236,11 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
         if not all_finite(tensor):
             raise ModelFolderError(f"{path}: {name} holds numbers that are not finite; copy it again, or train again")
     return tensors
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelFolderError(f"{path}: missing; copy the whole model folder again{REMEDIES.get(path.stem, '')}")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -218,7 +218,7 @@ def test_one_stage_alone_leaves_the_other_network_as_it_is(
     assert "the transformer does not know these tokens yet" in caplog.text
     assert "draws noise" not in caplog.text
     ClipGen.load(tmp_path / "vqgan" / "model", "cpu")
-    assert "its transformer does not know its VQGAN's tokens, so that it draws noise" in caplog.text
+    assert "its transformer was not trained on the tokens of its VQGAN, so that it draws noise" in caplog.text
 
 
 def small_laptop(monkeypatch: pytest.MonkeyPatch) -> None:

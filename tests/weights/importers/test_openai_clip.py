@@ -221,7 +221,7 @@ def test_a_clip_of_another_embedding_size_does_not_join_a_transformer(
 
 @pytest.mark.parametrize(
     ("record", "sentence"),
-    [("[]", "training.json: holds [], not a JSON object"), ("{", "training.json: "), ('{"imported": 5}', None)],
+    [("[]", "training.json: cannot be read (not a JSON object)"), ("{", "training.json: "), ('{"imported": 5}', None)],
 )
 def test_a_strange_training_record_is_refused_or_kept(
     record: str, sentence: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
