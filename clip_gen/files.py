@@ -33,39 +33,59 @@ def checkpoints_folder() -> Path:
 
 @contextmanager
 def atomic_file(path: Path, durable: bool = True) -> Iterator[str]:
-    """A temporary file beside `path`. It replaces `path` on success and is removed on failure.
+    """The path of a temporary file to write. It replaces `path` on success and is removed on failure.
 
     durable: sync the data to disk before `path` changes, so that a power failure cannot lose both versions.
     """
-    remove_leftovers(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp's files are readable by their owner only
+    with _temporary_folder(path.parent) as folder:
+        new = str(folder / "new")
+        yield new
         if durable:
-            sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    finally:
-        os.close(handle)
-    if durable:
+            sync(new)
+        os.replace(new, path)
+        if durable:
+            sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`. It replaces `path` on success; on failure `path` stays as it was."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_folder(path.parent) as folder:
+        new, old = folder / "new", folder / "old"
+        new.mkdir()
+        old.mkdir()
+        yield new
+        for file in (*new.rglob("*"), new):
+            sync(file)
+        if path.exists():
+            os.replace(path, old / path.name)
+        os.replace(new, path)
         sync(path.parent)
 
 
-def remove_leftovers(folder: Path, seconds: float = LEFTOVER_SECONDS) -> None:
-    """Removes unlocked leftovers of atomic_file and atomic_folder that are older than this.
+@contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """A locked folder in `parent`, which is removed at the end. Leftovers of killed processes are removed first."""
+    remove_leftovers(parent)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=PARTIAL))
+    try:
+        with open_descriptor(folder) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        _put_back(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
-    If a process was killed between the two renames of atomic_folder, the old folder gets its name back.
-    """
-    for path in folder.glob(f"{PARTIAL}*"):
-        with suppress(OSError), open_descriptor(path) as descriptor:  # locked, or another user's
-            if time.time() - os.fstat(descriptor).st_mtime < seconds:
+
+def remove_leftovers(parent: Path, seconds: float = LEFTOVER_SECONDS) -> None:
+    """Removes unlocked leftovers of atomic_file and atomic_folder that are older than this."""
+    for path in parent.glob(f"{PARTIAL}*"):
+        with suppress(OSError), open_descriptor(path) as lock:  # locked, or another user's
+            if time.time() - os.fstat(lock).st_mtime < seconds:
                 continue
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.is_dir():
                 _put_back(path)
                 shutil.rmtree(path)
@@ -152,32 +172,6 @@ def folder_lock(folder: Path, message: str) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`. It replaces `path` on success; on failure `path` stays as it was."""
-    path = Path(os.path.realpath(path))  # a link stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=PARTIAL))
-    new, old = temporary / "new", temporary / "old"
-    try:
-        with open_descriptor(temporary) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            new.mkdir()
-            old.mkdir()
-            yield new
-            for file in new.rglob("*"):
-                sync(file)
-            sync(new)
-            if path.exists():
-                os.replace(path, old / path.name)
-            os.replace(new, path)
-            sync(path.parent)
-    finally:
-        _put_back(temporary)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

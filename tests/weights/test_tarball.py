@@ -66,7 +66,7 @@ def test_incomplete_folders_of_killed_processes_are_removed(tiny_model_folder: P
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         temporary = Path(process.stdout.readline().strip())
-        age(temporary, 100)
+        age(temporary.parent, 100)
         pack(tiny_model_folder, tmp_path / "weights.tar")
         assert temporary.is_file()  # somebody writes it
     finally:
