@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -164,8 +164,7 @@ def config_of(kind: type[Config], values: dict[str, object]) -> Config:
     if "${" in str(values):
         raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), _with_new_names(values))
-        return _build(kind, OmegaConf.to_container(merged))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), _with_new_names(values)))
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -179,12 +178,3 @@ def _with_new_names(values: object) -> object:
 
 def write_config(config: object, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
-def _build(kind: type[Config], values: dict) -> Config:
-    """The frozen dataclass. OmegaConf's objects are mutable and have lists instead of tuples."""
-    arguments = {}
-    for name, default in vars(kind()).items():
-        value = _build(type(default), values[name]) if is_dataclass(default) else values[name]
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)

@@ -136,27 +136,20 @@ def _load_pickle(path: Path, zipped: bool) -> object:
     else:
         with path.open("rb") as file:
             names = {name for _ in range(4) for name in get_globals_in_pkl(file)}
-    # torch looks up its own allowed names first, so these keep their meaning.
-    with torch.serialization.safe_globals([(_stand_in(name), name) for name in names]):
+    # torch looks up its own allowed names first, so these keep their meaning. It can fill a real dict only.
+    classes = [(OrderedDict if name.lower().endswith("dict") else _Inert, name) for name in names]
+    with torch.serialization.safe_globals(classes):
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped)
 
 
-def _stand_in(name: str) -> type:
-    """An inert class to replace one that a checkpoint names: accepts all arguments and does nothing."""
-    # The unpickler fails unless it can fill a real dict.
-    mapping = name.lower().endswith("dict")
+class _Inert:
+    """Replaces a class that a checkpoint names: takes all arguments and does nothing."""
 
-    class StandIn:
-        def __new__(cls, *args: object) -> object:
-            return OrderedDict() if mapping else object.__new__(cls)
+    def __init__(self, *args: object):
+        pass
 
-        def __init__(self, *args: object):
-            pass
-
-        def __setstate__(self, state: object) -> None:
-            pass
-
-    return StandIn
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def _reason(error: Exception) -> str:
