@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,6 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "BACK_OFF_SECONDS", 0.001)
     monkeypatch.setattr(url_module, "TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setenv("PATH", "/nowhere")  # no pget
 
 
 @pytest.mark.parametrize("tags", [True, False], ids=["tags", "no tags"])
@@ -133,27 +131,3 @@ def test_a_proxy_is_used_where_one_is_set(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.delenv("no_proxy", raising=False)
         fetch("http://weights.invalid/a.pt", tmp_path / "a.pt", SHA256)
     assert proxy.asked == [("http://weights.invalid/a.pt", None)]
-
-
-@pytest.mark.parametrize(
-    "does", ['cp "$FROM" "$2"', 'echo other bytes > "$2"', "exit 1"], ids=["well", "wrong", "fail"]
-)
-def test_pget_is_used_where_it_is_installed_and_not_trusted(
-    does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "pget").write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/asked\n{does}\n")
-    (tmp_path / "bin" / "pget").chmod(0o755)
-    (tmp_path / "from").write_bytes(CONTENT)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}/usr/bin{os.pathsep}/bin")
-    monkeypatch.setenv("FROM", str(tmp_path / "from"))
-    with bad_server({"a.pt": CONTENT}) as server:
-        if "other" in does:
-            with pytest.raises(ValueError, match="its sha256 is"):
-                fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
-            assert not (tmp_path / "a.pt").exists()
-        else:
-            fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
-            assert (tmp_path / "a.pt").read_bytes() == CONTENT
-        assert len(server.asked) == (1 if "exit" in does else 0)
-    assert f"{server.address}/a.pt" in (tmp_path / "asked").read_text()

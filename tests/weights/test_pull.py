@@ -43,7 +43,6 @@ def _small(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(pull, "COCO_BYTES", 10**8)
     monkeypatch.setattr(download, "BACK_OFF_SECONDS", 0.001)
     monkeypatch.setattr(url_module, "TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setenv("PATH", "/nowhere")  # no pget
     monkeypatch.setattr(pull, "CHECKPOINTS", Path("checkpoints"))
     monkeypatch.chdir(tmp_path)
 
