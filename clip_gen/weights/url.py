@@ -20,11 +20,9 @@ ASK_SECONDS = 1  # between two calls of should_stop while the server is silent
 CONNECT_SECONDS = 10  # per address of a host that must be public
 MAX_ADDRESSES = 3  # of such a host that are tried; a malicious one may list hundreds
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Metadata services of Oracle and Azure. Before Python 3.11.10, ipaddress counts the first as public.
-METADATA = ("192.0.0.0/24", "168.63.129.16/32")
-# For 6to4 relays (RFC 7526) and documentation (RFC 9637). ipaddress counts both as public.
-RESERVED = ("192.88.99.0/24", "3fff::/20")
-REFUSED = tuple(map(ipaddress.ip_network, METADATA + RESERVED))
+# Metadata services of Oracle and Azure, 6to4 relays (RFC 7526) and documentation (RFC 9637). ipaddress counts them as
+# public, the first before Python 3.11.10.
+REFUSED = [ipaddress.ip_network(net) for net in ("192.0.0.0/24", "168.63.129.16/32", "192.88.99.0/24", "3fff::/20")]
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all IPv6 addresses on the internet
 
 
@@ -44,16 +42,13 @@ def is_public(address: str) -> bool:
     """
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour
         if inner is not None:
             return is_public(str(inner))
         if ip not in GLOBAL_UNICAST:
             return False
-    if any(ip in network for network in REFUSED):
-        return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    refused = ip.is_multicast or ip.is_reserved or any(ip in network for network in REFUSED)
+    return ip.is_global and not refused
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ def open_url(
     deadline_seconds: float | None = None,
     public: PublicOnly | None = None,
 ) -> http.client.HTTPResponse:
-    """The reply to a GET by http or https, through the proxy of $http_proxy or $https_proxy if set.
+    """The reply to a GET of an http or https URL, through the proxy of $http_proxy or $https_proxy if set.
 
     Opening and reading raise OSError, HTTPException or ValueError; also when should_stop returns True, which is called
     every ASK_SECONDS. public: refuses plain http and addresses that are not public, also after redirects.
@@ -117,14 +112,7 @@ def open_url(
         if time.monotonic() > deadline:
             raise TimeoutError(f"not done after {seconds} seconds")
 
-    # The default opener would follow a redirect to ftp, without these checks.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        *(urllib.request.ProxyHandler(), urllib.request.UnknownHandler(), _Handler(ask, public)),
-        *(urllib.request.HTTPDefaultErrorHandler(), _Redirects()),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
+    opener = urllib.request.build_opener(_Handler(ask, public), _Redirects())
     return opener.open(urllib.request.Request(url, headers=headers or {}), timeout=TIMEOUT_SECONDS)
 
 
@@ -163,11 +151,14 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Does not read the body of a redirect. The parent class would read all of it into memory."""
+    """Follows redirects to http and https only, and reads no body. The parent class would read it into memory."""
 
     def redirect_request(self, request: urllib.request.Request, reply: io.BufferedIOBase, *args: object) -> object:
         reply.close()
-        return super().redirect_request(request, reply, *args)
+        redirected = super().redirect_request(request, reply, *args)
+        if redirected.type not in ("http", "https"):
+            raise RefusedAddressError(f"{redirected.full_url[:100]}: only http and https are allowed")
+        return redirected
 
 
 class _Response(http.client.HTTPResponse):

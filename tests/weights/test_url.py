@@ -58,6 +58,12 @@ def test_the_body_of_a_redirect_is_not_read(trickle: str) -> None:
         open_url(trickle, deadline_seconds=3)
 
 
+@pytest.mark.parametrize("trickle", [b"HTTP/1.1 302 Found\r\nLocation: ftp://127.0.0.1:1/a\r\n\r\n"], indirect=True)
+def test_a_redirect_to_ftp_is_refused(trickle: str) -> None:
+    with pytest.raises(OSError, match=r"ftp://127\.0\.0\.1:1/a: only http and https are allowed"):
+        open_url(trickle)
+
+
 @pytest.fixture
 def silent() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
