@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import math
@@ -87,7 +86,8 @@ class Cache:
         with self._locked():
             for path in self.folder.glob(f"{UNPACKING}*"):
                 self._remove_unused(path)
-            oldest_first = sorted((path for path in self.folder.iterdir() if path.name[0] != "."), key=_touched)
+            folders = (path for path in self.folder.iterdir() if path.name[0] != ".")
+            oldest_first = sorted(folders, key=lambda path: path.stat().st_mtime)
             while not self._fits(wanted):
                 if not oldest_first:
                     return False
@@ -127,49 +127,32 @@ class Cache:
 
 def _gigabytes(name: str, default: float) -> float:
     """An environment variable in GB, converted to bytes; CacheError unless it is a number of 0 or more."""
-    text = os.environ.get(name)
-    try:
-        value = float(text) if text else default
-        if not 0 <= value < math.inf:
-            raise ValueError
-    except ValueError as error:
-        raise CacheError(f"{name} is {text[:100]}; give a number of gigabytes, 0 or more") from error
-    return value * 1e9
+    text = os.environ.get(name) or str(default)
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text) * 1e9
+    raise CacheError(f"{name} is {text[:100]}; give a number of gigabytes, 0 or more")
 
 
 def _cache_folder() -> Path:
-    """The cache's folder: in $CLIP_GEN_CACHE, else ~/.cache/clip-gen, else a private folder in /tmp."""
+    """weights/ in $CLIP_GEN_CACHE, else in ~/.cache/clip-gen, else in a private folder in /tmp."""
     named = os.environ.get("CLIP_GEN_CACHE")
-    try:
-        return _writable(Path(named).expanduser() if named else Path.home() / ".cache" / "clip-gen")
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-        if named:
-            raise CacheError(
-                f"CLIP_GEN_CACHE is {named[:100]}, which cannot be written to ({reason_of(error)}); name another folder"
-            ) from error
     private = Path(tempfile.gettempdir()) / f"clip-gen-{os.getuid()}"
-    try:
-        private.mkdir(mode=0o700, exist_ok=True)
-        stat = private.lstat()
-        if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or private.is_symlink():
-            raise PermissionError("others can write to it")
-        return _writable(private)
-    except OSError as error:
-        raise CacheError(
-            f"{private}: cannot be used as the weights cache ({reason_of(error)}); set CLIP_GEN_CACHE to a folder"
-        ) from error
+    for folder in [Path(named)] if named else [Path("~/.cache/clip-gen"), private]:
+        try:
+            if folder == private:
+                _make_private(private)
+            weights = folder.expanduser() / "weights"
+            weights.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=weights).close()
+            return weights
+        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+            reason = reason_of(error)
+    raise CacheError(f"{folder}: cannot be used for the weights cache ({reason}); set CLIP_GEN_CACHE to another folder")
 
 
-def _writable(folder: Path) -> Path:
-    weights = folder / "weights"
-    weights.mkdir(parents=True, exist_ok=True)
-    if not os.access(weights, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return weights
-
-
-def _touched(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return math.inf
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    stat = folder.lstat()
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o077:  # a link has all rights
+        raise PermissionError("others can write to it")
