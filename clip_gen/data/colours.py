@@ -108,7 +108,4 @@ def _map_grey(image: Image.Image, table: list[int] | None) -> Image.Image:
     """Maps the grey of an L or LA image by the table; alpha stays."""
     if table is None:
         return image
-    if image.mode == "L":
-        return image.point(table)
-    grey, alpha = image.split()
-    return Image.merge("LA", (grey.point(table), alpha))
+    return image.point(table if image.mode == "L" else [*table, *range(256)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import struct
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import IcoImagePlugin, Image, JpegImagePlugin
+from PIL import IcoImagePlugin, Image, ImageOps, JpegImagePlugin
 
 from clip_gen.data.colours import in_srgb, on_background
 from clip_gen.data.file_kinds import CAMERA_RAW, HEAD_BYTES, UnusableError, kind_of
@@ -35,16 +36,6 @@ JPEG_SCALES = (1, 2, 4, 8)  # reductions at which libjpeg decodes without holdin
 FLAT = 8  # levels of 255 by which a picture counted as one colour may vary
 
 DNG_VERSION = 50706  # a TIFF with this tag is camera raw
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = {  # EXIF orientation: what turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # What PIL's decoders raise on damaged files.
 DECODING_ERRORS = (
@@ -184,21 +175,20 @@ def _shrunk(image: Image.Image, max_pixels: int) -> bool:
 
 
 def _upright_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, list[str]]:
-    orientation = _orientation(image)
+    with contextlib.suppress(*DECODING_ERRORS):  # the picture is usable without its EXIF
+        ImageOps.exif_transpose(image, in_place=True)
     colours, profile_note = in_srgb(_plain_mode(image, kind), image.info.get("icc_profile"))
     background_note = None
     if colours.mode == "RGBA":
         colours, background_note = on_background(colours)
     if colours is image:
         colours = image.copy()  # the file will be closed
-    return _upright(colours, orientation), [note for note in (profile_note, background_note) if note]
+    return colours, [note for note in (profile_note, background_note) if note]
 
 
 def _plain_mode(image: Image.Image, kind: str) -> Image.Image:
     """The picture in mode L, LA, RGB, RGBA, CMYK or LAB, with 8 bits a channel."""
-    if image.mode.startswith("I;16"):
-        return _from_16_bits(image)
-    if image.mode == "I" and kind == "PPM":  # PIL's mode for its 16 bits
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # PIL's modes for 16 bits
         return _from_16_bits(image)
     if image.mode in ("I", "F"):
         return _from_unit_range(image)
@@ -224,15 +214,3 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     for row, line in enumerate(grey):  # one at a time: a picture may be large
         scaled[row] = (line.astype(np.uint32) + 128) // 257
     return Image.fromarray(scaled)
-
-
-def _orientation(image: Image.Image) -> object:
-    """EXIF orientation. Read it after loading: PIL turns a TIFF itself and then removes the tag."""
-    try:
-        return image.getexif().get(EXIF_ORIENTATION)
-    except DECODING_ERRORS:  # the picture is usable without its EXIF
-        return None
-
-
-def _upright(image: Image.Image, orientation: object) -> Image.Image:
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image

@@ -22,16 +22,11 @@ VIDEO = "a video: export pictures of it"
 WEB_PAGE = "a web page: download the picture itself"
 
 PICTURES = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
-    (b"\xff\x4f\xff\x51", "JPEG2000"),
+    ((b"\xff\xd8\xff",), "JPEG"),
+    ((b"\x89PNG\r\n\x1a\n",), "PNG"),
+    ((b"GIF87a", b"GIF89a"), "GIF"),
+    ((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "TIFF"),
+    ((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"), "JPEG2000"),
 )
 BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)  # many texts begin with "BM" too
 PPM = re.compile(rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s+(#[^\n]*\n\s*)*\d+\s")
@@ -41,18 +36,12 @@ ANY_STILL_BRANDS = {b"mif1", b"msf1"}  # HEIC or AVIF: the other brands decide
 TAR_MARK = slice(257, 262)
 
 OTHERS = (
-    *((start, ARCHIVE) for start in (b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")),
-    (b"\x28\xb5\x2f\xfd", ARCHIVE),  # zstd
-    *((start, CAMERA_RAW) for start in (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM")),
-    (b"II\x1a\0\0\0HEAPCCDR", CAMERA_RAW),
-    (b"8BPS", DRAWING_PROGRAM),
-    (b"gimp xcf", DRAWING_PROGRAM),
-    (b"%!PS", VECTOR),
-    (b"\xc5\xd0\xd3\xc6", VECTOR),  # EPS with a preview
-    (b"\x1aE\xdf\xa3", VIDEO),  # Matroska and WebM
-    (b"\0\0\1\xba", VIDEO),
-    (b"\xff\x0a", JPEG_XL),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", JPEG_XL),
+    ((b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd"), ARCHIVE),
+    ((b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILMCCD-RAW", b"FOVb", b"\0MRM", b"II\x1a\0\0\0HEAPCCDR"), CAMERA_RAW),
+    ((b"8BPS", b"gimp xcf"), DRAWING_PROGRAM),
+    ((b"%!PS", b"\xc5\xd0\xd3\xc6"), VECTOR),  # the second: EPS with a preview
+    ((b"\x1aE\xdf\xa3", b"\0\0\1\xba"), VIDEO),  # Matroska and WebM; MPEG
+    ((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"), JPEG_XL),
 )
 RAW_NAMES = {
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef", ".mos", ".mrw", ".nef"),
@@ -100,7 +89,7 @@ def _picture_kind(head: bytes) -> str | None:
         return "ICO"
     if PPM.match(head):
         return "PPM"
-    known = next((kind for start, kind in PICTURES if head.startswith(start)), None)
+    known = next((kind for starts, kind in PICTURES if head.startswith(starts)), None)
     return known or ("TGA" if _may_be_tga(head) else None)
 
 
@@ -134,7 +123,7 @@ def _other(head: bytes, name: str) -> str:
     if not head:
         return EMPTY
     suffix = _suffix(name)
-    if known := next((reason for start, reason in OTHERS if head.startswith(start)), None):
+    if known := next((reason for starts, reason in OTHERS if head.startswith(starts)), None):
         return NAMES.get(suffix, known) if known == ARCHIVE else known  # .svgz, .kra
     if head[TAR_MARK] == b"ustar":
         return ARCHIVE
