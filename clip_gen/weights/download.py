@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import time
 import urllib.error
@@ -56,13 +55,6 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
     raise ValueError(
         f"{url}: its sha256 is {digest}, wanted is {wanted}; the server sends another file, try another --mirror"
     )
-
-
-def check_room(folder: Path, wanted: int) -> None:
-    """ValueError if the disk has less than `wanted` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < wanted:
-        raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free there, wanted are {wanted / 1e9:.1f}; make room")
 
 
 class _Part:
@@ -136,7 +128,6 @@ def _attempt(url: str, part: _Part) -> bool:
             raise ConnectionError("the file on the server has changed")
         length = reply.headers.get("Content-Length")
         total = have + int(length) if length else None
-        check_room(part.path.parent, (total or have) - have)
         validator = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
         with part.path.open("ab" if have else "wb") as file, _bar(url, have, total) as bar:
             # Write the notes only now, when a part of another file is gone.

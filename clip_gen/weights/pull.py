@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from clip_gen.files import checkpoints_folder, folder_lock
-from clip_gen.weights.download import check_room, fetch
+from clip_gen.weights.download import fetch
 from clip_gen.weights.importers import openai_clip
 from clip_gen.weights.importers.cli import DTYPES
 from clip_gen.weights.importers.convert import import_clip, import_hfailab
@@ -84,8 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
         pull(arguments.out or CHECKPOINTS / arguments.what, arguments.mirror, dtype)
         return
     if arguments.name not in CLIPS:
-        problem = f"there is no CLIP {arguments.name}" if arguments.name else "the name of the CLIP is missing"
-        raise ValueError(f"{problem}; name one of {', '.join(CLIPS)}")
+        raise ValueError(f'the name of the CLIP is "{arguments.name or ""}"; give one of {", ".join(CLIPS)}')
     clip = CLIPS[arguments.name]
     out = arguments.out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
     check_model_folder(out)
@@ -119,8 +119,9 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
         raise ValueError(f'mirror is "{mirror}"; give an address that begins with http:// or https://')
     folder = out.parent / f".pulling-{out.name}"
     with folder_lock(folder, f"{out} is being pulled already; wait for the other to end"):
-        here = sum(path.stat().st_size for path in folder.iterdir())
-        check_room(folder, room - here)
+        free, needed = shutil.disk_usage(folder).free, room - sum(path.stat().st_size for path in folder.iterdir())
+        if free < needed:
+            raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free there, wanted are {needed / 1e9:.1f}; make room")
         paths = {part: folder / file.name for part, file in files.items()}
         for part, file in files.items():
             address = f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
 import io
 import math
@@ -19,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 
 from clip_gen.data.entries import LINK, NOT_A_FILE, archive_entries
 from clip_gen.data.file_kinds import UnusableError
-from clip_gen.data.limits import ArchiveError, Limits, Meter, reason_of
+from clip_gen.data.limits import CHUNK, ArchiveError, Limits, Meter, reason_of
 from clip_gen.files import atomic_file, shortened
 from clip_gen.weights.cache import Cache, CacheError, WeightsFolder
 from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
@@ -30,7 +29,6 @@ LIMITS = Limits(max_entries=4096, max_bytes=4 * 2**30, max_ratio=math.inf)
 STEP = 64 * 2**20  # bytes written between two checks of the cache's room
 MAX_NAME = 4096  # characters of a path in an archive, as on Linux
 MAX_FOLDERS = 64  # folders of an archive with files named like those of a model folder
-CHUNK = 2**20
 WANTED = "give a model folder, a training's folder, or the path or URL (http, https, data) of a weights tar"
 
 _in_use: list[WeightsFolder] = []  # keeps the locks of resolve_weights until the process ends
@@ -141,16 +139,9 @@ def _open(weights: str, should_stop: Callable[[], bool] | None, public: PublicOn
 
 def _data(url: str) -> bytes:
     """The bytes in a data URL (RFC 2397)."""
-    kind, comma, text = url[5:].partition(",")
-    if not comma:
-        raise ValueError("a data URL needs a comma before its data")
+    kind, _, text = url[5:].partition(",")
     data = unquote_to_bytes(text)
-    if not kind.lower().endswith(";base64"):
-        return data
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"its data is not base64: {error}") from error
+    return base64.b64decode(data, validate=True) if kind.lower().endswith(";base64") else data
 
 
 class _Room(Meter):
@@ -173,7 +164,7 @@ class _Room(Meter):
 
 def _fill(folder: Path, stream: BinaryIO, name: str, cache: Cache, needs_room: bool) -> None:
     """Unpacks an archive into a folder of the cache; a download is stored first."""
-    with tempfile.TemporaryFile(dir=folder) as download:
+    with tempfile.NamedTemporaryFile(dir=folder) as download:
         if not stream.seekable():
             _download(stream, download, _Room(name, cache, needs_room))
             stream = download

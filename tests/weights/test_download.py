@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import pytest
@@ -115,14 +114,6 @@ def test_an_existing_file_is_downloaded_again_only_if_its_sha256_differs(tmp_pat
         (tmp_path / "a.pt").write_bytes(CONTENT[:-1])
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
-
-
-def test_a_disk_without_room_is_noticed_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with bad_server({"a.pt": CONTENT}) as server, pytest.raises(ValueError, match=r"0\.0 GB are free there"):
-        fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_proxy_is_used_where_one_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

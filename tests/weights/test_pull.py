@@ -118,8 +118,8 @@ def test_a_pull_that_fails_leaves_the_model_that_was_there(files: dict[str, byte
     ("words", "sentence"),
     [
         (["coco", "--mirror", "elsewhere"], 'mirror is "elsewhere"; give an address that begins with http'),
-        (["clip", "ViT-B/64"], "there is no CLIP ViT-B/64; name one of RN50, "),
-        (["clip"], "the name of the CLIP is missing; name one of RN50, "),
+        (["clip", "ViT-B/64"], 'the name of the CLIP is "ViT-B/64"; give one of RN50, '),
+        (["clip"], 'the name of the CLIP is ""; give one of RN50, '),
         (["coco", "ViT-B/32"], "coco takes no name"),
         (["lpips", "vgg"], "lpips takes no name"),
     ],
