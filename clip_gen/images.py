@@ -85,16 +85,14 @@ def save_image(
     if output_format not in OUTPUT_FORMATS:
         raise ValueError(f'output_format is "{output_format}"; it takes one of {", ".join(OUTPUT_FORMATS)}')
     check_number("output_quality", quality, 0, 100, whole=True)
-    options: dict[str, object] = {"quality": quality}
-    if output_format == "jpg" and quality >= FULL_COLOUR_QUALITY:
+    # Each format uses those that it knows.
+    options: dict[str, object] = {"quality": quality, "lossless": quality == 100}
+    if quality >= FULL_COLOUR_QUALITY:
         options["subsampling"] = "4:4:4"
-    elif output_format == "webp" and quality == 100:
-        options["lossless"] = True
     if output_format == "png":
-        text = PngImagePlugin.PngInfo()
+        options["pnginfo"] = PngImagePlugin.PngInfo()
         for name, value in (metadata or {}).items():
-            text.add_itxt(name, str(value))
-        options = {"pnginfo": text}
+            options["pnginfo"].add_itxt(name, str(value))
     elif metadata:
         exif = Image.Exif()
         exif[EXIF_IMAGE_DESCRIPTION] = json.dumps(metadata)

@@ -15,8 +15,7 @@ import torch
 from clip_gen.files import checkpoints_folder, folder_lock
 from clip_gen.weights.download import fetch
 from clip_gen.weights.importers import openai_clip
-from clip_gen.weights.importers.cli import DTYPES
-from clip_gen.weights.importers.convert import import_clip, import_hfailab
+from clip_gen.weights.importers.convert import DTYPES, import_clip, import_hfailab
 from clip_gen.weights.importers.lpips import check_lpips_folder, import_lpips
 from clip_gen.weights.model_folder import check_model_folder
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from clip_gen.config import ClipConfig
 from clip_gen.files import sha256_of
 from clip_gen.networks.clip_encoder import ClipEncoder
-from clip_gen.weights.importers.reader import AGAIN, read_checkpoint
+from clip_gen.weights.importers.reader import read_checkpoint
 from clip_gen.weights.importers.state_dict import REMEDY, Checkpoint, Source
 from clip_gen.weights.model_folder import on_meta
 
@@ -34,6 +34,7 @@ SHA256 = {
 }
 HEAD_SIZE = 64  # of all OpenAI's CLIPs
 MAX_VIT_WIDTH = 1024  # published ones that are wider (ViT-H, ViT-g, ViT-bigG) have other head sizes
+SIZES = ("input_resolution", "context_length", "vocab_size")  # tensors in OpenAI's files; shapes tell the same
 OURS = "clip."  # prefix of their network in our encoder
 TEXT = "text."  # open_clip's prefix of the text tower in some of its classes
 TRANSFORMERS = "text_model.embeddings.token_embedding.weight"  # a key of Hugging Face's transformers
@@ -72,7 +73,7 @@ def convert_clip(
     config = replace(clip_config(checkpoint), activation=activation)
     network = on_meta(lambda: ClipEncoder(config), checkpoint.path, REMEDY)
     sources = {name: Source(name.removeprefix(OURS)) for name in network.state_dict()}
-    return config, _without_sizes(checkpoint, config).converted(network, sources, dtype)
+    return config, checkpoint.without(*SIZES).converted(network, sources, dtype)
 
 
 def clip_config(checkpoint: Checkpoint) -> ClipConfig:
@@ -101,17 +102,3 @@ def clip_config(checkpoint: Checkpoint) -> ClipConfig:
         transformer_heads=max(1, text_width // HEAD_SIZE),
         transformer_layers=checkpoint.count("transformer.resblocks."),
     )
-
-
-def _without_sizes(checkpoint: Checkpoint, config: ClipConfig) -> Checkpoint:
-    """Removes the three sizes that official files hold as tensors; ValueError unless they agree with the shapes."""
-    sizes = {
-        "input_resolution": config.image_resolution,
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-    }
-    for name, size in sizes.items():
-        stated = checkpoint.tensors.get(name)
-        if stated is not None and (stated.numel() != 1 or stated.item() != size):
-            raise ValueError(f"{checkpoint.path}: {name} is not {size}, as its other tensors are for; {AGAIN}")
-    return checkpoint.without(*sizes)

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._weights_only_unpickler import get_globals_in_pkl
@@ -44,12 +43,6 @@ CONVERTIBLE = {
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 }
 
-# What loading raises on damaged and hostile files.
-UNREADABLE = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, OSError, EOFError, RuntimeError, ValueError),
-    *(TypeError, LookupError, AttributeError, AssertionError, OverflowError, MemoryError),
-)
-
 
 def read_checkpoint(path: Path, inside: str = "", scripts: Collection[str] = ()) -> Checkpoint:
     """The tensors of a file of torch.save or safetensors, memory-mapped if possible.
@@ -62,8 +55,8 @@ def read_checkpoint(path: Path, inside: str = "", scripts: Collection[str] = ())
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a checkpoint file")
     checkpoint = _without_prefixes(Checkpoint(path, _named_tensors(path, _content(path, scripts))))
-    part = checkpoint.under(inside) if inside else Checkpoint(path, {})
-    if part.tensors:
+    part = checkpoint.under(inside)
+    if inside and part.tensors:
         log.info(f"{path}: takes {inside}* and leaves out {len(checkpoint.tensors) - len(part.tensors)} other tensors")
         checkpoint = part
     return _averaged(checkpoint)
@@ -102,7 +95,7 @@ def _errors_named(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UNREADABLE as error:
+    except Exception as error:  # damaged and hostile files raise errors of many types
         raise ValueError(f"{path}: {_reason(error)}") from error
 
 
