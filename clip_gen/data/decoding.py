@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import struct
 import threading
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -37,12 +35,6 @@ FLAT = 8  # levels of 255 by which a picture counted as one colour may vary
 
 DNG_VERSION = 50706  # a TIFF with this tag is camera raw
 
-# What PIL's decoders raise on damaged files.
-DECODING_ERRORS = (
-    *(OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
-    *(RuntimeError, MemoryError, struct.error, zlib.error),
-)
-
 
 @dataclass(frozen=True)
 class Decoded:
@@ -67,10 +59,8 @@ def decode(
     """The picture as RGB in sRGB: upright by its EXIF, on an opaque background, 16-bit grey scaled to 8 bits.
 
     A JPEG of more than `max_pixels` is decoded at a half, a quarter or an eighth of its size. So is one that still is
-    at least `wanted_side` pixels wide and high.
-
-    UnusableError if the file is not a usable picture. Before decoding: if a side is under `min_side` pixels, if the
-    longer side is over `max_aspect` times the shorter, or if it has over `max_pixels`. OSError if there is no file.
+    at least `wanted_side` pixels wide and high. UnusableError if the file is not a picture, is damaged, or is too
+    small, thin or large. OSError if there is no file.
     """
     with path.open("rb") as file:
         kind = kind_of(file.read(HEAD_BYTES), path.name)
@@ -80,16 +70,16 @@ def decode(
                 _check_shape(image.size, min_side, max_aspect)
                 if wanted_side and isinstance(image, JpegImagePlugin.JpegImageFile):
                     image.draft(None, (wanted_side, wanted_side))
-                frames = [FIRST_FRAME] if _has_more_frames(image) else []
-                scaled = [SMALLER] if _shrunk(image, max_pixels) else []
+                frame_note = FIRST_FRAME if _has_more_frames(image) else None
+                scale_note = SMALLER if _shrunk(image, max_pixels) else None
                 image.load()
-                upright, notes = _upright_rgb(image, kind)
-                return Decoded(upright, (*frames, *scaled, *notes))
+                upright, *colour_notes = _upright_rgb(image, kind)
+                return Decoded(upright, tuple(filter(None, (frame_note, scale_note, *colour_notes))))
         except UnusableError:
             raise
         except Image.DecompressionBombError as error:
             raise UnusableError(TOO_LARGE) from error
-        except DECODING_ERRORS as error:
+        except Exception as error:  # damaged files make PIL's decoders raise anything
             # UnidentifiedImageError names our temporary file, which means nothing to the user.
             detail = "" if isinstance(error, Image.UnidentifiedImageError) else str(error)
             raise UnusableError(BROKEN, detail) from error
@@ -146,7 +136,7 @@ _quiet = _Quiet()
 def _has_more_frames(image: Image.Image) -> bool:
     try:
         return getattr(image, "is_animated", False)
-    except DECODING_ERRORS:  # only a later frame is damaged
+    except Exception:  # only a later frame is damaged
         return True
 
 
@@ -164,9 +154,8 @@ def _shrunk(image: Image.Image, max_pixels: int) -> bool:
     if width * height <= max_pixels:
         return False
     # A progressive JPEG is held at full size while it is decoded, with two bytes a channel.
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and not (
-        image.info.get("progressive") and width * height > 2 * max_pixels
-    ):
+    held_whole = image.info.get("progressive") and width * height > 2 * max_pixels
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and not held_whole:
         for scale in JPEG_SCALES:
             if -(-width // scale) * -(-height // scale) <= max_pixels:
                 image.draft(None, (width // scale, height // scale))
@@ -174,8 +163,9 @@ def _shrunk(image: Image.Image, max_pixels: int) -> bool:
     raise UnusableError(TOO_LARGE, f"{width} x {height}; {max_pixels:,} is the most in all: make it smaller")
 
 
-def _upright_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, list[str]]:
-    with contextlib.suppress(*DECODING_ERRORS):  # the picture is usable without its EXIF
+def _upright_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, str | None, str | None]:
+    """The picture as upright RGB, and notes on its colour profile and its background."""
+    with contextlib.suppress(Exception):  # the picture is usable without its EXIF
         ImageOps.exif_transpose(image, in_place=True)
     colours, profile_note = in_srgb(_plain_mode(image, kind), image.info.get("icc_profile"))
     background_note = None
@@ -183,7 +173,7 @@ def _upright_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, list[str]]
         colours, background_note = on_background(colours)
     if colours is image:
         colours = image.copy()  # the file will be closed
-    return colours, [note for note in (profile_note, background_note) if note]
+    return colours, profile_note, background_note
 
 
 def _plain_mode(image: Image.Image, kind: str) -> Image.Image:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 from clip_gen.data.file_kinds import ARCHIVE, HEAD_BYTES, NO_PICTURE, TAR_MARK, WEB_PAGE, UnusableError, kind_of
 from clip_gen.data.limits import CHUNK, WANTED, ArchiveError, Limits, Meter, reason_of
 from clip_gen.data.tars import tar_members
-from clip_gen.data.zips import READ_METHODS, ZIP_ERRORS, open_zip, unpacked_pieces
+from clip_gen.data.zips import READ_METHODS, open_zip, unpacked_pieces
 
 LINK = "a link"
 NOT_A_FILE = "not a plain file"
@@ -133,7 +133,7 @@ def _counted(pieces: Iterator[bytes], meter: Meter) -> Iterator[bytes]:
     while True:
         try:
             piece = next(pieces, None)
-        except ZIP_ERRORS as error:
+        except Exception as error:
             raise UnusableError(UNREADABLE, reason_of(error)) from error
         if piece is None:
             return
@@ -150,17 +150,15 @@ def folder_files(source: Path, on_error: Callable[[OSError], None] | None = None
     root = os.path.realpath(source)
     seen = {root}
     for folder, folders, files in os.walk(source, onerror=on_error, followlinks=True):
-        paths = [os.path.join(folder, name) for name in sorted(folders) if name[0] != "."]
-        read, links = [], []
-        for path in sorted(paths, key=os.path.islink):  # folders before links to them
-            target = os.path.realpath(path)
-            if target not in seen and _is_inside(target, root):
+        links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
+        read = set()
+        for name in sorted(folders, key=lambda name: (name in links, name)):  # folders before links to them
+            target = os.path.realpath(os.path.join(folder, name))
+            if name[0] != "." and target not in seen and _is_inside(target, root):
                 seen.add(target)
-                read.append(os.path.basename(path))
-            elif os.path.islink(path):
-                links.append(os.path.basename(path))
+                read.add(name)
         folders[:] = sorted(read)
-        yield from (Path(folder, name) for name in sorted(files + links))
+        yield from (Path(folder, name) for name in sorted({*files, *links} - read))
 
 
 def _is_inside(target: str, root: str) -> bool:

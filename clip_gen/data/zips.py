@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,9 +21,6 @@ DEFLATE64 = 9  # used by Windows for files over 2 GB
 READ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, DEFLATE64)
 DEFLATE64_BYTES = 256  # packed bytes at a time, since inflate64 has no output limit: they unpack to at most 8 MB
 
-# What zipfile raises on damaged files.
-ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, LookupError, struct.error, zlib.error)
-
 
 def open_zip(file: BinaryIO, meter: Meter) -> zipfile.ZipFile:
     """Opens a zip and counts its entries. ArchiveError if it is damaged or cut off, or if it is not a zip."""
@@ -32,7 +28,7 @@ def open_zip(file: BinaryIO, meter: Meter) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(_BoundedTable(file, meter))
     except ArchiveError:
         raise
-    except ZIP_ERRORS as error:
+    except Exception as error:  # damaged files make zipfile raise anything
         raise meter.damaged(error) from error
     meter.add_entries(len(archive.filelist))
     if min((member.header_offset for member in archive.filelist), default=0) > 0:
@@ -58,7 +54,7 @@ class _BoundedTable(io.BufferedReader):
 
 
 def unpacked_pieces(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
-    """The content of a member packed by one of READ_METHODS. Raises ZIP_ERRORS if it is damaged."""
+    """The content of a member packed by one of READ_METHODS. Raises any exception if it is damaged."""
     if member.compress_type == DEFLATE64:
         yield from _inflated64(archive, member)
         return
