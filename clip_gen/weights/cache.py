@@ -44,14 +44,14 @@ class WeightsFolder:
 class Cache:
     """Unpacked weights by key, in $CLIP_GEN_CACHE or ~/.cache/clip-gen. Safe from several threads and processes.
 
-    max_bytes: limit for all folders together. free_bytes: to keep free on the disk. Defaults: CLIP_GEN_CACHE_GB and
-    CLIP_GEN_CACHE_FREE_GB. To stay within them, the folders that were used least recently are removed.
+    To stay within max_bytes for all folders together, and to keep free_bytes of the disk free, the folders that were
+    used least recently are removed.
     """
 
-    def __init__(self, max_bytes: float | None = None, free_bytes: float | None = None):
+    def __init__(self) -> None:
         self.folder = _cache_folder()
-        self.max_bytes = _gigabytes("CLIP_GEN_CACHE_GB", MAX_GB) if max_bytes is None else max_bytes
-        self.free_bytes = _gigabytes("CLIP_GEN_CACHE_FREE_GB", FREE_GB) if free_bytes is None else free_bytes
+        self.max_bytes = _gigabytes("CLIP_GEN_CACHE_GB", MAX_GB)
+        self.free_bytes = _gigabytes("CLIP_GEN_CACHE_FREE_GB", FREE_GB)
 
     def find(self, key: str) -> WeightsFolder | None:
         """The unpacked folder for this key, if the cache has it."""
@@ -135,24 +135,14 @@ def _gigabytes(name: str, default: float) -> float:
 
 
 def _cache_folder() -> Path:
-    """weights/ in $CLIP_GEN_CACHE, else in ~/.cache/clip-gen, else in a private folder in /tmp."""
-    named = os.environ.get("CLIP_GEN_CACHE")
-    private = Path(tempfile.gettempdir()) / f"clip-gen-{os.getuid()}"
-    for folder in [Path(named)] if named else [Path("~/.cache/clip-gen"), private]:
-        try:
-            if folder == private:
-                _make_private(private)
-            weights = folder.expanduser() / "weights"
-            weights.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=weights).close()
-            return weights
-        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-            reason = reason_of(error)
-    raise CacheError(f"{folder}: cannot be used for the weights cache ({reason}); set CLIP_GEN_CACHE to another folder")
-
-
-def _make_private(folder: Path) -> None:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    stat = folder.lstat()
-    if stat.st_uid != os.getuid() or stat.st_mode & 0o077:  # a link has all rights
-        raise PermissionError("others can write to it")
+    """weights/ in $CLIP_GEN_CACHE or ~/.cache/clip-gen. CacheError if it cannot be written to."""
+    folder = Path(os.environ.get("CLIP_GEN_CACHE") or "~/.cache/clip-gen", "weights")
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        raise CacheError(
+            f"{folder}: cannot be used for the weights cache ({reason_of(error)}); set CLIP_GEN_CACHE to a folder"
+        ) from error
+    return folder

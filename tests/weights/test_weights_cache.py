@@ -42,6 +42,12 @@ def fill(folder: Path) -> None:
     (folder / "weights").write_bytes(bytes(SIZE))
 
 
+def limited(max_bytes: float) -> Cache:
+    cache = Cache()
+    cache.max_bytes = max_bytes
+    return cache
+
+
 def add(cache: Cache, *keys: str) -> list[Path]:
     """Folders that nobody uses, the first used longest ago."""
     found = []
@@ -54,7 +60,7 @@ def add(cache: Cache, *keys: str) -> list[Path]:
 
 
 def test_the_folders_used_longest_ago_make_room() -> None:
-    cache = Cache(max_bytes=4.5 * SIZE)
+    cache = limited(4.5 * SIZE)
     a, b, c, d = add(cache, "a", "b", "c", "d")
     cache.find("a").close()
     assert cache.make_room(2 * SIZE)
@@ -63,14 +69,15 @@ def test_the_folders_used_longest_ago_make_room() -> None:
 
 
 def test_folders_make_room_until_the_disk_has_enough_free() -> None:
-    cache = Cache(free_bytes=shutil.disk_usage("/tmp").free * 2)
+    cache = Cache()
+    cache.free_bytes = shutil.disk_usage("/tmp").free * 2
     paths = add(cache, "a", "b")
     assert not cache.make_room(0)
     assert not any(path.exists() for path in paths)
 
 
 def test_a_folder_in_use_stays_until_it_is_closed() -> None:
-    cache = Cache(max_bytes=0)
+    cache = limited(0)
     used = cache.add("a", fill)
     again = Cache().find("a")
     for folder in (used, again):
@@ -83,7 +90,7 @@ def test_a_folder_in_use_stays_until_it_is_closed() -> None:
 
 def test_a_loaded_model_keeps_its_folder_until_it_is_gone(tiny_model_folder: Path, tmp_path: Path) -> None:
     pack(tiny_model_folder, tmp_path / "weights.tar")
-    model, cache = ClipGen.load(tmp_path / "weights.tar", "cpu"), Cache(max_bytes=0)
+    model, cache = ClipGen.load(tmp_path / "weights.tar", "cpu"), limited(0)
     folder = model.source.path
     cache.make_room(0)
     assert folder.is_dir()
@@ -93,7 +100,7 @@ def test_a_loaded_model_keeps_its_folder_until_it_is_gone(tiny_model_folder: Pat
 
 
 def test_another_process_keeps_its_folders_until_it_is_killed() -> None:
-    cache = Cache(max_bytes=0)
+    cache = limited(0)
     old, idle = add(cache, "old", "idle")
     process = subprocess.Popen([sys.executable, "-c", OTHER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
