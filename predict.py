@@ -1,20 +1,18 @@
 """Cog's predictor: a prompt in, its best pictures out."""
 
 import asyncio
-import contextlib
 import contextvars
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import coglet
 from cog import BaseRunner, Input, Path, concurrent
 
-from clip_gen.files import shortened
+from clip_gen.files import set_compile_cache_folders, shortened
 from clip_gen.serving.inputs import checked, read_inputs
 from clip_gen.serving.slots import Slots, max_prediction_seconds
-from clip_gen.serving.watchdog import server_ends_with_worker
+from clip_gen.serving.watchdog import worker_folder
 from clip_gen.validation import check_request, without_effect
 
 if TYPE_CHECKING:
@@ -26,19 +24,18 @@ class Predictor(BaseRunner):
 
     async def setup(self, weights: str | None = None) -> None:
         """Loads the model. weights: COG_WEIGHTS, the name of a folder or a tar, or a URL."""
+        set_compile_cache_folders()
         # Imported here: torch takes seconds, and script/serve reads the inputs below without it.
         from clip_gen.serving.model_cache import Models
         from clip_gen.serving.outputs import Outputs
         from clip_gen.weights.default_model import default_model
 
-        self.outputs = Outputs()
-        in_server = coglet.server.active
-        self.slots = Slots(max_prediction_seconds() if in_server else None)
-        with server_ends_with_worker(self.outputs.folder) if in_server else contextlib.nullcontext():
-            source, reason = default_model(weights)
-            self.models = Models(source)
-            # asyncio's own executor has fewer threads on a small machine.
-            self.drawing = ThreadPoolExecutor(SLOTS, "drawing")
+        self.slots = Slots(max_prediction_seconds())
+        source, reason = default_model(weights)
+        self.models = Models(source)
+        # asyncio's own executor has fewer threads on a small machine.
+        self.drawing = ThreadPoolExecutor(SLOTS, "drawing")
+        self.outputs = Outputs(worker_folder("clip-gen-"))
         print(f"model: {self.models.own.config.name} from {shortened(source)} on {self.models.own.device}: {reason}")
 
     # 12 slots serve 8 clients: Cog frees a slot a moment after it has sent the reply, so a client that asks again at
@@ -117,15 +114,15 @@ class Predictor(BaseRunner):
         check_request(**settings)
         stop = threading.Event()
         try:
-            async with self.models.borrow(replicate_weights, stop.is_set) as model:
-                if replicate_weights:
-                    print(f"model: {model.config.name} from {shortened(replicate_weights)}: replicate_weights names it")
-                for sentence in model.warnings:
-                    print(f"warning: {sentence}")
-                generate = functools.partial(model.generate, **settings, should_stop=stop.is_set)
-                # In this prediction's context, so that its logs have what is logged.
-                in_context = functools.partial(contextvars.copy_context().run, generate)
-                result = await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
+            model = await self.models.get(replicate_weights, stop.is_set)
+            if replicate_weights:
+                print(f"model: {model.config.name} from {shortened(replicate_weights)}: replicate_weights names it")
+            for sentence in model.warnings:
+                print(f"warning: {sentence}")
+            generate = functools.partial(model.generate, **settings, should_stop=stop.is_set)
+            # In this prediction's context, so that its logs have what is logged.
+            in_context = functools.partial(contextvars.copy_context().run, generate)
+            result = await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
             drawn = {"candidates": result.candidates, "model": model.config.name}
             metadata = settings | drawn if output_metadata else None
             files = await asyncio.to_thread(self.outputs.save, result, metadata, output_format, output_quality)

@@ -1,12 +1,12 @@
 """Cog's training: a zip of pictures in, a weights tar out. `python -m clip_gen train` does the work."""
 
-import coglet
+import shutil
+
 from cog import BaseModel, Input, Path
 
-from clip_gen.serving.delivery import keep, move_images, one_training, scratch_folder, sent_name
 from clip_gen.serving.inputs import checked, read_inputs
-from clip_gen.serving.train_process import TrainingFailed, run_training
-from clip_gen.serving.watchdog import watch_worker
+from clip_gen.serving.train_process import keep, one_training, run_training, sent_name
+from clip_gen.serving.watchdog import worker_folder
 
 
 class TrainingOutput(BaseModel):
@@ -121,8 +121,7 @@ async def train(
     """Trains in another process, which ends with the request. Checks its inputs, as predict.py does."""
     from clip_gen.serving.request_weights import fetched_base  # imported here, because it loads torch
 
-    if coglet.server.active:
-        watch_worker(scratch_folder())  # from the first training on: Cog calls no setup for a function
+    scratch = worker_folder("clip-gen-train-")  # made by the first training: Cog calls no setup for a function
     if "prompt" in unknown:
         raise ValueError("this server trains models; for predictions, start another without --x-mode train")
     inputs = checked(
@@ -156,16 +155,14 @@ async def train(
         seed=seed,
         **unknown,
     )
-    with one_training() as (folder, kept):
+    with one_training(scratch) as (folder, kept):
         base = await fetched_base(inputs["base"])
         inputs["base"] = str(base.path) if base else None
-        inputs["images"] = move_images(images, folder)
+        # Moved, so that it is removed with the folder even if Cog's worker is killed.
+        inputs["images"] = shutil.move(images, folder / "images")
         out = folder / "out"
-        shown = {inputs["images"]: sent_name(images), f"{out}/": "", str(out): "this training"}
-        try:
-            await run_training(inputs, out, shown=shown)
-        except TrainingFailed as error:
-            raise RuntimeError(error.with_log()) from None
+        replaced = {str(folder / "images"): sent_name(images), f"{out}/": "", str(out): "this training"}
+        await run_training(inputs, out, replaced)
         return TrainingOutput(weights=Path(keep(out, kept)))
 
 

@@ -36,7 +36,7 @@ from clip_gen import ClipGen
 from clip_gen.files import ROOT
 from clip_gen.images import from_bytes
 from clip_gen.sampling.sampler import Sampling
-from clip_gen.serving.train_process import KEEP_MEMORY
+from clip_gen.serving.train_process import TRAIN_ENVIRONMENT
 from clip_gen.training.losses import decibels, squared_errors
 from clip_gen.worlds.shapes.folder import write_pictures
 from clip_gen.worlds.shapes.grading import Evaluation
@@ -53,7 +53,7 @@ def train(pictures: Path, out: Path, words: list[str]) -> tuple[float, float]:
     """Runs the command `train`; returns its minutes and its peak memory in GB."""
     began, peak = time.monotonic(), 0
     command = [sys.executable, "-m", "clip_gen", "train", str(pictures), "--out", str(out), *words]
-    environment = KEEP_MEMORY | os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "100000", "MKL_CBWR": "AUTO"}
+    environment = TRAIN_ENVIRONMENT | os.environ | {"PYTHONPATH": str(ROOT), "MKL_CBWR": "AUTO"}
     training = subprocess.Popen(command, env=environment, start_new_session=True)
     while training.poll() is None:
         peak = max(peak, memory(training.pid))

@@ -57,16 +57,16 @@ def loading(subject: Subject) -> list[Figure]:
 def prediction(subject: Subject) -> list[Figure]:
     """16 candidates, of which the 4 best are saved, as in predict.py."""
     theirs, ours, device, times = subject.plain, subject.ours, subject.device, subject.times
-    outputs, settings = Outputs(), {"prompt": PROMPT, "candidates": CANDIDATES, "model": ours.config.name}
-
-    def predict() -> None:
-        outputs.save(ours.generate(PROMPT, candidates=CANDIDATES, seed=0), settings, "png", 90)
-
+    settings = {"prompt": PROMPT, "candidates": CANDIDATES, "model": ours.config.name}
     with tempfile.TemporaryDirectory() as folder:
+        outputs = Outputs(Path(folder, "ours"))
+
+        def predict() -> None:
+            outputs.save(ours.generate(PROMPT, candidates=CANDIDATES, seed=0), settings, "png", 90)
 
         def plain_prediction() -> None:
             reference.predict(theirs, PROMPT, 0, Path(folder), CANDIDATES)
 
         slow = subject.run(lambda: seconds(plain_prediction, device, times))
-    name = f"a prediction of {CANDIDATES}, prompt to files"
-    return [Figure(name, seconds(predict, device, times), slow, max_seconds=MAX_SECONDS)]
+        taken = seconds(predict, device, times)
+    return [Figure(f"a prediction of {CANDIDATES}, prompt to files", taken, slow, max_seconds=MAX_SECONDS)]

@@ -147,7 +147,7 @@ def _thread_lock() -> threading.Lock:
 
 
 def release_memory() -> None:
-    """Returns freed memory, which malloc keeps (serving.train_process.KEEP_MEMORY), to the system."""
+    """Returns freed memory, which malloc keeps (serving.train_process.TRAIN_ENVIRONMENT), to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 

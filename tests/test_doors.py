@@ -23,7 +23,6 @@ DOORS = {
     "_pi_heif": ["clip_gen/data/heic.py"],
     "inflate64": ["clip_gen/data/zips.py"],
     "cog": ["predict.py", "train.py", "clip_gen/serving/"],
-    "coglet": ["predict.py", "train.py"],
 }
 
 # Higher first: a module imports from its own row and the rows below.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from clip_gen.hardware import available_memory, cpus, on_device, one_thread, set_threads, spare_cores, tensor_float32
-from clip_gen.serving.train_process import KEEP_MEMORY
+from clip_gen.serving.train_process import TRAIN_ENVIRONMENT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -163,7 +163,7 @@ kept = held()
 (prepares,) = loader_with_workers(Held())
 print(kept - began, held() - began, int(prepares))
 """
-    environment = os.environ | KEEP_MEMORY
+    environment = os.environ | TRAIN_ENVIRONMENT
     kept, *left = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
     assert int(kept) > 300
     assert max(map(int, left)) < 30

@@ -51,7 +51,6 @@ def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path
             "generate: output_quality is 101; give a whole number, 0 to 100",
         ),
         (["generate", "a", "--out", __file__], f"generate: {__file__}: cannot be used (Not a directory); name"),
-        (["generate", "a", "--out", ""], "generate: --out is empty; name a folder for the pictures"),
         (["evaluate", "nowhere"], "evaluate: nowhere: no such file or folder; give a model folder"),
         (["train-shapes", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["shapes", "--count", "0", "--out", "x"], "0"),

@@ -14,15 +14,13 @@ from typing import Any
 
 import cog
 
+from clip_gen.files import shortened
+
 NOUNS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", cog.Path: "a file"}
 
 
 class InputError(ValueError):
     """Values that do not fit the inputs, one problem a line."""
-
-    def __init__(self, text: str):
-        # Cog takes an error with this word in it for a cancelled request.
-        super().__init__(text.replace("cancelled", "canceled"))
 
 
 @dataclass(frozen=True)
@@ -43,41 +41,38 @@ class InputField:
         """The allowed values, for messages: `a whole number, 1 to 64` or `one of png, webp, jpg`."""
         info, noun = self.info, NOUNS[self.kind]
         if info.choices:
-            return f"one of {', '.join(map(str, info.choices))}"
-        if self.kind is str:
-            return f"{info.min_length or 0} to {info.max_length} characters" if info.max_length else noun
+            return f"one of {', '.join(info.choices)}"
+        if info.max_length:
+            return f"{info.min_length or 0} to {info.max_length} characters"
         if info.ge is None:
             return noun
         return f"{noun}, {info.ge} or more" if info.le is None else f"{noun}, {info.ge} to {info.le}"
+
+    def limits(self) -> str:
+        """The allowed values and the default, for the help."""
+        default = self.info.default
+        return self.allowed() if default in (None, "") else f"{self.allowed()}; default {default}"
 
     def convert(self, value: object) -> object:
         """The value in this input's type. InputError if it has another type or is outside the limits."""
         if value is None and self.nullable:
             return None
         if self.kind is int and isinstance(value, float) and value.is_integer():
-            value = int(value)  # Cog's server lets 2.0 pass for an int
-        if not (self._has_kind(value) and self._in_range(value)):
+            value = int(value)  # Cog's server accepts 2.0 for an int
+        if not self._fits(value):
             raise InputError(f"{self.name} is {_shown(value)}; give {self.allowed()}")
-        if self.kind is str and not (self.info.min_length or 0) <= len(value) <= (self.info.max_length or math.inf):
-            size = f"has {len(value)} characters" if value else "is empty"
-            raise InputError(f"{self.name} {size}; give {self.allowed()}")
-        if self.kind is str and "\0" in value:
-            raise InputError(f"{self.name} holds a NUL character; leave it out")
         return float(value) if self.kind is float else value
 
-    def _has_kind(self, value: object) -> bool:
-        if isinstance(value, bool) or self.kind is bool:
-            return isinstance(value, bool) and self.kind is bool
-        if self.kind is float:
-            return isinstance(value, int | float) and not math.isnan(value)
-        # Cog passes a text that is no URL on to a Path input. Opening it would read the server's own files.
-        return isinstance(value, Path if self.kind is cog.Path else self.kind)
-
-    def _in_range(self, value: Any) -> bool:
+    def _fits(self, value: Any) -> bool:
         info = self.info
-        above_minimum = info.ge is None or value >= info.ge
-        below_maximum = info.le is None or value <= info.le
-        return above_minimum and below_maximum and (info.choices is None or value in info.choices)
+        # Cog passes a text that is no URL on to a Path input. Opening it would read the server's own files.
+        wanted = {float: int | float, cog.Path: Path}.get(self.kind, self.kind)
+        if not isinstance(value, wanted) or isinstance(value, bool) != (self.kind is bool):
+            return False
+        if self.kind is str:
+            right_length = (info.min_length or 0) <= len(value) <= (info.max_length or math.inf)
+            return right_length and (info.choices is None or value in info.choices)
+        return (info.ge is None or value >= info.ge) and (info.le is None or value <= info.le)
 
 
 def read_inputs(function: Callable[..., object]) -> dict[str, InputField]:
@@ -99,31 +94,28 @@ def checked(fields: Mapping[str, InputField], /, **values: object) -> dict[str, 
 
     Cog's server checks requests too, but nothing when it finds no schema file.
     """
-    problems = [unknown_input(name, fields) for name in values if name not in fields]
+    problems = [_unknown(name, fields) for name in values if name not in fields]
     accepted = {}
     for name, field in fields.items():
         try:
-            if name not in values and field.required:
-                raise InputError(f"{name} is missing; give {field.allowed()}")
             accepted[name] = field.convert(values.get(name, field.info.default))
         except InputError as error:
             problems.append(str(error))
     if problems:
-        raise InputError("\n".join(problems))
+        # Cog takes an error that contains "cancelled" for a cancelled request.
+        raise InputError("\n".join(problems).replace("cancelled", "canceled"))
     return accepted
 
 
-def unknown_input(name: str, fields: Mapping[str, InputField]) -> str:
-    """The sentence about an input that does not exist, with the most similar name."""
+def _unknown(name: str, fields: Mapping[str, InputField]) -> str:
     similar = difflib.get_close_matches(name, fields, n=1)
-    if similar:
-        return f'unknown input "{name}"; did you mean "{similar[0]}"?'
-    return f'unknown input "{name}"; the inputs are {", ".join(fields)}'
+    remedy = f'did you mean "{similar[0]}"?' if similar else f"the inputs are {', '.join(fields)}"
+    return f'unknown input "{name}"; {remedy}'
 
 
 def _shown(value: object) -> str:
     if value is None:
-        return "null"
+        return "missing"
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return f'"{shortened(value)}"' if isinstance(value, str) else str(value)

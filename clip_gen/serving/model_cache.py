@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from clip_gen.files import shortened
 from clip_gen.pipeline import ClipGen
@@ -23,14 +22,7 @@ from clip_gen.weights.url import is_url
 LOADING_THREADS = 32
 WAIT_SECONDS = 60  # for a place in memory
 
-
-@dataclass
-class _Loaded:
-    """A model that is loaded or being loaded, and the number of requests that use it or wait for it."""
-
-    key: tuple[Path, int]
-    model: Future[ClipGen] = field(default_factory=Future)
-    users: int = 0
+Key = tuple[Path, int]  # folder and time of the last change
 
 
 class Models:
@@ -50,85 +42,69 @@ class Models:
         self.rules: RequestRules | None = rules or RequestRules.from_environment()
         self.own = ClipGen.load(default_model)
         self._max_others, self._wait_seconds = max_others, wait_seconds
-        self._loaded: OrderedDict[tuple[Path, int], _Loaded] = OrderedDict()  # least recently used first
-        self._changed = threading.Condition()
-        self._loading = ThreadPoolExecutor(LOADING_THREADS, "loading")
+        self._lock = threading.Lock()
+        self._in_memory: WeakValueDictionary[Key, ClipGen] = WeakValueDictionary()  # kept by _recent and by predictions
+        self._recent: OrderedDict[Key, ClipGen] = OrderedDict()  # least recently used first
+        self._loading: set[Key] = set()
+        self._threads = ThreadPoolExecutor(LOADING_THREADS, "loading")
 
-    @contextlib.asynccontextmanager
-    async def borrow(self, weights: str | None, should_stop: Callable[[], bool]) -> AsyncIterator[ClipGen]:
-        """The model of the weights that a request names, which stays in memory in the `with` block. The server's own
-        model for None or "".
+    async def get(self, weights: str | None, should_stop: Callable[[], bool]) -> ClipGen:
+        """The model of the weights that a request names; the server's own model for None or "".
 
-        ModelFolderError for weights that cannot be used, and soon after should_stop() returns True. Loading has its own
-        threads, so a slow download delays no prediction.
+        It counts as in memory as long as the caller has a reference to it. ModelFolderError for weights that cannot be
+        used, and soon after should_stop() returns True. Loading has its own threads, so a slow download delays no
+        prediction.
         """
         if not weights:
-            yield self.own
-            return
-        loading = self._loading.submit(self._load, weights, should_stop)
-        try:
-            loaded = await asyncio.wrap_future(loading)
-        except asyncio.CancelledError:
-            loading.add_done_callback(self._release_late)
-            raise
-        try:
-            yield loaded.model.result()
-        finally:
-            self._release(loaded)
+            return self.own
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._load, weights, should_stop)
 
-    def _load(self, weights: str, should_stop: Callable[[], bool]) -> _Loaded:
-        """The loaded model of these weights, with one more user."""
+    def _load(self, weights: str, should_stop: Callable[[], bool]) -> ClipGen:
         source = self.rules.open(weights, should_stop) if self.rules else open_weights(weights, should_stop)
         # A folder with newer files is another model.
         key = (source.path, max(file.lstat().st_mtime_ns for file in source.path.iterdir()))
-        loaded, is_new = self._reserve(key, should_stop)
-        try:
-            if is_new:
-                loaded.model.set_result(ClipGen.load(source))
-            loaded.model.result()
-        except BaseException as error:
-            if is_new:
-                with self._changed:
-                    del self._loaded[key]
-                loaded.model.set_exception(error)
-            self._release(loaded)
-            source.close()  # the error's traceback would keep the folder locked until the next garbage collection
-            if isinstance(error, ModelFolderError) and is_url(weights):  # name the URL, not the cache's folder
-                raise ModelFolderError(str(error).replace(str(source.path), shortened(weights))) from None
-            raise
-        return loaded
-
-    def _reserve(self, key: tuple[Path, int], should_stop: Callable[[], bool]) -> tuple[_Loaded, bool]:
-        """The model of this key with one more user, and whether the caller has to load it.
-
-        Waits for room in memory; BusyError if there is none in time.
-        """
         end = time.monotonic() + self._wait_seconds
-        with self._changed:
-            while (known := self._loaded.get(key)) is None and not self._has_room():
-                if should_stop() or time.monotonic() > end:
-                    raise BusyError("the server is busy with other weights; try again later")
-                self._changed.wait(timeout=0.2)
-            loaded = self._loaded[key] = known or _Loaded(key)
-            self._loaded.move_to_end(key)
-            loaded.users += 1
-        return loaded, known is None
+        while not self._reserve(key):
+            if model := self._find(key):
+                return model
+            if should_stop() or time.monotonic() > end:
+                raise BusyError("the server is busy with other weights; try again later")
+            time.sleep(0.1)
+        try:
+            model = ClipGen.load(source)
+            with self._lock:
+                self._in_memory[key] = model
+            return self._find(key)
+        except ModelFolderError as error:
+            source.close()  # the error's traceback would keep the folder locked until the next garbage collection
+            if not is_url(weights):
+                raise
+            # Names the URL, not the cache's folder.
+            raise ModelFolderError(str(error).replace(str(source.path), shortened(weights))) from None
+        finally:
+            self._loading.discard(key)
 
-    def _has_room(self) -> bool:
-        """Whether one more model may be loaded. Drops the least recently used model that has no users, if needed."""
-        if len(self._loaded) >= self._max_others:
-            unused = next((key for key, loaded in self._loaded.items() if not loaded.users), None)
-            if unused is None:
+    def _find(self, key: Key) -> ClipGen | None:
+        """The model of this key, if it is in memory. It becomes the most recently used."""
+        with self._lock:
+            model = self._in_memory.get(key)
+            if model is not None:
+                self._recent[key] = model
+                self._recent.move_to_end(key)
+            return model
+
+    def _reserve(self, key: Key) -> bool:
+        """Reserves a place in memory, for which the caller has to load the model of this key.
+
+        False if the model is in memory or being loaded, and if there is no place. Gives up the least recently used
+        models, which then stay in memory only while predictions use them.
+        """
+        with self._lock:
+            if key in self._in_memory or key in self._loading:
                 return False
-            del self._loaded[unused]
-        return True
-
-    def _release(self, loaded: _Loaded) -> None:
-        with self._changed:
-            loaded.users -= 1
-            self._changed.notify_all()
-
-    def _release_late(self, loading: Future[_Loaded]) -> None:
-        """For a request that was cancelled while its model was loading."""
-        if not loading.cancelled() and loading.exception() is None:
-            self._release(loading.result())
+            while self._recent and len(self._in_memory) + len(self._loading) >= self._max_others:
+                self._recent.popitem(last=False)
+            if len(self._in_memory) + len(self._loading) >= self._max_others:
+                return False
+            self._loading.add(key)
+            return True

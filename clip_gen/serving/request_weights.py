@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from clip_gen.files import shortened
@@ -65,25 +67,36 @@ class RequestRules:
         RefusedWeightsError, always with the same message, for weights that cannot be opened. ModelFolderError for
         damaged weights, and when the server has no room or time for them.
         """
-        waiting = _Turn(self.downloads, self.wait_seconds, should_stop)
-        try:
-            self._check(weights)
-            public = None if self.allowed == "any" else self.public
-            return open_weights(weights, should_stop, public, needs_room=True, before_unpacking=waiting.take)
-        except NotWeightsError as error:
-            _log(weights, error)
-            raise RefusedWeightsError(REFUSALS[self.allowed]) from None
-        except CacheError as error:
-            _log(weights, error)
-            raise CacheError("the server has no room for more weights now; try again later") from None
-        finally:
-            waiting.give_back()
+        public = None if self.allowed == "any" else self.public
+        with contextlib.ExitStack() as downloading:
+            wait = functools.partial(downloading.enter_context, self._download(should_stop))
+            try:
+                self._check(weights)
+                return open_weights(weights, should_stop, public, needs_room=True, before_unpacking=wait)
+            except NotWeightsError as error:
+                _log(weights, error)
+                raise RefusedWeightsError(REFUSALS[self.allowed]) from None
+            except CacheError as error:
+                _log(weights, error)
+                raise CacheError("the server has no room for more weights now; try again later") from None
 
     def _check(self, weights: str) -> None:
         if self.allowed == "none":
             raise NotWeightsError(f"{SETTING} is none")
         if self.allowed == "https" and not is_url(weights):
             raise NotWeightsError(f"{SETTING} is https, and this is a path")
+
+    @contextlib.contextmanager
+    def _download(self, should_stop: Callable[[], bool] | None) -> Iterator[None]:
+        """Waits until one of the downloads at once has ended. BusyError if that takes too long."""
+        end = time.monotonic() + self.wait_seconds
+        while not self.downloads.acquire(timeout=0.2):
+            if time.monotonic() > end or (should_stop is not None and should_stop()):
+                raise BusyError("the server is downloading other weights; try again later")
+        try:
+            yield
+        finally:
+            self.downloads.release()
 
 
 async def fetched_base(base: str | None) -> WeightsFolder | None:
@@ -95,27 +108,6 @@ async def fetched_base(base: str | None) -> WeightsFolder | None:
         return await asyncio.to_thread(RequestRules.from_environment().open, base, stop.is_set)
     finally:
         stop.set()  # ends the download of a cancelled request
-
-
-class _Turn:
-    """The place of one request among the downloads at once."""
-
-    def __init__(self, downloads: threading.Semaphore, seconds: float, should_stop: Callable[[], bool] | None):
-        self._downloads, self._seconds, self._should_stop = downloads, seconds, should_stop
-        self._taken = False
-
-    def take(self) -> None:
-        end = time.monotonic() + self._seconds
-        while not self._downloads.acquire(timeout=0.2):
-            if self._should_stop is not None and self._should_stop():
-                raise BusyError("stopped")
-            if time.monotonic() > end:
-                raise BusyError("the server is downloading other weights; try again later")
-        self._taken = True
-
-    def give_back(self) -> None:
-        if self._taken:
-            self._downloads.release()
 
 
 def _log(weights: str, error: Exception) -> None:

@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from clip_gen.files import COMMAND
 from clip_gen.training.checkpoints import has_checkpoint
 from clip_gen.training.fit import Machine
-from clip_gen.training.interrupts import ON_CLOSED_STDIN, ended_by_signals, watch_stdin
+from clip_gen.training.interrupts import ended_by_signals, watch_stdin
 from clip_gen.training.job import Training
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.stage import process_count
@@ -49,19 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:  # TrainSettings.check() names a value that is no choice, and the remedy
             how = {"type": kind, "metavar": "|".join(choices or [kind.__name__])}
         parser.add_argument(f"--{spec.name.replace('_', '-')}", default=spec.default, help=words, **how)
-    words = "when standard input closes: save a checkpoint and end, or end at once"
-    parser.add_argument("--watch-stdin", choices=ON_CLOSED_STDIN, help=words)
+    parser.add_argument("--watch-stdin", action="store_true", help="end at once when standard input closes")
 
 
 def main(arguments: argparse.Namespace) -> None:
     if arguments.watch_stdin:
-        watch_stdin(arguments.watch_stdin)
+        watch_stdin()
     gc.freeze()  # collections skip what is imported
     settings = TrainSettings(**{spec.name: getattr(arguments, spec.name) for spec in fields(TrainSettings)})
     machine = Machine(arguments.devices, arguments.nodes, arguments.strategy, save_seconds=arguments.save_seconds)
     try:
         with ended_by_signals(SECONDS_TO_END):
-            Training(arguments.images, arguments.out, settings, machine).run()
+            weights = Training(arguments.images, arguments.out, settings, machine).run()
     except SystemExit:  # by a signal
         if not rank_zero_only.rank:
             log.warning(how_to_resume(arguments.out))
@@ -75,6 +74,8 @@ def main(arguments: argparse.Namespace) -> None:
         if error.errno not in DISK_FULL:
             raise
         raise OSError(f"{arguments.out}: {error.strerror}. Make room. {how_to_resume(arguments.out)}") from error
+    if not rank_zero_only.rank:
+        print(weights)
 
 
 def process_that_ended(error: RuntimeError) -> str | None:

@@ -19,8 +19,6 @@ from pytorch_lightning.callbacks import Callback
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAVE, END = ON_CLOSED_STDIN = ("save", "end")
-MAX_SAVE_SECONDS = 600
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, object]:
@@ -103,20 +101,14 @@ class Interrupts(Callback):
             raise SystemExit(128 + number)
 
 
-def watch_stdin(action: str) -> None:
-    """Ends the training when standard input closes, which happens when the process at its other end is gone.
-
-    action: "save" saves a checkpoint first, as SIGTERM does; "end" ends at once. Returns immediately.
-    """
-    threading.Thread(target=_wait_for_closed_stdin, args=(action,), name="watch-stdin", daemon=True).start()
+def watch_stdin() -> None:
+    """Ends the training when standard input closes, because the process at its other end is gone. Returns at once."""
+    threading.Thread(target=_end_with_stdin, name="watch-stdin", daemon=True).start()
 
 
-def _wait_for_closed_stdin(action: str) -> None:
+def _end_with_stdin() -> None:
     while os.read(0, 4096):
         pass
-    if action == SAVE:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(MAX_SAVE_SECONDS)
     if os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

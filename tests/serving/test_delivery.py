@@ -1,4 +1,4 @@
-"""delivery.py and train.py: what a client of the training server gets, whatever the server may write to."""
+"""train_process.py and train.py: what a client of the training server gets, whatever the server may write to."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from cog_server import Server, running, wait_for
 from processes import data_url, trainings
 
 from clip_gen.files import ROOT, folder_lock
-from clip_gen.serving import delivery
-from clip_gen.serving.delivery import keep, one_training, scratch_folder, sent_name
-from clip_gen.serving.inputs import InputError
-from clip_gen.serving.openapi import write_schema
-from clip_gen.serving.train_process import MAX_LINE, TrainingFailed
+from clip_gen.serving import train_process
+from clip_gen.serving.inputs import InputError, checked
+from clip_gen.serving.serve import write_schema
+from clip_gen.serving.train_process import MAX_LINE, failure, keep, one_training, sent_name
 
 STEPS = {"stage": "vqgan", "vqgan_steps": 2, "batch_size": 4}
 IMAGE = {  # what Cog's command line bakes into an image
@@ -152,41 +151,43 @@ def test_a_training_ends_with_its_server_and_leaves_no_files(
     wait_for(lambda: not list(scratch.glob("clip-gen-train-*")) and not list(scratch.glob("tmp*")))
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_training(
+def test_without_a_writable_project_the_weights_go_to_a_temporary_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(delivery, "ROOT", Path("/proc"))
-        with one_training() as (folder, kept):
-            assert folder.is_dir()
-            assert kept == scratch_folder() / "kept"
-            assert kept.is_dir()
-        assert not folder.exists()
+    monkeypatch.setattr(train_process, "ROOT", Path("/proc"))
+    with one_training(tmp_path) as (folder, kept):
+        assert folder.is_dir()
+        assert kept == tmp_path / "kept"
+        assert kept.is_dir()
+        (folder / "weights.tar").write_text("weights")
+        (folder / "report.html").write_text("report")
+        weights = keep(folder, kept)
+    assert not folder.exists()
     assert f"/proc cannot be written to: the weights go to {kept}" in capsys.readouterr().out
-    (tmp_path / "weights.tar").write_text("weights")
-    (tmp_path / "report.html").write_text("report")
-    found = keep(tmp_path, tmp_path / "gone")  # as a disk that has become full
-    assert found == scratch_folder() / "kept" / "trained_model.tar"
-    assert found.read_text() == "weights"
-    said = capsys.readouterr().out
-    assert f"{tmp_path / 'gone'} cannot be written to any more (No such file or directory): the weights go to" in said
+    assert weights == kept / "trained_model.tar"
+    assert weights.read_text() == "weights"
+    assert (kept / "trained_model.html").read_text() == "report"
 
 
 def test_one_training_at_a_time_across_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(delivery, "ROOT", tmp_path)
+    monkeypatch.setattr(train_process, "ROOT", tmp_path)
     hold = (
-        "import sys; from pathlib import Path; from clip_gen.serving import delivery; delivery.ROOT = Path(sys.argv[1])"
+        "import sys; from pathlib import Path; from clip_gen.serving import train_process\n"
+        "train_process.ROOT = Path(sys.argv[1])\n"
+        "with train_process.one_training(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
-    hold += "\nwith delivery.one_training(): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="one model at a time, and a training is under way; try"), one_training():
+        with (
+            pytest.raises(ValueError, match="one model at a time, and a training is under way; try"),
+            one_training(tmp_path),
+        ):
             pass
         other.send_signal(signal.SIGKILL)
         other.wait()
-    with one_training() as (_, kept):
+    with one_training(tmp_path) as (_, kept):
         assert kept == tmp_path
         with (
             pytest.raises(ValueError, match=f"process {os.getpid()} holds it"),
@@ -223,13 +224,12 @@ def test_a_line_of_a_training_may_be_longer_than_asyncio_allows_by_default() -> 
 
 
 def test_an_error_carries_the_log_that_cog_leaves_out() -> None:
-    failed = TrainingFailed(1, ["vqgan 1/2", "train: cancelled.zip: is cut off"])
-    assert str(failed) == "cancelled.zip: is cut off"
-    assert failed.with_log() == "canceled.zip: is cut off\n\nThe last lines of the log:\nvqgan 1/2"
+    text = failure(1, ["vqgan 1/2", "train: cancelled.zip: is cut off"])
+    assert text.startswith("canceled.zip: is cut off\n\nThe last lines of the log:\nvqgan 1/2\n")
     assert sent_name(Path("tmp12345678\n\x1b[31mx.zip")) == "images (\ufffd\ufffd[31mx.zip)"
-    assert TrainingFailed(1, ["train: no room"]).with_log() == "no room"
-    killed = TrainingFailed(-9, ["vqgan 1/2"]).with_log()
-    assert killed.startswith("the training was ended by SIGKILL, as by a system that is short of memory\n")
+    killed = failure(-9, ["vqgan 1/2"])
+    assert killed.startswith("the training ended by SIGKILL, perhaps for lack of memory\n")
     assert killed.endswith("vqgan 1/2")
-    assert str(InputError('unknown input "cancelled"')) == 'unknown input "canceled"'
-    assert TrainingFailed(1, ["Traceback", "KeyError"]).with_log() == "Traceback\nKeyError"
+    assert failure(1, ["Traceback", "KeyError"]).startswith("the training ended with exit status 1\n")
+    with pytest.raises(InputError, match='unknown input "canceled"'):
+        checked({}, cancelled=1)

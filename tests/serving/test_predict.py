@@ -51,14 +51,9 @@ def predictor(tiny_model_folder: Path) -> Predictor:
 
 
 def get(models: Models, weights: str | None) -> ClipGen:
-    """The model that a request is lent, given back at once; weights on this disk are allowed."""
-
-    async def borrow() -> ClipGen:
-        async with models.borrow(weights, lambda: False) as model:
-            return model
-
+    """The model of a request; weights on this disk are allowed."""
     models.rules = None
-    return asyncio.run(borrow())
+    return asyncio.run(models.get(weights, lambda: False))
 
 
 def predict(predictor: Predictor, **inputs: object) -> list[Path]:
@@ -88,14 +83,14 @@ def test_a_missing_model_folder_is_named_with_the_remedy(tmp_path: Path) -> None
         ({"num_outputs": 65}, "num_outputs is 65; give a whole number, 1 to 64"),
         ({"num_outputs": 2.5}, "num_outputs is 2.5; give a whole number, 1 to 64"),
         ({"num_outputs": True}, "num_outputs is true; give a whole number, 1 to 64"),
-        ({"num_outputs": None}, "num_outputs is null; give a whole number, 1 to 64"),
+        ({"num_outputs": None}, "num_outputs is missing; give a whole number, 1 to 64"),
         ({"candidates": "many"}, 'candidates is "many"; give a whole number, 1 to 256'),
         ({"temperature": float("nan")}, "temperature is nan; give a number, 0 to 10"),
         ({"seed": float(2**70)}, f"seed is {2**70}; give a whole number, 0 to 2147483647"),
         ({"output_format": "gif"}, 'output_format is "gif"; give one of png, webp, jpg'),
         ({"output_quality": 101}, "output_quality is 101; give a whole number, 0 to 100"),
-        ({"prompt": ""}, "prompt is empty; give 1 to 1000 characters"),
-        ({"prompt": "x" * 1001}, "prompt has 1001 characters; give 1 to 1000 characters"),
+        ({"prompt": ""}, 'prompt is ""; give 1 to 1000 characters'),
+        ({"prompt": "x" * 1001}, f'prompt is "{"x" * 97}..."; give 1 to 1000 characters'),
         ({"clip_rerank": "yes"}, 'clip_rerank is "yes"; give true or false'),
         ({"replicate_weights": 5}, "replicate_weights is 5; give text"),
     ],
@@ -273,24 +268,25 @@ def test_only_the_empty_folders_of_a_prediction_are_removed(tmp_path: Path, monk
     ]
 
 
-def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen) -> None:
-    outputs, generation = Outputs(kept=3), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
+def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen, tmp_path: Path) -> None:
+    outputs, generation = Outputs(tmp_path, kept=3), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
     paths = [outputs.save(generation, {}, "png", 90)[0] for _ in range(8)]
     assert [path.exists() for path in paths] == [False] * 5 + [True] * 3
-    assert len(list(paths[0].parents[1].iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_pictures_that_cannot_be_saved_leave_nothing_behind(tiny_model: ClipGen, tmp_path: Path) -> None:
-    outputs, generation = Outputs(), tiny_model.generate("a star", candidates=2, num_outputs=2, seed=1)
-    root = outputs.save(generation, {}, "png", 90)[0].parents[1]
+    outputs, generation = Outputs(tmp_path), tiny_model.generate("a star", candidates=2, num_outputs=2, seed=1)
     with pytest.raises(ValueError, match="bmp"):
         outputs.save(generation, {}, "bmp", 90)
-    assert len(list(root.iterdir())) == 1
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
 
 
-def test_pictures_are_saved_after_their_folder_was_removed(tiny_model: ClipGen) -> None:
-    outputs, generation = Outputs(), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
-    shutil.rmtree(outputs.save(generation, {}, "png", 90)[0].parents[1])
+def test_pictures_are_saved_after_their_folder_was_removed(tiny_model: ClipGen, tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path / "outputs")
+    generation = tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
+    outputs.save(generation, {}, "png", 90)
+    shutil.rmtree(tmp_path / "outputs")
     assert outputs.save(generation, {}, "png", 90)[0].is_file()
 
 
@@ -349,11 +345,11 @@ def test_the_weights_asked_for_longest_ago_leave_memory_first(
     tars = [str(tmp_path / f"{i}.tar") for i in range(3)]
     for tar in tars:
         pack(folder, tar)
-    a, b = get(models, tars[0]), get(models, tars[1])
+    first, second = (weakref.ref(get(models, tar)) for tar in tars[:2])
     get(models, tars[0])
     get(models, tars[2])
-    assert get(models, tars[0]) is a
-    assert get(models, tars[1]) is not b
+    assert get(models, tars[0]) is first()
+    assert second() is None
 
 
 def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
@@ -364,17 +360,15 @@ def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
     first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
 
     async def ask_for_both() -> weakref.ref[ClipGen]:
-        async with models.borrow(first, lambda: False) as model:
-            async with models.borrow(first, lambda: False) as again:
-                assert again is model
-            with pytest.raises(BusyError, match=r"^the server is busy with other weights; try again later$"):
-                async with models.borrow(second, lambda: False):
-                    pass
-            waiting = asyncio.create_task(models.borrow(second, lambda: False).__aenter__())
-            await asyncio.sleep(0.1)
-            assert not waiting.done()
-            found = weakref.ref(model)
-            del model, again
+        model = await models.get(first, lambda: False)
+        assert await models.get(first, lambda: False) is model
+        with pytest.raises(BusyError, match=r"^the server is busy with other weights; try again later$"):
+            await models.get(second, lambda: False)
+        waiting = asyncio.create_task(models.get(second, lambda: False))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        found = weakref.ref(model)
+        del model
         await waiting
         return found
 
@@ -394,10 +388,10 @@ def test_models_that_are_being_loaded_count_and_one_that_nobody_waits_for_makes_
         return load(source)
 
     async def cancel_the_first() -> None:
-        task = asyncio.create_task(models.borrow(first, lambda: False).__aenter__())
+        task = asyncio.create_task(models.get(first, lambda: False))
         await asyncio.to_thread(loading.wait, 60)
         with pytest.raises(BusyError):
-            await models.borrow(second, lambda: False).__aenter__()
+            await models.get(second, lambda: False)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

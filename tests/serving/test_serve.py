@@ -219,8 +219,8 @@ def test_values_that_do_not_go_together_fail_with_a_sentence(server: Server, inp
         ({"seed": 2**70}, "give a whole number, 0 to 2147483647"),
         ({"output_format": "gif"}, 'output_format is "gif"; give one of png, webp, jpg'),
         ({"output_quality": 101}, "output_quality is 101; give a whole number, 0 to 100"),
-        ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": None}, "prompt is null"),
+        ({"prompt": ""}, 'prompt is ""; give 1 to 1000 characters'),
+        ({"prompt": None}, "prompt is missing"),
     ],
 )
 def test_without_a_schema_predict_itself_refuses(bare_server: Server, inputs: dict, sentence: str) -> None:

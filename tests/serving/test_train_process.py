@@ -18,11 +18,10 @@ from cog_server import running, wait_for
 from processes import command_lines, data_url, processes_of, trainings
 
 from clip_gen.files import ROOT
-from clip_gen.serving.cli import main
 from clip_gen.serving.inputs import checked
-from clip_gen.serving.openapi import write_schema
 from clip_gen.serving.request_weights import REFUSALS
-from clip_gen.serving.train_process import TrainingFailed, as_options, run_training
+from clip_gen.serving.serve import write_schema
+from clip_gen.serving.train_process import as_options, run_training
 from clip_gen.training.folder import hash_of_model
 from clip_gen.weights.tarball import pack
 from train import INPUTS
@@ -64,8 +63,8 @@ def test_every_input_becomes_an_option_that_the_command_knows(photos: Path, caps
 
 def test_what_a_training_says_at_the_end_is_the_error(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "few.zip").write_bytes(b"no archive")
-    with pytest.raises(TrainingFailed, match=r"few\.zip"):
-        asyncio.run(run_training({"images": tmp_path / "few.zip"}, tmp_path / "out"))
+    with pytest.raises(RuntimeError, match=r"few\.zip"):
+        asyncio.run(run_training({"images": tmp_path / "few.zip"}, tmp_path / "out", {}))
 
 
 def test_a_cancelled_training_is_gone_within_two_seconds(
@@ -82,7 +81,7 @@ def test_a_cancelled_training_is_gone_within_two_seconds(
 
     async def cancelled() -> float:
         values = {"images": photos, "base": str(tiny_model_folder), "vqgan_steps": 100_000, "batch_size": 4}
-        task = asyncio.create_task(run_training(values, tmp_path / "out"))
+        task = asyncio.create_task(run_training(values, tmp_path / "out", {}))
         while not (tmp_path / "out" / "work" / "vqgan" / "history.jsonl").is_file():
             assert not task.done(), task
             await asyncio.sleep(0.1)
@@ -97,41 +96,46 @@ def test_a_cancelled_training_is_gone_within_two_seconds(
     wait_for(lambda: not processes_of(groups[0].pid), seconds=2)
 
 
+def run_script(folder: Path, inputs: dict[str, object], *more: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs script/train in a folder."""
+    words = [word for name, value in inputs.items() for word in ("-i", f"{name}={value}")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CLIP_GEN_CACHE": str(folder / "cache"), **environment}
+    command = [ROOT / "script" / "train", *words, *more]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.slow
-def test_the_script_trains_in_a_folder_that_outlives_it(
-    photos: Path,
-    tiny_model_folder: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    given = {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}
-    words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
-    assert main(["train", *words, "-o", str(tmp_path / "out")]) == 0
-    said = capfd.readouterr()
-    assert "vqgan 4/4" in said.err
-    assert said.out == f"{tmp_path / 'out' / 'weights.tar'}\n"
-    # Weights are named from where the caller stands.
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+def test_the_script_trains_in_a_folder_that_outlives_it(photos: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    run = run_script(tmp_path, {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}, "-o", "out")
+    assert run.returncode == 0, run.stderr
+    assert "vqgan 4/4" in run.stderr
+    assert run.stdout == "out/weights.tar\n"
+    # Weights are named from the caller's folder.
     short = {"images": f"@{photos}", "stage": "vqgan", "vqgan_steps": 1, "batch_size": 4}
-    words = [word for name, value in short.items() for word in ("-i", f"{name}={value}")]
-    monkeypatch.setenv("COG_WEIGHTS", "")  # whatever it is set to here is as before afterwards
     for more in (["-i", "base=out/weights.tar"], ["-e", "COG_WEIGHTS=out"]):
-        assert main(["train", *words, *more, "-o", f"{more[0][1]}-further"]) == 0
-        told = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
-        assert told["base"] == hash_of_model(tmp_path / "out" / "model")
-    assert main(["train", *words, "-i", "base=checkpoints/shapes", "-o", "none"]) == 1  # of the project, not here
-    assert "checkpoints/shapes: no such file or folder" in capfd.readouterr().err
-    assert main(["train", "-i", "images=@"]) == 1
-    assert "images is empty; give the name of a file" in capfd.readouterr().err
-    assert main(["train", "-i", "images=@nothing.zip"]) == 1
-    assert "nothing.zip: no such file" in capfd.readouterr().err
-    for url in ("https://somewhere/photos.zip", "HTTPS://somewhere/photos.zip"):
-        assert main(["train", "-i", f"images={url}"]) == 1
-        assert f"images is {url}; download it first" in capfd.readouterr().err
-    assert main(["train", "-i", f"images=@{photos}", "-i", "stage=all"]) == 1
-    assert "stage" in capfd.readouterr().err
+        assert run_script(tmp_path, short, *more, "-o", f"{more[0][1]}-further").returncode == 0
+        settings = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
+        assert settings["base"] == hash_of_model(tmp_path / "out" / "model")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"images": "@"}, 'images is "@"; give a file'),
+        ({"images": "@nothing.zip"}, "train: nothing.zip: there is no such file"),
+        ({"images": "https://somewhere/photos.zip"}, "train: https:/somewhere/photos.zip: there is no such file"),
+        ({"images": "@PHOTOS", "stage": "all"}, 'stage is "all"; give one of both, vqgan, transformer'),
+        ({"images": "@PHOTOS", "base": "checkpoints/shapes"}, "checkpoints/shapes: no such file or folder"),
+    ],
+)
+def test_the_script_refuses_unusable_inputs(
+    photos: Path, tmp_path: Path, inputs: dict[str, str], sentence: str
+) -> None:
+    inputs["images"] = inputs["images"].replace("PHOTOS", str(photos))
+    run = run_script(tmp_path, inputs)
+    assert run.returncode == 1
+    assert sentence in run.stderr
+    assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.usefixtures("interruptible")
