@@ -1,9 +1,10 @@
-"""training/interrupts.py: a training ends with the process that started it."""
+"""training/interrupts.py: what ends a training."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -46,14 +47,13 @@ def out(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_a_training_survives_its_shell_and_ends_with_its_script(
+def test_a_training_survives_its_shell_and_keeps_others_out_of_its_folder(
     photos: Path, tiny_model_folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = shlex.join(words_of(photos, tiny_model_folder, out))
     command = ["bash", "-c", f"nohup {words} >/dev/null 2>&1 & sleep 1000"]
     shell = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     wait_for(lambda: entries(out) > 2, seconds=60)
-    training = next(number for number in numbers_of("clip_gen train ", out) if os.getpgid(number) == number)
     os.killpg(shell.pid, signal.SIGHUP)  # as when its terminal closes
     shell.wait()
     before = entries(out)
@@ -61,7 +61,18 @@ def test_a_training_survives_its_shell_and_ends_with_its_script(
     assert main(["train", str(photos), "--out", str(out), "--base", str(tiny_model_folder)]) == 1
     said = capsys.readouterr().err
     assert f"{out} is in use by another training; wait for it to end" in said
-    assert f"(process {training} holds it)" in said
-    os.kill(numbers_of("clip_gen.serving.cli", out)[0], signal.SIGKILL)
-    wait_for(lambda: not processes_of(training), seconds=30)
-    assert (out / "work" / "vqgan" / "last.ckpt").is_file()  # saved at the end: by itself it is saved every minute
+    training = int(re.search(r"\(process (\d+) holds it\)", said).group(1))
+    assert training in numbers_of("-m clip_gen train ", out)
+    os.kill(training, signal.SIGTERM)
+    wait_for(lambda: not numbers_of("", out), seconds=30)
+    assert (out / "work" / "vqgan" / "last.ckpt").is_file()
+
+
+def test_a_training_that_watches_its_input_ends_with_it(photos: Path, tiny_model_folder: Path, out: Path) -> None:
+    words = ["train", str(photos), "--out", str(out), "--base", str(tiny_model_folder), "--batch-size", "16"]
+    command = [sys.executable, "-m", "clip_gen", *words, "--vqgan-steps", "999", "--watch-stdin"]
+    training = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdin=subprocess.PIPE)
+    wait_for(lambda: entries(out) > 0, seconds=60)
+    training.stdin.close()
+    assert training.wait(timeout=10) == -signal.SIGKILL
+    wait_for(lambda: not processes_of(training.pid))
