@@ -17,7 +17,7 @@ from clip_gen.training import cli
 from predict import INPUTS
 
 
-def test_generate_writes_numbered_pictures_that_say_how_they_were_made(
+def test_generate_writes_numbered_pictures_with_their_settings(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["generate", "a red circle", "--model", str(tiny_model_folder), "--out", str(tmp_path / "new" / "folder")]
@@ -28,7 +28,7 @@ def test_generate_writes_numbered_pictures_that_say_how_they_were_made(
     assert text["score"] in capsys.readouterr().out
 
 
-def test_a_preset_sets_what_is_not_given(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_preset_sets_the_options_that_are_not_given(tiny_model_folder: Path, tmp_path: Path) -> None:
     words = ["generate", "a cat", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--preset", "coco"]
     assert main([*words, "--candidates", "3", "--num-outputs", "1"]) == 0
     text = Image.open(tmp_path / "0.png").text
@@ -76,7 +76,7 @@ def test_a_broken_link_as_folder_is_refused_before_drawing(
     assert capsys.readouterr().err == error
 
 
-def test_generate_replaces_no_picture_unless_it_may(
+def test_generate_replaces_pictures_only_with_overwrite(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["generate", "a star", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--candidates", "4"]
@@ -112,12 +112,12 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert "--" in capsys.readouterr().out
 
 
-def test_generate_takes_what_predict_takes_to_draw_with() -> None:
+def test_generate_has_the_settings_and_defaults_of_predict() -> None:
     assert {name: INPUTS[name].info.default for name in generate.DEFAULTS} == generate.DEFAULTS
     assert {field.name for field in fields(Sampling)} < generate.DEFAULTS.keys()
 
 
-def test_the_help_of_generate_gives_the_ranges_that_predict_has(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_generate_has_the_ranges_of_predict(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -126,7 +126,7 @@ def test_the_help_of_generate_gives_the_ranges_that_predict_has(capsys: pytest.C
             assert re.search(rf"--{name.replace('_', '-')} [^-]*{field.info.ge} to {field.info.le}", said)
 
 
-def test_every_setting_of_a_training_is_told_of() -> None:
+def test_every_setting_of_a_training_has_help() -> None:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     assert [action.dest for action in parser._actions if not action.help] == []
@@ -151,7 +151,7 @@ def test_every_setting_of_a_training_is_told_of() -> None:
         ("pull lpips --out OUT", "", ["lpips.safetensors"], "holds lpips.safetensors and is no LPIPS folder of this"),
     ],
 )
-def test_no_command_replaces_a_persons_files(
+def test_no_command_replaces_files_of_the_user(
     words: str, out: str, names: list[str], sentence: str, tiny_model_folder: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -23,7 +23,7 @@ from clip_gen.worlds.shapes.recipe import ShapesConfig
 
 
 @pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "bench"])
-def test_a_script_works_through_a_link_and_whatever_cdpath_says(tmp_path: Path, name: str) -> None:
+def test_a_script_works_through_a_link_and_with_cdpath(tmp_path: Path, name: str) -> None:
     (tmp_path / "script").mkdir()
     (link := tmp_path / "script" / name).symlink_to(ROOT / "script" / name)
     run = subprocess.run(
@@ -50,14 +50,14 @@ def test_a_server_that_cannot_be_started_says_why(environment: dict[str, str], w
     assert said.count("\n") == 1
 
 
-def test_a_host_that_is_left_out_is_told_of_as_the_scripts_own() -> None:
+def test_a_missing_host_is_an_error_of_the_script() -> None:
     assert refused_to_serve({}, "--host", status=2).endswith(
         "script/serve: error: argument --host: expected one argument\n"
     )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "0.0.0.0"])
-def test_a_port_that_is_in_use_is_no_traceback(host: str) -> None:
+def test_a_port_in_use_is_reported_in_one_sentence(host: str) -> None:
     with socket.create_server((host, 0)) as taken:
         port = taken.getsockname()[1]
         said = refused_to_serve({"PORT": str(port)}, "--host", host)
@@ -117,7 +117,7 @@ def group_is_gone(leader: int) -> bool:
     return False
 
 
-def test_a_part_that_fails_takes_the_other_with_it_and_says_why(tmp_path: Path) -> None:
+def test_a_failing_part_ends_the_other_and_prints_the_reason(tmp_path: Path) -> None:
     (tmp_path / "work" / "vqgan").mkdir(parents=True)
     (tmp_path / "work" / "vqgan" / "record.json").write_text(json.dumps({"told": "otherwise"}))
     with endless_recipe(tmp_path) as script:
@@ -128,7 +128,7 @@ def test_a_part_that_fails_takes_the_other_with_it_and_says_why(tmp_path: Path) 
         assert wait_until(lambda: group_is_gone(script.pid), 20)
 
 
-def test_the_recipes_command_takes_its_trainings_with_it_when_ended(tmp_path: Path) -> None:
+def test_ending_the_recipe_ends_its_trainings(tmp_path: Path) -> None:
     begun = [tmp_path / "work" / part / "history.jsonl" for part in ("clip", "vqgan")]
     with endless_recipe(tmp_path) as script:
         assert wait_until(lambda: all(path.is_file() for path in begun), 120)
@@ -138,5 +138,5 @@ def test_the_recipes_command_takes_its_trainings_with_it_when_ended(tmp_path: Pa
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "script").iterdir()), ids=lambda path: path.name)
-def test_every_script_looks_through_links_for_the_project(path: Path) -> None:
+def test_every_script_resolves_links_to_the_project(path: Path) -> None:
     assert 'readlink -f "$0"' in path.read_text()

@@ -1,7 +1,4 @@
-"""script/predict and script/train: `cog predict` and `cog train` without Docker.
-
-They read inputs as Cog's command line does, and run `python -m clip_gen generate` and `train`.
-"""
+"""script/predict and script/train: the commands `generate` and `train`, with inputs as on Cog's command line."""
 
 from __future__ import annotations
 

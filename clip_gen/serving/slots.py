@@ -17,9 +17,9 @@ FOLDER_SECONDS = 60  # from the end of a prediction until they are removed
 
 
 class Slots:
-    """Limits the time of predictions and removes their folders. max_seconds: None for no limit."""
+    """Limits the time of predictions and removes their folders."""
 
-    def __init__(self, max_seconds: float | None):
+    def __init__(self, max_seconds: float):
         self.max_seconds = max_seconds
         self._running: Counter[str | None] = Counter()  # predictions by their id, which clients choose
 
@@ -29,11 +29,9 @@ class Slots:
         name = prediction_id()
         self._running[name] += 1
         try:
-            async with asyncio.timeout(self.max_seconds) as limit:
+            async with asyncio.timeout(self.max_seconds):
                 yield
         except TimeoutError as error:
-            if not limit.expired():
-                raise
             raise TimeoutError(
                 f"the prediction took longer than {self.max_seconds:g} seconds; ask for fewer candidates, or set "
                 "CLIP_GEN_MAX_SECONDS for the server"

@@ -28,9 +28,8 @@ TRAIN_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(256 << 20),
     "GOMP_SPINCOUNT": "100000",
 }
-ERROR_LINES = 20  # of the log, in the error
+ERROR_LINES, ERROR_CHARACTERS = 20, 1000  # how many lines of the log are in the error, and the length of each
 MAX_LINE = 2**26  # bytes
-MAX_ERROR = 20_000  # characters
 KEPT = {"weights.tar": "trained_model.tar", "report.html": "trained_model.html"}
 BUSY = "this server trains one model at a time, and a training is under way; try again when it has ended"
 RANDOM = re.compile(r"^tmp.{8}")  # Cog's prefix of a downloaded file's name
@@ -78,7 +77,7 @@ async def run_training(inputs: Mapping[str, object], out: Path, replaced: Mappin
                 for text, replacement in replaced.items():
                     line = line.replace(text, replacement)
                 print(line, flush=True)
-                last_lines.append(line)
+                last_lines.append(line[:ERROR_CHARACTERS])
             code = await process.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -95,15 +94,15 @@ def failure(code: int, lines: Sequence[str]) -> str:
     reason = reasons[-1] if reasons else f"the training ended {ended}"
     text = "\n".join([reason, "", "The last lines of the log:", *lines])
     # Cog takes an error that contains "cancelled" for a cancelled training.
-    return text[:MAX_ERROR].replace("cancelled", "canceled")
+    return text.replace("cancelled", "canceled")
 
 
 @contextmanager
 def one_training(scratch: Path) -> Iterator[tuple[Path, Path]]:
     """A temporary folder for the training, removed at the end, and the folder in which to keep the weights.
 
-    The second is the project's folder, which `cog train` shares with its host, or one in `scratch` if the project's
-    folder cannot be written to. ValueError while another training uses the second folder.
+    The second is the project's folder, which `cog train` shares with its host, or one in `scratch` if that cannot be
+    written to. ValueError while another training uses the second folder.
     """
     kept = ROOT
     if not is_writable(ROOT):

@@ -76,7 +76,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
     return run
 
 
-def test_pictures_are_named_as_cog_predict_names_them(folder: Path) -> None:
+def test_pictures_are_named_as_by_cog_predict(folder: Path) -> None:
     assert main(QUICK) == 0
     assert files(folder) == [f"output.{i}.png" for i in range(4)]
     assert {Image.open(path).size for path in folder.iterdir()} == {(16, 16)}
@@ -93,9 +93,7 @@ def test_each_file_is_printed_with_its_score_best_first(folder: Path, capsys: py
     assert re.fullmatch(r"seed 7, model tiny, [\d.]+ seconds", lines[3])
 
 
-def test_the_seed_that_was_drawn_gives_the_same_pictures_again(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_printed_seed_gives_the_same_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["-i", "prompt=a star", "-i", "candidates=4", "-o", "first"])
     seed = re.search(r"^seed (\d+),", capsys.readouterr().out, re.MULTILINE).group(1)
     main(["-i", "prompt=a star", "-i", "candidates=4", "-o", "again", "-i", f"seed={seed}"])
@@ -122,7 +120,7 @@ def test_the_output_option_names_files_folder_and_format(folder: Path, output: s
     assert Image.open(expected).format.lower() == {"jpg": "jpeg"}.get(expected[-3:], expected.rpartition(".")[2])
 
 
-def test_an_output_suffix_against_the_format_is_refused(refused: Refuse) -> None:
+def test_an_output_suffix_that_contradicts_the_format_is_refused(refused: Refuse) -> None:
     said = refused(*QUICK, "-o", "cat.jpg", "-i", "output_format=png")
     assert said == "-o cat.jpg asks for jpg, but output_format is png\n"
 
@@ -138,7 +136,7 @@ def no_loading(*_: object) -> None:
     raise AssertionError("loaded a model")
 
 
-def test_a_folder_in_a_pictures_place_is_named_before_anything_is_drawn(
+def test_a_folder_with_the_name_of_a_picture_is_refused_before_loading(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClipGen, "load", no_loading)
@@ -151,7 +149,7 @@ def test_a_folder_in_a_pictures_place_is_named_before_anything_is_drawn(
     assert files(folder) == ["output.2.png"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_drawn(
+def test_an_unwritable_folder_is_refused_before_loading(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClipGen, "load", no_loading)
@@ -182,7 +180,7 @@ def test_pictures_that_cannot_all_be_written_leave_the_folder_as_it_was(
         (["-i", "prompt=   "], "prompt is '   ', without a letter, a digit or an emoji; say what to draw"),
     ],
 )
-def test_what_does_not_make_sense_is_refused_before_the_model_is_loaded(
+def test_invalid_settings_are_refused_before_the_model_is_loaded(
     refused: Refuse, arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClipGen, "load", no_loading)
@@ -198,14 +196,14 @@ def test_identical_candidates_make_one_file_and_metadata_can_be_left_out(
     assert "temperature is 0: all candidates would be the same picture" in caplog.text
 
 
-def test_earlier_pictures_give_way(folder: Path) -> None:
+def test_existing_pictures_are_replaced(folder: Path) -> None:
     (folder / "output.1.png").write_text("earlier")
     assert main(QUICK) == 0
     assert Image.open("output.1.png").size == (16, 16)
     assert files(folder) == [f"output.{i}.png" for i in range(4)]
 
 
-def test_all_bad_inputs_are_listed_at_once_each_with_value_and_remedy(refused: Refuse) -> None:
+def test_all_invalid_inputs_are_listed_with_value_and_remedy(refused: Refuse) -> None:
     said = refused(
         *("-i", "promt=a star", "-i", "num_outputs=99", "-i", "top_k=-1", "-i", "guidance=much", "-i", "seed=2.5"),
         *("-i", "clip_rerank=yes", "-i", "output_format=gif", "-i", "temperature=nan", "-i", "sed=1"),
@@ -224,7 +222,7 @@ def test_all_bad_inputs_are_listed_at_once_each_with_value_and_remedy(refused: R
     ]
 
 
-def test_an_unknown_name_near_none_gets_the_list(refused: Refuse) -> None:
+def test_an_unknown_name_without_a_similar_one_lists_all_inputs(refused: Refuse) -> None:
     for name in ("zzz", "fields"):
         assert f'unknown input "{name}"; the inputs are prompt, num_outputs,' in refused(*QUICK, "-i", f"{name}=1")
 
@@ -249,7 +247,7 @@ def test_unusable_values_are_refused_with_a_sentence(refused: Refuse, arguments:
     assert sentence in refused(*arguments)
 
 
-def test_what_may_be_left_out_may_be_empty_and_truth_may_be_capital(
+def test_optional_inputs_may_be_empty_and_booleans_capitalised(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["prompt=a star", "candidates=4", "seed=", "replicate_weights=", "clip_rerank=True"]
@@ -277,7 +275,7 @@ def test_a_prompt_can_come_from_a_file(folder: Path) -> None:
     assert (folder / "typed.0.png").read_bytes() == (folder / "read.0.png").read_bytes()
 
 
-def test_quotes_around_a_value_are_taken_off_as_cog_does(folder: Path) -> None:
+def test_quotes_around_a_value_are_removed_as_cog_does(folder: Path) -> None:
     main([*QUICK, "-o", "plain"])
     main(["-i", 'prompt="a large red circle"', *QUICK[2:], "-o", "quoted"])
     assert (folder / "plain.0.png").read_bytes() == (folder / "quoted.0.png").read_bytes()
@@ -296,7 +294,7 @@ def test_the_default_model_is_not_loaded_when_the_request_names_another(folder: 
 
 
 @pytest.mark.parametrize("mark", ["", "@"])
-def test_a_weights_tar_draws_what_its_folder_draws(
+def test_a_weights_tar_draws_the_same_as_its_folder(
     folder: Path, tmp_path: Path, mark: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -308,7 +306,7 @@ def test_a_weights_tar_draws_what_its_folder_draws(
     assert Image.open("folder.0.png").tobytes() == Image.open("tar.0.png").tobytes()
 
 
-def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Path) -> None:
+def test_the_script_writes_to_the_current_folder_and_imports_nothing_from_it(folder: Path) -> None:
     (folder / "clip_gen").mkdir()
     for decoy in ("predict.py", "clip_gen/__init__.py"):
         (folder / decoy).write_text("raise SystemExit('the wrong file')")
@@ -317,7 +315,7 @@ def test_the_script_draws_where_the_caller_stands_whatever_lies_there(folder: Pa
     assert run.stdout.count("score") == 4
 
 
-def test_a_user_without_a_name_and_a_home_can_draw(folder: Path) -> None:
+def test_a_user_without_name_and_home_can_draw(folder: Path) -> None:
     folder.chmod(0o777)
     environment = {**os.environ, "HOME": "/", "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*nameless_user(), SCRIPT, *QUICK], env=environment, capture_output=True, text=True)
@@ -326,7 +324,7 @@ def test_a_user_without_a_name_and_a_home_can_draw(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_ends_it_quietly_and_leaves_no_file(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_without_output_and_files(folder: Path, tmp_path: Path) -> None:
     (scratch := tmp_path / "scratch").mkdir()
     environment = {**os.environ, "COG_WEIGHTS": str(slow_folder(tmp_path / "slow")), "TMPDIR": str(scratch)}
     command = [SCRIPT, "-i", "prompt=a star", "-i", "candidates=256", "-i", "guidance=2"]

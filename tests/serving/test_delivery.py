@@ -121,7 +121,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     ready(server)
 
 
-def test_what_the_client_sent_is_what_an_error_names(server: Server, receiver: Receiver) -> None:
+def test_errors_name_the_file_as_the_client_sent_it(server: Server, receiver: Receiver) -> None:
     receiver.messages.clear()
     body = {"input": {"images": "data:text/plain;base64,bm8=", **STEPS}, "webhook": receiver.address}
     reply = server.request("POST", "/trainings", body)[1]
@@ -206,7 +206,7 @@ def test_one_training_at_a_time_across_processes(monkeypatch: pytest.MonkeyPatch
         ("photos.zip", "images (photos.zip)"),
     ],
 )
-def test_a_fetched_file_is_called_what_its_url_was(name: str, shown: str) -> None:
+def test_a_downloaded_file_is_named_after_its_url(name: str, shown: str) -> None:
     assert sent_name(Path("/tmp") / name) == shown
 
 
@@ -223,7 +223,7 @@ def test_a_line_of_a_training_may_be_longer_than_asyncio_allows_by_default() -> 
     assert asyncio.run(printed()) == [b"x" * 2_000_000 + b"\n", b"last\n"]
 
 
-def test_an_error_carries_the_log_that_cog_leaves_out() -> None:
+def test_an_error_contains_the_log_that_cog_leaves_out() -> None:
     text = failure(1, ["vqgan 1/2", "train: cancelled.zip: is cut off"])
     assert text.startswith("canceled.zip: is cut off\n\nThe last lines of the log:\nvqgan 1/2\n")
     assert sent_name(Path("tmp12345678\n\x1b[31mx.zip")) == "images (\ufffd\ufffd[31mx.zip)"

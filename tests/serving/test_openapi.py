@@ -37,7 +37,7 @@ def test_the_schema_equals_what_cogs_own_generator_wrote() -> None:
     assert build_schema(FIXTURES / "cog") == expected
 
 
-def test_an_input_that_is_a_file_may_be_optional_and_say_what_it_accepts(tmp_path: Path) -> None:
+def test_a_file_input_may_be_optional_and_limit_its_types(tmp_path: Path) -> None:
     source = (FIXTURES / "cog" / "predict.py").read_text()
     image = 'image: Path | None = Input(description="Picture", default=None, accept="image/*"),\n        prompt'
     (tmp_path / "predict.py").write_text(source.replace("prompt", image, 1))
@@ -101,7 +101,7 @@ def in_brackets(source: str, keyword: ast.keyword) -> bool:
 
 
 @pytest.mark.parametrize(("path", "name"), [("predict.py", "run"), ("train.py", "train")])
-def test_cog_reads_all_inputs_as_python_does(path: str, name: str) -> None:
+def test_cog_reads_all_inputs_correctly(path: str, name: str) -> None:
     assert misread((ROOT / path).read_text(), name) == []
 
 
@@ -126,12 +126,12 @@ def test_cog_reads_all_inputs_as_python_does(path: str, name: str) -> None:
         pytest.param("s: str = Input(description='s', choices=sorted('ba'))", "choices is not", id="computed choices"),
     ],
 )
-def test_an_input_that_cog_would_misread_is_found(given: str, problem: str) -> None:
+def test_an_input_that_cog_would_misread_is_detected(given: str, problem: str) -> None:
     assert problem in misread(f"async def run({given}) -> list[Path]: ...", "run")[0]
 
 
 @pytest.mark.parametrize("decorator", ["torch.inference_mode()", "torch.no_grad()", "timed"])
-def test_a_decorator_that_hides_the_defaults_is_found(decorator: str) -> None:
+def test_a_decorator_that_hides_the_defaults_is_detected(decorator: str) -> None:
     source = f"@{decorator}\nasync def run(s: str = Input(description='s')) -> list[Path]: ..."
     assert misread(source, "run") == ["a decorator hides the defaults"]
 
@@ -149,7 +149,7 @@ def test_defaults_and_limits_fit_their_inputs(fields: dict) -> None:
         assert field.kind is not int or (abs(info.ge) <= INT32_MAX and abs(info.le) <= INT32_MAX)
 
 
-def test_choices_of_predict_and_train_have_names_of_their_own() -> None:
+def test_inputs_with_choices_have_different_names_in_predict_and_train() -> None:
     """An input with choices becomes a component of its name, and all components share one space."""
     reserved = json.loads(TEMPLATE.read_text())["components"]["schemas"].keys()
     reserved |= {"Input", "Output", "TrainingInput", "TrainingOutput"}
@@ -160,7 +160,7 @@ def test_choices_of_predict_and_train_have_names_of_their_own() -> None:
     assert not (ours | theirs) & reserved
 
 
-def test_train_is_async_because_one_image_has_one_number_of_slots() -> None:
+def test_train_is_async_because_both_share_the_number_of_slots() -> None:
     assert inspect.iscoroutinefunction(train.train)
     assert predict.SLOTS == 12
 
@@ -180,7 +180,7 @@ def test_train_has_the_descriptions_limits_and_defaults_of_train_settings() -> N
         assert train.INPUTS[name].kind is type(field.default), name
 
 
-def test_predicts_inputs_come_in_the_order_of_the_form_and_are_all_described() -> None:
+def test_inputs_of_predict_are_ordered_and_described() -> None:
     properties = build_schema()["components"]["schemas"]["Input"]["properties"]
     assert list(properties) == [
         *("prompt", "num_outputs", "candidates", "clip_rerank", "top_k", "top_p", "temperature", "guidance"),

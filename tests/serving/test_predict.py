@@ -65,7 +65,7 @@ def test_the_log_says_which_model_runs(tiny_model_folder: Path, capsys: pytest.C
     assert f"model: tiny from {tiny_model_folder} on cpu: COG_WEIGHTS names it" in capsys.readouterr().out
 
 
-def test_the_log_says_the_seed_that_was_drawn(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_contains_the_random_seed(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
     first = predict(predictor, seed=None)
     seed = int(capsys.readouterr().out.split("seed: ")[1].splitlines()[0])
     again = predict(predictor, seed=seed)
@@ -95,7 +95,7 @@ def test_a_missing_model_folder_is_named_with_the_remedy(tmp_path: Path) -> None
         ({"replicate_weights": 5}, "replicate_weights is 5; give text"),
     ],
 )
-def test_a_bad_input_is_refused_though_cog_let_it_through(
+def test_an_invalid_input_that_cog_accepts_is_refused(
     predictor: Predictor, inputs: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(InputError) as error:
@@ -103,7 +103,7 @@ def test_a_bad_input_is_refused_though_cog_let_it_through(
     assert str(error.value) == sentence
 
 
-def test_whole_floats_pass_for_whole_numbers_and_whole_numbers_for_floats(predictor: Predictor) -> None:
+def test_whole_floats_are_accepted_as_ints_and_ints_as_floats(predictor: Predictor) -> None:
     paths = predict(predictor, num_outputs=2.0, candidates=4.0, seed=7.0, guidance=2, output_quality=90.0)
     assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
 
@@ -131,7 +131,7 @@ class Watched(ClipGen):
             self.under_way -= 1
 
 
-def test_a_cancelled_prediction_leaves_the_model_before_it_is_done(tmp_path: Path) -> None:
+def test_a_cancelled_prediction_stops_sampling(tmp_path: Path) -> None:
     async def cancel_early() -> int:
         predictor = Predictor()
         await predictor.setup(str(folder := slow_folder(tmp_path / "slow")))
@@ -148,7 +148,7 @@ def test_a_cancelled_prediction_leaves_the_model_before_it_is_done(tmp_path: Pat
     assert asyncio.run(cancel_early()) == 1
 
 
-def test_a_cancelled_prediction_makes_way_for_the_next(tmp_path: Path) -> None:
+def test_the_next_prediction_runs_after_cancelled_ones(tmp_path: Path) -> None:
     async def cancel_and_go_on() -> list[Path]:
         predictor = Predictor()
         await predictor.setup(str(slow_folder(tmp_path / "slow")))
@@ -162,7 +162,7 @@ def test_a_cancelled_prediction_makes_way_for_the_next(tmp_path: Path) -> None:
     assert len(asyncio.run(cancel_and_go_on())) == 2
 
 
-def test_cancelled_downloads_from_a_silent_host_keep_nobody_waiting(
+def test_cancelled_downloads_from_a_silent_host_block_no_prediction(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def cancel_eight_and_go_on(url: str) -> list[Path]:
@@ -183,7 +183,7 @@ def test_cancelled_downloads_from_a_silent_host_keep_nobody_waiting(
         assert len(asyncio.run(cancel_eight_and_go_on(address))) == 2
 
 
-def test_downloads_under_way_keep_no_plain_prediction_waiting(
+def test_running_downloads_block_no_other_prediction(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def ask_beside_eight(url: str) -> list[Path]:
@@ -204,7 +204,7 @@ def test_downloads_under_way_keep_no_plain_prediction_waiting(
         assert len(asyncio.run(ask_beside_eight(address))) == 2
 
 
-def test_predictions_at_once_share_their_batches_and_none_can_tell(
+def test_simultaneous_predictions_share_batches_and_get_the_same_bytes(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WAIT_SECONDS", "MAX_WAIT_SECONDS"):
@@ -241,7 +241,7 @@ def test_a_prediction_over_the_time_limit_fails_and_frees_the_model(tmp_path: Pa
     assert asyncio.run(wait_for_the_end()) == 1
 
 
-def test_the_longest_time_of_a_prediction_is_set_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_of_a_prediction_is_set_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max_prediction_seconds() == 1800
     monkeypatch.setenv("CLIP_GEN_MAX_SECONDS", "90.5")
     assert max_prediction_seconds() == 90.5
@@ -268,14 +268,14 @@ def test_only_the_empty_folders_of_a_prediction_are_removed(tmp_path: Path, monk
     ]
 
 
-def test_no_more_than_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen, tmp_path: Path) -> None:
+def test_only_the_newest_folders_of_pictures_are_kept(tiny_model: ClipGen, tmp_path: Path) -> None:
     outputs, generation = Outputs(tmp_path, kept=3), tiny_model.generate("a star", candidates=1, num_outputs=1, seed=1)
     paths = [outputs.save(generation, {}, "png", 90)[0] for _ in range(8)]
     assert [path.exists() for path in paths] == [False] * 5 + [True] * 3
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_pictures_that_cannot_be_saved_leave_nothing_behind(tiny_model: ClipGen, tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_saved_leave_no_files(tiny_model: ClipGen, tmp_path: Path) -> None:
     outputs, generation = Outputs(tmp_path), tiny_model.generate("a star", candidates=2, num_outputs=2, seed=1)
     with pytest.raises(ValueError, match="bmp"):
         outputs.save(generation, {}, "bmp", 90)
@@ -296,14 +296,14 @@ def test_no_weights_mean_the_servers_own_model(tiny_model_folder: Path, weights:
     assert get(models, weights) is models.own
 
 
-def test_weights_asked_for_twice_load_once(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_the_same_weights_are_loaded_once(tiny_model_folder: Path, tmp_path: Path) -> None:
     models, other = Models(str(tiny_model_folder)), str(other_folder(tmp_path / "other"))
     found = in_threads(lambda: get(models, other), 4)
     assert len({id(model) for model in found}) == 1
     assert found[0] is not models.own
 
 
-def test_weights_that_take_long_to_load_keep_nobody_from_those_that_are_loaded(
+def test_slow_loading_does_not_block_loaded_models(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = Models(str(tiny_model_folder))
@@ -336,7 +336,7 @@ def test_weights_that_failed_to_load_are_loaded_again(tiny_model_folder: Path, t
     assert get(models, str(folder)) is get(models, str(folder))
 
 
-def test_the_weights_asked_for_longest_ago_leave_memory_first(
+def test_the_least_recently_used_model_is_evicted(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
@@ -352,9 +352,7 @@ def test_the_weights_asked_for_longest_ago_leave_memory_first(
     assert second() is None
 
 
-def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_models_in_use_count_towards_the_limit(tiny_model_folder: Path, tmp_path: Path) -> None:
     models = Models(str(tiny_model_folder), max_others=1, wait_seconds=0.3)
     models.rules = None
     first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
@@ -375,7 +373,7 @@ def test_no_more_models_than_allowed_are_in_memory_while_predictions_use_them(
     assert asyncio.run(ask_for_both())() is None
 
 
-def test_models_that_are_being_loaded_count_and_one_that_nobody_waits_for_makes_way(
+def test_loading_models_count_towards_the_limit_and_are_evicted_if_unused(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = Models(str(tiny_model_folder), max_others=1, wait_seconds=0.3)
@@ -404,7 +402,7 @@ def test_models_that_are_being_loaded_count_and_one_that_nobody_waits_for_makes_
     assert get(models, second).config.name == "tiny"
 
 
-def test_weights_of_a_url_that_cannot_be_loaded_are_named_as_the_request_named_them(
+def test_errors_name_weights_by_their_url(
     predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
@@ -426,7 +424,7 @@ def test_weights_of_a_url_that_cannot_be_loaded_are_named_as_the_request_named_t
         gc.enable()
 
 
-def test_a_request_names_no_file_of_the_server(predictor: Predictor, tiny_model_folder: Path) -> None:
+def test_a_request_cannot_name_a_file_of_the_server(predictor: Predictor, tiny_model_folder: Path) -> None:
     with pytest.raises(RefusedWeightsError):
         predict(predictor, replicate_weights=str(tiny_model_folder))
 

@@ -57,7 +57,7 @@ def test_weights_on_a_public_server_and_in_a_data_url_are_allowed(tiny_model_fol
     assert names(folder.path) == names(HTTPS.open(data_url(tar)).path) == names(tiny_model_folder)
 
 
-def test_whatever_is_wrong_the_answer_is_the_same_and_the_log_has_the_reason(
+def test_all_refusals_have_the_same_message_and_the_log_has_the_reason(
     tiny_model_folder: Path, tar: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = {"/weights.tar": tar.read_bytes(), "/page": b"<html>a router", "/text": b"x" * 20_000}
@@ -82,7 +82,7 @@ def test_whatever_is_wrong_the_answer_is_the_same_and_the_log_has_the_reason(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_with_none_nothing_is_opened(tar: Path) -> None:
+def test_the_setting_none_opens_nothing(tar: Path) -> None:
     rules = RequestRules("none", public_web())
     with serving(PUBLIC, {"/weights.tar": tar.read_bytes()}) as server:
         for weights in (
@@ -96,9 +96,7 @@ def test_with_none_nothing_is_opened(tar: Path) -> None:
         assert server.connections == 0
 
 
-def test_with_any_paths_and_private_servers_are_allowed_and_failures_look_alike(
-    tiny_model_folder: Path, tar: Path
-) -> None:
+def test_the_setting_any_allows_paths_and_private_servers(tiny_model_folder: Path, tar: Path) -> None:
     rules = RequestRules("any")
     with web_server(tar.parent) as address:
         for weights in (str(tiny_model_folder), str(tar), f"{address}/weights.tar", data_url(tar)):
@@ -109,7 +107,7 @@ def test_with_any_paths_and_private_servers_are_allowed_and_failures_look_alike(
             assert str(error.value) == REFUSALS["any"]
 
 
-def test_damaged_weights_are_called_that(tar: Path) -> None:
+def test_damaged_weights_have_their_own_message(tar: Path) -> None:
     with serving(PUBLIC, {"/weights.tar": tar.read_bytes()[:50_000]}) as server:
         url = f"https://weights.example:{server.server_port}/weights.tar"
         with pytest.raises(
@@ -118,7 +116,7 @@ def test_damaged_weights_are_called_that(tar: Path) -> None:
             HTTPS.open(url)
 
 
-def test_where_there_is_no_room_the_answer_names_no_folder(tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_has_a_message_without_a_folder(tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP_GEN_CACHE_GB", "0")
     with pytest.raises(CacheError, match=r"^the server has no room for more weights now; try again later$"):
         HTTPS.open(data_url(tar))
@@ -127,7 +125,7 @@ def test_where_there_is_no_room_the_answer_names_no_folder(tar: Path, monkeypatc
         HTTPS.open(data_url(tar))
 
 
-def test_few_downloads_run_at_once_and_cached_weights_need_no_turn(tar: Path) -> None:
+def test_downloads_are_limited_but_cached_weights_do_not_wait(tar: Path) -> None:
     content = tar.read_bytes()
     rules = replace(HTTPS, downloads=threading.Semaphore(1), wait_seconds=0.3)
     with serving(PUBLIC, {"/a.tar": content, "/b.tar": content}) as server, ThreadPoolExecutor(1) as pool:
@@ -145,7 +143,7 @@ def test_few_downloads_run_at_once_and_cached_weights_need_no_turn(tar: Path) ->
         assert rules.downloads.acquire(blocking=False)  # it gave its turn back
 
 
-def test_trainings_and_predictions_share_the_turns(tar: Path, tmp_path: Path) -> None:
+def test_trainings_and_predictions_share_the_limit_of_downloads(tar: Path, tmp_path: Path) -> None:
     rules = RequestRules.from_environment()
     for _ in range(MAX_DOWNLOADS):
         assert rules.downloads.acquire(blocking=False)

@@ -121,18 +121,18 @@ def test_a_prompt_alone_gives_four_pictures_without_a_schema_too(bare_server: Se
 @pytest.mark.parametrize(
     ("asked", "got", "mime"), [("png", "PNG", "png"), ("webp", "WEBP", "webp"), ("jpg", "JPEG", "jpeg")]
 )
-def test_pictures_come_in_the_format_asked_for(server: Server, asked: str, got: str, mime: str) -> None:
+def test_pictures_have_the_requested_format(server: Server, asked: str, got: str, mime: str) -> None:
     output = server.predict(**QUICK, output_format=asked, output_quality=50)["output"]
     assert all(url.startswith(f"data:image/{mime};base64,") for url in output)
     assert [(decoded(url).format, decoded(url).size) for url in output] == [(got, (16, 16))] * 2
 
 
-def test_a_picture_says_how_it_was_made(server: Server) -> None:
+def test_a_picture_contains_its_settings(server: Server) -> None:
     text = server.pictures(**QUICK)[0].text
     assert (text["prompt"], text["seed"], text["candidates"], text["model"]) == (PROMPT, "7", "4", "tiny")
 
 
-def test_the_reply_tells_seed_counts_and_scores(server: Server) -> None:
+def test_the_reply_contains_seed_counts_and_scores(server: Server) -> None:
     reply = server.predict(**QUICK)
     metrics = reply["metrics"]
     assert (metrics["image_output_count"], metrics["candidates"], metrics["seed"]) == (2, 4, 7)
@@ -142,7 +142,7 @@ def test_the_reply_tells_seed_counts_and_scores(server: Server) -> None:
     assert str(metrics["best_score"]) in reply["logs"]
 
 
-def test_the_seed_that_was_drawn_gives_the_same_pictures_again(server: Server) -> None:
+def test_the_printed_seed_gives_the_same_pictures(server: Server) -> None:
     first = server.predict(prompt=PROMPT, candidates=4)
     again = server.predict(prompt=PROMPT, candidates=4, seed=first["metrics"]["seed"])
     assert first["output"] == again["output"]
@@ -156,7 +156,7 @@ def test_the_first_n_candidates_are_those_of_a_request_for_n(server: Server) -> 
     assert not same(few, many[3:6])
 
 
-def test_a_whole_float_passes_for_a_whole_number(server: Server) -> None:
+def test_a_whole_float_is_accepted_as_an_int(server: Server) -> None:
     assert same(server.pictures(**QUICK | {"num_outputs": 2.0, "seed": 7.0}), server.pictures(**QUICK))
 
 
@@ -207,7 +207,7 @@ def test_all_wrong_inputs_are_listed(server: Server) -> None:
         ({"replicate_weights": "absent.tar"}, REFUSALS["any"]),
     ],
 )
-def test_values_that_do_not_go_together_fail_with_a_sentence(server: Server, inputs: dict, sentence: str) -> None:
+def test_contradicting_values_fail_with_a_sentence(server: Server, inputs: dict, sentence: str) -> None:
     assert sentence in server.failed(**QUICK | inputs)
 
 
@@ -223,11 +223,11 @@ def test_values_that_do_not_go_together_fail_with_a_sentence(server: Server, inp
         ({"prompt": None}, "prompt is missing"),
     ],
 )
-def test_without_a_schema_predict_itself_refuses(bare_server: Server, inputs: dict, sentence: str) -> None:
+def test_without_a_schema_predict_checks_its_inputs(bare_server: Server, inputs: dict, sentence: str) -> None:
     assert sentence in bare_server.failed(**QUICK | inputs)
 
 
-def test_a_training_asked_of_a_prediction_server_fails_with_a_sentence(server: Server, bare_server: Server) -> None:
+def test_a_training_request_to_a_prediction_server_fails_with_a_sentence(server: Server, bare_server: Server) -> None:
     for asked in (server, bare_server):
         status, reply = asked.request("POST", "/trainings", {"input": {"images": "data:text/plain;base64,bm8="}})
         assert (status, reply["status"]) == (200, "failed"), reply
@@ -254,14 +254,14 @@ def test_a_weights_tar_named_in_the_request_draws_with_that_model(server: Server
     assert same(own, server.pictures(**QUICK, replicate_weights=""))
 
 
-def test_weights_that_cannot_be_used_fail_with_a_sentence(server: Server, files: Path, website: str) -> None:
+def test_unusable_weights_fail_with_a_sentence(server: Server, files: Path, website: str) -> None:
     assert "cut.tar" in server.failed(**QUICK, replicate_weights=str(files / "cut.tar"))
     assert "cut.tar" in server.failed(**QUICK, replicate_weights=f"{website}/cut.tar")
     for weights in (f"{website}/absent.tar", "http://127.0.0.1:9/weights.tar", f"{website}/"):
         assert server.failed(**QUICK, replicate_weights=weights).endswith(REFUSALS["any"])
 
 
-def test_a_server_started_from_a_tar_draws_the_same(server: Server, bare_server: Server) -> None:
+def test_a_server_with_a_weights_tar_draws_the_same(server: Server, bare_server: Server) -> None:
     assert same(server.pictures(**QUICK), bare_server.pictures(**QUICK))
 
 
@@ -320,7 +320,7 @@ def test_metadata_can_be_left_out(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b", "../clip-gen-test"])
-def test_the_empty_folders_of_a_prediction_are_removed_a_while_after_it(bare_server: Server, name: str) -> None:
+def test_the_empty_folders_of_a_prediction_are_removed(bare_server: Server, name: str) -> None:
     folder = Path(os.path.normpath(PREDICTIONS / f"{name}-{bare_server.port}"))
     body = {"input": QUICK, "id": f"{name}-{bare_server.port}"}
     while bare_server.request("POST", "/predictions", body)[0] == 409:
@@ -339,7 +339,7 @@ def test_the_empty_folders_of_a_prediction_are_removed_a_while_after_it(bare_ser
 # Many at once, and giving up
 
 
-def test_eight_requests_at_once_all_succeed_each_with_its_own_pictures(server: Server) -> None:
+def test_eight_simultaneous_requests_succeed_with_the_right_pictures(server: Server) -> None:
     alone = [server.pictures(**QUICK | {"seed": seed}) for seed in range(8)]
 
     refused: list[dict] = []
@@ -361,13 +361,13 @@ def test_eight_requests_at_once_all_succeed_each_with_its_own_pictures(server: S
     assert all(same(ours, theirs) for ours, answers in zip(alone, together, strict=True) for theirs in answers)
 
 
-def test_a_client_that_retries_gets_its_turn_on_a_single_slot(bare_server: Server) -> None:
+def test_clients_that_retry_succeed_with_a_single_slot(bare_server: Server) -> None:
     with ThreadPoolExecutor(4) as pool:
         replies = list(pool.map(lambda seed: bare_server.predict(**QUICK | {"seed": seed}), range(4)))
     assert [reply["status"] for reply in replies] == ["succeeded"] * 4
 
 
-def test_a_client_that_asks_one_after_the_other_never_hears_409(server: Server) -> None:
+def test_a_sequential_client_never_gets_409(server: Server) -> None:
     asked = [server.request("POST", "/predictions", {"input": QUICK | {"candidates": 2}})[0] for _ in range(40)]
     assert set(asked) == {200}
 
@@ -400,7 +400,7 @@ def test_a_client_that_hangs_up_frees_its_slot(bare_server: Server, files: Path)
     wait_for(lambda: bare_server.health()["status"] == "READY")
 
 
-def test_a_cancelled_prediction_says_so(server: Server, files: Path) -> None:
+def test_a_cancelled_prediction_has_the_status_canceled(server: Server, files: Path) -> None:
     server.pictures(**slow_inputs(files) | {"candidates": 4})
     replies: list[dict] = []
 

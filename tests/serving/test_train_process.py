@@ -43,7 +43,7 @@ def packed(model: Path, scratch: Path) -> str:
     return data_url(scratch / "base.tar")
 
 
-def test_every_input_becomes_an_option_that_the_command_knows(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_input_is_an_option_of_the_command(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = checked(INPUTS, images=photos)
     words = as_options({name: value for name, value in values.items() if name != "images"})
     assert "--crop" in words
@@ -61,13 +61,13 @@ def test_every_input_becomes_an_option_that_the_command_knows(photos: Path, caps
         assert f"--{name.replace('_', '-')}" in help_text, name
 
 
-def test_what_a_training_says_at_the_end_is_the_error(photos: Path, tmp_path: Path) -> None:
+def test_the_error_is_the_last_line_of_the_training(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "few.zip").write_bytes(b"no archive")
     with pytest.raises(RuntimeError, match=r"few\.zip"):
         asyncio.run(run_training({"images": tmp_path / "few.zip"}, tmp_path / "out", {}))
 
 
-def test_a_cancelled_training_is_gone_within_two_seconds(
+def test_a_cancelled_training_ends_within_two_seconds(
     photos: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = []
@@ -105,7 +105,9 @@ def run_script(folder: Path, inputs: dict[str, object], *more: str, **environmen
 
 
 @pytest.mark.slow
-def test_the_script_trains_in_a_folder_that_outlives_it(photos: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_the_script_trains_into_a_folder_and_takes_its_weights_as_base(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
     run = run_script(tmp_path, {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}, "-o", "out")
     assert run.returncode == 0, run.stderr
     assert "vqgan 4/4" in run.stderr
@@ -140,7 +142,7 @@ def test_the_script_refuses_unusable_inputs(
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_script_ended_by_a_signal_saves_a_checkpoint_and_says_how_to_resume(
+def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
     photos: Path, tiny_model_folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
@@ -188,7 +190,7 @@ def trained(photos: Path, tiny_model_folder: Path, tmp_path_factory: pytest.Temp
     return {"good": reply, "bad": bad, "few": few, "outside": outside}, ROOT / "trained_model.tar"
 
 
-def test_a_zip_becomes_weights_over_the_real_server(trained: tuple[dict, Path]) -> None:
+def test_the_server_trains_a_zip_to_weights(trained: tuple[dict, Path]) -> None:
     replies, tar = trained
     assert replies["good"]["status"] == "succeeded", replies["good"]
     assert "gpt 4/4" in replies["good"]["logs"]
@@ -202,7 +204,7 @@ def test_a_zip_becomes_weights_over_the_real_server(trained: tuple[dict, Path]) 
     assert replies["few"][0] == 422
 
 
-def test_a_request_names_no_file_or_address_of_the_servers_own(trained: tuple[dict, Path]) -> None:
+def test_a_request_cannot_name_files_or_addresses_of_the_server(trained: tuple[dict, Path]) -> None:
     images, *bases = trained[0]["outside"]
     assert 'images is "/etc/passwd"; give a file' in images["error"]
     for reply in bases:
@@ -211,7 +213,7 @@ def test_a_request_names_no_file_or_address_of_the_servers_own(trained: tuple[di
         assert "clip_gen train" not in reply["logs"]
 
 
-def test_the_weights_predict_over_the_real_server(trained: tuple[dict, Path], tmp_path: Path) -> None:
+def test_the_server_predicts_with_the_trained_weights(trained: tuple[dict, Path], tmp_path: Path) -> None:
     _, tar = trained
     with running(SERVER, ROOT, tmp_path, **BAKED, COG_WEIGHTS=str(tar)) as server:
         server.wait_until_set_up()

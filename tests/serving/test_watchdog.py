@@ -78,7 +78,7 @@ def test_a_server_of_a_nameless_user_starts_and_leaves_no_files(tiny_model_folde
         assert not pictures.exists()
 
 
-def test_a_server_for_trainings_ends_with_its_worker_from_the_first_training_on(tmp_path: Path) -> None:
+def test_a_training_server_ends_with_its_worker_after_the_first_training(tmp_path: Path) -> None:
     with running([SERVE, "--x-mode", "train"], tmp_path, tmp_path) as server:
         server.wait_until_set_up()
         assert not watchdogs(server)
