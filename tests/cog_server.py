@@ -1,4 +1,4 @@
-"""Cog's real HTTP server as a process of ours, and requests to it."""
+"""Cog's real HTTP server as a child process, and requests to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 
 class Server:
-    """A server process of our own and the requests made to it."""
+    """A server process, and requests to it."""
 
     def __init__(self, command: list[str], folder: Path, log: Path, **environment: str):
         self.log = log

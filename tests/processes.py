@@ -1,4 +1,4 @@
-"""The processes that run on this machine, and what a request may hold."""
+"""The processes that run on this machine, and files as data URLs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def data_url(path: Path) -> str:
 
 
 def command_lines() -> dict[int, str]:
-    """What every process alive was started as."""
+    """The command lines of all running processes."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # it has ended
             words = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if words:  # one that is dead has none
+            if words:  # a zombie has none
                 found[int(entry.parent.name)] = words
     return found
 
 
 def processes_of(group: int) -> list[str]:
-    """The command lines of the processes alive in a process group."""
+    """The command lines of the running processes in a process group."""
     found = []
     for process, words in command_lines().items():
         with contextlib.suppress(ProcessLookupError):
@@ -36,6 +36,6 @@ def processes_of(group: int) -> list[str]:
 
 
 def trainings(server: Server) -> list[str]:
-    """The trainings that the server has running: their pictures lie in its own temporary folder."""
+    """The running trainings of a server, whose pictures are in its temporary folder."""
     scratch = str(server.log.parent)
     return [words for words in command_lines().values() if "clip_gen train " in words and scratch in words]

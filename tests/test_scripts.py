@@ -1,4 +1,4 @@
-"""script/*: each finds the project from wherever it is called."""
+"""script/*: each works from any current folder."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_bundled_models_recipe_is_one_command(tmp_path: Path) -> None:
 
 @contextmanager
 def endless_recipe(folder: Path) -> Iterator[subprocess.Popen]:
-    """script/train-shapes at toy size, with parts that do not end by themselves, in a process group of its own."""
+    """script/train-shapes at toy size, with endless parts, in its own process group."""
     fits = {f"{name}_fit": FitConfig(steps=10**6, batch_size=4) for name in ("clip", "vqgan")}
     write_config(ShapesConfig(TINY, **fits), folder / "endless.yaml")
     words = ["--config", folder / "endless.yaml", "--work", folder / "work", "--out", folder / "model"]
@@ -119,7 +119,7 @@ def group_is_gone(leader: int) -> bool:
 
 def test_a_failing_part_ends_the_other_and_prints_the_reason(tmp_path: Path) -> None:
     (tmp_path / "work" / "vqgan").mkdir(parents=True)
-    (tmp_path / "work" / "vqgan" / "record.json").write_text(json.dumps({"told": "otherwise"}))
+    (tmp_path / "work" / "vqgan" / "record.json").write_text(json.dumps({"other": "recipe"}))
     with endless_recipe(tmp_path) as script:
         said = script.communicate(timeout=120)[1]
         assert script.returncode == 1

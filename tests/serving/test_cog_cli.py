@@ -1,4 +1,4 @@
-"""script/predict: text in, picture files out, and sentences when something will not do."""
+"""script/predict: inputs, files and error messages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Runs it, makes sure that it exits with 1 and writes nothing, and returns what it said."""
+    """Runs it, checks that it exits with 1 and writes nothing, and returns its error message."""
 
     def run(*arguments: str) -> str:
         assert main(arguments) == 1

@@ -1,4 +1,4 @@
-"""train_process.py and train.py: what a client of the training server gets, whatever the server may write to."""
+"""train_process.py and train.py: results of trainings over HTTP, with and without a writable project folder."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A training server as in an image, with 12 slots, that cannot write its project's folder."""
+    """A training server as in an image, with 12 slots, in a read-only project folder."""
     if not MAY_MOUNT:
         pytest.skip("only a user who may mount can make the project read-only")
     scratch = tmp_path_factory.mktemp("server")
@@ -92,7 +92,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     body = {"input": given, "webhook": receiver.address}
     assert server.request("PUT", "/trainings/one", body, Prefer="respond-async")[0] == 202
     wait_for(lambda: receiver.messages and "24 usable pictures" in receiver.messages[-1][1]["logs"], seconds=60)
-    # A second one has a slot, but is refused; the first goes on, and repeating its PUT tells how far it is.
+    # A second training has a slot but is refused. Repeating the PUT of the first returns its state.
     second = server.request("POST", "/trainings", {"input": given | {"seed": 8}})[1]
     assert second["status"] == "failed"
     assert "trains one model at a time, and a training is under way; try again when it has ended" in second["error"]
@@ -114,7 +114,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     assert any(line.startswith("images (the uploaded file): 24 usable pictures") for line in lines)
     paths = {word for word in "\n".join(lines[1:]).split() if word.startswith(str(scratch))}
     assert paths == {str(kept), str(kept.with_suffix(".html"))}  # and no temporary file of the request
-    # As docs/serving.md has it: the weights come twice, unless only the last message is asked for.
+    # The weights come twice, as docs/serving.md says.
     with_weights = [size for size, message in receiver.messages if message.get("output")]
     assert len(with_weights) == 2
     assert min(with_weights) > len(sent)

@@ -1,6 +1,6 @@
-"""The schema is what Cog's own generator writes, and predict.py and train.py have nothing that it would misread.
+"""The schema equals that of Cog's generator, and predict.py and train.py have no inputs that it would misread.
 
-Traps of Cog 0.23.1 held here: 1 (decorators), 2 (defaults), 3 (bounds), 4 (descriptions), 8 (async train), 19 (choices
+Traps of Cog 0.23.1 tested here: 1 (decorators), 2 (defaults), 3 (bounds), 4 (descriptions), 8 (async train), 19 (choices
 names), 20 (32-bit numbers).
 """
 

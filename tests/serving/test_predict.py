@@ -1,6 +1,6 @@
-"""The predictor in this process, and what it keeps between predictions.
+"""The predictor in this process, its models and its files.
 
-Traps of Cog 0.23.1 held here: 14 (numbers of another type), 18 (no schema, no checks). The others: test_serve.py,
+Traps of Cog 0.23.1 tested here: 14 (numbers of another type), 18 (no schema, no checks). The others: test_serve.py,
 test_openapi.py.
 """
 
@@ -109,7 +109,7 @@ def test_whole_floats_are_accepted_as_ints_and_ints_as_floats(predictor: Predict
 
 
 class Watched(ClipGen):
-    """Counts the generations under way and those that were stopped, and keeps what the others took."""
+    """Counts the running and the stopped generations, and keeps the results of the others."""
 
     under_way, stopped = 0, 0
 

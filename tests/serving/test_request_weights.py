@@ -1,4 +1,4 @@
-"""request_weights.py: what a stranger's request may make the server open, and what the answers tell."""
+"""request_weights.py: which weights a request may name, and the messages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Cog's real HTTP server with a toy model: what a client sees.
+"""Cog's real HTTP server with a toy model, as a client sees it.
 
-Traps of Cog 0.23.1 held here: 1 and 2 (defaults arrive), 5 (null), 9 (409), 11 (names under --upload-url), 14 (2.0 for
+Traps of Cog 0.23.1 tested here: 1 and 2 (defaults arrive), 5 (null), 9 (409), 11 (names under --upload-url), 14 (2.0 for
 an int), 15 (no input is declared a file; replicate_weights is text that may name a path on the server), 16 (every file
-is there), 18 (no schema). In test_openapi.py: 1 to 4, 8, 19, 20; in test_predict.py: 14, 18. Nothing to hold here:
+is there), 18 (no schema). In test_openapi.py: 1 to 4, 8, 19, 20; in test_predict.py: 14, 18. Not tested:
 6, 7 and 10 are about training, 12 and 13 about streaming and torch's switches, neither of which is used. 17 (a crashed
 worker): test_watchdog.py.
 """
@@ -67,7 +67,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tiny_model_folder: Path, scratch: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """script/serve as a user starts it, with COG_WEIGHTS a folder named from where the user stands."""
+    """script/serve with COG_WEIGHTS relative to the current folder."""
     command = [str(ROOT / "script" / "serve")]
     environment = {"COG_WEIGHTS": tiny_model_folder.name, "CLIP_GEN_ALLOW_WEIGHTS": "any"}
     with running(command, tiny_model_folder.parent, scratch, **environment) as server:
@@ -80,8 +80,8 @@ def server(tiny_model_folder: Path, scratch: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def bare_server(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one slot that finds no schema and so checks nothing; COG_WEIGHTS is a tar. It removes the folders
-    of a prediction after a second, not a minute.
+    """A server with one slot, a weights tar and no schema, so that Cog checks no inputs. It removes the folders of a
+    prediction after a second.
     """
     folder = tmp_path_factory.mktemp("bare")
     quick = "\nimport clip_gen.serving.slots\n\nclip_gen.serving.slots.FOLDER_SECONDS = 1\n"
@@ -97,7 +97,7 @@ def bare_server(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactor
         yield server.wait_until_set_up()
 
 
-# Asking
+# Requests
 
 
 def test_the_server_is_ready_and_says_which_model_it_runs(server: Server) -> None:
@@ -160,7 +160,7 @@ def test_a_whole_float_is_accepted_as_an_int(server: Server) -> None:
     assert same(server.pictures(**QUICK | {"num_outputs": 2.0, "seed": 7.0}), server.pictures(**QUICK))
 
 
-# Asking wrongly
+# Invalid requests
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,6 @@ def test_a_server_with_a_weights_tar_draws_the_same(server: Server, bare_server:
 def test_a_server_started_from_a_url_uploads_files_and_takes_no_private_weights(
     server: Server, files: Path, website: str, tmp_path: Path
 ) -> None:
-    """Its own weights may come from anywhere."""
     (uploads := tmp_path / "uploads").mkdir()
     with web_server(uploads) as address:
         command = [str(ROOT / "script" / "serve"), "--upload-url", address]
@@ -295,7 +294,7 @@ def test_damaged_weights_fail_the_setup_with_a_sentence(files: Path, tmp_path: P
     assert "gpt.safetensors: damaged" in health["setup"]["logs"]
 
 
-# Warnings, identical candidates, and what is left behind
+# Warnings, identical candidates and leftover files
 
 
 def test_warnings_about_a_prediction_are_in_its_own_logs(server: Server) -> None:
@@ -336,7 +335,7 @@ def test_the_empty_folders_of_a_prediction_are_removed(bare_server: Server, name
         shutil.rmtree(folder)
 
 
-# Many at once, and giving up
+# Simultaneous and cancelled requests
 
 
 def test_eight_simultaneous_requests_succeed_with_the_right_pictures(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""train_process.py and train.py: training as Cog runs it, over its real server, at toy size."""
+"""train_process.py and train.py: trainings of Cog's server and of script/train, at toy size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STEPS = {"vqgan_steps": 4, "transformer_steps": 4, "batch_size": 4}
 
 
 def packed(model: Path, scratch: Path) -> str:
-    """A model as a request may give it."""
+    """A model as a data URL."""
     pack(model, scratch / "base.tar")
     return data_url(scratch / "base.tar")
 
@@ -171,7 +171,7 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
 
 @pytest.fixture(scope="module")
 def trained(photos: Path, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
-    """The reply to a training over HTTP, and the tar that it left in the project's folder."""
+    """The replies to trainings over HTTP, and the weights tar in the project's folder."""
     scratch = tmp_path_factory.mktemp("server")
     write_schema()
     with running(TRAINING_SERVER, scratch, scratch) as server:

@@ -1,4 +1,4 @@
-"""watchdog.py with Cog's real server: a server without its worker ends, and every other end is as it was."""
+"""watchdog.py with Cog's real server: a server without its worker ends; other ends do not change."""
 
 from __future__ import annotations
 
