@@ -1,7 +1,7 @@
 """The schema equals that of Cog's generator, and predict.py and train.py have no inputs that it would misread.
 
-Traps of Cog 0.23.1 tested here: 1 (decorators), 2 (defaults), 3 (bounds), 4 (descriptions), 8 (async train), 19 (choices
-names), 20 (32-bit numbers).
+Traps of Cog 0.23.1 in these tests: 1 (decorators), 2 (defaults), 3 (bounds), 4 (descriptions), 8 (async train), 19
+(choices names), 20 (32-bit numbers).
 """
 
 from __future__ import annotations

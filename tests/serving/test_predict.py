@@ -1,6 +1,6 @@
 """The predictor in this process, its models and its files.
 
-Traps of Cog 0.23.1 tested here: 14 (numbers of another type), 18 (no schema, no checks). The others: test_serve.py,
+Traps of Cog 0.23.1 in these tests: 14 (numbers of another type), 18 (no schema, no checks). The others: test_serve.py,
 test_openapi.py.
 """
 

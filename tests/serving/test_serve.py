@@ -1,10 +1,10 @@
 """Cog's real HTTP server with a toy model, as a client sees it.
 
-Traps of Cog 0.23.1 tested here: 1 and 2 (defaults arrive), 5 (null), 9 (409), 11 (names under --upload-url), 14 (2.0 for
-an int), 15 (no input is declared a file; replicate_weights is text that may name a path on the server), 16 (every file
-is there), 18 (no schema). In test_openapi.py: 1 to 4, 8, 19, 20; in test_predict.py: 14, 18. Not tested:
-6, 7 and 10 are about training, 12 and 13 about streaming and torch's switches, neither of which is used. 17 (a crashed
-worker): test_watchdog.py.
+Traps of Cog 0.23.1 in these tests: 1 and 2 (defaults arrive), 5 (null), 9 (409), 11 (names under --upload-url), 14 (2.0
+for an int), 15 (no input is declared a file; replicate_weights is text that may name a path on the server), 16 (every
+file is there), 18 (no schema). In test_openapi.py: 1 to 4, 8, 19, 20; in test_predict.py: 14, 18. Not tested: 6, 7 and
+10 are about training, 12 and 13 about streaming and torch's switches, neither of which is used. 17 (a crashed worker):
+test_watchdog.py.
 """
 
 from __future__ import annotations
