@@ -45,35 +45,27 @@ class Predictor(BaseRunner):
     async def run(
         self,
         prompt: str = Input(description="What to draw.", min_length=1, max_length=1000),
-        num_outputs: int = Input(description="Pictures to return, best first.", default=4, ge=1, le=64),
-        candidates: int = Input(description="Pictures to draw and choose from.", default=16, ge=1, le=256),
-        clip_rerank: bool = Input(description="Let CLIP choose and sort. Off: the first drawn.", default=True),
-        top_k: int = Input(description="Sample from the k likeliest tokens. 0: all.", default=0, ge=0, le=16384),
+        num_outputs: int = Input(description="Number of pictures to return, best first.", default=4, ge=1, le=64),
+        candidates: int = Input(description="Number of pictures to draw and choose from.", default=16, ge=1, le=256),
+        clip_rerank: bool = Input(description="Return the best by CLIP score. Off: the first ones.", default=True),
+        top_k: int = Input(description="Sample from the k likeliest tokens. 0: all tokens.", default=0, ge=0, le=16384),
         top_p: float = Input(
-            description="Sample from the likeliest tokens that make up this share. 1: all.", default=1.0, ge=0, le=1
+            description="Sample from the likeliest tokens with this total probability. 1: all.", default=1.0, ge=0, le=1
         ),
         temperature: float = Input(
-            description="More is wilder; 0 always takes the likeliest token, which is often plain ground.",
-            default=1.0,
-            ge=0,
-            le=10,
+            description="Higher values vary more. 0: always the likeliest token.", default=1.0, ge=0, le=10
         ),
-        guidance: float = Input(
-            description="How hard to push towards the prompt. 1: as the model learnt it.", default=1.0, ge=0, le=20
-        ),
+        guidance: float = Input(description="Strength of classifier-free guidance. 1: off.", default=1.0, ge=0, le=20),
         seed: int | None = Input(
-            description="The same seed draws the same pictures. Leave blank for a random one.",
-            default=None,
-            ge=0,
-            le=2147483647,
+            description="The same seed draws the same pictures. Blank: random.", default=None, ge=0, le=2147483647
         ),
         output_format: str = Input(description="File type.", default="png", choices=["png", "webp", "jpg"]),
         output_quality: int = Input(
-            description="For webp and jpg; webp loses nothing at 100, png never.", default=90, ge=0, le=100
+            description="Quality of webp and jpg. png is always lossless, webp at 100.", default=90, ge=0, le=100
         ),
         output_metadata: bool = Input(description="Write the prompt and the settings into each file.", default=True),
         replicate_weights: str | None = Input(
-            description="https URL of a weights tar made by training. Leave blank for the model served.", default=None
+            description="https URL of a weights tar. Leave blank for the server's model.", default=None
         ),
         **unknown: object,
     ) -> list[Path]:
@@ -134,13 +126,9 @@ class Predictor(BaseRunner):
     def _record(self, result: "Generation", count: int, model: str) -> None:
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
-        self.record_metric("image_output_count", count)
-        self.record_metric("candidates", result.candidates)
-        self.record_metric("seed", result.seed)
-        self.record_metric("best_score", max(scores))
-        self.record_metric("scores", scores)
-        self.record_metric("model", model)
-        for name, value in result.metrics.items():
+        metrics = {"image_output_count": count, "candidates": result.candidates, "seed": result.seed, "model": model}
+        metrics |= {"best_score": max(scores), "scores": scores} | result.metrics
+        for name, value in metrics.items():
             self.record_metric(name, value)
 
 

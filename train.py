@@ -15,106 +15,75 @@ class TrainingOutput(BaseModel):
 
 async def train(
     images: Path = Input(
-        description="Pictures without captions, at least 8, as a zip or a tar. Over HTTP: its http, https or data URL."
+        description="Pictures without captions, at least 8, as a zip or tar. Over HTTP: an http, https or data URL."
     ),
     stage: str = Input(
-        description="What to train. vqgan alone makes a base for the transformer.",
-        default="both",
-        choices=["both", "vqgan", "transformer"],
+        description="Stages to train. vqgan makes a base.", default="both", choices=["both", "vqgan", "transformer"]
     ),
     tokens: str = Input(
-        description="keep: train the decoder alone, so the base's transformer still fits. learn: all. auto: as suits.",
+        description="keep: train only the decoder. learn: train new tokens. auto: keep if the base reconstructs well.",
         default="auto",
         choices=["auto", "keep", "learn"],
     ),
     base: str | None = Input(
-        description="Model to start from: https URL of a weights tar; in script/train also a path. Blank: the default.",
-        default=None,
+        description="Base model: https URL of weights, in script/train also a path. Blank: the default.", default=None
     ),
     size: str = Input(
-        description="base goes on with the base model; the others train new networks of that size for its CLIP.",
+        description="base: fine-tune the base model. Others: train new networks of this size with the base's CLIP.",
         default="base",
         choices=["base", "laptop", "small", "medium", "published"],
     ),
     resolution: int = Input(
-        description="Side of the pictures for new networks; multiples of 16 suit all sizes. 0: by the size.",
-        default=0,
-        ge=0,
-        le=1024,
+        description="Side of the pictures of new networks, a multiple of 16. 0: by size.", default=0, ge=0, le=1024
     ),
     codebook_size: int = Input(
-        description="Codes of a new VQGAN, 16 or more. 0: by the number of pictures.", default=0, ge=0, le=16384
+        description="Number of tokens of a new VQGAN, 16 or more. 0: by number of pictures.", default=0, ge=0, le=16384
     ),
-    vqgan_steps: int = Input(
-        description="Steps of stage 1. 0: by the number of pictures.", default=0, ge=0, le=1000000
-    ),
+    vqgan_steps: int = Input(description="Steps of stage 1. 0: by number of pictures.", default=0, ge=0, le=1000000),
     transformer_steps: int = Input(
-        description="Most steps of stage 2; it ends when it no longer improves. 0: by the number of pictures.",
-        default=0,
-        ge=0,
-        le=1000000,
+        description="Maximum steps of stage 2. 0: by number of pictures.", default=0, ge=0, le=1000000
     ),
     batch_size: int = Input(
-        description="Pictures a step. 0: by the pictures and the machine.", default=0, ge=0, le=4096
+        description="Pictures per step. 0: by number of pictures and hardware.", default=0, ge=0, le=4096
     ),
-    vqgan_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
-    transformer_learning_rate: float = Input(description="0: the usual one.", default=0.0, ge=0, le=0.1),
+    vqgan_learning_rate: float = Input(description="Learning rate, stage 1. 0: default.", default=0.0, ge=0, le=0.1),
+    transformer_learning_rate: float = Input(
+        description="Learning rate, stage 2. 0: default.", default=0.0, ge=0, le=0.1
+    ),
     perceptual_weight: float = Input(
-        description="How much reconstructions should look alike, to LPIPS if pulled, else to CLIP.",
-        default=0.2,
-        ge=0,
-        le=100,
+        description="Weight of the perceptual loss, by LPIPS if pulled, else by CLIP.", default=0.2, ge=0, le=100
     ),
-    adversarial_weight: float = Input(
-        description="How much reconstructions should look real to a discriminator.", default=0.1, ge=0, le=100
-    ),
+    adversarial_weight: float = Input(description="Weight of the discriminator's loss.", default=0.1, ge=0, le=100),
     embedding_noise: float = Input(
-        description="Most noise added to a picture's embedding; with more, looser prompts work.",
-        default=0.5,
-        ge=0,
-        le=10,
+        description="Maximum noise on image embeddings. More noise suits looser prompts.", default=0.5, ge=0, le=10
     ),
     condition_dropout: float = Input(
-        description="Share of pictures learnt without their embedding, which guidance needs.", default=0.1, ge=0, le=0.9
+        description="Share of pictures trained without their embedding, for guidance.", default=0.1, ge=0, le=0.9
     ),
     condition_blur: float = Input(
-        description="Share of pictures learnt from embeddings that others like them fit too, as vague prompts' do.",
-        default=0.25,
-        ge=0,
-        le=0.9,
+        description="Share of pictures trained with blurred embeddings, for vague prompts.", default=0.25, ge=0, le=0.9
     ),
     mean_shift: float = Input(
-        description="How far prompts are moved towards these pictures. 1: by what lies between their means.",
-        default=1.0,
-        ge=0,
-        le=4,
+        description="Shift of prompts towards the mean of the pictures. 1: all of it.", default=1.0, ge=0, le=4
     ),
     contrast_weight: float = Input(
-        description="Weight of a loss that tells each picture from a similar one; takes half as long again. 0: off.",
-        default=0.0,
-        ge=0,
-        le=100,
+        description="Weight of a loss that separates similar pictures; slower. 0: off.", default=0.0, ge=0, le=100
     ),
     embedding_loss_weight: float = Input(
-        description="Weight of CLIP-GEN's second loss; slow. 0: off.", default=0.0, ge=0, le=100
+        description="Weight of CLIP-GEN's embedding loss; slow. 0: off.", default=0.0, ge=0, le=100
     ),
-    crop: bool = Input(description="Learn from random crops too.", default=True),
-    flip: bool = Input(description="Learn from mirrored pictures too. Off for text and faces.", default=True),
-    shift: bool = Input(description="Move about what stands on a plain ground. For drawings and logos.", default=False),
+    crop: bool = Input(description="Train on random crops too.", default=True),
+    flip: bool = Input(description="Train on mirrored pictures too. Turn it off for text and faces.", default=True),
+    shift: bool = Input(description="Move drawings and logos over their plain background.", default=False),
     sample_prompts: str = Input(
-        description="Prompts to draw now and then for the report, with | between them.", default="", max_length=2000
+        description="Prompts drawn for the report, separated by |.", default="", max_length=2000
     ),
     precision: str = Input(
-        description="Number format of the arithmetic. auto: bfloat16 where the hardware multiplies it.",
-        default="auto",
-        choices=["auto", "32-true", "bf16-mixed"],
+        description="auto: bfloat16 if supported.", default="auto", choices=["auto", "32-true", "bf16-mixed"]
     ),
-    max_minutes: float = Input(description="Stop after so long and keep what there is. 0: no end.", default=0.0, ge=0),
+    max_minutes: float = Input(description="Time limit, after which weights are saved. 0: none.", default=0.0, ge=0),
     seed: int = Input(
-        description="The same seed trains the same weights, on a CPU with the same number of threads.",
-        default=0,
-        ge=0,
-        le=2147483647,
+        description="The same seed and number of CPU threads give the same weights.", default=0, ge=0, le=2147483647
     ),
     **unknown: object,
 ) -> TrainingOutput:

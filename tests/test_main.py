@@ -130,7 +130,7 @@ def test_every_setting_of_a_training_has_help() -> None:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     assert [action.dest for action in parser._actions if not action.help] == []
-    assert "1: by what lies between their means. Default: 1.0." in " ".join(parser.format_help().split())
+    assert "1: all of it. Default: 1.0." in " ".join(parser.format_help().split())
 
 
 @pytest.mark.parametrize(

@@ -69,72 +69,52 @@ def setting(default: object, description: str, **limits: object) -> Any:
 class TrainSettings:
     """The settings of a training; 0 and "" leave the choice to plan()."""
 
-    stage: str = setting("both", "What to train. vqgan alone makes a base for the transformer.", choices=STAGES)
+    stage: str = setting("both", "Stages to train. vqgan makes a base.", choices=STAGES)
     tokens: str = setting(
         "auto",
-        "keep: train the decoder alone, so the base's transformer still fits. learn: all. auto: as suits.",
+        "keep: train only the decoder. learn: train new tokens. auto: keep if the base reconstructs well.",
         choices=TOKENS,
     )
-    base: str = setting(
-        "", "Model to start from: https URL of a weights tar; in script/train also a path. Blank: the default."
-    )
+    base: str = setting("", "Base model: https URL of weights, in script/train also a path. Blank: the default.")
     size: str = setting(
         "base",
-        "base goes on with the base model; the others train new networks of that size for its CLIP.",
+        "base: fine-tune the base model. Others: train new networks of this size with the base's CLIP.",
         choices=("base", *MODEL_SIZES),
     )
-    resolution: int = setting(
-        0, "Side of the pictures for new networks; multiples of 16 suit all sizes. 0: by the size.", ge=0, le=1024
+    resolution: int = setting(0, "Side of the pictures of new networks, a multiple of 16. 0: by size.", ge=0, le=1024)
+    codebook_size: int = setting(
+        0, "Number of tokens of a new VQGAN, 16 or more. 0: by number of pictures.", ge=0, le=16384
     )
-    codebook_size: int = setting(0, "Codes of a new VQGAN, 16 or more. 0: by the number of pictures.", ge=0, le=16384)
-    vqgan_steps: int = setting(0, "Steps of stage 1. 0: by the number of pictures.", ge=0, le=1000000)
-    transformer_steps: int = setting(
-        0, "Most steps of stage 2; it ends when it no longer improves. 0: by the number of pictures.", ge=0, le=1000000
-    )
-    batch_size: int = setting(0, "Pictures a step. 0: by the pictures and the machine.", ge=0, le=4096)
-    vqgan_learning_rate: float = setting(0.0, "0: the usual one.", ge=0, le=0.1)
-    transformer_learning_rate: float = setting(0.0, "0: the usual one.", ge=0, le=0.1)
+    vqgan_steps: int = setting(0, "Steps of stage 1. 0: by number of pictures.", ge=0, le=1000000)
+    transformer_steps: int = setting(0, "Maximum steps of stage 2. 0: by number of pictures.", ge=0, le=1000000)
+    batch_size: int = setting(0, "Pictures per step. 0: by number of pictures and hardware.", ge=0, le=4096)
+    vqgan_learning_rate: float = setting(0.0, "Learning rate, stage 1. 0: default.", ge=0, le=0.1)
+    transformer_learning_rate: float = setting(0.0, "Learning rate, stage 2. 0: default.", ge=0, le=0.1)
     perceptual_weight: float = setting(
-        0.2, "How much reconstructions should look alike, to LPIPS if pulled, else to CLIP.", ge=0, le=100
+        0.2, "Weight of the perceptual loss, by LPIPS if pulled, else by CLIP.", ge=0, le=100
     )
-    adversarial_weight: float = setting(
-        0.1, "How much reconstructions should look real to a discriminator.", ge=0, le=100
-    )
+    adversarial_weight: float = setting(0.1, "Weight of the discriminator's loss.", ge=0, le=100)
     embedding_noise: float = setting(
-        0.5, "Most noise added to a picture's embedding; with more, looser prompts work.", ge=0, le=10
+        0.5, "Maximum noise on image embeddings. More noise suits looser prompts.", ge=0, le=10
     )
     condition_dropout: float = setting(
-        0.1, "Share of pictures learnt without their embedding, which guidance needs.", ge=0, le=0.9
+        0.1, "Share of pictures trained without their embedding, for guidance.", ge=0, le=0.9
     )
     condition_blur: float = setting(
-        0.25,
-        "Share of pictures learnt from embeddings that others like them fit too, as vague prompts' do.",
-        ge=0,
-        le=0.9,
+        0.25, "Share of pictures trained with blurred embeddings, for vague prompts.", ge=0, le=0.9
     )
-    mean_shift: float = setting(
-        1.0, "How far prompts are moved towards these pictures. 1: by what lies between their means.", ge=0, le=4
-    )
+    mean_shift: float = setting(1.0, "Shift of prompts towards the mean of the pictures. 1: all of it.", ge=0, le=4)
     contrast_weight: float = setting(
-        0.0,
-        "Weight of a loss that tells each picture from a similar one; takes half as long again. 0: off.",
-        ge=0,
-        le=100,
+        0.0, "Weight of a loss that separates similar pictures; slower. 0: off.", ge=0, le=100
     )
-    embedding_loss_weight: float = setting(0.0, "Weight of CLIP-GEN's second loss; slow. 0: off.", ge=0, le=100)
-    crop: bool = setting(True, "Learn from random crops too.")
-    flip: bool = setting(True, "Learn from mirrored pictures too. Off for text and faces.")
-    shift: bool = setting(False, "Move about what stands on a plain ground. For drawings and logos.")
-    sample_prompts: str = setting(
-        "", "Prompts to draw now and then for the report, with | between them.", max_length=2000
-    )
-    precision: str = setting(
-        "auto", "Number format of the arithmetic. auto: bfloat16 where the hardware multiplies it.", choices=PRECISIONS
-    )
-    max_minutes: float = setting(0.0, "Stop after so long and keep what there is. 0: no end.", ge=0)
-    seed: int = setting(
-        0, "The same seed trains the same weights, on a CPU with the same number of threads.", ge=0, le=2147483647
-    )
+    embedding_loss_weight: float = setting(0.0, "Weight of CLIP-GEN's embedding loss; slow. 0: off.", ge=0, le=100)
+    crop: bool = setting(True, "Train on random crops too.")
+    flip: bool = setting(True, "Train on mirrored pictures too. Turn it off for text and faces.")
+    shift: bool = setting(False, "Move drawings and logos over their plain background.")
+    sample_prompts: str = setting("", "Prompts drawn for the report, separated by |.", max_length=2000)
+    precision: str = setting("auto", "auto: bfloat16 if supported.", choices=PRECISIONS)
+    max_minutes: float = setting(0.0, "Time limit, after which weights are saved. 0: none.", ge=0)
+    seed: int = setting(0, "The same seed and number of CPU threads give the same weights.", ge=0, le=2147483647)
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
