@@ -154,7 +154,7 @@ def test_an_unwritable_folder_is_refused_before_loading(
 ) -> None:
     monkeypatch.setattr(ClipGen, "load", no_loading)
     assert main([*QUICK, "-o", "/proc/output"]) == 1
-    assert "generate: /proc: /proc cannot be written to; name another folder" in capsys.readouterr().err
+    assert "generate: /proc: cannot be used (No such file or directory); name another folder" in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_all_be_written_leave_the_folder_as_it_was(
