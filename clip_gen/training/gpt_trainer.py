@@ -41,16 +41,10 @@ class GPTTrainer(Stage):
         vqgan: VQGAN | None = None,
         clip: ClipEncoder | None = None,
     ):
-        super().__init__(config)
+        super().__init__(config, frozen=[vqgan, clip] if vqgan else [])
         self.gpt, self.contrast, self.embedding_loss = gpt, contrast, embedding_loss
         if config.compile:
             compiled(gpt)
-        self.frozen = lambda: (vqgan, clip)  # in a function, so they are not trained, averaged or saved
-
-    def on_fit_start(self) -> None:
-        for network in self.frozen():
-            if network is not None:
-                network.to(self.device)
 
     def training_step(self, batch: Batch) -> Tensor:
         conditions, tokens, unconditional, embeddings, near_misses, *sampled = batch
@@ -73,7 +67,7 @@ class GPTTrainer(Stage):
             values["contrast"] = scale * (differs[missed] * F.softplus(-gain)).sum() / count
             loss = loss + self.contrast * values["contrast"] / length
         if self.embedding_loss:
-            values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen())
+            values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen)
             loss = loss + self.embedding_loss * values["embedding"]
         self.log_means(values, count)
         return loss

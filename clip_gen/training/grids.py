@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from clip_gen.files import atomic_file
 from clip_gen.images import from_bytes, to_pil
-from clip_gen.networks.bridge import Bridge
+from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.cuda_graphs import forget
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.datasets import EncodedPictures, PictureFiles
@@ -31,7 +29,7 @@ GAP = 2  # pixels between images
 MIN_SIDE = 96  # pixels; smaller images are enlarged to about this
 
 
-class Grids(Callback, ABC):
+class Grids(Callback):
     """Draws `rows` on the first process, at each tenth of the steps or of the time limit and at the end.
 
     If drawing is slow some are left out: apart from the first and the last they take at most a twentieth of the time.
@@ -62,18 +60,15 @@ class Grids(Callback, ABC):
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        try:
-            self._draw_here(trainer, module)
-        except torch.OutOfMemoryError:  # it would end this process, but not the others
-            log.warning("not enough memory for the sample images of step %d", trainer.global_step)
-
-    def _draw_here(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         began, training = time.monotonic(), module.training
         module.eval()
         try:
             # Compiling for these few would take longer than drawing them.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 rows = self.rows(module)
+        except torch.OutOfMemoryError:  # it would end this process, but not the others
+            log.warning("not enough memory for the sample images of step %d", trainer.global_step)
+            return
         finally:
             module.train(training)
         self.folder.mkdir(exist_ok=True)
@@ -82,9 +77,9 @@ class Grids(Callback, ABC):
         self.drawn_at = time.monotonic()
         self.draw_seconds = self.drawn_at - began
 
-    @abstractmethod
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
         """Rows of images of one size, made by the network as trained so far."""
+        raise NotImplementedError
 
 
 class ReconstructionGrids(Grids):
@@ -105,7 +100,7 @@ class ReconstructionGrids(Grids):
 class SampleGrids(Grids):
     """Held-back pictures decoded from their tokens, images sampled from their embeddings, and a row for each prompt."""
 
-    def __init__(self, networks: Networks, held_back: EncodedPictures, prompts: Sequence[str], folder: Path, seed: int):
+    def __init__(self, networks: Networks, held_back: EncodedPictures, prompts: list[str], folder: Path, seed: int):
         super().__init__(folder)
         self.networks, self.pictures, self.prompts, self.seed = networks, held_back, prompts, seed
         rows = ["pictures that were held back, as their tokens have them", "what is drawn from their embeddings"]
@@ -114,34 +109,26 @@ class SampleGrids(Grids):
     def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
         count = min(COLUMNS, len(self.pictures))
         _, tokens, _, embeddings, _ = zip(*(self.pictures[i] for i in range(count)), strict=True)
-        vqgan = self.networks.vqgan
-        rows = [to_pil(vqgan.decode(torch.stack(tokens).to(module.device)))]
+        conditions = [torch.stack(embeddings).to(module.device)]
+        if self.prompts:
+            texts = self.networks.bridge.to(module.device)(self.networks.clip.encode_text(self.prompts))
+            conditions += [text.expand(COLUMNS, -1) for text in texts]
         try:
-            rows.append(self._sample(module, torch.stack(embeddings)))
-            if self.prompts:
-                bridge: Bridge = self.networks.bridge.to(module.device)
-                texts = bridge(self.networks.clip.encode_text(list(self.prompts)))
-                rows += [self._sample(module, text.expand(COLUMNS, -1)) for text in texts]
+            rows = [torch.stack(tokens).to(module.device), *(self._sample(module.gpt, one) for one in conditions)]
         finally:
             forget(module.gpt)  # recorded CUDA graphs would keep their memory
-        return rows
+        return [to_pil(self.networks.vqgan.decode(row)) for row in rows]
 
-    def _sample(self, module: pl.LightningModule, embeddings: Tensor) -> list[Image.Image]:
-        gpt = module.gpt
-        uniforms = candidate_uniforms(self.seed, range(len(embeddings)), gpt.config.block_size)
-        tokens = sample_tokens(gpt, embeddings.to(module.device), uniforms, Sampling())
-        return to_pil(self.networks.vqgan.decode(tokens))
+    def _sample(self, gpt: GPT, conditions: Tensor) -> Tensor:
+        uniforms = candidate_uniforms(self.seed, range(len(conditions)), gpt.config.block_size)
+        return sample_tokens(gpt, conditions, uniforms, Sampling())
 
 
 def save_grid(rows: list[list[Image.Image]], path: str | Path, legend: str) -> None:
-    """Saves a PNG with its legend inside: a resumed training may have other prompts."""
-    info = PngInfo()
-    info.add_itxt("legend", legend)
-    grid(rows).save(path, "png", pnginfo=info)
+    """Saves rows of images of one size as a PNG, small ones enlarged by a whole factor.
 
-
-def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Rows of images of one size on white, small ones enlarged by a whole factor."""
+    The legend is in the file, since a resumed training may have other prompts.
+    """
     side = rows[0][0].width * max(1, round(MIN_SIDE / rows[0][0].width))
     width, height = (max(map(len, rows)) * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP)
     sheet = Image.new("RGB", (width, height), (255, 255, 255))
@@ -149,4 +136,6 @@ def grid(rows: list[list[Image.Image]]) -> Image.Image:
         for x, picture in enumerate(row):
             enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
-    return sheet
+    info = PngInfo()
+    info.add_itxt("legend", legend)
+    sheet.save(path, "png", pnginfo=info)

@@ -48,8 +48,7 @@ from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.plan import TrainSettings, plan, prompts_of, remedy
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.progress import Forecast, Reach
-from clip_gen.training.record import earlier_record, log_finished, training_record
-from clip_gen.training.report import write_report
+from clip_gen.training.report import earlier_record, log_finished, training_record, write_report
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.default_model import default_model
 from clip_gen.weights.model_folder import (
@@ -232,8 +231,7 @@ class Training:
             vqgan,
             self.plan.vqgan,
             self.plan.vqgan_loss,
-            self.networks.clip,
-            lpips,
+            lpips or self.networks.clip,
             discriminator=load_discriminator(self.base) if settings.size == "base" else None,
             decoder_only=keeps_tokens,
         )

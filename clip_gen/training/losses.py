@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.vqgan import VQGAN
 
 # Pictures whose mean colour has a lower squared error count as plain. It is a standard deviation of 2.5 levels of 255,
@@ -38,29 +39,21 @@ def decibels(errors: Tensor) -> Tensor:
     return 10 * torch.log10(4 / errors.clamp(min=1e-10))
 
 
-def perceptual_distance(clip: ClipEncoder, images: Tensor, targets: Tensor) -> Tensor:
-    """The distance of two batches (B, 3, S, S) in a frozen CLIP's features, scalar; gradients flow to `images`.
+def perceptual_distance(network: FrozenLPIPS | ClipEncoder, images: Tensor, targets: Tensor) -> Tensor:
+    """The mean distance of two batches (B, 3, S, S) in [-1, 1], scalar; gradients flow to `images`.
 
-    The mean over its layers of the squared distance between features of unit length at each position: LPIPS with CLIP
-    instead of VGG and without learnt weights.
+    CLIP's is the mean over its layers of the squared distance between features of unit length at each position, which
+    is LPIPS with CLIP instead of VGG and without learnt weights.
     """
+    if isinstance(network, FrozenLPIPS):
+        # In float32 also under autocast: bfloat16 is too coarse for differences of similar features.
+        with torch.autocast(images.device.type, enabled=False):
+            return network(images.float(), targets.float()).mean()
     with torch.no_grad():
-        target_maps = clip.feature_maps(targets)
-    image_maps = clip.feature_maps(images)
-    distances = [
-        (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean()
-        for a, b in zip(image_maps, target_maps, strict=True)
-    ]
+        target_maps = [F.normalize(features.float(), dim=1) for features in network.feature_maps(targets)]
+    image_maps = [F.normalize(features.float(), dim=1) for features in network.feature_maps(images)]
+    distances = [(a - b).square().sum(dim=1).mean() for a, b in zip(image_maps, target_maps, strict=True)]
     return torch.stack(distances).mean()
-
-
-def lpips_distance(lpips: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    """The mean LPIPS of two batches (B, 3, S, S) in [-1, 1], S at least 16, scalar; gradients flow to `images`.
-
-    In float32 also under autocast: bfloat16 is too coarse for differences of similar features.
-    """
-    with torch.autocast(images.device.type, enabled=False):
-        return lpips(images.float(), targets.float()).mean()
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -1,18 +1,32 @@
-"""report.html: one page about a training with its curves, sample images, skipped files and settings."""
+"""What a training did: its record, training.json, and report.html with curves, sample images and skipped files."""
 
 from __future__ import annotations
 
 import base64
 import html
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from PIL import Image
 
+from clip_gen.data.archive import Pictures
 from clip_gen.data.decoding import UnusableError
 from clip_gen.files import write_text_atomic
 from clip_gen.training.callbacks import read_history
+from clip_gen.training.encoding import few_pictures
+from clip_gen.training.plan import Plan, TrainSettings, remedy
+from clip_gen.training.progress import Reach
+from clip_gen.weights.model_folder import ModelFolderError, load_record
 
-STAGES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
+log = logging.getLogger(__name__)
+
+Stages = dict[str, dict[str, object]]  # the record of each stage
+
+TITLES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
 CURVES = {
     "vqgan": (
         ("loss",),  # rises when the discriminator starts
@@ -27,13 +41,73 @@ CURVES = {
 }
 COLOURS = ("#2563eb", "#dc2626")  # of the curves in one chart: training, validation
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
-MOST_GRIDS = 10
+MAX_GRIDS = 10
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 960px; margin: 2em auto; padding: 0 1em }
-h1, h2, h3 { font-weight: 600 } table { border-collapse: collapse } td { padding: 2px 14px 2px 0; vertical-align: top }
+h1, h2 { font-weight: 600 } table { border-collapse: collapse } td { padding: 2px 14px 2px 0; vertical-align: top }
 figure { display: inline-block; margin: 0 16px 16px 0 } figcaption { color: #666; font-size: 13px }
 img { max-width: 100%; image-rendering: pixelated } svg text { font-size: 11px; fill: #666 }
 """
+
+
+def training_record(
+    settings: TrainSettings, plan: Plan, pictures: Pictures, held_back: int, stages: Stages, minutes: float
+) -> dict[str, object]:
+    """minutes: of all starts; the stages' minutes count if they are more, as in a folder of an earlier version."""
+    values = asdict(settings)
+    # The record is public: no path of this machine, no secret of a URL.
+    values["base"] = Path(urlsplit(settings.base).path).name
+    # The last stage's limit counts: the export may have been interrupted and started again with another.
+    values["max_minutes"] = list(stages.values())[-1].get("max_minutes", settings.max_minutes)
+    return {
+        "pictures": pictures.as_json() | {"held_back": held_back},
+        "settings": values,
+        "plan": asdict(plan),
+        "stages": stages,
+        "warnings": shortages(settings, plan, len(pictures.paths) - held_back, stages),
+        "minutes": round(max(minutes, sum(stage["minutes"] for stage in stages.values())), 1),
+        "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
+    }
+
+
+def earlier_record(model: Path, stages: Stages) -> dict[str, object]:
+    """The parts of the model folder's training.json that a start without training must not change; empty if the folder
+    is missing or has other stages.
+    """
+    try:
+        record = load_record(model)
+    except ModelFolderError:
+        return {}
+    kept = ("settings", "plan", "minutes", "versions") if record.get("stages") == stages else ()
+    return {name: record[name] for name in kept if name in record}
+
+
+def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages) -> list[str]:
+    """A sentence for each thing that the stages had too little time for."""
+    sentences = []
+    for name, values in stages.items():
+        minutes = values.get("max_minutes", settings.max_minutes)
+        steps, planned = values["steps"], values.get("planned_steps", 0)  # 0: by an earlier version
+        reach = Reach(name, steps, planned, minutes, values.get("fine_tunes", False), remedy(settings, plan))
+        if minutes and values.get("ended_by") == "time" and reach.too_few:
+            # More minutes train only the last stage further.
+            where = "" if name == list(stages)[-1] else ", in another folder"
+            sentences.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}{where}")
+        encoded = values.get("pictures", pictures)
+        if encoded < pictures:
+            sentences.append(f"{few_pictures(encoded, pictures)}, in another folder")
+    return sentences
+
+
+def log_finished(out: Path, stages: Stages) -> None:
+    """Says that the training was finished before this start, and how to train further."""
+    last = list(stages.values())[-1]
+    steps = ", ".join(f"{name}: {values['steps']} steps" for name, values in stages.items())
+    more = f"give more than {last['max_minutes']:g} max_minutes, or " if last.get("ended_by") == "time" else ""
+    log.info(
+        f"{out} holds a finished training ({steps}), so nothing is trained. To train further, {more}start a training "
+        f"in another folder with base={out / 'weights.tar'}"
+    )
 
 
 def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
@@ -44,75 +118,62 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
         f"<p>{pictures['held_back']} of them were held back to watch the losses on. {record['minutes']} minutes.</p>",
     ]
     body += [f"<p><strong>{html.escape(sentence)}</strong></p>" for sentence in record.get("warnings", [])]
-    for name, title in STAGES.items():
-        if name in record["stages"]:
-            body += [f"<h2>{title}</h2>", _table(_plain(record["stages"][name])), *_curves(work / name, name)]
-            body += _grids(work / name / "grids")
+    for name, stage in record["stages"].items():
+        history = read_history(work / name / "history.jsonl")
+        values = [(key, value) for key, value in stage.items() if isinstance(value, int | float | str)]
+        body += [f"<h2>{TITLES[name]}</h2>", _table(values), *(_chart(history, names) for names in CURVES[name])]
+        body += _grids(work / name / "grids")
     if pictures["notes"]:
         body += ["<h2>Pictures changed for training</h2>", _table(pictures["notes"].items())]
     skipped = [(one["name"], str(UnusableError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
     if skipped:
         body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
-    body += ["<h2>Settings</h2>", _table(record["settings"].items()), "<h2>Plan</h2>", _nested(record["plan"])]
+    for name in ("settings", "plan"):
+        body += [f"<h2>{name.capitalize()}</h2>", _table(_flat(record[name]))]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
     write_text_atomic(path, page + "\n".join(body) + "</html>\n")
 
 
-def _plain(values: dict[str, object]) -> list[tuple[str, object]]:
-    return [(name, value) for name, value in values.items() if isinstance(value, int | float | str)]
-
-
-def _table(rows: object) -> str:
+def _table(rows: Iterable[tuple[str, object]]) -> str:
     cells = "".join(f"<tr><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
     return f"<table>{cells}</table>"
 
 
-def _nested(values: dict[str, object]) -> str:
-    parts = [_table((name, value) for name, value in values.items() if not isinstance(value, dict))]
+def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values with their names; those of a dict inside have its name and a dot before theirs."""
     for name, value in values.items():
         if isinstance(value, dict):
-            parts += [f"<h3>{html.escape(name)}</h3>", _nested(value)]
-    return "".join(parts)
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
-def _curves(folder: Path, name: str) -> list[str]:
-    history = read_history(folder / "history.jsonl")
-    figures = []
-    for group in CURVES[name]:
-        lines = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in group}
-        lines = {key: points for key, points in lines.items() if len(points) > 1}
-        if lines:
-            colours = dict(zip(lines, COLOURS, strict=False))  # a chart may have fewer lines than colours
-            words = ", ".join(f'<span style="color:{colours[key]}">{key}</span>' for key in lines)
-            figures.append(f"<figure>{_chart(lines, colours)}<figcaption>{words}</figcaption></figure>")
-    return figures
-
-
-def _chart(lines: dict[str, list[tuple[int, float]]], colours: dict[str, str]) -> str:
-    """The values over the steps, as SVG."""
-    every = [point for points in lines.values() for point in points]
-    last, low, high = max(x for x, _ in every), min(y for _, y in every), max(y for _, y in every)
-    span = high - low or 1.0
-
-    def place(x: float, y: float) -> str:
-        across = LEFT + (WIDTH - LEFT) * x / last
-        return f"{across:.1f},{(HEIGHT - BOTTOM) * (1 - (y - low) / span) + 6:.1f}"
-
-    drawn = "".join(
-        f'<polyline fill=none stroke="{colours[key]}" stroke-width=1.5 points="{" ".join(place(*p) for p in points)}"/>'
-        for key, points in lines.items()
-    )
-    words = (
+def _chart(history: list[dict], names: tuple[str, ...]) -> str:
+    """The values of these names over the steps, as SVG; empty if there are none."""
+    lines = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names}
+    lines = {name: points for name, points in lines.items() if len(points) > 1}
+    if not lines:
+        return ""
+    steps, values = zip(*(point for points in lines.values() for point in points), strict=True)
+    last, low, high = max(steps), min(values), max(values)
+    across, down = (WIDTH - LEFT) / last, (HEIGHT - BOTTOM) / (high - low or 1.0)
+    drawn, captions = [], []
+    for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
+        places = " ".join(f"{LEFT + across * step:.1f},{6 + down * (high - value):.1f}" for step, value in points)
+        drawn.append(f'<polyline fill=none stroke="{colour}" stroke-width=1.5 points="{places}"/>')
+        captions.append(f'<span style="color:{colour}">{name}</span>')
+    axes = (
         f"<text x=0 y=14>{high:.4g}</text><text x=0 y={HEIGHT - BOTTOM + 6}>{low:.4g}</text>"
         f"<text x={LEFT} y={HEIGHT - 2}>0</text><text x={WIDTH} y={HEIGHT - 2} text-anchor=end>step {last}</text>"
     )
-    return f"<svg width={WIDTH} height={HEIGHT} role=img>{drawn}{words}</svg>"
+    chart = f"<svg width={WIDTH} height={HEIGHT} role=img>{''.join(drawn)}{axes}</svg>"
+    return f"<figure>{chart}<figcaption>{', '.join(captions)}</figcaption></figure>"
 
 
 def _grids(folder: Path) -> list[str]:
     """The last grids; consecutive grids with the same legend share one above them."""
     figures, before = [], ""
-    for path in sorted(folder.glob("*.png"))[-MOST_GRIDS:]:
+    for path in sorted(folder.glob("*.png"))[-MAX_GRIDS:]:
         with Image.open(path) as grid:
             legend = grid.text.get("legend", "")
         if legend != before:

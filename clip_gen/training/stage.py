@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
@@ -32,20 +33,25 @@ class FitConfig:
 
 
 class Stage(pl.LightningModule):
-    """A network in training.
+    """A network in training. frozen: networks that the loss uses; they are not trained, averaged or saved.
 
     `time_spent` is the fraction of the stage's minutes that had passed when the batch began, in [0, 1] and the same in
     every process; 0 without a time limit.
     """
 
-    def __init__(self, config: FitConfig):
+    def __init__(self, config: FitConfig, frozen: Sequence[nn.Module] = ()):
         super().__init__()
         self.config = config
+        self.frozen = list(frozen)  # a list, so they are no submodules
         self.time_spent = 0.0
 
     def setup(self, stage: str) -> None:
         """Compiles for this process's number of threads; torch's cache would reuse code for another number."""
         torch._inductor.config.cpp.threads = torch.get_num_threads()
+
+    def on_fit_start(self) -> None:
+        for network in self.frozen:
+            network.to(self.device)
 
     @property
     def fraction_done(self) -> float:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.discriminator import build_discriminator
+from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training.losses import (
     adaptive_weight,
     hinge_loss,
-    lpips_distance,
     mean_decibels,
     perceptual_distance,
     reconstruction_errors,
@@ -33,9 +33,9 @@ class VQGANLoss:
 
 
 class VQGANTrainer(Stage):
-    """Trains on batches of pictures, (B, S, S, 3) uint8. The perceptual loss is LPIPS if given, else CLIP's features.
+    """Trains on batches of pictures, (B, S, S, 3) uint8.
 
-    discriminator: a trained one; else a new one.
+    perceptual: LPIPS or a CLIP, for the perceptual loss. discriminator: a trained one; else a new one.
     decoder_only: the encoder and the codebook are frozen, so every picture keeps its tokens.
     """
 
@@ -44,13 +44,12 @@ class VQGANTrainer(Stage):
         vqgan: VQGAN,
         config: FitConfig,
         loss: VQGANLoss = VQGANLoss(),
-        clip: ClipEncoder | None = None,
-        lpips: nn.Module | None = None,
+        perceptual: FrozenLPIPS | ClipEncoder | None = None,
         *,
         discriminator: nn.Module | None = None,
         decoder_only: bool = False,
     ):
-        super().__init__(config)
+        super().__init__(config, frozen=[perceptual] if loss.perceptual else [])
         self.decoder_only = decoder_only
         if decoder_only:
             vqgan.requires_grad_(False)
@@ -63,17 +62,12 @@ class VQGANTrainer(Stage):
         if config.compile and not torch.cuda.is_available():
             compiled(vqgan.encoder, dynamic=vqgan.config.local)  # the number of distinct patches varies
             compiled(vqgan.decoder)
-        # In functions, so they are not trained, averaged or saved.
-        self.clip, self.lpips = lambda: clip, lambda: lpips
         # Small pictures are too small for three layers.
         layers = 3 if vqgan.config.resolution >= 32 else 2
         self.discriminator = (discriminator or build_discriminator(layers=layers)) if loss.adversarial else None
 
     def on_fit_start(self) -> None:
-        if self.clip() is not None:
-            self.clip().to(self.device)
-        if self.lpips() is not None:
-            self.lpips().to(self.device, memory_format=torch.channels_last)
+        super().on_fit_start()
         if self.trainer.world_size > 1:
             self.vqgan.quantizer.share_between_processes()
 
@@ -91,18 +85,13 @@ class VQGANTrainer(Stage):
         reconstruction = difference.abs().mean() + difference.square().mean()
         values = {"l1": difference.abs().mean(), **self._codebook_use(out.tokens)}
         if self.weights.perceptual:
-            values["perceptual"] = self._perceptual(out.images, images)
+            values["perceptual"] = perceptual_distance(*self.frozen, out.images, images)
             reconstruction = reconstruction + self.weights.perceptual * values["perceptual"]
         loss = reconstruction + out.loss
         if self.discriminator is not None:
             loss = loss + self._adversarial(images, out.images, reconstruction, values)
         self.log_means({"loss": loss, **values}, len(batch))
         return loss
-
-    def _perceptual(self, fakes: Tensor, images: Tensor) -> Tensor:
-        if self.lpips() is not None:
-            return lpips_distance(self.lpips(), fakes, images)
-        return perceptual_distance(self.clip(), fakes, images)
 
     def _adversarial(self, images: Tensor, fakes: Tensor, reconstruction: Tensor, values: dict[str, Tensor]) -> Tensor:
         """The sum of the generator's and the discriminator's losses; each trains its own network only."""

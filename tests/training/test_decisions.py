@@ -14,11 +14,12 @@ from torch import Tensor
 
 from clip_gen.files import ROOT
 from clip_gen.images import from_bytes
+from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.lpips import FrozenLPIPS
-from clip_gen.training import decisions, vqgan_trainer
+from clip_gen.training import decisions
 from clip_gen.training.decisions import choose_lpips
 from clip_gen.training.job import Training
-from clip_gen.training.losses import lpips_distance
+from clip_gen.training.losses import perceptual_distance
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
@@ -54,10 +55,10 @@ def test_a_training_uses_lpips_if_it_was_pulled_and_else_clip(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    unused = {"CLIP": "lpips_distance", "LPIPS": "perceptual_distance"}
+    unused = {"CLIP": (FrozenLPIPS, "forward"), "LPIPS": (ClipEncoder, "feature_maps")}
     for name in ("CLIP", "LPIPS"):
         with monkeypatch.context() as patched:
-            patched.setattr(vqgan_trainer, unused[name], no_distance)
+            patched.setattr(*unused[name], no_distance)
             record = trained(photos, tiny_model_folder, tmp_path / name)
         assert record["perceptual_loss"] == name
         assert f"<td>perceptual_loss</td><td>{name}</td>" in (tmp_path / name / "report.html").read_text()
@@ -82,7 +83,7 @@ def test_without_a_perceptual_loss_neither_is_used(
 def trainer(weight: float) -> VQGANTrainer:
     """With LPIPS and no CLIP."""
     stage = VQGANTrainer(
-        tiny_networks().vqgan.requires_grad_(True), FitConfig(), VQGANLoss(perceptual=weight), lpips=loaded()
+        tiny_networks().vqgan.requires_grad_(True), FitConfig(), VQGANLoss(perceptual=weight), loaded()
     )
     stage.logged = {}
     stage.log_means = lambda values, _: stage.logged.update(values)
@@ -100,7 +101,7 @@ def test_lpips_adds_its_weight_times_the_distance_to_the_loss() -> None:
     without, with_lpips = trainer(0.0), trainer(3.0)
     losses = [float(stage.training_step(BATCH).detach()) for stage in (without, with_lpips)]
     images = from_bytes(BATCH)
-    distance = float(lpips_distance(loaded(), without.vqgan(images).images, images).detach())
+    distance = float(perceptual_distance(loaded(), without.vqgan(images).images, images).detach())
     assert distance > 0.01
     assert float(with_lpips.logged["perceptual"].detach()) == pytest.approx(distance, rel=1e-3)
     assert losses[1] - losses[0] == pytest.approx(3 * distance, rel=1e-3)
@@ -115,8 +116,8 @@ def test_gradients_of_lpips_reach_the_vqgan_but_not_lpips() -> None:
     for layer in (stage.vqgan.decoder.conv_out, stage.vqgan.decoder.conv_in, stage.vqgan.encoder.conv_in):
         assert layer.weight.grad.isfinite().all()
         assert layer.weight.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in stage.lpips().parameters())
-    assert {id(p) for p in stage.lpips().parameters()}.isdisjoint(id(p) for p in stage.parameters())
+    assert all(parameter.grad is None for parameter in stage.frozen[0].parameters())
+    assert {id(p) for p in stage.frozen[0].parameters()}.isdisjoint(id(p) for p in stage.parameters())
 
 
 @pytest.mark.usefixtures("_lpips")

@@ -130,22 +130,17 @@ class RankerTrainer(Stage):
     """Trains on batches of RankedPictures."""
 
     def __init__(self, encoder: ClipEncoder, config: FitConfig):
-        super().__init__(config)
-        before = deepcopy(encoder.clip.visual).eval().requires_grad_(False)
-        self.before = [before]  # in a list, so that it is no submodule and is not trained, averaged or saved
+        super().__init__(config, frozen=[deepcopy(encoder.clip.visual).eval().requires_grad_(False)])
         self.visual = encoder.clip.visual.requires_grad_(True).train()
         if config.compile:
             compiled(self.visual)
         self.resolution = encoder.config.image_resolution
         self.scale = float(encoder.clip.logit_scale.exp().clamp(max=100))
 
-    def on_fit_start(self) -> None:
-        self.before[0].to(self.device)
-
     def training_step(self, batch: Batch) -> Tensor:
         text, pictures = batch
         with torch.no_grad():
-            wanted = F.normalize(self.before[0](self._images(pictures[:, 0])).float(), dim=-1)
+            wanted = F.normalize(self.frozen[0](self._images(pictures[:, 0])).float(), dim=-1)
         true, decoded, resampled, drawn = self._embed(pictures)
         leads = torch.stack([true - decoded, decoded - resampled, decoded - drawn])
         nearer = F.softplus(-self.scale * (leads[:, :, None] * text).sum(dim=3)).mean(dim=(1, 2))

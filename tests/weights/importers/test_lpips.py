@@ -13,7 +13,7 @@ from torchvision.models import vgg16
 
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.skip_init import SkipInit
-from clip_gen.training.losses import lpips_distance
+from clip_gen.training.losses import perceptual_distance
 from clip_gen.weights.importers.lpips import convert_lpips, import_lpips
 from clip_gen.weights.importers.state_dict import Checkpoint
 from clip_gen.weights.model_folder import load_part
@@ -54,7 +54,7 @@ def test_distances_are_those_of_tamings_lpips_that_read_the_same_files(
     assert wanted.shape == (3, 1, 1, 1)
     assert wanted.min() > 0.01
     assert torch.equal(ours(a, b), wanted)
-    assert float(lpips_distance(ours, a, b)) == pytest.approx(float(wanted.mean()))
+    assert float(perceptual_distance(ours, a, b)) == pytest.approx(float(wanted.mean()))
 
 
 def test_float16_on_disk_moves_a_distance_by_less_than_a_hundredth(
@@ -78,7 +78,7 @@ def test_the_loss_is_in_float32_under_autocast(ours: nn.Module) -> None:
     fakes = pictures(0).bfloat16()
     wanted = ours(fakes.float(), pictures(1)).mean()
     with torch.autocast("cpu", torch.bfloat16):
-        found = lpips_distance(ours, fakes, pictures(1))
+        found = perceptual_distance(ours, fakes, pictures(1))
     assert found.dtype == torch.float32
     assert torch.equal(found, wanted)
 
@@ -89,7 +89,7 @@ def test_a_place_without_any_activation_has_a_gradient_of_zero_not_nan(lpips_fol
         if name.endswith("slice5.28.bias"):
             parameter.fill_(-1e6)
     images = pictures(0).requires_grad_()
-    lpips_distance(network, images, pictures(1)).backward()
+    perceptual_distance(network, images, pictures(1)).backward()
     assert images.grad.isfinite().all()
     assert images.grad.abs().sum() > 0
 
