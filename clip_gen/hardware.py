@@ -38,14 +38,11 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     dtype = dtype or os.environ.get("CLIP_GEN_DTYPE") or "auto"
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f'dtype is "{dtype}"; give "auto", "float32", "bfloat16" or "float16"')
-    if dtype == "float16" and device.type != "cpu":
-        raise ValueError('dtype is "float16", which is for CPUs; on a GPU give "auto", "float32" or "bfloat16"')
-    if dtype == "float16" and not supports_float16():
-        raise ValueError('dtype is "float16", whose products need an x86 processor with AVX2; give "auto"')
-    if dtype == "auto" and prefers_bfloat16(device):
-        dtype = "bfloat16"
-    elif dtype == "auto":
-        dtype = "float16" if device.type == "cpu" and supports_float16() else "float32"
+    has_float16 = device.type == "cpu" and supports_float16()
+    if dtype == "float16" and not has_float16:
+        raise ValueError('dtype is "float16", which needs an x86 CPU with AVX2; give "auto"')
+    if dtype == "auto":
+        dtype = "bfloat16" if prefers_bfloat16(device) else "float16" if has_float16 else "float32"
     return getattr(torch, dtype)
 
 

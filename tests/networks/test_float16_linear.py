@@ -103,7 +103,7 @@ def test_widths_need_be_multiples_of_nothing(width: int, rows: int) -> None:
 
 
 def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match='dtype is "float16", which is for CPUs; on a GPU give "auto"'):
+    with pytest.raises(ValueError, match='dtype is "float16", which needs an x86 CPU with AVX2; give "auto"'):
         choose_dtype("float16", torch.device("cuda"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert choose_dtype("auto", CPU) == torch.bfloat16
@@ -112,7 +112,7 @@ def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_dtype("float16", CPU) == choose_dtype("auto", CPU) == torch.float16
     monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: False)
     assert choose_dtype("auto", CPU) == torch.float32
-    with pytest.raises(ValueError, match='dtype is "float16", whose products need an x86 processor with AVX2'):
+    with pytest.raises(ValueError, match='dtype is "float16", which needs an x86 CPU with AVX2'):
         choose_dtype("float16", CPU)
 
 

@@ -101,7 +101,7 @@ def import_taming(settings: Path, checkpoint: Path, out: Path, dtype: torch.dtyp
     check_model_folder(out)
     config = taming.read_taming_config(settings, out.resolve().name)
     content = read_checkpoint(checkpoint, inside=taming.FIRST_STAGE)
-    vqgan, discriminator = taming.convert_vqgan(content, config.vqgan, dtype)
+    vqgan, discriminator = taming.convert_vqgan(content, config.vqgan, settings, dtype)
     parts = {"vqgan": vqgan, "discriminator": discriminator}
     _write(out, config, parts, {"imported": _origins({"vqgan": checkpoint}, "taming")})
 
@@ -141,10 +141,7 @@ def _write(
     kept: Collection[Path] = (),
 ) -> None:
     """Writes a model folder with these parts, and with the kept files that no part replaces."""
-    try:
-        config.check()
-    except ValueError as error:
-        raise ValueError(f"{out}: not written, its parts do not fit one another: {error}") from error
+    config.check()
     with atomic_folder(out) as folder:
         for path in kept:
             shutil.copyfile(path, folder / path.name)

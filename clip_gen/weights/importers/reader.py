@@ -147,9 +147,9 @@ class _Inert:
 
 def _reason(error: Exception) -> str:
     """Why a file cannot be read, and what to do."""
-    refused = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"persistent_load|reduce|Can only", str(error))
-    if isinstance(error, pickle.UnpicklingError) and refused:
-        what = refused[1] if refused.re.groups else "Python objects"
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|persistent_load|reduce|Can only", str(error)):
+        what = refused[1] if refused else "Python objects"
         return (
             f"asks for {what}, not for tensors alone, and is not loaded: such a pickle can run any code. If you trust "
             "the file, save its state dict where the code that wrote it is installed, with "
@@ -163,13 +163,12 @@ def _reason(error: Exception) -> str:
 
 def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
     """The state dict in the content of a file; ValueError if there is none."""
-    groups = {k: v for k, v in content.items() if isinstance(v, dict)} if isinstance(content, dict) else {}
-    wrapper = next((name for name in WRAPPERS if name in groups), None)
+    entries = content if isinstance(content, dict) else {}
+    wrapper = next((name for name in WRAPPERS if isinstance(entries.get(name), dict)), None)
     if wrapper:
-        others = [str(name) for name in groups if name != wrapper and _all_tensors(groups[name])]
-        if others:
-            log.info(f"{path}: takes the tensors under {wrapper} and leaves out those under {', '.join(others)}")
-        content = groups[wrapper]
+        others = ", ".join(str(name) for name in entries if name != wrapper) or "nothing"
+        log.info(f"{path}: takes the tensors under {wrapper} and leaves out {others}")
+        content = entries[wrapper]
     remedy = f"give a state dict: tensors by name, at the top or under {' or '.join(WRAPPERS)}"
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: holds no tensors by name; {remedy}")
@@ -182,10 +181,6 @@ def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
                 f"{tensor.device.type}); give the checkpoint in float32, float16 or bfloat16"
             )
     return {name: tensor.detach() for name, tensor in content.items()}
-
-
-def _all_tensors(group: dict) -> bool:
-    return bool(group) and all(isinstance(value, Tensor) for value in group.values())
 
 
 def _without_prefixes(checkpoint: Checkpoint) -> Checkpoint:

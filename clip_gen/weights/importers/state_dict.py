@@ -88,9 +88,11 @@ class Checkpoint:
         for name, wanted in network.state_dict().items():
             source = sources[name]
             tensor, shape = self.find(source.name), source.shape(wanted.shape)
+            key = f"{self.path}: {self.prefix}{source.name}"
             if tensor.shape != shape:
-                key = f"{self.path}: {self.prefix}{source.name}"
                 raise ValueError(f"{key} has shape {tuple(tensor.shape)}, wanted is {shape}; {REMEDY}")
+            if not all_finite(tensor):
+                raise ValueError(f"{key} holds numbers that are not finite; give another file")
             converted[name] = source.take(tensor, wanted.shape)
         unexpected = sorted(set(self.tensors) - {sources[name].name for name in converted})
         if unexpected:
@@ -98,13 +100,7 @@ class Checkpoint:
         try:
             return narrowed(converted, dict(network.named_parameters()), dtype)
         except ValueError as error:
-            bad = next((name for name, tensor in self.tensors.items() if not all_finite(tensor)), None)
-            if bad is None:
-                raise ValueError(f"{self.path}: {error}; convert it with --dtype float32") from error
-            raise ValueError(
-                f"{self.path}: {self.prefix}{bad} holds numbers that are not finite: the file is damaged or its "
-                "training went wrong; give another"
-            ) from error
+            raise ValueError(f"{self.path}: {error}; convert it with --dtype float32") from error
 
 
 def convert_discriminator(checkpoint: Checkpoint, body: str = "main", head: str | None = None) -> dict[str, Tensor]:

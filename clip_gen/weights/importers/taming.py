@@ -39,7 +39,6 @@ def read_taming_config(path: Path, name: str) -> ModelConfig:
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: {reason}; {REMEDY}") from error
-    on_meta(lambda: VQGAN(vqgan), path, REMEDY)
     return config
 
 
@@ -65,10 +64,10 @@ def _vqgan_config(settings: dict[str, object]) -> VQGANConfig:
 
 
 def convert_vqgan(
-    checkpoint: Checkpoint, config: VQGANConfig, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint, config: VQGANConfig, settings: Path, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of our VQGAN and of its discriminator."""
-    network = on_meta(lambda: VQGAN(config), checkpoint.path, REMEDY)
+    """The tensors of our VQGAN and of its discriminator. settings: the YAML file, for messages."""
+    network = on_meta(lambda: VQGAN(config), settings, REMEDY)
     # Our codebook is one module deeper than theirs.
     sources = {name: Source(name.replace("quantizer.quantize.", "quantize.")) for name in network.state_dict()}
     tensors = checkpoint.without(DISCRIMINATOR, PERCEPTUAL).converted(network, sources, dtype)

@@ -182,7 +182,11 @@ def test_the_sizes_of_every_published_model_are_read_off_its_shapes(name: str) -
         ("visual.layer3.0.bn1.running_var", None, "has no key visual.layer3.0.bn1.running_var"),
         ("visual.attnpool.c_proj.bias", torch.zeros(3), "visual.attnpool.c_proj.bias has shape (3,), wanted is (24,)"),
         ("visual.layer5.0.conv1.weight", torch.zeros(3), "has an unexpected key visual.layer5.0.conv1.weight"),
-        ("ln_final.bias", torch.full((64,), torch.inf), "ln_final.bias holds numbers that are not finite: the file"),
+        (
+            "ln_final.bias",
+            torch.full((64,), torch.inf),
+            "ln_final.bias holds numbers that are not finite",
+        ),
     ],
 )
 def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
