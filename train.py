@@ -37,7 +37,7 @@ async def train(
         description="Side of the pictures of new networks, a multiple of 16. 0: by size.", default=0, ge=0, le=1024
     ),
     codebook_size: int = Input(
-        description="Number of tokens of a new VQGAN, 16 or more. 0: by number of pictures.", default=0, ge=0, le=16384
+        description="Tokens of a new VQGAN, 16 or more. 0: by number of pictures.", default=0, ge=0, le=16384
     ),
     vqgan_steps: int = Input(description="Steps of stage 1. 0: by number of pictures.", default=0, ge=0, le=1000000),
     transformer_steps: int = Input(
@@ -51,23 +51,23 @@ async def train(
         description="Learning rate, stage 2. 0: default.", default=0.0, ge=0, le=0.1
     ),
     perceptual_weight: float = Input(
-        description="Weight of the perceptual loss, by LPIPS if pulled, else by CLIP.", default=0.2, ge=0, le=100
+        description="Weight of the perceptual loss: LPIPS if pulled, else CLIP.", default=0.2, ge=0, le=100
     ),
     adversarial_weight: float = Input(description="Weight of the discriminator's loss.", default=0.1, ge=0, le=100),
     embedding_noise: float = Input(
-        description="Maximum noise on image embeddings. More noise suits looser prompts.", default=0.5, ge=0, le=10
+        description="Maximum noise on embeddings. More noise suits looser prompts.", default=0.5, ge=0, le=10
     ),
     condition_dropout: float = Input(
-        description="Share of pictures trained without their embedding, for guidance.", default=0.1, ge=0, le=0.9
+        description="Share of pictures without their embedding, for guidance.", default=0.1, ge=0, le=0.9
     ),
     condition_blur: float = Input(
-        description="Share of pictures trained with blurred embeddings, for vague prompts.", default=0.25, ge=0, le=0.9
+        description="Share of pictures with blurred embeddings, for vague prompts.", default=0.25, ge=0, le=0.9
     ),
     mean_shift: float = Input(
         description="Shift of prompts towards the mean of the pictures. 1: all of it.", default=1.0, ge=0, le=4
     ),
     contrast_weight: float = Input(
-        description="Weight of a loss that separates similar pictures; slower. 0: off.", default=0.0, ge=0, le=100
+        description="Weight of a loss separating similar pictures; slow. 0: off.", default=0.0, ge=0, le=100
     ),
     embedding_loss_weight: float = Input(
         description="Weight of CLIP-GEN's embedding loss; slow. 0: off.", default=0.0, ge=0, le=100

@@ -1,15 +1,15 @@
-"""Lightning callbacks of every stage: random seeds, the time limit, averaged weights, checkpoints and logs on disk."""
+"""Lightning callbacks of every stage: random seeds, the time limit, averaged weights, checkpoints and the history."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import signal
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 import pytorch_lightning as pl
 import torch
@@ -18,9 +18,9 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer, WeightAv
 from torch import Tensor
 
 from clip_gen.files import write_text_atomic
-from clip_gen.training.checkpoints import LAST, PREVIOUS, DamagedError, read_checkpoint, save_checkpoint
-from clip_gen.training.interrupts import Interrupts
-from clip_gen.training.stage import FitConfig, Stage
+from clip_gen.training.checkpoints import LAST, DamagedError, read_checkpoint, save_checkpoint
+from clip_gen.training.interrupts import handle_signals, ignore_further_signals
+from clip_gen.training.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ReseedEachBatch(Callback):
 
 
 class TimeLimit(Timer):
-    """Ends the stage after `minutes` of training (0: no limit) and tells the stage which share of them has passed.
+    """Ends the stage after `minutes` of training (0: no limit) and sets the stage's `time_spent`.
 
     Lightning's Timer saves the elapsed time in the checkpoint, so a resumed stage has only the rest of its minutes.
     """
@@ -49,6 +49,20 @@ class TimeLimit(Timer):
     def __init__(self, name: str, minutes: float):
         super().__init__()
         self.name, self.minutes = name, minutes
+        self.from_step, self.earlier = 0, []
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+        self.from_step, self.earlier = checkpoint["global_step"], checkpoint.get("starts", [])
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["starts"] = self.starts(trainer.global_step)
+
+    def starts(self, step: int) -> list[dict[str, float]]:
+        """The steps and minutes of each start of the stage until this step. Steps that were lost do not count."""
+        if step == self.from_step:
+            return self.earlier
+        minutes = self.time_elapsed() / 60 - sum(start["minutes"] for start in self.earlier)
+        return [*self.earlier, {"from_step": self.from_step, "to_step": step, "minutes": round(minutes, 2)}]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_train_start(trainer, module)
@@ -56,20 +70,14 @@ class TimeLimit(Timer):
             message = "%s: resumed from step %d of %d, after %.1f minutes"
             log.info(message, self.name, trainer.global_step, trainer.max_steps, self.time_elapsed() / 60)
         self._update(trainer, module)
-        self._stop_when_over(trainer, module)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        self._update(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        self._stop_when_over(trainer, module)
+        self._update(trainer, module)
 
     def _update(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.minutes:
             # All processes use the clock of the first: the learning rate must be the same in each.
             module.time_spent = trainer.strategy.broadcast(self.time_elapsed() / (60 * self.minutes))
-
-    def _stop_when_over(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if module.time_spent >= 1:
             trainer.should_stop = True
             if trainer.is_global_zero:
@@ -142,45 +150,60 @@ class KeepBest(EarlyStopping):
 
 
 class SaveCheckpoints(Callback):
-    """Writes last.ckpt every `seconds`, at the end, and at once when a signal is to end the training.
+    """Writes last.ckpt every `seconds` and at the end. After the first step a signal ends the stage with a checkpoint.
 
     Slow writes make it less frequent, to at most ten times `seconds`. At a step with a validation it writes after the
     validation: a stage that resumed from before it would not validate again.
     """
 
-    def __init__(self, folder: Path, seconds: float, validate_every: int, interrupts: Interrupts):
-        self.folder, self.seconds, self.validate_every = folder, seconds, validate_every
-        self.interrupts = interrupts
+    def __init__(self, name: str, folder: Path, seconds: float, validate_every: int):
+        self.name, self.folder, self.seconds, self.validate_every = name, folder, seconds, validate_every
+        self.signal = 0  # the number of the signal that was received
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.saved_at, self.write_seconds = time.monotonic(), 0.0
-        path = trainer.ckpt_path
-        if trainer.is_global_zero and path and Path(path).name == PREVIOUS:
-            # Every process has read it by now. The next checkpoint must not replace it.
-            os.replace(path, self.folder / LAST)
+        self.saved_at, self.write_seconds, self.first_step = time.monotonic(), 0.0, trainer.global_step
+        if trainer.world_size > 1:
+            handle_signals(self._received)  # Lightning's handler would broadcast while it handles the signal
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        if trainer.global_step == self.first_step + 1:  # before, there was nothing to save
+            handle_signals(self._received)  # Lightning restores the handlers when it ends
         if trainer.global_step % self.validate_every:
             self._save_when_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._save_when_due(trainer)
 
-    def _save_when_due(self, trainer: pl.Trainer) -> None:
-        interval = max(self.seconds, min(19 * self.write_seconds, 10 * self.seconds))
-        due = time.monotonic() - self.saved_at >= interval
-        if trainer.strategy.reduce_boolean_decision(due or bool(self.interrupts.number), all=False):
-            self._save(trainer)
-            self.interrupts.end(trainer)
-
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._save(trainer)
+
+    def _save_when_due(self, trainer: pl.Trainer) -> None:
+        interval = max(self.seconds, min(19 * self.write_seconds, 10 * self.seconds))
+        due = bool(self.signal) or time.monotonic() - self.saved_at >= interval
+        if not trainer.strategy.reduce_boolean_decision(due, all=False):
+            return
+        self._save(trainer)
+        if trainer.strategy.reduce_boolean_decision(bool(self.signal), all=False):
+            number = self.signal or signal.SIGTERM  # of another process
+            message = "%s: ended by %s; the checkpoint of step %d is saved"
+            if trainer.is_global_zero:
+                log.info(message, self.name, signal.Signals(number).name, trainer.global_step)
+            raise SystemExit(128 + number)
 
     def _save(self, trainer: pl.Trainer) -> None:
         began = time.monotonic()
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved_at = time.monotonic()
         self.write_seconds = self.saved_at - began
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        if not self.signal:
+            ignore_further_signals()
+        self.signal = number
+        if not rank_zero_only.rank:
+            message = f"\n{self.name}: {signal.Signals(number).name}: saving a checkpoint; Ctrl-C ends at once\n"
+            with suppress(OSError):  # a closed terminal
+                os.write(2, message.encode())  # a handler must not use sys.stderr, which it may have interrupted
 
 
 class History(Callback):
@@ -203,16 +226,19 @@ class History(Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._write(trainer, validation=True)
 
+    def last_values(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The last value of everything that was logged, also before this start."""
+        logged = {name: value for entry in read_history(self.path) for name, value in entry.items() if name != "step"}
+        return {name: round(float(value), 5) for name, value in (logged | trainer.callback_metrics).items()}
+
     def _write(self, trainer: pl.Trainer, validation: bool) -> None:
-        if not trainer.is_global_zero:
-            return
-        values = {
-            name: round(float(value), 6)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val_") == validation
+        logged = {
+            name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_") == validation
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
+        if trainer.is_global_zero:
+            values = {name: round(float(value), 6) for name, value in logged.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
 
 
 def read_history(path: Path) -> list[dict]:
@@ -222,82 +248,3 @@ def read_history(path: Path) -> list[dict]:
         with suppress(ValueError):
             entries.append(json.loads(line))
     return entries
-
-
-class StartLog(Callback):
-    """ledger.json: one entry for each time the stage was started or resumed, with its steps, minutes and settings."""
-
-    def __init__(self, path: Path, config: FitConfig):
-        self.path, self.config = path, config
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.began = time.perf_counter()
-        self.from_step = trainer.global_step
-        self.earlier = [start for start in read_starts(self.path) if start["from_step"] < self.from_step]
-        for start in self.earlier:  # steps after the checkpoint were lost
-            start["to_step"] = min(start["to_step"], self.from_step)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        if trainer.global_step % 50 == 0:
-            self._write(trainer)
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
-        self._write(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._write(trainer)
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero or trainer.global_step == self.from_step:
-            return
-        minutes = round((time.perf_counter() - self.began) / 60, 2)
-        start = {"from_step": self.from_step, "to_step": trainer.global_step, "minutes": minutes}
-        write_text_atomic(self.path, json.dumps([*self.earlier, start | {"fit": asdict(self.config)}]))
-
-
-def read_starts(path: Path) -> list[dict]:
-    """The entries of ledger.json; empty without the file."""
-    return json.loads(path.read_text()) if path.is_file() else []
-
-
-class Clock(Callback):
-    """clock.json: the minutes of a training over all its starts, saved with every checkpoint. Time after the last
-    checkpoint does not count, just as the checkpoint does not contain it.
-
-    work: the folder with the stages' folders. began: when this start began, by time.monotonic.
-    """
-
-    def __init__(self, work: Path, stages: Sequence[str], began: float):
-        self.path, self.began = work / "clock.json", began
-        if self.path.is_file():
-            saved = json.loads(self.path.read_text())
-            self.before, self.outside = saved["minutes"], saved["outside"]
-        else:  # earlier versions wrote none
-            starts = [start for stage in stages for start in read_starts(work / stage / "ledger.json")]
-            self.before, self.outside = sum(start["minutes"] for start in starts), {}
-
-    @property
-    def minutes_here(self) -> float:
-        """Minutes since this start."""
-        return (time.monotonic() - self.began) / 60
-
-    @property
-    def minutes(self) -> float:
-        """Minutes of all starts."""
-        return self.before + self.minutes_here
-
-    def spent_outside(self, stage: str) -> float:
-        """Minutes of all starts without those in which the stage trained; to be called just before it starts or
-        resumes.
-        """
-        earlier = self.outside.get(stage, self.before)
-        self.outside[stage] = earlier + self.minutes_here
-        self.save()
-        return self.outside[stage]
-
-    def save(self) -> None:
-        if not rank_zero_only.rank:
-            write_text_atomic(self.path, json.dumps({"minutes": round(self.minutes, 4), "outside": self.outside}))
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        self.save()

@@ -25,27 +25,27 @@ class Checkpoint:
     steps: int
 
 
-def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of the stage in `folder`; None without checkpoints.
+class DamagedError(ValueError):
+    """A checkpoint file that was truncated or changed after it was written."""
 
-    ValueError if all are damaged. Changes no files, so every process of a training finds the same one.
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest intact checkpoint of the stage in `folder`; None without checkpoints. ValueError if all are damaged.
+
+    If last.ckpt is damaged and previous.ckpt is not, the first process removes last.ckpt. The others find the same.
     """
     damaged = []
-    for path in (folder / LAST, folder / PREVIOUS):
-        if not path.is_file():
-            continue
+    for path in _checkpoints(folder):
         try:
-            steps = int(read_checkpoint(path)["global_step"])
+            checkpoint = Checkpoint(path, int(read_checkpoint(path)["global_step"]))
         except DamagedError as error:
             damaged.append(str(error))
             continue
         if damaged and not rank_zero_only.rank:
-            log.warning(
-                "%s: resuming from the checkpoint before it, of step %d; later steps are trained again",
-                damaged[0],
-                steps,
-            )
-        return Checkpoint(path, steps)
+            message = "%s: resuming from the checkpoint before it, of step %d; later steps are trained again"
+            log.warning(message, damaged[0], checkpoint.steps)
+            (folder / LAST).unlink()  # the next checkpoint must not replace the intact one by it
+        return checkpoint
     if damaged:
         raise ValueError(
             f"{' and '.join(damaged)}, and there is no other checkpoint: "
@@ -55,59 +55,42 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    return (folder / LAST).is_file() or (folder / PREVIOUS).is_file()
+    return bool(_checkpoints(folder))
 
 
-class DamagedError(ValueError):
-    """A checkpoint file that was truncated or changed after it was written."""
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
 
 
 def read_checkpoint(path: Path) -> dict[str, object]:
     """The values of a checkpoint, on the CPU. DamagedError if a checksum is wrong or the file cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch's format; its entries have checksums
-            bad = archive.testzip()
-        if bad is None:
-            return torch.load(path, "cpu", weights_only=True, mmap=True)
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        return torch.load(path, "cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes can raise anything
         raise DamagedError(f"{path} is damaged ({error})") from error
-    raise DamagedError(f"{path} is damaged (wrong checksum of {bad})")
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Replaces a checkpoint once the new one is completely on disk, and keeps the one before as previous.ckpt."""
+    """Renames last.ckpt to previous.ckpt before it writes a new last.ckpt, so the disk never holds three."""
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options: object = None) -> None:
         path = Path(path)
-        previous = path.with_name(PREVIOUS)
         if path.is_file():
-            previous.unlink(missing_ok=True)  # first, so the disk never holds three
-        save_checkpoint(checkpoint, path, previous)
+            os.replace(path, path.with_name(PREVIOUS))
+        save_checkpoint(checkpoint, path)
 
 
-def save_checkpoint(values: dict, path: Path, previous: Path | None = None) -> None:
-    """Writes `path`; an existing file there becomes `previous`. OSError with a remedy when the disk is full."""
+def save_checkpoint(values: dict, path: Path) -> None:
+    """Writes the file completely or not at all. OSError if the disk is full."""
     try:
-        with atomic_file(path) as temporary:
-            # torch.save refuses names that start with a dot.
-            with open(temporary, "wb") as file:
-                torch.save(values, file)
-            if previous and path.is_file():
-                os.replace(path, previous)
-    except (OSError, RuntimeError) as error:
-        reason = _disk_error(error)
-        if reason is None:
+        # torch.save refuses names that start with a dot, so it gets an open file.
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            torch.save(values, file)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the second while it handles the first
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
-        complete = path.is_file() or (previous and previous.is_file())
-        kept = "the one before it is complete" if complete else "there was none before it"
-        raise OSError(
-            f"{path}: the checkpoint could not be written ({reason.strerror or reason}); {kept}. "
-            "Make room, or make the folder writable, and start the same command again"
-        ) from error
-
-
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The disk's error behind torch's: its writer fails a second time while it closes the file."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
+        raise OSError(cause.errno, cause.strerror, str(path)) from error

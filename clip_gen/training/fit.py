@@ -1,14 +1,13 @@
 """Trains one stage with Lightning.
 
 A stage's folder holds last.ckpt and previous.ckpt (see checkpoints.py), best.ckpt (the weights with the lowest
-validation loss), history.jsonl (losses) and ledger.json (each start with its settings).
+validation loss) and history.jsonl (losses).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,25 +17,13 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from clip_gen.hardware import choose_device, is_out_of_memory, prefers_bfloat16
-from clip_gen.training.callbacks import (
-    EMA,
-    History,
-    KeepBest,
-    ReseedEachBatch,
-    SaveCheckpoints,
-    StartLog,
-    TimeLimit,
-    read_history,
-    read_starts,
-)
-from clip_gen.training.checkpoints import CheckpointFiles, find_checkpoint, read_checkpoint
+from clip_gen.training.callbacks import EMA, History, KeepBest, ReseedEachBatch, SaveCheckpoints, TimeLimit
+from clip_gen.training.checkpoints import CheckpointFiles, find_checkpoint
 from clip_gen.training.datasets import Batches
-from clip_gen.training.interrupts import Interrupts
 from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.progress import Progress
 from clip_gen.training.stage import FitConfig, Stage, process_count
@@ -54,16 +41,26 @@ class Machine:
     max_minutes: float = 0.0  # 0: until the last step
     save_seconds: float = 60.0  # between checkpoints
 
-    def check(self) -> None:
-        """ValueError for values that Lightning does not know."""
-        if not re.fullmatch(r"auto|0*[1-9]\d*|\d+(,\d+)+", self.devices):
-            raise ValueError(
-                f"devices is {self.devices}; give how many, 1 or more, or their numbers, as in 0,2, or auto"
+    def trainer(self, **options: object) -> pl.Trainer:
+        """Lightning's trainer for this machine; ValueError for devices, nodes or a strategy that it refuses."""
+        _quiet_lightning()
+        try:
+            return pl.Trainer(
+                accelerator="auto",
+                devices=int(self.devices) if self.devices.isdecimal() else self.devices,
+                num_nodes=self.nodes,
+                strategy=self.strategy,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **options,
             )
-        if self.nodes < 1:
-            raise ValueError(f"nodes is {self.nodes}; give how many machines train together, 1 or more")
-        if self.strategy.lower() not in ("auto", *StrategyRegistry.available_strategies()):
-            raise ValueError(f'strategy is "{self.strategy}", which Lightning does not have; give auto or ddp')
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'this machine cannot train with devices {self.devices}, nodes {self.nodes} and strategy "'
+                f'{self.strategy}" ({error}); give devices auto or their number, and strategy auto or ddp'
+            ) from error
 
     def with_gpus_for(self, *batch_sizes: int) -> Machine:
         """With devices "auto", as many of the GPUs as divide each of these batch sizes evenly."""
@@ -90,68 +87,43 @@ def fit(
     with the same weights as without the interruption. ValueError when there is not enough memory for a batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _quiet_lightning()
     config, resumed = stage.config, find_checkpoint(folder)
-    steps = resumed.steps if resumed else 0
-    interrupts, ema = Interrupts(name), EMA(config.ema_decay)
+    limit, history, ema = TimeLimit(name, machine.max_minutes), History(folder / "history.jsonl"), EMA(config.ema_decay)
     best = KeepBest(folder / "best.ckpt", ema, config.patience) if config.patience else None
-    own = _callbacks(name, stage, folder, seed, machine, interrupts, ema, best)
-    # The given ones come last: their errors must not prevent the last checkpoint.
-    with _configuration_explained(machine):
-        trainer = _trainer(stage, machine, folder, [*own, *callbacks])
-    _check_torchrun(trainer.world_size)
-    if steps < config.steps:
-        data = StageData(samples, held_back, config, collate, steps)
-        with _out_of_memory_explained(name, config.batch_size), _deterministic_on_cpu():
-            trainer.fit(stage, datamodule=data, ckpt_path=resumed and resumed.path, weights_only=True)
-        steps = trainer.global_step
-        if interrupts.number:
-            raise SystemExit(128 + interrupts.number)
-    else:
-        # Lightning would not even load the averaged weights, which are in the checkpoint.
-        stage.load_state_dict(read_checkpoint(resumed.path)["state_dict"])
-    values = _last_values(trainer, folder) | (best.restore(stage) if best else {})
+    saving = SaveCheckpoints(name, folder, machine.save_seconds, min(config.validate_every, config.steps))
+    own = [ReseedEachBatch(seed), limit, history, ema, *([best] if best else []), saving]
+    # The given callbacks come last: their errors must not prevent the last checkpoint.
+    trainer = _trainer(config, machine, folder, [*own, Progress(name, config.batch_size, limit), *callbacks])
+    done = resumed.steps if resumed else 0
+    batches = Batches(config.steps, config.batch_size, done, trainer.global_rank, trainer.world_size)
+    loader = loader_with_workers(samples, trainer.num_devices, collate, batch_sampler=batches)
+    # Every process validates on all of it: it takes little time, and the mean is exact.
+    validation = DataLoader(held_back, config.batch_size, collate_fn=collate)
+    with _out_of_memory_explained(name, config.batch_size), _deterministic_on_cpu():
+        trainer.fit(stage, loader, validation, ckpt_path=resumed and resumed.path, weights_only=True)
+    if saving.signal:
+        raise SystemExit(128 + saving.signal)
+    stage.load_state_dict(ema.weights())  # Lightning does not if the checkpoint was of the last step
+    values = history.last_values(trainer) | (best.restore(stage) if best else {})
     stage.to(memory_format=torch.contiguous_format)  # as networks loaded from files are
+    steps = trainer.global_step
     if trainer.is_global_zero:
         validated = "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("val_"))
         log.info("%s: %d steps done  %s", name, steps, validated)
     ended_by = "steps" if steps >= config.steps else "validation" if best and best.out_of_patience else "time"
-    return _record(steps, ended_by, values, read_starts(folder / "ledger.json"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    minutes = {"minutes": round(limit.time_elapsed() / 60, 2), "starts": limit.starts(steps)}
+    return {"steps": steps, "ended_by": ended_by, **values, "device": device, **minutes}
 
 
-def _callbacks(
-    name: str,
-    stage: Stage,
-    folder: Path,
-    seed: int,
-    machine: Machine,
-    interrupts: Interrupts,
-    ema: EMA,
-    best: KeepBest | None,
-) -> list[Callback]:
-    config = stage.config
-    return [
-        ReseedEachBatch(seed),
-        interrupts,
-        TimeLimit(name, machine.max_minutes),
-        History(folder / "history.jsonl"),
-        StartLog(folder / "ledger.json", config),
-        ema,
-        *([best] if best else []),
-        SaveCheckpoints(folder, machine.save_seconds, min(config.validate_every, config.steps), interrupts),
-        Progress(name, config.batch_size),
-    ]
-
-
-def _trainer(stage: Stage, machine: Machine, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
-    config = stage.config
-    return pl.Trainer(
+def _trainer(config: FitConfig, machine: Machine, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
+    """ValueError unless it uses all processes that torchrun started. Each would train alone into one folder."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if prefers_bfloat16(choose_device(), training=True) else "32-true"
+    trainer = machine.trainer(
         max_steps=config.steps,
-        accelerator="auto",
-        devices=int(machine.devices) if machine.devices.isdecimal() else machine.devices,
-        num_nodes=machine.nodes,
-        strategy=machine.strategy,
-        precision=_precision(config.precision),
+        precision=precision,
         gradient_clip_val=1.0,
         callbacks=callbacks,
         plugins=[CheckpointFiles()],
@@ -159,61 +131,26 @@ def _trainer(stage: Stage, machine: Machine, folder: Path, callbacks: list[Callb
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=folder,
     )
-
-
-def _check_torchrun(processes: int) -> None:
-    """ValueError unless Lightning uses all processes that torchrun started. Each would train alone into one folder."""
-    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else processes
-    if started != processes:
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else trainer.world_size
+    if started != trainer.world_size:
         raise ValueError(
-            f"torchrun started {started} processes, but devices and nodes make {processes}; "
+            f"torchrun started {started} processes, but devices and nodes make {trainer.world_size}; "
             "give --devices as many as torchrun starts on each machine"
         )
-
-
-def _record(steps: int, ended_by: str, values: dict[str, float], starts: list[dict]) -> dict[str, object]:
-    return {
-        "steps": steps,
-        "ended_by": ended_by,
-        **values,
-        "minutes": round(sum(start["minutes"] for start in starts), 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "starts": starts,
-    }
-
-
-@contextmanager
-def _configuration_explained(machine: Machine) -> Iterator[None]:
-    """Makes ValueErrors of Lightning's errors about a strategy that cannot be used here."""
-    try:
-        yield
-    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-        given = f'strategy "{machine.strategy}" with devices {machine.devices}'
-        raise ValueError(f"{given} cannot be used on this machine ({error}); give auto or ddp") from error
+    return trainer
 
 
 @contextmanager
 def _deterministic_on_cpu() -> Iterator[None]:
     """Without it several threads add the gradients of embeddings in any order. On a GPU it could cost time."""
-    if torch.cuda.is_available():
-        yield
-        return
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes time
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager
@@ -232,46 +169,15 @@ def _out_of_memory_explained(name: str, batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _last_values(trainer: pl.Trainer, folder: Path) -> dict[str, float]:
-    """The last value of everything that was logged, also before this start."""
-    logged = {name: value for entry in read_history(folder / "history.jsonl") for name, value in entry.items()}
-    logged.pop("step", None)
-    return {name: round(float(value), 5) for name, value in (logged | trainer.callback_metrics).items()}
-
-
 def _quiet_lightning() -> None:
     """Silences Lightning's greetings and the warnings that do not apply here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # torch.compile misses a GPU wherever CUDA is installed.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # StageData starts where the checkpoint ended.
-    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
-    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
-    # The quantizer's, when only the decoder is trained.
-    warnings.filterwarnings("ignore", "Found .* module\\(s\\) in eval mode at the start of training")
-    # Validation data is small or already decoded: it needs no worker processes.
-    warnings.filterwarnings("ignore", "The '.*dataloader' does not have many workers")
-
-
-def _precision(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "bf16-mixed" if prefers_bfloat16(choose_device(), training=True) else "32-true"
-
-
-class StageData(pl.LightningDataModule):
-    """The batches of a stage after its first `done` steps; each process loads its share of every batch."""
-
-    def __init__(self, samples: Dataset, held_back: Dataset, config: FitConfig, collate: Callable | None, done: int):
-        super().__init__()
-        self.samples, self.held_back, self.config = samples, held_back, config
-        self.collate, self.done = collate, done
-
-    def train_dataloader(self) -> DataLoader:
-        config, trainer = self.config, self.trainer
-        batches = Batches(config.steps, config.batch_size, self.done, trainer.global_rank, trainer.world_size)
-        return loader_with_workers(self.samples, trainer.num_devices, self.collate, batch_sampler=batches)
-
-    def val_dataloader(self) -> DataLoader:
-        # Every process validates on all of it: it takes little time, and the mean is exact.
-        return DataLoader(self.held_back, self.config.batch_size, collate_fn=self.collate)
+    for message in (
+        "You're resuming from a checkpoint that ended before the epoch ended",  # the batches start after it
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "Found .* module\\(s\\) in eval mode at the start of training",  # the quantizer, if only the decoder is trained
+        "The '.*dataloader' does not have many workers",  # validation needs none: its data is small or decoded already
+    ):
+        warnings.filterwarnings("ignore", message)

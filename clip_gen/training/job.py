@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,50 +21,35 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 from torch import nn
+from torch.utils.data import Dataset
 
 from clip_gen.data.archive import check_outside
-from clip_gen.data.manifest import unpacked
 from clip_gen.files import folder_lock, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
-from clip_gen.training.callbacks import Clock
+from clip_gen.training import folder as training_folder
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, split_pictures
 from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
 from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_views
 from clip_gen.training.fit import Machine, fit
-from clip_gen.training.folder import (
-    PICTURES,
-    check_training_folder,
-    claim_training_folder,
-    remove_incomplete_files,
-    save_settings,
-    saved_settings,
-    unpack_once,
-)
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.loading import loader_with_workers
-from clip_gen.training.plan import TrainSettings, plan, prompts_of, remedy
+from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
-from clip_gen.training.progress import Forecast, Reach
+from clip_gen.training.progress import Forecast
 from clip_gen.training.report import earlier_record, log_finished, training_record, write_report
+from clip_gen.training.stage import Stage
 from clip_gen.training.vqgan_trainer import VQGANTrainer
+from clip_gen.weights import model_folder
 from clip_gen.weights.default_model import default_model
-from clip_gen.weights.model_folder import (
-    build,
-    load_base,
-    load_discriminator,
-    load_part,
-    save_networks,
-    save_part,
-    transformer_matches,
-)
 from clip_gen.weights.tarball import pack, resolve_weights
 
 log = logging.getLogger(__name__)
 
 RECORD = "record.json"  # of a finished stage
+MINUTES = "minutes"  # of all starts outside the stages
 VQGAN_TIME = 0.2  # of max_minutes; the transformer gets the rest
 MIN_MINUTES = 0.1  # for the transformer, however long the steps before it took
 JUDGED_PICTURES = 64  # on which a base's VQGAN is measured
@@ -85,59 +70,62 @@ class Training:
         """Trains the unfinished stages and returns the weights tar; ValueError for inputs that cannot be used."""
         self.check()
         self.load_base()
-        self.claim_folder()
-        with self.lock():
-            self.prepare()
-            self.measure_pictures()
-            is_finished = all(self.is_finished(stage) for stage in self.stages)
+        if self.is_first:
+            training_folder.claim(self.out)
+        else:
+            wait_for_announcement(self.work / "ready")
+        busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
+        with folder_lock(self.work, busy) if self.is_first else nullcontext():
+            self.pictures = training_folder.unpack_once(self.images, self.out)
+            self.plan_stages()
+            self.clean_folder()
+            self.build_networks()
+            if self.is_first:
+                self.measure_pictures()
+            was_finished = all(self.is_finished(stage) for stage in self.stages)
             records = self.train_stages()
             if self.is_first:
-                self.export(records, is_finished)
+                self.export(records, was_finished)
         return self.out / "weights.tar"
 
     def check(self) -> None:
         """ValueError for settings and folders that cannot be used. Writes nothing."""
         self.settings.check()
-        self.machine.check()
+        self.machine.trainer()
         if self.is_first:  # the others would see what the first has begun to write
-            check_training_folder(self.out)
+            training_folder.check(self.out)
         check_outside(self.images, self.out)
 
     def load_base(self) -> None:
         """Downloads and loads the base model."""
         self.base = resolve_weights(self.settings.base or default_model(os.environ.get("COG_WEIGHTS"))[0])
-        self.networks = load_base(self.base)
+        self.networks = model_folder.load_base(self.base)
 
-    def claim_folder(self) -> None:
-        """Creates the folder; processes other than the first wait until it has prepared the folder at this start."""
-        if self.is_first:
-            claim_training_folder(self.out)
-        else:
-            wait_for_announcement(self.work / "ready")
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Keeps other trainings out of the folder; ValueError while one is using it."""
-        busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
-        return folder_lock(self.work, busy) if self.is_first else nullcontext()
-
-    def prepare(self) -> None:
-        """Unpacks the pictures, plans the stages and builds the networks."""
-        self.pictures = unpack_once(self.images, self.out) if self.is_first else unpacked(self.work / PICTURES)
-        # A training that resumes on another machine keeps its plan.
-        on_gpu = saved_settings(self.out).get("on_gpu", torch.cuda.is_available())
-        self.plan = plan(self.settings, self.networks.config, len(self.pictures.paths), on_gpu)
-        self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
+    def plan_stages(self) -> None:
+        """Plans the stages and saves the settings; ValueError if the training in the folder has others."""
         self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
+        # A training that resumes on another machine keeps its plan.
+        on_gpu = training_folder.saved_settings(self.out).get("on_gpu", torch.cuda.is_available())
+        settings = self.settings
+        if settings.mean_shift and not self.networks.bridge.text_mean.any():
+            # Not measured, as in an imported model; a shift from it would be meaningless.
+            log.info("the base's texts have no mean, so prompts stay where they are (mean_shift 0)")
+            settings = replace(settings, mean_shift=0.0)
+        self.plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu)
+        self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
         if self.is_first:
-            save_settings(self.out, self.settings, self.base, on_gpu)
-            remove_incomplete_files(self.out)
+            training_folder.save_settings(self.out, self.settings, self.base, on_gpu)
+
+    def clean_folder(self) -> None:
+        """Removes what an earlier start left incomplete, and tells the other processes that the folder is ready."""
+        if self.is_first:
+            training_folder.remove_incomplete_files(self.out)
             self.reopen_last_stage()
             if not has_checkpoint(self.work / "gpt"):  # which depends on the views
                 remove_incomplete_views(self.work / "encoded", len(self.train_paths) * self.plan.views)
-        self.clock = Clock(self.work, self.stages, self.began)
-        if self.is_first:
             self.ready = announce(self.work / "ready")
-        self.build_networks()
+        minutes = self.work / MINUTES
+        self.minutes_before = float(minutes.read_text()) if minutes.is_file() else 0.0
 
     def reopen_last_stage(self) -> None:
         """The last stage trains further if its time limit ended it and there is more time now. Earlier stages do not:
@@ -156,15 +144,9 @@ class Training:
         """The base's networks, or new ones beside its CLIP."""
         if self.settings.size != "base":
             torch.manual_seed(self.settings.seed)
-            self.networks = build(self.plan.model)
-            load_part(self.networks.clip, self.base / "clip.safetensors")
-            load_part(self.networks.bridge, self.base / "bridge.safetensors")
-        if not self.networks.bridge.text_mean.any():
-            # Not measured, as in an imported model; a shift from it would be meaningless.
-            if self.settings.mean_shift:
-                log.info("the base's texts have no mean, so prompts stay where they are (mean_shift 0)")
-            bridge = replace(self.plan.model.bridge, mean_shift=0.0)
-            self.plan = replace(self.plan, model=replace(self.plan.model, bridge=bridge))
+            self.networks = model_folder.build(self.plan.model)
+            model_folder.load_part(self.networks.clip, self.base / "clip.safetensors")
+            model_folder.load_part(self.networks.bridge, self.base / "bridge.safetensors")
         self.networks = replace(self.networks, config=self.plan.model)
         self.networks.bridge.config = self.plan.model.bridge
         self.networks.clip.requires_grad_(False)
@@ -172,17 +154,14 @@ class Training:
     @torch.no_grad()
     def measure_pictures(self) -> None:
         """Sets the bridge's image mean to that of these pictures; its text mean stays the base's."""
-        if not self.is_first:
-            return
         loader = loader_with_workers(self.picture_files(self.train_paths[:4000]), batch_size=64)
         with on_device(self.networks.clip) as device:
             embeddings = torch.cat([self.networks.clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
 
     def picture_files(self, paths: Sequence[Path]) -> PictureFiles:
-        settings, resolution = self.settings, self.plan.model.vqgan.resolution
-        crop = 0.8 if settings.crop else 1.0
-        return PictureFiles(paths, resolution, crop, settings.flip, settings.shift)
+        settings, crop = self.settings, 0.8 if self.settings.crop else 1.0
+        return PictureFiles(paths, self.plan.model.vqgan.resolution, crop, settings.flip, settings.shift)
 
     def train_stages(self) -> dict[str, dict[str, object]]:
         """Trains the unfinished stages, loads the results into the networks, and returns the record of each."""
@@ -205,18 +184,16 @@ class Training:
 
     def save_stage(self, stage: str, network: nn.Module, values: dict[str, object]) -> None:
         """Writes the weights and then the record, for which the other processes wait."""
-        if not self.is_first:
-            return
-        folder = self.work / stage
-        (folder / PREVIOUS).unlink(missing_ok=True)
-        save_part(network.cpu(), folder / f"{stage}.safetensors")
-        write_text_atomic(folder / RECORD, json.dumps(values | {"max_minutes": self.settings.max_minutes}))
-        self.clock.save()
+        if self.is_first:
+            folder = self.work / stage
+            (folder / PREVIOUS).unlink(missing_ok=True)
+            model_folder.save_part(network.cpu(), folder / f"{stage}.safetensors")
+            write_text_atomic(folder / RECORD, json.dumps(values | {"max_minutes": self.settings.max_minutes}))
 
     def load_stage(self, stage: str, network: nn.Module) -> dict[str, object]:
         """Loads the weights as they will be exported, also right after training; returns the stage's record."""
         wait_for(self.work / stage / RECORD)
-        load_part(network, self.work / stage / f"{stage}.safetensors")
+        model_folder.load_part(network, self.work / stage / f"{stage}.safetensors")
         network.eval().requires_grad_(False)
         return self.stage_record(stage)
 
@@ -227,18 +204,11 @@ class Training:
         has_perceptual_loss = self.plan.vqgan_loss.perceptual > 0
         lpips = choose_lpips(folder, vqgan.config.resolution) if has_perceptual_loss else None
         torch.manual_seed(settings.seed)  # for a new discriminator
-        trainer = VQGANTrainer(
-            vqgan,
-            self.plan.vqgan,
-            self.plan.vqgan_loss,
-            lpips or self.networks.clip,
-            discriminator=load_discriminator(self.base) if settings.size == "base" else None,
-            decoder_only=keeps_tokens,
-        )
+        discriminator = model_folder.load_discriminator(self.base) if settings.size == "base" else None
+        config, loss, features = self.plan.vqgan, self.plan.vqgan_loss, lpips or self.networks.clip
+        trainer = VQGANTrainer(vqgan, config, loss, features, discriminator=discriminator, decoder_only=keeps_tokens)
         samples = Endless(self.picture_files(self.train_paths), settings.seed)
-        minutes = self.minutes_left("vqgan") if settings.stage == "vqgan" else VQGAN_TIME * settings.max_minutes
-        grids = ReconstructionGrids(held_back, folder)
-        values = self.fit("vqgan", trainer, samples, held_back, minutes, grids, fine_tunes=keeps_tokens)
+        values = self.fit("vqgan", trainer, samples, held_back, ReconstructionGrids(held_back, folder), keeps_tokens)
         values["tokens_kept"] = keeps_tokens
         if has_perceptual_loss:
             values["perceptual_loss"] = "CLIP" if lpips is None else "LPIPS"
@@ -247,7 +217,7 @@ class Training:
     def keeps_tokens(self, decision: Path) -> bool:
         """Whether only the decoder trains, so the tokens keep the meaning that the base's transformer has learnt."""
         settings = self.settings
-        if settings.tokens != "auto" or settings.size != "base" or not transformer_matches(self.base):
+        if settings.tokens != "auto" or settings.size != "base" or not model_folder.transformer_matches(self.base):
             return settings.tokens == "keep"
         return decide_to_keep_tokens(self.networks.vqgan, self.judged_pictures(), decision)
 
@@ -257,11 +227,10 @@ class Training:
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         settings, networks = self.settings, self.networks
-        quality = {}
-        if settings.stage == "transformer" and self.is_first:
-            quality = warn_if_poor(networks.vqgan, self.judged_pictures())
-        pictures, held_back = self.encode_train_pictures(), self.encode_held_back()
-        self.clock.save()
+        is_judged = settings.stage == "transformer" and self.is_first
+        quality = warn_if_poor(networks.vqgan, self.judged_pictures()) if is_judged else {}
+        pictures, held_back = self.encode_train_pictures(), self.picture_files(self.held_back_paths)
+        held_back = encode_held_back(held_back, networks, self.work / "encoded", settings.max_minutes)
         if settings.size != "base":
             start_from_codes(networks.gpt, networks.vqgan, settings.seed)
         trainer = GPTTrainer(
@@ -272,26 +241,20 @@ class Training:
             vqgan=networks.vqgan,
             clip=networks.clip,
         )
-        minutes, samples = self.minutes_left("gpt"), Endless(pictures, settings.seed)
         grids = SampleGrids(networks, held_back, self.sample_prompts(), folder, settings.seed)
-        values = self.fit("gpt", trainer, samples, held_back, minutes, grids, fine_tunes=self.gpt_knows_tokens())
+        samples = Endless(pictures, settings.seed)
+        values = self.fit("gpt", trainer, samples, held_back, grids, self.gpt_knows_tokens())
         encoded = {"pictures": len(pictures), "views": pictures.rows, "places": pictures.places or "all"}
         return values | quality | encoded
 
-    def minutes_left(self, stage: str) -> float:
-        """The rest of max_minutes, for the last stage; 0: no limit."""
-        if not self.settings.max_minutes:
-            return 0.0
-        return max(MIN_MINUTES, self.settings.max_minutes - self.clock.spent_outside(stage))
-
     def gpt_knows_tokens(self) -> bool:
         """Whether the base's transformer was trained on the tokens that it gets now."""
-        if self.settings.size != "base" or not transformer_matches(self.base):
+        if self.settings.size != "base" or not model_folder.transformer_matches(self.base):
             return False
         return self.settings.stage == "transformer" or self.stage_record("vqgan")["tokens_kept"]
 
     def sample_prompts(self) -> list[str]:
-        prompts = prompts_of(self.settings.sample_prompts)
+        prompts = [prompt.strip() for prompt in self.settings.sample_prompts.split("|") if prompt.strip()]
         for prompt in prompts if self.is_first else ():
             if lost := self.networks.clip.tokenize.left_out(prompt):
                 log.warning("a sample prompt is longer than CLIP reads; its end is left out: %r", lost)
@@ -301,35 +264,39 @@ class Training:
         files, folder = self.picture_files(self.train_paths), self.work / "encoded"
         return encode_train_pictures(files, self.plan.views, self.networks, folder, self.settings)
 
-    def encode_held_back(self) -> EncodedPictures:
-        files, folder = self.picture_files(self.held_back_paths), self.work / "encoded"
-        return encode_held_back(files, self.networks, folder, self.settings.max_minutes)
-
     def fit(
-        self,
-        name: str,
-        trainer: VQGANTrainer | GPTTrainer,
-        samples: Endless,
-        held_back: PictureFiles | EncodedPictures,
-        minutes: float,
-        grids: Callback,
-        fine_tunes: bool,
+        self, name: str, trainer: Stage, samples: Endless, held_back: Dataset, grids: Callback, fine_tunes: bool
     ) -> dict[str, object]:
-        settings, machine, folder = self.settings, replace(self.machine, max_minutes=minutes), self.work / name
-        advice = remedy(settings, self.plan)
-        planned = Reach(name, 0, trainer.config.steps, settings.max_minutes, fine_tunes, advice)
-        forecast = Forecast(minutes, planned)
-        callbacks, seed = [forecast, grids, self.clock], settings.seed
-        values = fit(name, trainer, samples, held_back, folder, seed=seed, machine=machine, callbacks=callbacks)
-        values |= {"planned_steps": planned.planned, "fine_tunes": fine_tunes}
-        return values | ({"forecast_steps": forecast.reach.steps} if forecast.reach else {})
+        settings, steps = self.settings, trainer.config.steps
+        if self.is_first:
+            write_text_atomic(self.work / MINUTES, f"{self.minutes_outside():.4f}")
+        machine = replace(self.machine, max_minutes=self.minutes_for(name))
+        forecast = Forecast(name, machine.max_minutes, settings.max_minutes, fine_tunes)
+        options = {"seed": settings.seed, "machine": machine, "callbacks": [forecast, grids]}
+        began = time.monotonic()
+        values = fit(name, trainer, samples, held_back, self.work / name, **options)
+        self.began += time.monotonic() - began  # the stage's minutes are in its record
+        values |= {"planned_steps": steps, "fine_tunes": fine_tunes}
+        return values | ({"forecast_steps": forecast.steps} if forecast.steps is not None else {})
+
+    def minutes_for(self, stage: str) -> float:
+        """The time limit of a stage; the last one has the rest of max_minutes. 0: none."""
+        minutes = self.settings.max_minutes
+        if not minutes or stage != self.stages[-1]:
+            return VQGAN_TIME * minutes
+        trained = sum(self.stage_record(name)["minutes"] for name in self.stages[:-1])
+        return max(MIN_MINUTES, minutes - self.minutes_outside() - trained)
+
+    def minutes_outside(self) -> float:
+        """Minutes of all starts outside the stages, such as on encoding."""
+        return self.minutes_before + (time.monotonic() - self.began) / 60
 
     def export(self, records: dict[str, dict[str, object]], was_finished: bool) -> None:
         """Writes the model folder, weights.tar and report.html."""
         if was_finished:
             log_finished(self.out, records)
         record = self.record(records) | earlier_record(self.out / "model", records)
-        save_networks(self.networks, self.out / "model", record)
+        model_folder.save_networks(self.networks, self.out / "model", record)
         pack(self.out / "model", self.out / "weights.tar")
         write_report(self.out / "report.html", self.work, record)
         for sentence in record["warnings"]:
@@ -339,5 +306,5 @@ class Training:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
-        held_back, minutes = len(self.held_back_paths), self.clock.minutes
-        return training_record(self.settings, self.plan, self.pictures, held_back, stages, minutes)
+        minutes = self.minutes_outside() + sum(values["minutes"] for values in stages.values())
+        return training_record(self.settings, self.plan, self.pictures, len(self.held_back_paths), stages, minutes)

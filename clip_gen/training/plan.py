@@ -16,22 +16,13 @@ STAGES = ("both", "vqgan", "transformer")
 TOKENS = ("auto", "keep", "learn")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
-# `local` tokens are learnt fastest; they leave detail to the decoder. In an hour on two cores a small transformer
-# learns more than a large one, because it sees many times as many pictures.
+# `local` tokens are learnt fastest; they leave detail to the decoder.
+LAPTOP_VQGAN = VQGANConfig(
+    resolution=64, patch=4, local=True, ch=96, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), z_channels=96
+)
+# In an hour on two cores a small transformer learns more than a large one, because it sees many times as many pictures.
 MODEL_SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
-    "laptop": (
-        VQGANConfig(
-            resolution=64,
-            patch=4,
-            local=True,
-            ch=96,
-            ch_mult=(1,),
-            num_res_blocks=1,
-            attn_resolutions=(),
-            z_channels=96,
-        ),
-        GPTConfig(n_layer=4, n_head=3, n_embd=192, rotary=True, neighbour_context=True),
-    ),
+    "laptop": (LAPTOP_VQGAN, GPTConfig(n_layer=4, n_head=3, n_embd=192, rotary=True, neighbour_context=True)),
     "small": (
         VQGANConfig(resolution=128, ch=64, ch_mult=(1, 2, 2, 4), z_channels=128),
         GPTConfig(n_layer=12, n_head=8, n_embd=512, rotary=True),
@@ -82,31 +73,19 @@ class TrainSettings:
         choices=("base", *MODEL_SIZES),
     )
     resolution: int = setting(0, "Side of the pictures of new networks, a multiple of 16. 0: by size.", ge=0, le=1024)
-    codebook_size: int = setting(
-        0, "Number of tokens of a new VQGAN, 16 or more. 0: by number of pictures.", ge=0, le=16384
-    )
+    codebook_size: int = setting(0, "Tokens of a new VQGAN, 16 or more. 0: by number of pictures.", ge=0, le=16384)
     vqgan_steps: int = setting(0, "Steps of stage 1. 0: by number of pictures.", ge=0, le=1000000)
     transformer_steps: int = setting(0, "Maximum steps of stage 2. 0: by number of pictures.", ge=0, le=1000000)
     batch_size: int = setting(0, "Pictures per step. 0: by number of pictures and hardware.", ge=0, le=4096)
     vqgan_learning_rate: float = setting(0.0, "Learning rate, stage 1. 0: default.", ge=0, le=0.1)
     transformer_learning_rate: float = setting(0.0, "Learning rate, stage 2. 0: default.", ge=0, le=0.1)
-    perceptual_weight: float = setting(
-        0.2, "Weight of the perceptual loss, by LPIPS if pulled, else by CLIP.", ge=0, le=100
-    )
+    perceptual_weight: float = setting(0.2, "Weight of the perceptual loss: LPIPS if pulled, else CLIP.", ge=0, le=100)
     adversarial_weight: float = setting(0.1, "Weight of the discriminator's loss.", ge=0, le=100)
-    embedding_noise: float = setting(
-        0.5, "Maximum noise on image embeddings. More noise suits looser prompts.", ge=0, le=10
-    )
-    condition_dropout: float = setting(
-        0.1, "Share of pictures trained without their embedding, for guidance.", ge=0, le=0.9
-    )
-    condition_blur: float = setting(
-        0.25, "Share of pictures trained with blurred embeddings, for vague prompts.", ge=0, le=0.9
-    )
+    embedding_noise: float = setting(0.5, "Maximum noise on embeddings. More noise suits looser prompts.", ge=0, le=10)
+    condition_dropout: float = setting(0.1, "Share of pictures without their embedding, for guidance.", ge=0, le=0.9)
+    condition_blur: float = setting(0.25, "Share of pictures with blurred embeddings, for vague prompts.", ge=0, le=0.9)
     mean_shift: float = setting(1.0, "Shift of prompts towards the mean of the pictures. 1: all of it.", ge=0, le=4)
-    contrast_weight: float = setting(
-        0.0, "Weight of a loss that separates similar pictures; slower. 0: off.", ge=0, le=100
-    )
+    contrast_weight: float = setting(0.0, "Weight of a loss separating similar pictures; slow. 0: off.", ge=0, le=100)
     embedding_loss_weight: float = setting(0.0, "Weight of CLIP-GEN's embedding loss; slow. 0: off.", ge=0, le=100)
     crop: bool = setting(True, "Train on random crops too.")
     flip: bool = setting(True, "Train on mirrored pictures too. Turn it off for text and faces.")
@@ -118,23 +97,18 @@ class TrainSettings:
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
-        if self.codebook_size > 0 and not MIN_CODES <= self.codebook_size <= MAX_CODES:
-            raise ValueError(
-                f"codebook_size is {self.codebook_size}; give {MIN_CODES} to {MAX_CODES}, or 0 for a size "
-                "that suits the number of pictures"
-            )
         for spec in fields(self):
             check_limits(spec.name, getattr(self, spec.name), spec.metadata)
-        if self.size == "base":
-            for name in ("resolution", "codebook_size"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)}, but the base model has its own; "
-                        f"leave it out, or train from scratch with size one of {', '.join(MODEL_SIZES)}"
-                    )
-        elif self.tokens == "keep":
+        if 0 < self.codebook_size < MIN_CODES:
+            raise ValueError(f"codebook_size is {self.codebook_size}; give {MIN_CODES} or more, or 0 for the usual one")
+        is_new = self.size != "base"
+        if not is_new and (self.resolution or self.codebook_size):
+            name, value = ("resolution", self.resolution) if self.resolution else ("codebook_size", self.codebook_size)
+            sizes = ", ".join(MODEL_SIZES)
+            raise ValueError(f"{name} is {value}, but the base model has its own; leave it out, or give size {sizes}")
+        if is_new and self.tokens == "keep":
             raise ValueError(f"tokens is keep, but new networks have none yet: leave out size {self.size}")
-        elif self.stage == "transformer":
+        if is_new and self.stage == "transformer":
             raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
         if self.stage == "transformer" and self.tokens != "auto":
             raise ValueError(f"tokens is {self.tokens}, but stage transformer leaves the VQGAN as it is: leave it out")
@@ -178,33 +152,18 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool
 def _vqgan_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int) -> FitConfig:
     levels = len(model.vqgan.ch_mult)
     start, factor = ("base", FINE_TUNING_FACTOR) if settings.size == "base" else ("scratch", 1.0)
+    steps = settings.vqgan_steps or _usual_steps(VQGAN_STEPS[start], pictures, batch_size)
     rate = settings.vqgan_learning_rate or factor * VQGAN_RATES.get(levels, 3e-4)
-    config = FitConfig(
-        steps=settings.vqgan_steps or _usual_steps(VQGAN_STEPS[start], pictures, batch_size),
-        batch_size=batch_size,
-        learning_rate=rate,
-        muon_rate=rate if levels == 1 else 0.0,  # Muon was measured on VQGANs with one level only
-        weight_decay=0.0,
-        ema_decay=0.995,
-        precision=settings.precision,
-    )
-    return _scheduled(config, settings.max_minutes)
+    muon_rate = rate if levels == 1 else 0.0  # Muon was measured on VQGANs with one level only
+    return _scheduled(FitConfig(steps, batch_size, rate, muon_rate, weight_decay=0.0), settings)
 
 
 def _transformer_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int) -> FitConfig:
     start = "base" if settings.size == "base" else "scratch"
+    steps = settings.transformer_steps or _usual_steps(GPT_STEPS[start], pictures, batch_size)
     rate = settings.transformer_learning_rate or GPT_RATES[start] * min(1.0, GPT_WIDTH / model.gpt.n_embd)
-    config = FitConfig(
-        steps=settings.transformer_steps or _usual_steps(GPT_STEPS[start], pictures, batch_size),
-        batch_size=batch_size,
-        learning_rate=rate,
-        muon_rate=MUON_RATES[start] / GPT_RATES[start] * rate,
-        weight_decay=0.05,
-        ema_decay=0.995,
-        patience=4,
-        precision=settings.precision,
-    )
-    return _scheduled(config, settings.max_minutes)
+    muon_rate = MUON_RATES[start] / GPT_RATES[start] * rate
+    return _scheduled(FitConfig(steps, batch_size, rate, muon_rate, weight_decay=0.05, patience=4), settings)
 
 
 def _usual_steps(limits: tuple[int, int, int], pictures: int, batch_size: int) -> int:
@@ -212,13 +171,15 @@ def _usual_steps(limits: tuple[int, int, int], pictures: int, batch_size: int) -
     return min(most, max(least, passes * pictures // batch_size))
 
 
-def _scheduled(config: FitConfig, minutes: float) -> FitConfig:
+def _scheduled(config: FitConfig, settings: TrainSettings) -> FitConfig:
     """With warm-up in the first twentieth, about forty validations, and compilation if the stage is long enough."""
-    is_long = config.steps >= 1000 and (minutes == 0 or minutes >= 20)
+    is_long = config.steps >= 1000 and (settings.max_minutes == 0 or settings.max_minutes >= 20)
     return replace(
         config,
         warmup=min(50, config.steps // 20 + 1),
+        ema_decay=0.995,
         validate_every=max(1, config.steps // 40),
+        precision=settings.precision,
         compile=is_long and shutil.which("g++") is not None,
     )
 
@@ -238,24 +199,9 @@ def _new_model(settings: TrainSettings, base: ModelConfig, pictures: int) -> Mod
     vqgan = replace(vqgan, resolution=settings.resolution or vqgan.resolution, codebook_size=codes)
     fold = vqgan.patch * 2 ** (len(vqgan.ch_mult) - 1)
     if vqgan.resolution % fold or vqgan.resolution < MIN_RESOLUTION:
-        raise ValueError(
-            f"resolution is {vqgan.resolution}; size {settings.size} takes multiples of {fold} from {MIN_RESOLUTION} on"
-        )
+        wanted = f"multiples of {fold} from {MIN_RESOLUTION} on"
+        raise ValueError(f"resolution is {vqgan.resolution}; size {settings.size} takes {wanted}")
     if vqgan.attn_resolutions:
         vqgan = replace(vqgan, attn_resolutions=(vqgan.grid,))
     gpt = replace(gpt, block_size=vqgan.grid**2, codebook_size=codes, embed_dim=base.clip.embed_dim)
     return replace(base, name=TRAINED, vqgan=vqgan, gpt=gpt)
-
-
-def remedy(settings: TrainSettings, plan: Plan) -> str:
-    """What helps a training besides more minutes, as the end of a sentence; empty if nothing does."""
-    if settings.size == "laptop":
-        return ", or a smaller resolution"
-    if settings.size != "base":
-        return ", or a smaller size"
-    return ", or size laptop" if plan.model.vqgan.resolution > MODEL_SIZES["laptop"][0].resolution else ""
-
-
-def prompts_of(sample_prompts: str) -> list[str]:
-    """The prompts in the setting of this name, which are separated by |."""
-    return [prompt.strip() for prompt in sample_prompts.split("|") if prompt.strip()]

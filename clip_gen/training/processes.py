@@ -6,10 +6,9 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
-
-from clip_gen.files import PARTIAL
 
 PARENT = os.getppid()  # 1 where that is a container's first process
 
@@ -19,41 +18,32 @@ def announce(path: Path) -> IO[str]:
 
     They look for its lock, which ends with this process in any case, so a file of an earlier start means nothing.
     """
-    temporary = path.with_name(f"{PARTIAL}{path.name}")
-    file = temporary.open("w")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.replace(temporary, path)
+    path.unlink(missing_ok=True)
+    file = path.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 
 def wait_for_announcement(path: Path) -> None:
     """Waits until the first process of this training has called `announce`; OSError like wait_for."""
-    _wait(path, lambda: _is_locked(path))
+    wait_for(path, _is_locked)
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, is_ready: Callable[[Path], bool] = Path.is_file) -> None:
     """Waits until the file exists, which the first process of a training writes for all.
 
     OSError if the parent process has ended, which is the first process itself or torchrun.
     """
-    _wait(path, path.is_file)
-
-
-def _wait(path: Path, done: Callable[[], bool]) -> None:
-    while not done():
+    while not is_ready(path):
         if os.getppid() != PARENT:
-            raise OSError(
-                f"{path} is missing, and the process that was to write it has ended; see what it printed above"
-            )
+            raise OSError(f"{path} is missing, and the process that writes it has ended; see what it printed above")
         time.sleep(0.2)
 
 
 def _is_locked(path: Path) -> bool:
     try:
-        with path.open() as file:
+        with suppress(FileNotFoundError), path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
-        pass
     return False

@@ -18,8 +18,8 @@ from clip_gen.data.decoding import UnusableError
 from clip_gen.files import write_text_atomic
 from clip_gen.training.callbacks import read_history
 from clip_gen.training.encoding import few_pictures
-from clip_gen.training.plan import Plan, TrainSettings, remedy
-from clip_gen.training.progress import Reach
+from clip_gen.training.plan import Plan, TrainSettings
+from clip_gen.training.progress import shortage
 from clip_gen.weights.model_folder import ModelFolderError, load_record
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ img { max-width: 100%; image-rendering: pixelated } svg text { font-size: 11px; 
 def training_record(
     settings: TrainSettings, plan: Plan, pictures: Pictures, held_back: int, stages: Stages, minutes: float
 ) -> dict[str, object]:
-    """minutes: of all starts; the stages' minutes count if they are more, as in a folder of an earlier version."""
+    """minutes: of all starts."""
     values = asdict(settings)
     # The record is public: no path of this machine, no secret of a URL.
     values["base"] = Path(urlsplit(settings.base).path).name
@@ -64,8 +64,8 @@ def training_record(
         "settings": values,
         "plan": asdict(plan),
         "stages": stages,
-        "warnings": shortages(settings, plan, len(pictures.paths) - held_back, stages),
-        "minutes": round(max(minutes, sum(stage["minutes"] for stage in stages.values())), 1),
+        "warnings": shortages(settings, len(pictures.paths) - held_back, stages),
+        "minutes": round(minutes, 1),
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
     }
 
@@ -82,17 +82,17 @@ def earlier_record(model: Path, stages: Stages) -> dict[str, object]:
     return {name: record[name] for name in kept if name in record}
 
 
-def shortages(settings: TrainSettings, plan: Plan, pictures: int, stages: Stages) -> list[str]:
+def shortages(settings: TrainSettings, pictures: int, stages: Stages) -> list[str]:
     """A sentence for each thing that the stages had too little time for."""
     sentences = []
     for name, values in stages.items():
         minutes = values.get("max_minutes", settings.max_minutes)
         steps, planned = values["steps"], values.get("planned_steps", 0)  # 0: by an earlier version
-        reach = Reach(name, steps, planned, minutes, values.get("fine_tunes", False), remedy(settings, plan))
-        if minutes and values.get("ended_by") == "time" and reach.too_few:
+        advice = shortage(name, steps, planned, minutes, values.get("fine_tunes", False))
+        if minutes and values.get("ended_by") == "time" and advice:
             # More minutes train only the last stage further.
             where = "" if name == list(stages)[-1] else ", in another folder"
-            sentences.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {reach.advice()}{where}")
+            sentences.append(f"{name}: its time ended after {steps:,} of {planned:,} steps, {advice}{where}")
         encoded = values.get("pictures", pictures)
         if encoded < pictures:
             sentences.append(f"{few_pictures(encoded, pictures)}, in another folder")

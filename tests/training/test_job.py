@@ -34,12 +34,12 @@ from clip_gen.images import from_bytes
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.discriminator import build_discriminator
 from clip_gen.training import cli, job
+from clip_gen.training import folder as training_folder
 from clip_gen.training.datasets import PictureFiles, Views
 from clip_gen.training.fit import Machine
-from clip_gen.training.folder import claim_training_folder
 from clip_gen.training.grids import SampleGrids, save_grid
 from clip_gen.training.job import Training
-from clip_gen.training.plan import MODEL_SIZES, TrainSettings, plan, prompts_of
+from clip_gen.training.plan import MODEL_SIZES, TrainSettings, plan
 from clip_gen.training.report import write_report
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import ModelFolderError, save_networks, save_part, transformer_matches
@@ -61,9 +61,11 @@ def prepared(images: Path, out: Path, settings: TrainSettings, machine: Machine 
     training = Training(images, out, settings, machine)
     training.check()
     training.load_base()
-    training.claim_folder()
-    with training.lock():
-        training.prepare()
+    training_folder.claim(out)
+    training.pictures = training_folder.unpack_once(images, out)
+    training.plan_stages()
+    training.clean_folder()
+    training.build_networks()
     return training
 
 
@@ -99,7 +101,7 @@ def test_a_zip_becomes_a_tar_that_predicts(
     assert record["warnings"] == []
 
 
-def test_prompts_are_moved_towards_the_pictures_where_the_texts_mean_is_known(
+def test_prompts_shift_towards_the_pictures_if_the_mean_of_texts_is_known(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     networks = tiny_networks()
@@ -114,16 +116,14 @@ def test_prompts_are_moved_towards_the_pictures_where_the_texts_mean_is_known(
         assert ClipGen.load(tmp_path / "out", "cpu").bridge.config.mean_shift == shift
 
 
-def test_the_report_is_one_page_with_curves_pictures_and_what_was_skipped(
-    photos: Path, toy: TrainSettings, tmp_path: Path
-) -> None:
+def test_the_report_has_curves_grids_and_skipped_files(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     Training(photos, tmp_path, toy).run()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<polyline") >= 5
     grids = [list((tmp_path / "work" / stage / "grids").iterdir()) for stage in ("vqgan", "gpt")]
     assert all(grids)
     assert page.count("data:image/png;base64") == sum(map(len, grids))
-    prompts = "what is drawn from their embeddings; “{}”; “{}”.".format(*prompts_of(toy.sample_prompts))
+    prompts = "what is drawn from their embeddings; “a red circle”; “a star”."
     shown = ("Pictures that were held back, above what the VQGAN makes of them.", prompts)
     for words in ("album/notes.txt", "a duplicate", "A training on 24 pictures", "val_psnr", *shown):
         assert words in page, words
@@ -149,7 +149,7 @@ def test_the_report_says_which_prompts_each_grid_was_drawn_for(tmp_path: Path, t
     assert sorted(words, key=page.index) == words
 
 
-def test_new_networks_of_a_size_for_the_clip_of_the_base(
+def test_a_size_trains_new_networks_for_the_clip_of_the_base(
     photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_laptop(monkeypatch)
@@ -159,7 +159,7 @@ def test_new_networks_of_a_size_for_the_clip_of_the_base(
     assert model.config.gpt.codebook_size == model.config.vqgan.codebook_size == 32
 
 
-def test_of_drawings_the_places_that_tell_something_are_learnt_from(
+def test_stage_2_trains_on_the_informative_tokens_of_drawings(
     toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And killed between encoding and the first checkpoint, a training ends with the same weights."""
@@ -169,7 +169,7 @@ def test_of_drawings_the_places_that_tell_something_are_learnt_from(
         (tmp_path / "drawings").mkdir(exist_ok=True)
         Image.fromarray(drawing).save(tmp_path / "drawings" / f"{i}.png")
     small_laptop(monkeypatch)
-    told = replace(toy, size="laptop", resolution=32, codebook_size=32, vqgan_steps=2, crop=False, shift=True)
+    chosen = replace(toy, size="laptop", resolution=32, codebook_size=32, vqgan_steps=2, crop=False, shift=True)
 
     def trained(folder: str, settings: TrainSettings) -> tuple[object, dict[str, torch.Tensor]]:
         out = tmp_path / folder
@@ -177,18 +177,16 @@ def test_of_drawings_the_places_that_tell_something_are_learnt_from(
         record = json.loads((out / "model" / "training.json").read_text())
         return record["stages"]["gpt"]["places"], load_file(out / "work" / "gpt" / "gpt.safetensors")
 
-    places, weights = trained("few", told)
+    places, weights = trained("few", chosen)
     assert places == 32  # of 64
     shutil.rmtree(tmp_path / "few" / "work" / "gpt")
-    again = trained("few", told)[1]
+    again = trained("few", chosen)[1]
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert trained("contrast", replace(told, contrast_weight=1.0))[0] == 32
-    assert trained("whole", replace(told, embedding_loss_weight=1.0))[0] == "all"
+    assert trained("contrast", replace(chosen, contrast_weight=1.0))[0] == 32
+    assert trained("whole", replace(chosen, embedding_loss_weight=1.0))[0] == "all"
 
 
-def test_pictures_are_told_from_those_like_them_unless_that_is_switched_off(
-    photos: Path, toy: TrainSettings, tmp_path: Path
-) -> None:
+def test_contrast_finds_neighbours_and_shows_in_the_report(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     for weight in (4.0, 0.0):
         out = tmp_path / str(weight)
         Training(photos, out, replace(toy, stage="transformer", contrast_weight=weight, condition_blur=0.0)).run()
@@ -198,7 +196,7 @@ def test_pictures_are_told_from_those_like_them_unless_that_is_switched_off(
         assert (">contrast</span>" in (out / "report.html").read_text()) == (weight > 0)
 
 
-def test_one_stage_alone_leaves_the_other_network_as_it_is(
+def test_one_stage_alone_leaves_the_other_network_unchanged(
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = load_file(Path(toy.base) / "vqgan.safetensors")
@@ -227,51 +225,51 @@ def small_laptop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODEL_SIZES, "laptop", small)
 
 
-def test_what_the_time_does_not_suffice_for_is_said_at_once_and_at_the_end(
+def test_too_few_steps_are_a_warning_at_the_start_and_at_the_end(
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """New networks: a stage in which too few steps fit is told apart from one with enough of them."""
+    """New networks: a stage in which too few steps fit has a warning, one with enough steps has none."""
     small_laptop(monkeypatch)
-    told = replace(toy, size="laptop", resolution=16, codebook_size=32, max_minutes=0.05, sample_prompts="")
-    told = replace(told, vqgan_steps=10**6, transformer_steps=1, perceptual_weight=0.0, adversarial_weight=0.0)
+    chosen = replace(toy, size="laptop", resolution=16, codebook_size=32, max_minutes=0.05, sample_prompts="")
+    chosen = replace(chosen, vqgan_steps=10**6, transformer_steps=1, perceptual_weight=0.0, adversarial_weight=0.0)
     with caplog.at_level(logging.INFO):
-        Training(photos, tmp_path, told).run()
-    said = caplog.messages
+        Training(photos, tmp_path, chosen).run()
+    logged = caplog.messages
     first = next(
-        i for i, line in enumerate(said) if re.match(r"vqgan: about [\d,]+ of 1,000,000 steps fit into 0.01 mi", line)
+        i for i, line in enumerate(logged) if re.match(r"vqgan: about [\d,]+ of 1,000,000 steps fit into 0.01 mi", line)
     )
-    assert "minutes: too few for more than blobs; give max_minutes of about " in said[first]
-    assert said[first].endswith(", or a smaller resolution")
-    over = next(i for i, line in enumerate(said) if "minutes are over at step" in line)
+    assert "minutes: too few for more than blobs; give max_minutes of about " in logged[first]
+    assert logged[first].endswith(", or a smaller size or resolution")
+    over = next(i for i, line in enumerate(logged) if "minutes are over at step" in line)
     assert first < over
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     vqgan, gpt = (record["stages"][name] for name in ("vqgan", "gpt"))
     assert (vqgan["planned_steps"], vqgan["ended_by"], gpt["ended_by"]) == (10**6, "time", "steps")
-    assert vqgan["forecast_steps"] == int(said[first].split()[2].replace(",", ""))
+    assert vqgan["forecast_steps"] == int(logged[first].split()[2].replace(",", ""))
     assert 0.2 < vqgan["forecast_steps"] / vqgan["steps"] < 5
     (last,) = record["warnings"]
-    assert said.index(last) > over
+    assert logged.index(last) > over
     assert last.startswith(f"vqgan: its time ended after {vqgan['steps']:,} of 1,000,000 steps, too few for more than")
     minutes = float(re.search("about ([0-9,.]+),", last)[1].replace(",", ""))
     assert minutes == pytest.approx(0.05 * 250_000 / vqgan["steps"], rel=0.05)
     assert last in (tmp_path / "report.html").read_text()
 
 
-def test_few_steps_hardly_change_a_fitting_base_and_few_views_skip_pictures(
+def test_warnings_for_few_steps_on_a_base_and_for_pictures_left_out(
     toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = replace(toy, stage="transformer", sample_prompts="")
+    chosen = replace(toy, stage="transformer", sample_prompts="")
     many = tmp_path / "many"
     write_folder(many, 100)
     with caplog.at_level(logging.INFO):
-        Training(many, tmp_path / "few", replace(told, transformer_steps=10**6, max_minutes=1e-3)).run()
-    said = "\n".join(caplog.messages)
+        Training(many, tmp_path / "few", replace(chosen, transformer_steps=10**6, max_minutes=1e-3)).run()
+    logged = "\n".join(caplog.messages)
     assert re.search(
-        r"embeddings-learnt.npy, .*: 32 of 3,040 views, \d+ a second; about 32 fit into 5e-05 minutes", said
+        r"embeddings-learnt.npy, .*: 32 of 3,040 views, \d+ a second; about 32 fit into 5e-05 minutes", logged
     )
     steps, pictures = json.loads((tmp_path / "few" / "model" / "training.json").read_text())["warnings"]
     assert re.search(
-        r"gpt: about [\d,]+ of 1,000,000 steps fit into 0.1 minutes: too few to change much of the base", said
+        r"gpt: about [\d,]+ of 1,000,000 steps fit into 0.1 minutes: too few to change much of the base", logged
     )
     assert pictures == (
         "gpt: its time sufficed to encode 32 of 95 pictures, and it learns from no others; give 3.0 times as many "
@@ -280,8 +278,8 @@ def test_few_steps_hardly_change_a_fitting_base_and_few_views_skip_pictures(
     assert re.match(
         r"gpt: its time ended after [\d,]+ of 1,000,000 steps, too few to change much of the base model", steps
     )
-    assert said.index(pictures.removesuffix(", in another folder")) < said.index("gpt: about")
-    assert said.count(pictures.removesuffix(", in another folder")) == 2
+    assert logged.index(pictures.removesuffix(", in another folder")) < logged.index("gpt: about")
+    assert logged.count(pictures.removesuffix(", in another folder")) == 2
 
 
 @pytest.mark.parametrize(
@@ -291,7 +289,7 @@ def test_few_steps_hardly_change_a_fitting_base_and_few_views_skip_pictures(
         ("[gloo/transport/tcp/pair.cc:538] Connection reset by peer", "Another process of this training has ended"),
     ],
 )
-def test_the_end_of_another_process_is_one_sentence(
+def test_the_death_of_another_process_is_one_sentence(
     message: str, sentence: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
 ) -> None:
     def killed(training: Training) -> None:
@@ -300,9 +298,9 @@ def test_the_end_of_another_process_is_one_sentence(
     monkeypatch.setattr(Training, "run", killed)
     monkeypatch.setattr(cli, "process_count", lambda: 2)
     assert main(["train", str(photos), "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"train: {sentence}")
-    assert "this command starts the training" in said
+    logged = capsys.readouterr().err
+    assert logged.startswith(f"train: {sentence}")
+    assert "this command starts the training" in logged
 
 
 def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
@@ -313,7 +311,7 @@ def test_a_folder_of_another_training_is_refused(photos: Path, toy: TrainSetting
         prepared(photos, tmp_path, replace(toy, vqgan_steps=9))
 
 
-def test_a_training_goes_on_wherever_its_base_and_its_pictures_lie(
+def test_a_training_resumes_after_its_base_and_pictures_were_moved(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     prepared(photos, tmp_path / "out", toy)
@@ -326,12 +324,10 @@ def test_a_training_goes_on_wherever_its_base_and_its_pictures_lie(
         prepared(photos, tmp_path / "out", replace(toy, base=str(moved)))
 
 
-def test_a_setting_that_an_earlier_version_did_not_know_was_what_it_is_by_default(
-    photos: Path, toy: TrainSettings, tmp_path: Path
-) -> None:
+def test_a_setting_missing_in_an_old_folder_has_its_default(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     prepared(photos, tmp_path, toy)
-    told = tmp_path / "work" / "settings.json"
-    told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k != "tokens"}))
+    saved = tmp_path / "work" / "settings.json"
+    saved.write_text(json.dumps({k: v for k, v in json.loads(saved.read_text()).items() if k != "tokens"}))
     with pytest.raises(ValueError, match="holds a training with tokens 'auto', not 'learn'"):
         prepared(photos, tmp_path, replace(toy, tokens="learn"))
     prepared(photos, tmp_path, toy)
@@ -340,34 +336,34 @@ def test_a_setting_that_an_earlier_version_did_not_know_was_what_it_is_by_defaul
 def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
     busy += rf" \(process {os.getpid()} holds it\)"
-    claim_training_folder(tmp_path)
-    with folder_lock(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
-        prepared(photos, tmp_path, toy)
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
+    training_folder.claim(tmp_path)
     training = Training(photos, tmp_path, toy)
     with folder_lock(tmp_path / "work", ""), pytest.raises(ValueError, match=busy):
         training.run()
-    assert not (tmp_path / "work" / "vqgan").exists()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["lock"]
 
 
 def test_other_processes_wait_for_the_first_and_ignore_files_of_earlier_starts(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     """As under torchrun, which starts all of them at once; the earlier start had time for few views."""
-    told = replace(toy, stage="transformer", transformer_steps=2)
-    earlier = prepared(photos, tmp_path, replace(told, max_minutes=1e-6))
+    chosen = replace(toy, stage="transformer", transformer_steps=2)
+    earlier = prepared(photos, tmp_path, replace(chosen, max_minutes=1e-6))
     assert earlier.encode_train_pictures().rows == 32
     earlier.ready.close()  # as when its process ends
     code = f"""
 import sys
 from pathlib import Path
-from clip_gen.training.job import Training, TrainSettings
+from clip_gen.training.job import Training, TrainSettings, training_folder, wait_for_announcement
 print("begun", flush=True)
-training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), {told!r})
+training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), {chosen!r})
 training.check()
 training.load_base()
-training.claim_folder()
-training.prepare()
+wait_for_announcement(training.work / "ready")
+training.pictures = training_folder.unpack_once(training.images, training.out)
+training.plan_stages()
+training.clean_folder()
+training.build_networks()
 print(training.encode_train_pictures().rows, flush=True)
 """
     environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
@@ -375,14 +371,12 @@ print(training.encode_train_pictures().rows, flush=True)
         assert second.stdout.readline() == "begun\n"
         assert not select.select([second.stdout], [], [], 3)[0]
         assert second.poll() is None
-        first = prepared(photos, tmp_path, told)
+        first = prepared(photos, tmp_path, chosen)
         assert first.encode_train_pictures().rows == 22 * 32
         assert second.stdout.readline() == f"{22 * 32}\n"
 
 
-def test_what_was_half_written_when_a_training_was_killed_does_not_stay(
-    photos: Path, toy: TrainSettings, tmp_path: Path
-) -> None:
+def test_incomplete_files_of_a_killed_training_are_removed(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     prepared(photos, tmp_path, toy)
     left = tmp_path / "work" / "vqgan" / ".clip-gen-saving-x1y2"
     left.parent.mkdir()
@@ -409,7 +403,7 @@ def test_a_training_killed_before_its_first_checkpoint_ends_with_the_same_weight
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
 
 
-def test_of_the_minutes_the_first_stage_gets_a_fifth(
+def test_stage_1_gets_a_fifth_of_max_minutes(
     photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def given(*_: object, machine: Machine, **__: object) -> None:
@@ -417,9 +411,9 @@ def test_of_the_minutes_the_first_stage_gets_a_fifth(
 
     monkeypatch.setattr(job, "fit", given)
     for stage, minutes in (("both", 2.0), ("vqgan", 10.0)):
-        with pytest.raises(KeyboardInterrupt) as told:
+        with pytest.raises(KeyboardInterrupt) as raised:
             Training(photos, tmp_path / stage, replace(toy, stage=stage, max_minutes=10)).run()
-        assert told.value.args == pytest.approx((minutes,), abs=0.5)
+        assert raised.value.args == pytest.approx((minutes,), abs=0.5)
 
 
 def test_tokens_that_the_bases_transformer_does_not_know_are_not_kept(
@@ -432,7 +426,7 @@ def test_tokens_that_the_bases_transformer_does_not_know_are_not_kept(
     assert not (tmp_path / "x").exists()
 
 
-def test_a_published_discriminator_is_gone_on_with(
+def test_a_published_discriminator_is_fine_tuned(
     photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = Path(shutil.copytree(toy.base, tmp_path / "base"))
@@ -446,33 +440,25 @@ def test_a_published_discriminator_is_gone_on_with(
         raise Begun(trainer.discriminator)
 
     monkeypatch.setattr(job, "fit", begun)
-    told = replace(toy, adversarial_weight=1.0, base=str(base))
+    chosen = replace(toy, adversarial_weight=1.0, base=str(base))
     with pytest.raises(Begun) as found:
-        Training(photos, tmp_path / "further", told).run()
+        Training(photos, tmp_path / "further", chosen).run()
     assert torch.equal(found.value.args[0].main[0].weight, published.main[0].weight)
     with pytest.raises(Begun) as found:
-        Training(photos, tmp_path / "anew", replace(told, size="laptop")).run()
+        Training(photos, tmp_path / "new", replace(chosen, size="laptop")).run()
     assert len(found.value.args[0].main[0].weight) == 64
 
 
-def test_minutes_are_of_all_starts(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+def test_minutes_of_all_starts_are_added(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
+    stages = {"vqgan": {"steps": 1, "minutes": 5.0}, "gpt": {"steps": 1, "minutes": 7.5}}
     training = prepared(photos, tmp_path, toy)
-    assert (
-        training.record({"vqgan": {"steps": 1, "minutes": 5.0}, "gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == 12.5
-    )
-    training.clock.began -= 20 * 60
-    training.clock.save()
-    again = prepared(photos, tmp_path, toy)
-    assert again.record({"gpt": {"steps": 1, "minutes": 7.5}})["minutes"] == pytest.approx(20, abs=0.5)
-    # A folder of an earlier version has no clock, but what each stage took.
-    (tmp_path / "work" / "clock.json").unlink()
-    (tmp_path / "work" / "vqgan").mkdir()
-    (tmp_path / "work" / "vqgan" / "ledger.json").write_text(json.dumps([{"from_step": 0, "to_step": 5, "minutes": 3}]))
-    assert prepared(photos, tmp_path, toy).clock.minutes == pytest.approx(3, abs=0.5)
+    assert training.record(stages)["minutes"] == pytest.approx(12.5, abs=0.5)
+    (tmp_path / "work" / "minutes").write_text("20")
+    assert prepared(photos, tmp_path, toy).record(stages)["minutes"] == pytest.approx(32.5, abs=0.5)
 
 
 class Killed(Exception):
-    """Stands for whatever ends a training early."""
+    """Interrupts a training."""
 
 
 def test_a_resumed_training_has_the_rest_of_its_minutes(
@@ -482,19 +468,16 @@ def test_a_resumed_training_has_the_rest_of_its_minutes(
 
     def killed(*_: object, machine: Machine, **__: object) -> None:
         given.append(machine.max_minutes)
+        training.began -= 4 * 60  # as if it had trained for 4 minutes
         raise Killed
 
     monkeypatch.setattr(job, "fit", killed)
     toy = replace(toy, stage="transformer", max_minutes=10, crop=False, flip=False)
-    for minutes_before in (0, 3):
+    for minutes_before in (0, 3, 0):
         training = Training(photos, tmp_path, toy)
         training.began -= minutes_before * 60  # as if it had taken so long to load and encode
         with pytest.raises(Killed):
             training.run()
-    training.clock.began -= 4 * 60
-    training.clock.save()  # with a checkpoint of the transformer after 4 minutes of training
-    with pytest.raises(Killed):
-        Training(photos, tmp_path, toy).run()
     assert given == pytest.approx([10, 7, 7], abs=0.5)
 
 
@@ -520,8 +503,8 @@ def test_a_finished_training_continues_only_with_more_minutes(
     more = (
         "nothing is trained. To train further, give more than 0.01 max_minutes, or start a training in another folder"
     )
-    said = f"{tmp_path} holds a finished training ({steps}), so {more}"
-    assert any(message.startswith(said) for message in caplog.messages)
+    logged = f"{tmp_path} holds a finished training ({steps}), so {more}"
+    assert any(message.startswith(logged) for message in caplog.messages)
     assert fewer == first
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
     longer, others = trained(0)
@@ -532,9 +515,7 @@ def test_a_finished_training_continues_only_with_more_minutes(
     assert any(not torch.equal(value, others[name]) for name, value in weights.items())
 
 
-def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(
-    photos: Path, toy: TrainSettings, tmp_path: Path
-) -> None:
+def test_pictures_of_a_refused_training_are_replaced(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ModelFolderError, match="no such file"):
         prepared(photos, out, replace(toy, base="nope.tar"))
@@ -546,14 +527,12 @@ def test_a_training_that_was_refused_leaves_no_pictures_to_the_next(
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_pictures_that_have_changed_are_not_taken_for_those_of_before(
-    toy: TrainSettings, tmp_path: Path, kind: str
-) -> None:
+def test_changed_pictures_are_refused(toy: TrainSettings, tmp_path: Path, kind: str) -> None:
     images = tmp_path / "album"
     write = write_zip if kind == "zip" else write_folder
     write(images, 10)
     prepared(images, tmp_path / "out", toy)
-    write(images, 10)  # the same, written anew
+    write(images, 10)  # the same contents
     if kind == "folder":
         for left in (".DS_Store", "Icon\r", "__MACOSX/00.png", ".git/config"):  # by a file manager, or hidden
             (images / left).parent.mkdir(exist_ok=True)
@@ -586,14 +565,14 @@ def write_folder(path: Path, count: int) -> None:
         (path / f"{i:02}.png").write_bytes(picture_bytes(pictures[i]))
 
 
-def test_the_command_line_says_one_sentence_when_the_pictures_will_not_do(
+def test_the_command_line_prints_one_sentence_for_unusable_pictures(
     toy: TrainSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "few.zip").write_bytes(b"no archive")
     assert main(["train", str(tmp_path / "few.zip"), "--out", str(tmp_path / "out"), "--base", toy.base]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("train: ")
-    assert said.count("\n") == 1
+    logged = capsys.readouterr().err
+    assert logged.startswith("train: ")
+    assert logged.count("\n") == 1
     assert not (tmp_path / "out" / "weights.tar").exists()
 
 
@@ -614,8 +593,8 @@ def test_a_training_interrupted_many_times_ends_with_the_same_weights(
     for stage, number in itertools.product(("vqgan", "gpt"), (signal.SIGKILL, signal.SIGTERM)):
         shutil.rmtree(scratch)
         scratch.mkdir()
-        with (tmp_path / "said").open("w+") as said:
-            process = subprocess.Popen(words, stdout=said, stderr=said, start_new_session=True, env=environment)
+        with (tmp_path / "logged").open("w+") as logged:
+            process = subprocess.Popen(words, stdout=logged, stderr=logged, start_new_session=True, env=environment)
             # A checkpoint is written at every step, so that some of the signals fall into the writing of one.
             seen = steps_done(ended, stage)
             while process.poll() is None and steps_done(ended, stage) < seen + 3:
@@ -625,9 +604,9 @@ def test_a_training_interrupted_many_times_ends_with_the_same_weights(
                 ends += 1
                 os.killpg(process.pid, number)  # workers get it too
                 assert process.wait() == (-number if number == signal.SIGKILL else 128 + number)
-                said.seek(0)
+                logged.seek(0)
                 if number == signal.SIGTERM:
-                    text = said.read()
+                    text = logged.read()
                     assert "Traceback" not in text, text
                     resume = f"{ended} holds a checkpoint; this command resumes the training: {shlex.join(words)}\n"
                     assert text.endswith(resume), text
@@ -646,7 +625,7 @@ def steps_done(out: Path, stage: str) -> int:
 
 
 @pytest.mark.parametrize(("stage", "strategy"), [("vqgan", "auto"), ("transformer", "ddp")])
-def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage: str, strategy: str) -> None:
+def test_two_processes_have_the_losses_of_one(photos: Path, tmp_path: Path, stage: str, strategy: str) -> None:
     # taming's quantiser: the other one draws new codes for dead ones by chance, which processes do each for themselves.
     # Neither do they drop the same neurons.
     base = replace(TINY, vqgan=replace(TINY.vqgan, quantizer="taming"), gpt=replace(TINY.gpt, dropout=0.0))
@@ -697,34 +676,32 @@ def test_two_processes_get_the_losses_of_one(photos: Path, tmp_path: Path, stage
         ({"seed": -1}, "seed is -1; give 0 or more"),
         ({"vqgan_learning_rate": math.nan}, "vqgan_learning_rate is nan; give 0 or more"),
         ({"max_minutes": math.inf}, "max_minutes is inf; give 0 or more"),
-        ({"size": "laptop", "codebook_size": 16385}, "codebook_size is 16385; give 16 to 16384, or 0 for"),
-        ({"size": "laptop", "codebook_size": 1}, "codebook_size is 1; give 16 to 16384, or 0 for a size that suits"),
-        ({"size": "laptop", "codebook_size": 15}, "codebook_size is 15; give 16 to 16384"),
+        ({"size": "laptop", "codebook_size": 16385}, "codebook_size is 16385; give 16384 or less"),
+        ({"size": "laptop", "codebook_size": 1}, "codebook_size is 1; give 16 or more, or 0 for the usual one"),
+        ({"size": "laptop", "codebook_size": 15}, "codebook_size is 15; give 16 or more, or 0"),
         ({"contrast_weight": -1.0}, "contrast_weight is -1.0; give 0 or more"),
         ({"precision": "8"}, 'precision is "8"; it takes one of auto, 32-true, bf16-mixed'),
         ({"max_minutes": -1.0}, "max_minutes is -1.0; give 0 or more"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(
-    settings: dict[str, object], sentence: str, tiny_model: ClipGen
-) -> None:
+def test_contradictory_settings_are_refused(settings: dict[str, object], sentence: str, tiny_model: ClipGen) -> None:
     def planned() -> None:
-        told = TrainSettings(**settings)
-        told.check()
-        plan(told, tiny_model.config, 100)
+        chosen = TrainSettings(**settings)
+        chosen.check()
+        plan(chosen, tiny_model.config, 100)
 
     with pytest.raises(ValueError, match=sentence):
         planned()
 
 
-def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
+def test_unusable_devices_are_refused_before_anything_is_written(
     photos: Path, toy: TrainSettings, tmp_path: Path
 ) -> None:
     refused = {
-        'strategy is "foo", which Lightning does not have; give auto or ddp': Machine(strategy="foo"),
-        "devices is 0; give how many": Machine(devices="0"),
-        "devices is all; give how many": Machine(devices="all"),
-        "nodes is 0; give how many": Machine(nodes=0),
+        'devices auto, nodes 1 and strategy "foo" .*; give devices auto or': Machine(strategy="foo"),
+        "cannot train with devices 0, nodes 1": Machine(devices="0"),
+        "cannot train with devices all, nodes 1": Machine(devices="all"),
+        "cannot train with devices auto, nodes 0": Machine(nodes=0),
     }
     for sentence, machine in refused.items():
         with pytest.raises(ValueError, match=sentence):
@@ -732,20 +709,20 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("told", "good", "kept"), [("keep", 99, True), ("auto", 99, False)])
-def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
+@pytest.mark.parametrize(("chosen", "good", "kept"), [("keep", 99, True), ("auto", 99, False)])
+def test_tokens_are_kept_if_the_base_reconstructs_the_pictures_well(
     photos: Path,
     toy: TrainSettings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    told: str,
+    chosen: str,
     good: float,
     kept: bool,
 ) -> None:
     monkeypatch.setattr("clip_gen.training.decisions.GOOD_DB", good)
     monkeypatch.setattr("clip_gen.training.decisions.BETTER_DB", -99)
     base = load_file(Path(toy.base) / "vqgan.safetensors")
-    Training(photos, tmp_path, replace(toy, stage="vqgan", tokens=told)).run()
+    Training(photos, tmp_path, replace(toy, stage="vqgan", tokens=chosen)).run()
     after = load_file(tmp_path / "model" / "vqgan.safetensors")
     changed = {name.split(".")[0] for name, value in base.items() if not torch.equal(value, after[name])}
     assert changed == {"decoder", "post_quant_conv"} if kept else changed >= {"decoder", "encoder", "quantizer"}
@@ -757,7 +734,7 @@ def test_tokens_keep_their_meaning_where_the_base_tells_these_pictures_well(
 
 
 @pytest.mark.parametrize(("pale", "kept"), [(False, True), (True, False)])
-def test_what_is_pale_is_not_taken_for_told_well(tmp_path: Path, pale: bool, kept: bool) -> None:
+def test_pale_pictures_do_not_count_as_well_reconstructed(tmp_path: Path, pale: bool, kept: bool) -> None:
     rng, shapes = np.random.default_rng(0), RenderedPictures(8, 5, 64)
     (tmp_path / "pictures").mkdir()
     for i in range(8):
@@ -788,7 +765,7 @@ def test_pictures_of_one_colour_do_not_decide_whether_tokens_are_kept(tmp_path: 
         assert training.keeps_tokens(tmp_path / str(seed) / "tokens.json") is True
 
 
-def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_model: ClipGen) -> None:
+def test_learning_rates_are_lower_for_base_models_and_wide_networks(tiny_model: ClipGen) -> None:
     def rates(**settings: object) -> tuple[float, float, float]:
         made = plan(TrainSettings(**settings), tiny_model.config, 2000)
         return made.vqgan.learning_rate, made.transformer.learning_rate, made.transformer.muon_rate
@@ -802,7 +779,7 @@ def test_what_is_known_is_learnt_on_more_slowly_and_so_is_what_is_wide(tiny_mode
     assert rates(size="laptop", transformer_learning_rate=3e-4) == pytest.approx((2e-3, 3e-4, 4e-4))
 
 
-def test_a_flat_vqgans_convolutions_are_muons(tiny_model: ClipGen) -> None:
+def test_muon_trains_the_convolutions_of_vqgans_with_one_level(tiny_model: ClipGen) -> None:
     def fits(**settings: object) -> tuple[float, float]:
         fit = plan(TrainSettings(**settings), tiny_model.config, 2000).vqgan
         return fit.learning_rate, fit.muon_rate
@@ -813,7 +790,9 @@ def test_a_flat_vqgans_convolutions_are_muons(tiny_model: ClipGen) -> None:
 
 
 @pytest.mark.parametrize(("on_gpu", "vqgan", "transformer"), [(False, [8, 8], [16, 16]), (True, [16, 32], [16, 32])])
-def test_steps_are_larger_on_a_gpu(tiny_model: ClipGen, on_gpu: bool, vqgan: list[int], transformer: list[int]) -> None:
+def test_batches_are_larger_on_a_gpu(
+    tiny_model: ClipGen, on_gpu: bool, vqgan: list[int], transformer: list[int]
+) -> None:
     plans = [plan(TrainSettings(), tiny_model.config, count, on_gpu) for count in (300, 2000)]
     assert [made.vqgan.batch_size for made in plans] == vqgan
     assert [made.transformer.batch_size for made in plans] == transformer
@@ -821,15 +800,15 @@ def test_steps_are_larger_on_a_gpu(tiny_model: ClipGen, on_gpu: bool, vqgan: lis
     assert asked.vqgan.batch_size == asked.transformer.batch_size == 6
 
 
-def test_a_training_taken_up_elsewhere_goes_on_as_it_was_planned(
+def test_a_training_that_resumes_on_another_machine_keeps_its_plan(
     photos: Path, toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = replace(toy, batch_size=0)
+    chosen = replace(toy, batch_size=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    there = prepared(photos, tmp_path, told).plan
+    there = prepared(photos, tmp_path, chosen).plan
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert prepared(photos, tmp_path, told).plan == there
-    assert prepared(photos, tmp_path / "new", told).plan != there
+    assert prepared(photos, tmp_path, chosen).plan == there
+    assert prepared(photos, tmp_path / "new", chosen).plan != there
 
 
 def test_more_pictures_get_more_codes_and_more_steps(tiny_model: ClipGen) -> None:
@@ -862,7 +841,7 @@ def test_views_are_encoded_while_there_is_time_and_the_rest_with_more_time(
     assert begun(0) == 22 * 32
 
 
-def test_a_view_is_of_the_picture_whose_turn_it_is() -> None:
+def test_views_go_through_the_pictures_in_order() -> None:
     class Numbered:
         def __len__(self) -> int:
             return 5
@@ -875,7 +854,7 @@ def test_a_view_is_of_the_picture_whose_turn_it_is() -> None:
     assert len({chance for _, chance in shown}) == 15
 
 
-def test_what_stands_on_a_plain_ground_is_shown_anywhere_whole(tmp_path: Path) -> None:
+def test_shift_moves_content_over_a_plain_background_and_keeps_it_whole(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     drawing = np.full((64, 64, 3), 200, np.uint8) + rng.integers(0, 5, (64, 64, 3), np.uint8)  # as JPEG leaves it
     thing = rng.integers(0, 100, (10, 20, 3), np.uint8)
@@ -904,7 +883,7 @@ def test_what_stands_on_a_plain_ground_is_shown_anywhere_whole(tmp_path: Path) -
     assert (files[0] == drawing).all()
 
 
-def test_few_pictures_are_shown_in_more_ways_each(tiny_model: ClipGen) -> None:
+def test_fewer_pictures_get_more_views(tiny_model: ClipGen) -> None:
     def views(pictures: int, **settings: bool) -> int:
         return plan(TrainSettings(**settings), tiny_model.config, pictures).views
 
@@ -915,9 +894,7 @@ def test_few_pictures_are_shown_in_more_ways_each(tiny_model: ClipGen) -> None:
     assert views(50, crop=False, flip=False, shift=True) == 32
 
 
-def test_a_training_is_compiled_when_it_is_long_enough_to_pay(
-    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_trainings_are_compiled(tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiles(**settings: object) -> bool:
         return plan(TrainSettings(**settings), tiny_model.config, 2000).transformer.compile
 
@@ -930,17 +907,17 @@ def test_a_training_is_compiled_when_it_is_long_enough_to_pay(
     assert not compiles()
 
 
-def test_the_log_tells_how_far_it_is(
+def test_the_log_shows_progress(
     photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         Training(photos, tmp_path, toy).run()
-    said = "\n".join(caplog.messages)
+    logged = "\n".join(caplog.messages)
     for words in ("24 usable pictures; skipped:", "vqgan 8/8  ", "gpt 8/8  ", "pictures/s", "weights: "):
-        assert words in said, words
+        assert words in logged, words
 
 
-def test_a_folder_inside_that_of_the_pictures_is_refused_before_it_is_there(toy: TrainSettings, tmp_path: Path) -> None:
+def test_a_folder_inside_the_folder_of_pictures_is_refused(toy: TrainSettings, tmp_path: Path) -> None:
     write_folder(tmp_path / "album", 10)
     with pytest.raises(ValueError, match=r"trained: is inside the folder of pictures .*album; name"):
         prepared(tmp_path / "album", tmp_path / "album" / "trained", toy)

@@ -728,7 +728,7 @@ def test_the_first_process_of_a_container_is_waited_for(tmp_path: Path) -> None:
     assert (tmp_path / "waiting").read_text() == "1"
 
 
-def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path) -> None:
+def test_waiting_for_a_file_ends_with_the_process_that_writes_it(tmp_path: Path) -> None:
     said, waiting = tmp_path / "said", tmp_path / "waiting"
     if not (writer := os.fork()):
         if not os.fork():
@@ -747,4 +747,4 @@ def test_nobody_waits_for_a_file_whose_writer_is_gone(tmp_path: Path) -> None:
     while not (said.is_file() and said.read_text()):
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert "file is missing, and the process that was to write it has ended" in said.read_text()
+    assert "file is missing, and the process that writes it has ended" in said.read_text()
