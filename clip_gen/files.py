@@ -195,7 +195,7 @@ def check_writable(folder: Path) -> None:
         os.rmdir(tempfile.mkdtemp(dir=nearest, prefix=PARTIAL))
 
 
-def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
+def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path], bool] | None = None) -> None:
     """ValueError unless the folder is new, empty or made by this program. Changes no file.
 
     kind: the kind of folder in the mark, such as "training". made_before_marks: recognises folders of older versions,
@@ -204,7 +204,11 @@ def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path],
     check_writable(folder)
     names, mark = list_names(folder), folder / MARK
     has_mark = mark.is_file()
-    ours = mark.read_text(errors="replace").startswith(f"{kind}\n") if has_mark else made_before_marks(folder)
+    ours = (
+        mark.read_text(errors="replace").startswith(f"{kind}\n")
+        if has_mark
+        else made_before_marks and made_before_marks(folder)
+    )
     if names and not ours:
         shown = next((name for name in names if name != MARK), MARK)
         raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
@@ -224,7 +228,7 @@ def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here
         raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
 
 
-def claim_folder(folder: Path, kind: str, made_before_marks: Callable[[Path], bool]) -> None:
+def claim_folder(folder: Path, kind: str, made_before_marks: Callable[[Path], bool] | None = None) -> None:
     """Creates the folder and marks it as made by this program. Raises what check_claimable raises."""
     check_claimable(folder, kind, made_before_marks)
     with errors_named(folder):

@@ -62,7 +62,7 @@ def test_clip_knows_which_colour_shape_and_size_belong_to_which(model: ClipGen) 
     nearer = []
     for _ in range(40):
         scene = sample_scene(rng, count=2)
-        other = place(rng, *_swap_attribute(scene, rng))
+        other = place(_swap_attribute(scene, rng), rng)
         if {item.look for item in other.items} != {item.look for item in scene.items}:
             own, swapped = model.clip_encoder.encode_image(to_tensor([render(scene), render(other)]))
             text = model.clip_encoder.encode_text([caption(describe(scene))])[0]

@@ -138,11 +138,16 @@ def test_every_setting_of_a_training_has_help() -> None:
     [
         ("evaluate MODEL --out OUT", "", ["report.json"], "holds report.json and is no evaluation folder of this"),
         ("evaluate MODEL --out OUT", "", ["sheet.png"], "holds sheet.png and is no evaluation folder of this"),
-        ("train-shapes --work OUT --out OUT/model", "", ["clip/told.json"], "holds clip and is no train-shapes folder"),
+        (
+            "train-shapes --work OUT --out OUT/model",
+            "",
+            ["clip/record.json"],
+            "holds clip and is no train-shapes folder",
+        ),
         (
             "train-shapes --work OUT/work --out OUT",
             "",
-            ["gpt/told.json"],
+            ["gpt/settings.json"],
             "holds gpt and is no model folder",
         ),
         ("train-shapes --work OUT/work --out OUT", "", ["config.yaml"], "holds config.yaml and is no model folder"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ from conftest import TINY
 
 from clip_gen import ClipGen
 from clip_gen.config import write_config
-from clip_gen.files import ROOT
+from clip_gen.files import MARK, ROOT
 from clip_gen.training.stage import FitConfig
 from clip_gen.worlds.shapes.recipe import ShapesConfig
 
@@ -119,7 +118,8 @@ def group_is_gone(leader: int) -> bool:
 
 def test_a_failing_part_ends_the_other_and_prints_the_reason(tmp_path: Path) -> None:
     (tmp_path / "work" / "vqgan").mkdir(parents=True)
-    (tmp_path / "work" / "vqgan" / "record.json").write_text(json.dumps({"other": "recipe"}))
+    (tmp_path / "work" / MARK).write_text("train-shapes\n")
+    (tmp_path / "work" / "vqgan" / "record.json").write_text("{}")
     with endless_recipe(tmp_path) as script:
         said = script.communicate(timeout=120)[1]
         assert script.returncode == 1

@@ -18,36 +18,38 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.training.fit import fit
 from clip_gen.training.stage import FitConfig
 from clip_gen.weights.model_folder import load_networks
-from clip_gen.worlds.shapes import ranker
-from clip_gen.worlds.shapes.pairs import CaptionedPairs, _first_scene, training_rng
-from clip_gen.worlds.shapes.ranker import RankedPictures, RankerTrainer, ranked_pictures, resample_tokens
+from clip_gen.worlds import ranker
+from clip_gen.worlds.ranker import RankedPictures, RankerTrainer, ranked_pictures, resample_tokens
+from clip_gen.worlds.shapes.pairs import CaptionedPictures
 
-PAIRS = CaptionedPairs(40, 3, 16)
+CAPTIONED = CaptionedPictures(40, 3, 16)
 
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> RankedPictures:
-    return ranked_pictures(tiny_networks(), PAIRS, 3, tmp_path_factory.mktemp("ranked"), "drawn")
+    return ranked_pictures(tiny_networks(), CAPTIONED, 3, tmp_path_factory.mktemp("ranked"), "drawn")
 
 
-def test_each_item_has_two_captions_and_the_four_pictures_to_rank(ranked: RankedPictures, tmp_path: Path) -> None:
+def test_an_item_has_two_captions_and_four_pictures(ranked: RankedPictures, tmp_path: Path) -> None:
     networks = tiny_networks()
-    text, pictures = ranked[82]  # the third time through
+    text, pictures = ranked[82]  # in the third round
     assert np.array_equal(ranked[42][1], pictures[:, :, ::-1])
     assert np.array_equal(ranked[42][0], text)
-    true, captions = PAIRS.first(2)
+    true, captions = CAPTIONED[2]
     assert np.array_equal(pictures[0], true)
-    # A GPU, where there is one, rounds otherwise.
+    # A GPU rounds differently.
     assert np.allclose(text, networks.clip.encode_text(captions).numpy(), atol=1e-3)
     through = to_bytes(networks.vqgan.decode(networks.vqgan.encode(to_tensor([true]))))[0].numpy()
     assert np.abs(pictures[1].astype(int) - through).max() <= 1
 
-    other = ranked_pictures(networks, PAIRS, 4, tmp_path, "drawn")
+    other = ranked_pictures(networks, CAPTIONED, 4, tmp_path, "drawn")
     same = [np.array_equal(ranked.pictures[0][:, place], other.pictures[0][:, place]) for place in range(4)]
     assert same == [True, True, False, False]
 
 
-def test_what_is_ranked_is_drawn_as_it_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_sampled_in_the_number_format_of_inference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn_in, sample = [], ranker.sample_tokens
 
     def watched(gpt: GPT, *given: object) -> Tensor:
@@ -56,51 +58,51 @@ def test_what_is_ranked_is_drawn_as_it_will_be(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(ranker, "sample_tokens", watched)
     monkeypatch.setattr(ranker, "choose_dtype", lambda wanted, device: torch.bfloat16)
-    ranked_pictures(tiny_networks(), CaptionedPairs(4, 3, 16), 3, tmp_path, "drawn")
+    ranked_pictures(tiny_networks(), CaptionedPictures(4, 3, 16), 3, tmp_path, "drawn")
     assert drawn_in == [torch.bfloat16]
 
 
-def test_drawing_that_was_cut_off_goes_on_from_the_last_file_and_comes_out_the_same(
+def test_interrupted_sampling_resumes_after_the_last_file_with_the_same_result(
     ranked: RankedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranker, "FILE_SIZE", 16)
     monkeypatch.setattr(ranker, "BATCH_SIZE", 8)
     networks = tiny_networks()
-    whole = ranked_pictures(networks, PAIRS, 3, tmp_path / "whole", "drawn")
+    whole = ranked_pictures(networks, CAPTIONED, 3, tmp_path / "whole", "drawn")
     assert [len(part) for part in whole.pictures] == [16, 16, 8]
 
     sample, calls = ranker.sample_tokens, []
 
-    def cut_off(*given: object) -> Tensor:
+    def interrupted(*given: object) -> Tensor:
         calls.append(given)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return sample(*given)
 
-    monkeypatch.setattr(ranker, "sample_tokens", cut_off)
+    monkeypatch.setattr(ranker, "sample_tokens", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ranked_pictures(networks, PAIRS, 3, tmp_path / "cut", "drawn")
-    again = ranked_pictures(networks, PAIRS, 3, tmp_path / "cut", "drawn")
-    assert len(calls) == 4 + 3  # the first file of two batches stood, the second was made again
+        ranked_pictures(networks, CAPTIONED, 3, tmp_path / "interrupted", "drawn")
+    again = ranked_pictures(networks, CAPTIONED, 3, tmp_path / "interrupted", "drawn")
+    assert len(calls) == 4 + 3  # the first file of two batches was complete, the second was not
     for number in (0, 15, 16, 39, 40):
         for one, other in zip(whole[number], again[number], strict=True):
             assert np.array_equal(one, other)
 
 
-def test_a_touched_picture_keeps_the_tokens_that_are_not_resample_tokens() -> None:
+def test_resampling_keeps_the_other_tokens() -> None:
     gpt = tiny_networks().gpt
     condition, tokens = torch.randn(64, gpt.config.embed_dim), torch.randint(gpt.config.codebook_size, (64, 16))
     touched = resample_tokens(gpt, condition, tokens, np.random.default_rng(0))
     kept = (touched == tokens).float().mean(dim=1)
-    # Of a tenth to all of the tokens, nearly all of which come out otherwise where nothing has been learnt.
+    # From a tenth to all of the tokens are resampled; an untrained transformer changes nearly all of these.
     assert kept.min() < 0.3
     assert kept.max() > 0.8
     assert torch.equal(touched, resample_tokens(gpt, condition, tokens, np.random.default_rng(0)))
 
 
-def test_the_text_tower_and_what_prompts_become_stay_as_they_are(ranked: RankedPictures, tmp_path: Path) -> None:
+def test_the_text_tower_does_not_change(ranked: RankedPictures, tmp_path: Path) -> None:
     networks = tiny_networks()
-    prompts = PAIRS[0].captions
+    prompts = CAPTIONED[0][1]
     before, text = deepcopy(networks.clip.state_dict()), networks.clip.encode_text(prompts)
     config = FitConfig(steps=4, batch_size=8, warmup=1, ema_decay=0.5)
     fit("toy", RankerTrainer(networks.clip, config), ranked, ranked, tmp_path, seed=0)
@@ -111,22 +113,20 @@ def test_the_text_tower_and_what_prompts_become_stay_as_they_are(ranked: RankedP
         assert moved == name.startswith("clip.visual."), name
 
 
-def firsts(clip: ClipEncoder, pairs: CaptionedPairs) -> tuple[np.ndarray, Tensor]:
-    """All pictures of the pairs, (n, S, S, 3) uint8, and the embeddings of both captions of each, (n, 2, E)."""
-    pictures, captions = zip(*(pairs.first(i) for i in range(len(pairs))), strict=True)
+def pictures_and_texts(clip: ClipEncoder, captioned: CaptionedPictures) -> tuple[np.ndarray, Tensor]:
+    """All pictures, (n, S, S, 3) uint8, and the embeddings of both captions of each, (n, 2, E)."""
+    pictures, captions = zip(*(captioned[i] for i in range(len(captioned))), strict=True)
     return np.stack(pictures), torch.stack([clip.encode_text(pair) for pair in captions])
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["by its caption", "by the shorter one"])
-@pytest.mark.parametrize("place", [2, 3], ids=["touched", "drawn"])
-def test_a_fault_of_the_drawings_comes_to_cost_them_their_place(tmp_path: Path, place: int, which: int) -> None:
-    """The bundled CLIP, and a generator that leaves a pinhole in whatever it draws, or writes anew. Of the two captions
-    the other one says nothing.
-    """
+@pytest.mark.parametrize("place", [2, 3], ids=["resampled", "sampled"])
+def test_pictures_with_a_fault_come_to_rank_lower(tmp_path: Path, place: int, which: int) -> None:
+    """The bundled CLIP, with a pinhole in each sampled or resampled picture. The other caption's embedding is zero."""
     networks = load_networks(ROOT / "checkpoints" / "shapes")
-    pairs = CaptionedPairs(32, 3, 64)
-    scenes = [_first_scene(training_rng(3, i)) for i in range(32)]
-    whole, text = firsts(networks.clip, pairs)
+    captioned = CaptionedPictures(32, 3, 64)
+    scenes = [captioned.scene(i, captioned.rng(i)) for i in range(32)]
+    whole, text = pictures_and_texts(networks.clip, captioned)
     through = to_bytes(networks.vqgan.decode(networks.vqgan.encode(to_tensor(list(whole))))).numpy()
     faulty = through.copy()
     for picture, scene in zip(faulty, scenes, strict=True):
@@ -151,11 +151,10 @@ def test_a_fault_of_the_drawings_comes_to_cost_them_their_place(tmp_path: Path, 
     assert lead() > before + 0.02, before
 
 
-def test_true_pictures_stay_where_they_were(tmp_path: Path) -> None:
-    """Where the drawn are as good as the true, there is nothing to learn, and nothing moves far."""
+def test_embeddings_of_true_pictures_stay_in_place(tmp_path: Path) -> None:
+    """If samples are as good as true pictures, there is nothing to learn."""
     networks = load_networks(ROOT / "checkpoints" / "shapes")
-    pairs = CaptionedPairs(32, 3, 64)
-    whole, text = firsts(networks.clip, pairs)
+    whole, text = pictures_and_texts(networks.clip, CaptionedPictures(32, 3, 64))
     np.save(tmp_path / "texts.npy", text.numpy())
     np.save(tmp_path / "pictures.npy", np.repeat(whole[:, None], 4, axis=1))
     before = networks.clip.encode_image(to_tensor(list(whole)))

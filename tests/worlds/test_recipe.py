@@ -1,13 +1,10 @@
-"""worlds/shapes/recipe.py and clip_trainer.py at toy size: the parts of the bundled model."""
+"""worlds/shapes/recipe.py and worlds/clip_trainer.py at toy size: the parts of the bundled model."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shutil
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,18 +16,17 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from clip_gen import ClipGen
-from clip_gen.config import read_config
-from clip_gen.files import MARK, ROOT, check_claimable, folder_lock
+from clip_gen.__main__ import main
+from clip_gen.config import read_config, write_config
+from clip_gen.files import MARK, ROOT, folder_lock
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import save_networks
-from clip_gen.worlds.shapes.clip_trainer import ClipTrainer, Collate, Naming, contrastive_loss
-from clip_gen.worlds.shapes.pairs import ABSENT, CHOICES, UNSAID, CaptionedPairs
-from clip_gen.worlds.shapes.recipe import Recipe, ShapesConfig, add_arguments, parts_in_order
-from clip_gen.worlds.shapes.recipe import main as train_shapes
-from clip_gen.worlds.shapes.work_folder import PARTS, fingerprint, has_parts
+from clip_gen.worlds.clip_trainer import UNSAID, ClipTrainer, Naming, contrastive_loss
+from clip_gen.worlds.shapes.pairs import CHOICES, CaptionedPairs, Collate
+from clip_gen.worlds.shapes.recipe import NEEDS, Recipe, ShapesConfig
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 RECIPE = ShapesConfig(
@@ -49,7 +45,7 @@ RECIPE = ShapesConfig(
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     recipe = Recipe(RECIPE, tmp_path_factory.mktemp("work"))
-    for part in PARTS:
+    for part in NEEDS:
         recipe.load_or_train(part)
     return recipe
 
@@ -62,11 +58,11 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
     for part in ("clip", "vqgan", "gpt", "ranker"):
         assert record["stages"][part]["steps"] == 6
         assert [(start["from_step"], start["to_step"]) for start in record["stages"][part]["starts"]] == [(0, 6)]
-        assert record["stages"][part]["told"]["fit"]["steps"] == 6
+        assert record["config"][f"{part}_fit"]["steps"] == 6
     assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
 
 
-def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_part_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     again = Recipe(RECIPE, trained.work)
     monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
     again.load_or_train("vqgan")
@@ -74,45 +70,44 @@ def test_a_part_that_is_done_is_not_trained_again(trained: Recipe, monkeypatch: 
         assert torch.equal(tensor.float(), again.networks.vqgan.state_dict()[name].float()), name
 
 
-def test_parts_come_with_what_they_rest_on() -> None:
-    assert parts_in_order(["bridge", "vqgan"]) == ["clip", "vqgan", "bridge"]
-    assert parts_in_order(["gpt"]) == ["clip", "vqgan", "gpt"]
-    assert parts_in_order(["ranker"]) == list(PARTS)  # with it the model is whole
-
-
-def test_a_part_that_another_process_trains_is_waited_for(
+def test_parts_are_trained_after_those_that_they_need(
     trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, aside = Path(shutil.copytree(trained.work, tmp_path / "work")), tmp_path / "vqgan"
-    (work / "vqgan").rename(aside)
-    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.read_config", lambda *_: RECIPE)
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    words = ["--work", str(work), "--out", str(tmp_path / "model"), "--devices", "1"]
-    arguments = parser.parse_args([*words, "--parts", "clip", "gpt", "bridge", "ranker"])
-    other = threading.Timer(2.0, lambda: aside.rename(work / "vqgan"))
-    other.start()
-    began = time.monotonic()
-    train_shapes(arguments)
-    assert time.monotonic() - began > 1.5
+    work, parts = Path(shutil.copytree(trained.work, tmp_path / "work")), []
+    load_or_train = Recipe.load_or_train
+
+    def watched(recipe: Recipe, name: str) -> None:
+        parts.append(name)
+        load_or_train(recipe, name)
+
+    monkeypatch.setattr(Recipe, "load_or_train", watched)
+    write_config(RECIPE, tmp_path / "recipe.yaml")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--work", str(work), "--out", str(tmp_path / "model")]
+    (work / MARK).write_text("train-shapes\n")
+    assert main(["train-shapes", *words, "--parts", "bridge", "vqgan"]) == 0
+    assert parts == ["clip", "vqgan", "bridge"]
+    assert not (tmp_path / "model").exists()
+    parts.clear()
+    assert main(["train-shapes", *words, "--parts", "ranker"]) == 0
+    assert parts == list(NEEDS)
     assert ClipGen.load(tmp_path / "model", "cpu").config.name == TINY.name
 
 
-def test_what_one_process_trains_alone_the_others_wait_for(
+def test_other_processes_wait_for_a_part_that_the_first_trains_alone(
     trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.rank_zero_only.rank", 1)
     again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
     record, waited = again.work / "ranker" / "record.json", []
     kept = record.read_bytes()
     record.unlink()
-    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.rank_zero_only.rank", 1)
     monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
     monkeypatch.setattr("clip_gen.worlds.shapes.recipe.wait_for", lambda path: waited.append(path.write_bytes(kept)))
     again.load_or_train("ranker")
     assert waited
 
 
-def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_interrupted_part_resumes_from_its_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     half = replace(RECIPE, vqgan_fit=replace(FIT, steps=4))
     Recipe(half, tmp_path).load_or_train("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
@@ -126,7 +121,7 @@ def test_a_part_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, cap
     assert not any("4/6" in line for line in caplog.messages)
 
 
-def test_a_part_goes_on_with_the_pictures_it_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_part_trains_on_the_pictures_it_has_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     step = VQGANTrainer.training_step
 
@@ -142,7 +137,7 @@ def test_a_part_goes_on_with_the_pictures_it_has_not_seen(tmp_path: Path, monkey
     assert len(set(seen)) == 48
 
 
-def test_a_part_whose_checkpoint_is_the_last_step_keeps_the_averaged_weights(tmp_path: Path) -> None:
+def test_resuming_after_the_last_step_keeps_the_averaged_weights(tmp_path: Path) -> None:
     first = Recipe(RECIPE, tmp_path)
     first.load_or_train("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
@@ -152,7 +147,7 @@ def test_a_part_whose_checkpoint_is_the_last_step_keeps_the_averaged_weights(tmp
         assert torch.equal(tensor, again.networks.vqgan.state_dict()[name]), name
 
 
-def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> None:
+def test_a_finished_part_of_another_recipe_is_refused(trained: Recipe) -> None:
     other = Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=7)), trained.work)
     with pytest.raises(ValueError, match="vqgan was trained by another recipe; remove it"):
         other.load_or_train("vqgan")
@@ -166,7 +161,7 @@ def test_a_part_of_another_recipe_is_not_taken_for_this_one(trained: Recipe) -> 
         {"model": replace(TINY, vqgan=replace(TINY.vqgan, codebook_dim=8))},
     ],
 )
-def test_an_unfinished_part_of_another_recipe_is_not_gone_on_with(tmp_path: Path, other: dict[str, object]) -> None:
+def test_an_unfinished_part_of_another_recipe_is_refused(tmp_path: Path, other: dict[str, object]) -> None:
     Recipe(replace(RECIPE, vqgan_fit=replace(FIT, steps=4)), tmp_path).load_or_train("vqgan")
     (tmp_path / "vqgan" / "record.json").unlink()
     kept = (tmp_path / "vqgan" / "last.ckpt").read_bytes()
@@ -175,18 +170,13 @@ def test_an_unfinished_part_of_another_recipe_is_not_gone_on_with(tmp_path: Path
     assert (tmp_path / "vqgan" / "last.ckpt").read_bytes() == kept
 
 
-def test_what_was_drawn_by_another_transformer_is_not_ranked(trained: Recipe, tmp_path: Path) -> None:
+def test_samples_of_another_transformer_are_refused(trained: Recipe, tmp_path: Path) -> None:
     work = Path(shutil.copytree(trained.work, tmp_path / "work"))
     (work / "ranker" / "record.json").unlink()
-    told = json.loads((work / "ranker" / "told.json").read_text())
-    (work / "ranker" / "told.json").write_text(json.dumps(told | {"gpt": "another"}))
+    settings = json.loads((work / "ranker" / "settings.json").read_text())
+    (work / "ranker" / "settings.json").write_text(json.dumps(settings | {"gpt": "another"}))
     with pytest.raises(ValueError, match="ranker was trained by another recipe; remove it"):
         Recipe(RECIPE, work).load_or_train("ranker")
-
-
-def test_the_work_folder_of_a_version_without_marks_is_known(trained: Recipe) -> None:
-    assert not (trained.work / MARK).exists()
-    check_claimable(trained.work, "train-shapes", has_parts)
 
 
 def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) -> None:
@@ -197,7 +187,7 @@ def test_two_processes_do_not_train_one_part(trained: Recipe, tmp_path: Path) ->
     assert not (work / "vqgan" / "record.json").is_file()
 
 
-def test_a_part_killed_after_its_last_step_still_tells_what_it_measured(trained: Recipe, tmp_path: Path) -> None:
+def test_a_part_killed_after_its_last_step_keeps_its_record(trained: Recipe, tmp_path: Path) -> None:
     again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
     record = again.work / "vqgan" / "record.json"
     before = json.loads(record.read_text())
@@ -218,10 +208,10 @@ def test_the_bundled_recipe_selects_informative_places_and_starts_from_the_codes
     for name, unseen in (("clip", np.zeros((4, 128), np.float16)), ("vqgan", np.zeros((4, 256), np.uint16))):
         (tmp_path / name).mkdir()
         shutil.copy(ROOT / "checkpoints" / "shapes" / f"{name}.safetensors", tmp_path / name)
-        (tmp_path / name / "record.json").write_text(json.dumps({"told": recipe.settings(name)}))
+        (tmp_path / name / "settings.json").write_text(json.dumps(recipe.settings(name)))
+        (tmp_path / name / "record.json").write_text("{}")
         recipe.load_or_train(name)
-        mark = fingerprint(tmp_path / name / f"{name}.safetensors")
-        np.save(tmp_path / "encoded" / f"{name}-{mark}-unseen-1024.npy", unseen)
+        np.save(tmp_path / "encoded" / f"{name}-{recipe.fingerprint(name)}-unseen-1024.npy", unseen)
 
     batches, step = [], GPTTrainer.training_step
 
@@ -252,13 +242,13 @@ def test_training_changes_the_weights_it_should_and_keeps_the_others(trained: Re
         assert sum(moved) > len(moved) / 2, part
 
 
-def test_the_batch_norms_of_clip_learn_what_pictures_look_like(trained: Recipe) -> None:
+def test_the_batch_norms_of_clip_are_trained(trained: Recipe) -> None:
     norm = trained.networks.clip.clip.visual.bn1
     assert norm.num_batches_tracked == 6 + 6  # and again as a ranker
     assert norm.running_mean.abs().sum() > 0
 
 
-def test_words_never_met_say_nothing(trained: Recipe) -> None:
+def test_words_never_trained_have_zero_embeddings(trained: Recipe) -> None:
     clip = trained.networks.clip
     table = clip.clip.token_embedding.weight
     known, unknown = (clip.tokenize([word])[0, 1] for word in ("shape", "zebra"))
@@ -266,33 +256,31 @@ def test_words_never_met_say_nothing(trained: Recipe) -> None:
     assert table[known].abs().sum() > 0
 
 
-def test_other_true_captions_are_not_held_against_a_picture() -> None:
-    stated = torch.tensor([[0, -1, 1, 2, -1, -1, -2, -2, -2], [0, -1, 1, 2, 3, -1, -2, -2, -2]])
-    shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [0, -1, 1, 2, 3, 1, -2, -2, -2]])
-    # Caption 0 leaves the colour unsaid, so it is true of both pictures; only caption 1 may tell them apart.
+def test_true_captions_of_other_pictures_are_no_wrong_answers() -> None:
+    # Caption 0 is true of both pictures, so only caption 1 may change to separate them.
+    is_true = torch.tensor([[True, True], [False, True]])
     logits = torch.tensor([[0.0, 9.0], [0.0, 9.0]], requires_grad=True)
-    contrastive_loss(logits, stated, shown).backward()
+    contrastive_loss(logits, is_true).backward()
     assert logits.grad[0, 1] == 0
     assert logits.grad[1, 0] > 0
 
 
-def test_no_caption_is_pulled_towards_a_spoilt_picture() -> None:
-    stated = shown = torch.tensor([[0, -1, 1, 2, 5, 0, -2, -2, -2], [1, -1, 1, 2, 3, 1, -2, -2, -2]])
+def test_spoilt_pictures_are_wrong_answers_for_all_captions() -> None:
     logits = torch.zeros(2, 3, requires_grad=True)
-    contrastive_loss(logits, stated, shown).backward()
+    contrastive_loss(logits, torch.eye(2, dtype=torch.bool)).backward()
     assert (logits.grad[:, 2] > 0).all()
 
 
 @pytest.mark.parametrize("naming_only", [0.0, 1.0])
 def test_the_small_clip_learns(naming_only: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_gen.worlds.shapes.clip_trainer.NAMING_ONLY", naming_only)
+    monkeypatch.setattr("clip_gen.worlds.clip_trainer.NAMING_ONLY", naming_only)
     torch.manual_seed(0)
     encoder = ClipEncoder(TINY.clip)
-    trainer = ClipTrainer(encoder, FitConfig(steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0))
+    trainer = ClipTrainer(encoder, CHOICES, FitConfig(steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0))
     trainer.log_dict = lambda *_, **__: None
     pairs = CaptionedPairs(8, 0, 32)
     batch = Collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])
-    batch = (batch[0], batch[1][:, :16], *batch[2:])
+    batch = batch._replace(tokens=batch.tokens[:, :16])
     optimizer = trainer.configure_optimizers()["optimizer"]
     losses = []
     for _ in range(40):
@@ -304,15 +292,12 @@ def test_the_small_clip_learns(naming_only: float, monkeypatch: pytest.MonkeyPat
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_naming_asks_only_what_was_said() -> None:
+def test_naming_ignores_questions_without_an_answer() -> None:
     torch.manual_seed(0)
-    naming = Naming(8)
-    circle = torch.tensor([[0, UNSAID, 1, 0, UNSAID, 1, ABSENT, ABSENT, ABSENT]])
+    naming = Naming(8, CHOICES)
+    circle = torch.tensor([[0, 0, 0, UNSAID, 1, UNSAID, UNSAID, UNSAID]])
     naming(torch.randn(1, 8), circle).backward()
     asked = [gradient.any().item() for gradient in naming.read[-1].bias.grad.split(CHOICES)]
     assert asked == [True, True, True, False, True, False, False, False]
-    nothing = torch.full((1, 9), UNSAID)
-    nothing[:, 2] = 2
-    both = torch.cat([circle, nothing])
-    embeddings = torch.randn(2, 8)
+    both, embeddings = torch.cat([circle, torch.full((1, 8), UNSAID)]), torch.randn(2, 8)
     assert torch.allclose(naming(embeddings, both), naming(embeddings[:1], circle))

@@ -6,7 +6,9 @@ attribute), and spoilt pictures that no caption fits, since CLIP will rank gener
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clip_gen.worlds.shapes.captions import Description, describe, leave_unsaid, vary
+from clip_gen.networks.clip_encoder import Tokenizer
+from clip_gen.worlds.clip_trainer import UNSAID, Batch
+from clip_gen.worlds.shapes.captions import Description, describe, leave_unsaid, swapped, vary
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import (
     BACKGROUNDS,
@@ -22,7 +26,6 @@ from clip_gen.worlds.shapes.scenes import (
     OBJECT_SIZES,
     RELATIONS,
     SHAPES,
-    Item,
     Scene,
     another,
     place,
@@ -31,18 +34,11 @@ from clip_gen.worlds.shapes.scenes import (
 from clip_gen.worlds.shapes.spoiling import spoil, wear
 
 TRAINING = 1203  # part of the seed: training pictures differ from those of the command `shapes`
-SHORTER = 1  # part of the seed of shorter captions
-
-UNSAID = -1
-ABSENT = -2
+GROUP = 4  # pairs in a group
+ABSENT = -2  # an attribute of the second item, where there is none
 
 # The number of possible answers to each question of `answers`.
 CHOICES = (len(BACKGROUNDS), 3, *2 * (len(SHAPES), len(COLOURS), len(OBJECT_SIZES)))
-
-
-def training_rng(seed: int, index: int) -> np.random.Generator:
-    """The random generator of training picture `index`; another one than the command `shapes` uses for this seed."""
-    return np.random.default_rng([TRAINING, seed, index])
 
 
 class RenderedPictures(Dataset):
@@ -55,9 +51,13 @@ class RenderedPictures(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> np.ndarray:
+        return render(self.scene(index, self.rng(index)), self.resolution)
+
+    def rng(self, index: int) -> np.random.Generator:
+        """The random generator of item `index`."""
         if not 0 <= index < self.count:
             raise IndexError(index)
-        return render(self.scene(index, training_rng(self.seed, index)), self.resolution)
+        return np.random.default_rng([TRAINING, self.seed, index])
 
     def scene(self, index: int, rng: np.random.Generator) -> Scene:
         return sample_scene(rng)
@@ -81,57 +81,70 @@ class NearMisses(RenderedPictures):
 
     def scene(self, index: int, rng: np.random.Generator) -> Scene:
         scene = sample_scene(rng)
-        swaps = [replace(scene, items=_swapped(scene, name)) for name in ("shape", "colour") if len(scene.items) == 2]
+        if len(scene.items) == 1:
+            return scene
+        swaps = [swapped_attribute(scene, name) for name in ("shape", "colour")]
         swaps = [swap for swap in swaps if swap != scene and not any(item.held_out for item in swap.items)]
         return swaps[rng.integers(len(swaps))] if swaps else scene
+
+
+class CaptionedPictures(RenderedPictures):
+    """Item i: a picture (S, S, 3) uint8 with any pairs of colour and shape, its caption, and a shorter caption."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[str, str]]:
+        rng = self.rng(index)
+        scene = self.scene(index, rng)
+        caption = vary(_shortened(describe(scene), rng), rng)
+        shorter = vary(leave_unsaid(describe(scene), rng, rng.choice([0.5, 0.85])), rng)
+        return render(scene, self.resolution), (caption, shorter)
+
+    def scene(self, index: int, rng: np.random.Generator) -> Scene:
+        """Two of three scenes have two items: which attribute belongs to which item is the hardest to learn."""
+        return sample_scene(rng, count=int(rng.choice([1, 2, 2])), held_out="may")
 
 
 class PairGroup(NamedTuple):
     """A scene and near misses of it, with captions, and a spoilt picture of the scene."""
 
-    pictures: np.ndarray  # (G, S, S, 3) uint8
-    captions: list[str]  # G
-    stated: np.ndarray  # (G, 9): what each caption says, or UNSAID
-    shown: np.ndarray  # (G, 9): what each picture shows
+    pictures: np.ndarray  # (GROUP, S, S, 3) uint8
+    captions: list[str]
+    stated: list[Description]  # what the captions say
+    shown: list[Description]  # what the pictures show
     spoilt: np.ndarray  # (1, S, S, 3) uint8
 
 
-class CaptionedPairs(Dataset):
+class CaptionedPairs(CaptionedPictures):
     """Groups of captioned pictures; group i depends on the seed and i only."""
 
-    def __init__(self, count: int, seed: int, resolution: int, group: int = 4):
-        self.count, self.seed, self.resolution, self.group = count, seed, resolution, group
-
-    def __len__(self) -> int:
-        return self.count
-
     def __getitem__(self, index: int) -> PairGroup:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        rng = training_rng(self.seed, index)
-        scenes = [_first_scene(rng)]
-        while len(scenes) < self.group:
+        rng = self.rng(index)
+        scenes = [self.scene(index, rng)]
+        while len(scenes) < GROUP:
             scenes.append(near_miss(scenes[rng.integers(len(scenes))], rng))
-        descriptions = [_shortened(describe(scene), rng) for scene in scenes]
-        return PairGroup(
-            pictures=np.stack([wear(render(scene, self.resolution), rng) for scene in scenes]),
-            captions=[vary(description, rng) for description in descriptions],
-            stated=np.stack([_numbers(description) for description in descriptions]),
-            shown=np.stack([_numbers(describe(scene)) for scene in scenes]),
-            spoilt=spoil(scenes[0], rng, self.resolution)[None],
+        stated = [_shortened(describe(scene), rng) for scene in scenes]
+        pictures = np.stack([wear(render(scene, self.resolution), rng) for scene in scenes])
+        captions = [vary(description, rng) for description in stated]
+        spoilt = spoil(scenes[0], rng, self.resolution)[None]
+        return PairGroup(pictures, captions, stated, [describe(scene) for scene in scenes], spoilt)
+
+
+class Collate:
+    """Joins groups to a batch."""
+
+    def __init__(self, context_length: int):
+        self.tokenize = Tokenizer(context_length)
+
+    def __call__(self, groups: list[PairGroup]) -> Batch:
+        pictures, captions, stated, shown, spoilt = zip(*groups, strict=True)
+        captions, stated, shown = (list(chain.from_iterable(part)) for part in (captions, stated, shown))
+        return Batch(
+            pictures=torch.from_numpy(np.concatenate(pictures)),
+            spoilt=torch.from_numpy(np.concatenate(spoilt)),
+            tokens=self.tokenize(captions),
+            is_true=fits(stated, shown),
+            stated=torch.tensor([answers(description) for description in stated]),
+            shown=torch.tensor([answers(description) for description in shown]),
         )
-
-    def first(self, index: int) -> tuple[np.ndarray, tuple[str, str]]:
-        """The first picture (S, S, 3) uint8 of group `index` without wear, its caption, and a shorter caption."""
-        scene = _first_scene(training_rng(self.seed, index))
-        rng = np.random.default_rng([TRAINING, self.seed, index, SHORTER])
-        shorter = vary(leave_unsaid(describe(scene), rng, rng.choice([0.5, 0.85])), rng)
-        return render(scene, self.resolution), (self[index].captions[0], shorter)
-
-
-def _first_scene(rng: np.random.Generator) -> Scene:
-    """Two of three scenes have two items: which attribute belongs to which item is the hardest to learn."""
-    return sample_scene(rng, count=int(rng.choice([1, 2, 2])), held_out="may")
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -139,53 +152,46 @@ def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
     changes = [_change_item, _change_item, _change_item, _change_background]
     if len(scene.items) == 2:
         changes = [_change_item, _change_item, _change_background, _change_relation, _drop_item]
-        changes += 2 * [_change_places] + 4 * [_swap_attribute]
+        changes += 2 * [_exchange_items] + 4 * [_swap_attribute]
     while True:
-        background, items, relation = changes[rng.integers(len(changes))](scene, rng)
-        names = (background, [item.look for item in items], relation)
+        changed = changes[rng.integers(len(changes))](scene, rng)
+        looks = {item.look for item in changed.items}
         # Two equal items are not allowed, and swapping equal attributes changes nothing.
-        alike = len(items) == 2 and items[0].look == items[1].look
-        if not alike and names != (scene.background, [item.look for item in scene.items], scene.relation):
-            return place(rng, background, items, relation)
+        if len(looks) == len(changed.items) and changed != scene:
+            return place(changed, rng)
 
 
-Parts = tuple[str, tuple[Item, ...], str | None]
+def _change_item(scene: Scene, rng: np.random.Generator) -> Scene:
+    number, attribute = rng.integers(len(scene.items)), str(rng.choice(["shape", "colour", "size"]))
+    item, names = scene.items[number], {"shape": SHAPES, "colour": COLOURS, "size": OBJECT_SIZES}[attribute]
+    return scene.with_item(number, replace(item, **{attribute: another(rng, names, getattr(item, attribute))}))
 
 
-def _change_item(scene: Scene, rng: np.random.Generator) -> Parts:
-    which, attribute = rng.integers(len(scene.items)), rng.choice(["shape", "colour", "size"])
-    names = {"shape": SHAPES, "colour": COLOURS, "size": OBJECT_SIZES}[attribute]
-    item = scene.items[which]
-    changed = replace(item, **{str(attribute): another(rng, names, getattr(item, attribute))})
-    items = tuple(changed if i == which else other for i, other in enumerate(scene.items))
-    return scene.background, items, scene.relation
+def _change_background(scene: Scene, rng: np.random.Generator) -> Scene:
+    return replace(scene, background=another(rng, BACKGROUNDS, scene.background))
 
 
-def _change_background(scene: Scene, rng: np.random.Generator) -> Parts:
-    return another(rng, BACKGROUNDS, scene.background), scene.items, scene.relation
+def _change_relation(scene: Scene, rng: np.random.Generator) -> Scene:
+    return replace(scene, relation=another(rng, RELATIONS, scene.relation))
 
 
-def _change_relation(scene: Scene, rng: np.random.Generator) -> Parts:
-    return scene.background, scene.items, another(rng, RELATIONS, scene.relation)
+def _exchange_items(scene: Scene, rng: np.random.Generator) -> Scene:
+    return replace(scene, items=scene.items[::-1])
 
 
-def _change_places(scene: Scene, rng: np.random.Generator) -> Parts:
-    return scene.background, scene.items[::-1], scene.relation
+def _drop_item(scene: Scene, rng: np.random.Generator) -> Scene:
+    return replace(scene, items=(scene.items[rng.integers(2)],), relation=None)
 
 
-def _swap_attribute(scene: Scene, rng: np.random.Generator) -> Parts:
-    """Red circle, blue star -> blue circle, red star."""
-    return scene.background, _swapped(scene, str(rng.choice(["shape", "colour", "size"]))), scene.relation
+def _swap_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
+    return swapped_attribute(scene, str(rng.choice(["shape", "colour", "size"])))
 
 
-def _swapped(scene: Scene, name: str) -> tuple[Item, Item]:
+def swapped_attribute(scene: Scene, name: str) -> Scene:
+    """The scene of two items with one attribute swapped: red circle, blue star -> blue circle, red star."""
     first, second = scene.items
-    mine, other = getattr(first, name), getattr(second, name)
-    return replace(first, **{name: other}), replace(second, **{name: mine})
-
-
-def _drop_item(scene: Scene, rng: np.random.Generator) -> Parts:
-    return scene.background, (scene.items[rng.integers(2)],), None
+    items = replace(first, **{name: getattr(second, name)}), replace(second, **{name: getattr(first, name)})
+    return replace(scene, items=items)
 
 
 def _shortened(description: Description, rng: np.random.Generator) -> Description:
@@ -194,43 +200,36 @@ def _shortened(description: Description, rng: np.random.Generator) -> Descriptio
     return leave_unsaid(description, rng, chance) if chance else description
 
 
-def _numbers(description: Description) -> np.ndarray:
-    """(9,) int64: background, relation, count, then shape, colour, size of each item."""
+def numbers(description: Description) -> list[int]:
+    """Background, relation, count, then shape, colour and size of two items: nine numbers, UNSAID or ABSENT if none."""
 
-    def number(names: object, name: str | None) -> int:
+    def number(names: Iterable[str], name: str | None) -> int:
         return UNSAID if name is None else list(names).index(name)
 
     row = [number(BACKGROUNDS, description.background), number(RELATIONS, description.relation)]
     row.append(len(description.items))
     for item in description.items:
         row += [number(SHAPES, item.shape), number(COLOURS, item.colour), number(OBJECT_SIZES, item.size)]
-    return np.array(row + [ABSENT] * (9 - len(row)), np.int64)
+    return row + [ABSENT] * (9 - len(row))
 
 
-def fits(stated: Tensor, shown: Tensor) -> Tensor:
-    """(n, m) bool: whether caption n is true of picture m. Both (·, 9) as in PairGroup."""
-    direct = _all_fit(stated, shown)
-    # The same scene with the other item first. Relations 0 and 1, and 2 and 3, are opposites.
-    relation = shown[:, 1]
-    turned = torch.where(relation >= 0, relation ^ 1, relation)
-    other = torch.cat([shown[:, :1], turned[:, None], shown[:, 2:3], shown[:, 6:], shown[:, 3:6]], dim=1)
-    return direct | _all_fit(stated, other)
+def fits(stated: list[Description], shown: list[Description]) -> Tensor:
+    """(n, m) bool: whether caption n is true of picture m, in either order of its items."""
+    wanted = torch.tensor([numbers(description) for description in stated])[:, None, None]
+    given = torch.tensor([[numbers(description), numbers(swapped(description))] for description in shown])
+    return ((wanted == UNSAID) | (wanted == given)).all(dim=3).any(dim=2)
 
 
-def _all_fit(stated: Tensor, shown: Tensor) -> Tensor:
-    return ((stated[:, None] == UNSAID) | (stated[:, None] == shown[None])).all(dim=2)
-
-
-def answers(numbers: Tensor) -> Tensor:
-    """What rows (n, 9) as in PairGroup say, independent of the order of items: (n, 8), UNSAID where they say nothing.
+def answers(description: Description) -> list[int]:
+    """Eight answers that do not depend on the order of the items; UNSAID where there is none.
 
     Background, arrangement (alone, side by side, one above the other), then shape, colour and size of the left or upper
-    item and of the other one. Without a stated relation the items of two are UNSAID, since their order is unknown.
+    item and of the other one. Without a stated relation the order of two items is unknown, so they give no answers.
     """
-    relation, items = numbers[:, 1], numbers[:, 3:]
-    two = numbers[:, 2] == 2
-    turned = two & (relation >= 0) & (relation % 2 == 1)
-    items = torch.where(turned[:, None], items.roll(3, dims=1), items)
-    items = items.masked_fill((two & (relation < 0))[:, None], UNSAID)
-    arrangement = torch.where(two, torch.where(relation < 0, UNSAID, 1 + relation // 2), 0)
-    return torch.cat([numbers[:, :1], arrangement[:, None], items], dim=1).clamp(min=UNSAID)
+    if description.relation in ("right of", "below"):
+        description = swapped(description)
+    background, relation, count, *items = numbers(description)
+    if count == 2 and relation == UNSAID:
+        return [background, *7 * [UNSAID]]
+    arrangement = 0 if count == 1 else 1 + relation // 2
+    return [background, arrangement, *(UNSAID if item == ABSENT else item for item in items)]

@@ -1,69 +1,47 @@
-"""Renders scenes, anti-aliased with 4 x 4 samples per pixel. Each shape is a function that tests points."""
+"""Renders scenes, anti-aliased with 4 x 4 samples per pixel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, Item, Scene
+from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, Scene
 
 SAMPLES = 4  # per pixel and axis
 
 
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return x * x + y * y <= 1
+def _is_inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points are inside a shape whose bounding square goes from -1 to 1; y points down."""
+    match shape:
+        case "circle":
+            return x * x + y * y <= 1
+        case "ring":
+            distance = x * x + y * y
+            return (distance <= 1) & (distance >= 0.55**2)
+        case "square":
+            return np.maximum(abs(x), abs(y)) <= 0.88
+        case "diamond":
+            return abs(x) / 0.8 + abs(y) <= 1
+        case "cross":
+            return (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 1)
+        case "triangle":  # apex (0, -0.95), base from (-1, 0.85) to (1, 0.85)
+            return (y <= 0.85) & (abs(x) <= (y + 0.95) / 1.8)
+        case "star":
+            return _is_inside_star(x, y)
+        case "heart":  # (u² + v² - 1)³ <= u² v³, scaled into the bounding square
+            u, v = x * 1.14, 0.12 - y * 1.12
+            inner = u * u + v * v - 1
+            return inner * inner * inner <= u * u * v * v * v
+    raise ValueError(f"no shape is called {shape}")
 
 
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    distance = x * x + y * y
-    return (distance <= 1) & (distance >= 0.55**2)
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(abs(x), abs(y)) <= 0.88
-
-
-def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return abs(x) / 0.8 + abs(y) <= 1
-
-
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 1)
-
-
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Apex (0, -0.95), base from (-1, 0.85) to (1, 0.85).
-    return (y <= 0.85) & (abs(x) <= (y + 0.95) / 1.8)
-
-
-def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Five points, one up. By symmetry all points fall into half of one tip; then test the side of its edge.
+def _is_inside_star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Five points, one up. By symmetry all points fall into half of one tip; then test the side of its edge."""
     angle = abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     radius = np.hypot(x, y)
     tip, notch, half = 1.0, 0.45, np.pi / 5
     along, across = radius * np.cos(angle), radius * np.sin(angle)
     notch_x, notch_y = notch * np.cos(half), notch * np.sin(half)
     return (notch_y * (along - tip) - (notch_x - tip) * across) <= 0
-
-
-def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # (u² + v² - 1)³ <= u² v³, scaled into the bounding square.
-    u, v = x * 1.14, 0.12 - y * 1.12
-    inner = u * u + v * v - 1
-    return inner * inner * inner <= u * u * v * v * v
-
-
-INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "heart": _heart,
-    "cross": _cross,
-    "ring": _ring,
-    "diamond": _diamond,
-}
 
 
 def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> np.ndarray:
@@ -76,16 +54,10 @@ def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> 
     steps = (np.arange(SAMPLES) + 0.5) / SAMPLES
     columns = ((np.arange(left, right)[:, None] + steps).ravel() / resolution - x) / radius
     rows = ((np.arange(top, bottom)[:, None] + steps).ravel() / resolution - y) / radius
-    inside = INSIDE[shape](columns[None, :], rows[:, None])
+    inside = _is_inside(shape, columns[None, :], rows[:, None])
     cells = inside.reshape(bottom - top, SAMPLES, right - left, SAMPLES)
     covered[top:bottom, left:right] = cells.mean(axis=(1, 3))
     return covered
-
-
-def paint(picture: np.ndarray, item: Item) -> None:
-    """Draws the item over a float32 picture (H, W, 3), in place."""
-    alpha = coverage(item.shape, item.x, item.y, item.radius, picture.shape[0])[..., None]
-    picture += alpha * (np.float32(COLOURS[item.colour]) - picture)
 
 
 def render(scene: Scene, resolution: int = 64) -> np.ndarray:
@@ -93,5 +65,6 @@ def render(scene: Scene, resolution: int = 64) -> np.ndarray:
     picture = np.empty((resolution, resolution, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
     for item in scene.items:
-        paint(picture, item)
+        alpha = coverage(item.shape, item.x, item.y, item.radius, resolution)[..., None]
+        picture += alpha * (np.float32(COLOURS[item.colour]) - picture)
     return (picture + 0.5).astype(np.uint8)

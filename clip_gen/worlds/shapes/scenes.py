@@ -72,30 +72,39 @@ class Scene:
     items: tuple[Item, ...]
     relation: str | None = None
 
+    def with_item(self, number: int, item: Item) -> Scene:
+        """This scene with another item in the place of one."""
+        return replace(self, items=(*self.items[:number], item, *self.items[number + 1 :]))
+
 
 def sample_scene(rng: np.random.Generator, *, count: int | None = None, held_out: str = "never") -> Scene:
     """A random scene of `count` items; None: of one or two.
 
     held_out: "never" excludes the held-out pairs, "may" allows them, "only" uses no others.
     """
+    if held_out not in ("never", "may", "only"):
+        raise ValueError(f'held_out is "{held_out}"; it takes "never", "may" or "only"')
     if count is None:
         count = int(rng.integers(1, 3))
     background = str(rng.choice(list(BACKGROUNDS)))
-    first = _sample_item(rng, held_out)
-    if count == 1:
-        return place(rng, background, (first,))
-    second = _sample_item(rng, held_out)
-    while first.look == second.look:
-        second = _sample_item(rng, held_out)
-    return place(rng, background, (first, second), str(rng.choice(RELATIONS)))
+    items: list[Item] = []
+    while len(items) < count:
+        item = _sample_item(rng, held_out)
+        if item not in items:
+            items.append(item)
+    relation = str(rng.choice(RELATIONS)) if count == 2 else None
+    return place(Scene(background, tuple(items), relation), rng)
 
 
-def place(rng: np.random.Generator, background: str, items: tuple[Item, ...], relation: str | None = None) -> Scene:
+def place(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with items at random places that show the relation clearly, with random radii of their sizes."""
-    sized = [replace(item, radius=float(rng.uniform(*OBJECT_SIZES[item.size]))) for item in items]
-    if len(sized) == 1:
-        return Scene(background, (_placed_anywhere(rng, sized[0]),))
-    return Scene(background, _placed_in_relation(rng, sized[0], sized[1], relation), relation)
+    radii = [float(rng.uniform(*OBJECT_SIZES[item.size])) for item in scene.items]
+    places = _related_places(radii, scene.relation, rng) if scene.relation else _places(radii[0], rng)
+    placed = [
+        replace(item, x=float(x), y=float(y), radius=radius)
+        for item, radius, (x, y) in zip(scene.items, radii, places, strict=True)
+    ]
+    return replace(scene, items=tuple(placed))
 
 
 def another(rng: np.random.Generator, names: Iterable[str], current: str | None) -> str:
@@ -104,8 +113,6 @@ def another(rng: np.random.Generator, names: Iterable[str], current: str | None)
 
 
 def _sample_item(rng: np.random.Generator, held_out: str) -> Item:
-    if held_out not in ("never", "may", "only"):
-        raise ValueError(f'held_out is "{held_out}"; it takes "never", "may" or "only"')
     size = str(rng.choice(list(OBJECT_SIZES)))
     if held_out == "only":
         colour, shape = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))]
@@ -116,26 +123,20 @@ def _sample_item(rng: np.random.Generator, held_out: str) -> Item:
             return item
 
 
-def _placed_anywhere(rng: np.random.Generator, item: Item) -> Item:
-    x, y = rng.uniform(MARGIN + item.radius, 1 - MARGIN - item.radius, size=2)
-    return replace(item, x=float(x), y=float(y))
+def _places(radius: float, rng: np.random.Generator, count: int = 1) -> np.ndarray:
+    """Random places (count, 2) for a shape of this radius."""
+    return rng.uniform(MARGIN + radius, 1 - MARGIN - radius, size=(count, 2))
 
 
-def _placed_in_relation(rng: np.random.Generator, first: Item, second: Item, relation: str) -> tuple[Item, Item]:
-    """Both items where `relation` is clear: separated along its axis, and far from the diagonal."""
-    before, after = (first, second) if relation in ("left of", "above") else (second, first)
-    closest = before.radius + after.radius + MIN_GAP
+def _related_places(radii: list[float], relation: str, rng: np.random.Generator) -> np.ndarray:
+    """Places (2, 2) where `relation` is clear: separated along its axis, and far from the diagonal."""
+    order = 1 if relation in ("left of", "above") else -1
+    before, after = radii[::order]
     while True:
         # Takes the first of many random places that fits; for two large items one in a hundred does.
-        a = rng.uniform(MARGIN + before.radius, 1 - MARGIN - before.radius, size=(64, 2))
-        b = rng.uniform(MARGIN + after.radius, 1 - MARGIN - after.radius, size=(64, 2))
-        along, across = b[:, 0] - a[:, 0], abs(b[:, 1] - a[:, 1])
-        fits = (along >= closest) & (along >= 1.5 * across)
+        pairs = np.stack([_places(before, rng, 64), _places(after, rng, 64)], axis=1)  # (64, 2, 2)
+        along, across = (pairs[:, 1] - pairs[:, 0]).T
+        fits = (along >= before + after + MIN_GAP) & (along >= 1.5 * abs(across))
         if fits.any():
-            a, b = a[fits.argmax()], b[fits.argmax()]
-            break
-    if relation in ("above", "below"):
-        a, b = a[::-1], b[::-1]
-    spots = (a, b) if before is first else (b, a)
-    placed = [replace(item, x=float(x), y=float(y)) for item, (x, y) in zip((first, second), spots, strict=True)]
-    return placed[0], placed[1]
+            axes = 1 if relation in ("left of", "right of") else -1
+            return pairs[fits.argmax(), ::order, ::axes]

@@ -41,22 +41,22 @@ def _chimera(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndar
     """One item is a mixture of two shapes."""
     which = int(rng.integers(len(scene.items)))
     item = scene.items[which]
-    others = tuple(other for i, other in enumerate(scene.items) if i != which)
-    picture = render(replace(scene, items=others), resolution).astype(np.float32)
-    mine = coverage(item.shape, item.x, item.y, item.radius, resolution)
+    rest = replace(scene, items=(*scene.items[:which], *scene.items[which + 1 :]))
+    picture = render(rest, resolution).astype(np.float32)
+    first = coverage(item.shape, item.x, item.y, item.radius, resolution)
     second = coverage(another(rng, SHAPES, item.shape), item.x, item.y, item.radius, resolution)
-    cut = int(resolution * (item.y + rng.uniform(-0.4, 0.4) * item.radius))
-    way = rng.integers(4)
-    if way == 0:
-        mine[cut:] = second[cut:]
-    elif way == 1:
-        cut = int(resolution * (item.x + rng.uniform(-0.4, 0.4) * item.radius))
-        mine[:, cut:] = second[:, cut:]
-    elif way == 2:
-        mine = (mine + second) / 2
-    else:
-        mine = abs(mine - second)
-    return picture + mine[..., None] * (np.float32(COLOURS[item.colour]) - picture)
+    row = int(resolution * (item.y + rng.uniform(-0.4, 0.4) * item.radius))
+    match rng.integers(4):
+        case 0:
+            first[row:] = second[row:]
+        case 1:
+            column = int(resolution * (item.x + rng.uniform(-0.4, 0.4) * item.radius))
+            first[:, column:] = second[:, column:]
+        case 2:
+            first = (first + second) / 2
+        case _:
+            first = abs(first - second)
+    return picture + first[..., None] * (np.float32(COLOURS[item.colour]) - picture)
 
 
 def _spots(scene: Scene, rng: np.random.Generator, resolution: int, count: int, side: int) -> list[tuple[int, int]]:
@@ -93,13 +93,10 @@ def _two_coloured(scene: Scene, rng: np.random.Generator, resolution: int) -> np
     """One item has two colours."""
     which = int(rng.integers(len(scene.items)))
     item = scene.items[which]
-    others = tuple(
-        replace(item, colour=another(rng, COLOURS, item.colour)) if i == which else other
-        for i, other in enumerate(scene.items)
-    )
-    picture, second = render(scene, resolution), render(replace(scene, items=others), resolution)
-    cut = int(resolution * (item.y + rng.uniform(-0.5, 0.5) * item.radius))
-    picture[cut:] = second[cut:]
+    recoloured = scene.with_item(which, replace(item, colour=another(rng, COLOURS, item.colour)))
+    picture = render(scene, resolution)
+    row = int(resolution * (item.y + rng.uniform(-0.5, 0.5) * item.radius))
+    picture[row:] = render(recoloured, resolution)[row:]
     return picture
 
 

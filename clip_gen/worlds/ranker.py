@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from clip_gen.hardware import choose_dtype, on_device
 from clip_gen.images import for_clip, from_bytes, to_bytes
@@ -30,7 +30,6 @@ from clip_gen.training.encoding import save_array
 from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.weights.model_folder import Networks
-from clip_gen.worlds.shapes.pairs import CaptionedPairs
 
 log = logging.getLogger(__name__)
 
@@ -64,56 +63,46 @@ class RankedPictures(Dataset):
         return self.texts[row], (pictures[:, :, ::-1] if round_ % 2 else pictures).copy()
 
 
-def ranked_pictures(networks: Networks, pairs: CaptionedPairs, seed: int, folder: Path, name: str) -> RankedPictures:
-    """The pictures for the first caption of each group. Files that the folder already has are not made again."""
+def ranked_pictures(networks: Networks, pictures: Dataset, seed: int, folder: Path, name: str) -> RankedPictures:
+    """Samples for `pictures`, whose items are a picture (S, S, 3) uint8 with a caption and a shorter caption.
+
+    Files that the folder already has are not made again.
+    """
     parts = []
-    for start in range(0, len(pairs), FILE_SIZE):
-        texts, pictures = (folder / f"{name}-{what}-{start // FILE_SIZE:03d}.npy" for what in ("texts", "pictures"))
-        if not pictures.is_file():
-            _make(networks, pairs, range(start, min(start + FILE_SIZE, len(pairs))), seed, texts, pictures)
-        parts.append((texts, pictures))
+    for start in range(0, len(pictures), FILE_SIZE):
+        numbers = range(start, min(start + FILE_SIZE, len(pictures)))
+        texts, samples = (folder / f"{name}-{what}-{start // FILE_SIZE:03d}.npy" for what in ("texts", "pictures"))
+        if not samples.is_file():
+            _sample(networks, pictures, numbers, seed, texts, samples)
+        parts.append((texts, samples))
     return RankedPictures(parts)
 
 
-class Firsts(Dataset):
-    """The first picture of each group, and two captions of it."""
-
-    def __init__(self, pairs: CaptionedPairs, numbers: range):
-        self.pairs, self.numbers = pairs, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[str, str]]:
-        return self.pairs.first(self.numbers[index])
-
-
 @torch.inference_mode()
-def _make(networks: Networks, pairs: CaptionedPairs, numbers: range, seed: int, texts: Path, pictures: Path) -> None:
+def _sample(networks: Networks, pictures: Dataset, numbers: range, seed: int, texts: Path, samples: Path) -> None:
+    """Writes the two files of the items with these numbers."""
     config, gpt = networks.config, deepcopy(networks.gpt)
     side, length = config.vqgan.resolution, config.gpt.block_size
-    loader = loader_with_workers(Firsts(pairs, numbers), batch_size=BATCH_SIZE, collate_fn=list)
+    loader = loader_with_workers(Subset(pictures, numbers), batch_size=BATCH_SIZE)
     shown = np.empty((len(numbers), 4, side, side, 3), np.uint8)
     rows = np.empty((len(numbers), 2, config.clip.embed_dim), np.float32)
     with on_device(gpt, networks.clip, networks.vqgan, networks.bridge) as device:
         gpt.cast_for_inference(choose_dtype("auto", device))
-        for start, firsts in zip(range(0, len(numbers), BATCH_SIZE), loader, strict=True):
+        for start, (true, captions) in zip(range(0, len(numbers), BATCH_SIZE), loader, strict=True):
             indices = numbers[start : start + BATCH_SIZE]
-            turn, here = indices[0] // BATCH_SIZE, slice(start, start + len(indices))
-            own, captions = zip(*firsts, strict=True)
-            true = torch.from_numpy(np.stack(own))
-            text = torch.stack([networks.clip.encode_text(column) for column in zip(*captions, strict=True)], dim=1)
+            batch, here = indices[0] // BATCH_SIZE, slice(start, start + len(indices))
+            text = torch.stack([networks.clip.encode_text(column) for column in captions], dim=1)
             condition, tokens = networks.bridge(text[:, 0]), networks.vqgan.encode(from_bytes(true.to(device)))
-            sampling = Sampling(temperature=TEMPERATURES[turn % len(TEMPERATURES)])
+            sampling = Sampling(temperature=TEMPERATURES[batch % len(TEMPERATURES)])
             drawn = sample_tokens(gpt, condition, candidate_uniforms(seed, indices, length), sampling)
-            resampled = resample_tokens(gpt, condition, tokens, np.random.default_rng([seed, turn]))
+            resampled = resample_tokens(gpt, condition, tokens, np.random.default_rng([seed, batch]))
             rows[here] = text.cpu().numpy()
             shown[here, 0] = true.numpy()
-            for place, made in enumerate((tokens, resampled, drawn), start=1):
-                shown[here, place] = to_bytes(networks.vqgan.decode(made)).cpu().numpy()
-            log.info("%s: sampled for %d captions", pictures.name, here.stop)
+            for place, decoded in enumerate((tokens, resampled, drawn), start=1):
+                shown[here, place] = to_bytes(networks.vqgan.decode(decoded)).cpu().numpy()
+            log.info("%s: sampled for %d captions", samples.name, here.stop)
     save_array(texts, rows)
-    save_array(pictures, shown)  # last, so it exists when both are complete
+    save_array(samples, shown)  # last, so it exists when both are complete
 
 
 def resample_tokens(gpt: GPT, condition: Tensor, tokens: Tensor, rng: np.random.Generator) -> Tensor:
@@ -163,10 +152,7 @@ class RankerTrainer(Stage):
         return F.normalize(embedded, dim=-1).view(4, len(pictures), -1)
 
     def _images(self, pictures: Tensor) -> Tensor:
-        images = for_clip(from_bytes(pictures), self.resolution)
-        if images.device.type == "cpu":  # a quarter faster there
-            return images.contiguous(memory_format=torch.channels_last)
-        return images
+        return for_clip(from_bytes(pictures), self.resolution)
 
     def configure_optimizers(self) -> dict[str, object]:
         return self.learning(adamw(self.visual, self.config, betas=(0.9, 0.98)))
