@@ -203,12 +203,10 @@ def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path],
     """
     check_writable(folder)
     names, mark = list_names(folder), folder / MARK
-    has_mark = mark.is_file()
-    ours = (
-        mark.read_text(errors="replace").startswith(f"{kind}\n")
-        if has_mark
-        else made_before_marks and made_before_marks(folder)
-    )
+    if mark.is_file():
+        ours = mark.read_text(errors="replace").startswith(f"{kind}\n")
+    else:
+        ours = made_before_marks is not None and made_before_marks(folder)
     if names and not ours:
         shown = next((name for name in names if name != MARK), MARK)
         raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")

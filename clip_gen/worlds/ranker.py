@@ -83,15 +83,17 @@ def _sample(networks: Networks, pictures: Dataset, numbers: range, seed: int, te
     """Writes the two files of the items with these numbers."""
     config, gpt = networks.config, deepcopy(networks.gpt)
     side, length = config.vqgan.resolution, config.gpt.block_size
-    loader = loader_with_workers(Subset(pictures, numbers), batch_size=BATCH_SIZE)
+    loader = loader_with_workers(Subset(pictures, numbers), batch_size=BATCH_SIZE, collate_fn=list)
     shown = np.empty((len(numbers), 4, side, side, 3), np.uint8)
     rows = np.empty((len(numbers), 2, config.clip.embed_dim), np.float32)
     with on_device(gpt, networks.clip, networks.vqgan, networks.bridge) as device:
         gpt.cast_for_inference(choose_dtype("auto", device))
-        for start, (true, captions) in zip(range(0, len(numbers), BATCH_SIZE), loader, strict=True):
+        for start, items in zip(range(0, len(numbers), BATCH_SIZE), loader, strict=True):
             indices = numbers[start : start + BATCH_SIZE]
             batch, here = indices[0] // BATCH_SIZE, slice(start, start + len(indices))
-            text = torch.stack([networks.clip.encode_text(column) for column in captions], dim=1)
+            own, captions = zip(*items, strict=True)
+            true = torch.stack(own)
+            text = torch.stack([networks.clip.encode_text(column) for column in zip(*captions, strict=True)], dim=1)
             condition, tokens = networks.bridge(text[:, 0]), networks.vqgan.encode(from_bytes(true.to(device)))
             sampling = Sampling(temperature=TEMPERATURES[batch % len(TEMPERATURES)])
             drawn = sample_tokens(gpt, condition, candidate_uniforms(seed, indices, length), sampling)

@@ -36,7 +36,7 @@ from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.processes import wait_for
-from clip_gen.training.stage import FitConfig, compiled
+from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import build, check_model_folder, load_part, save_networks, save_part
 from clip_gen.worlds.clip_trainer import ClipTrainer
@@ -186,9 +186,6 @@ class Recipe:
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         config, seed, networks = self.config.gpt_fit, self.config.seed, self.networks
-        if config.compile:
-            compiled(networks.clip.clip.visual)
-            compiled(networks.vqgan.encoder, dynamic=networks.vqgan.config.local)
         pictures = self.pictures(RenderedPictures, 1024, UNSEEN)
         unseen = EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
         seen = Endless(self.encoded_pictures(), seed)
