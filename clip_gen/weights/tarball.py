@@ -62,9 +62,8 @@ def open_weights(
     before_unpacking: Callable[[], None] | None = None,
 ) -> WeightsFolder:
     """Opens a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of a tar or zip
-    (http, https, data).
+    (http, https, data). Archives are unpacked once, into the cache, where they stay while the result is in use.
 
-    Archives are unpacked once, into the cache (cache.py), where the folder stays while the result is in use.
     should_stop: called during a download; True ends it. public: allows only URLs at public addresses. needs_room:
     CacheError if the cache is full of folders in use. before_unpacking: called if the cache lacks these weights.
     ModelFolderError if the weights are unusable or the download was stopped.
@@ -73,15 +72,13 @@ def open_weights(
         raise NotWeightsError(f"the name of the weights is {'empty' if weights == '' else repr(weights)}; {WANTED}")
     name = os.fspath(weights)
     try:
-        if not is_url(name):
-            folder = _local(name)
-            if folder.is_dir():
-                return WeightsFolder(folder)
-            name = str(folder)
-        key, stream = _open(name, should_stop, public)
+        local = None if is_url(name) else _local(name)
+        if local is not None and local.is_dir():
+            return WeightsFolder(local)
+        key, stream = _open_url(name, should_stop, public) if local is None else _open_file(local)
+    except ModelFolderError:
+        raise
     except (http.client.HTTPException, OSError, ValueError) as error:
-        if isinstance(error, ModelFolderError):
-            raise
         raise _not_opened(name, error) from error
     with stream:
         cache = Cache()
@@ -122,26 +119,23 @@ def _reason(error: Exception) -> str:
     return shortened(reason_of(error))
 
 
-def _open(weights: str, should_stop: Callable[[], bool] | None, public: PublicOnly | None) -> tuple[str, BinaryIO]:
+def _open_file(path: Path) -> tuple[str, BinaryIO]:
     """The cache key of an archive, which changes whenever the archive does, and the archive as a stream."""
-    if weights[:5].lower() == "data:":
-        return weights, io.BytesIO(_data(weights))
-    if is_url(weights):
-        reply = open_url(weights, should_stop, public=public)
-        versions = [reply.headers.get(name) for name in ("ETag", "Last-Modified")]
-        if not any(versions):  # the length says nothing: retrained weights have the same
-            versions = [secrets.token_hex()]
-        return f"url {weights} {versions} {reply.headers.get('Content-Length')}", reply
-    path = Path(weights)
     stat = path.stat()
     return f"file {path.resolve()} {stat.st_size} {stat.st_mtime_ns}", path.open("rb")
 
 
-def _data(url: str) -> bytes:
-    """The bytes in a data URL (RFC 2397)."""
-    kind, _, text = url[5:].partition(",")
-    data = unquote_to_bytes(text)
-    return base64.b64decode(data, validate=True) if kind.lower().endswith(";base64") else data
+def _open_url(url: str, should_stop: Callable[[], bool] | None, public: PublicOnly | None) -> tuple[str, BinaryIO]:
+    """Like _open_file."""
+    if url[:5].lower() == "data:":
+        kind, _, text = url[5:].partition(",")
+        data = unquote_to_bytes(text)
+        return url, io.BytesIO(base64.b64decode(data, validate=True) if kind.lower().endswith(";base64") else data)
+    reply = open_url(url, should_stop, public=public)
+    versions = [reply.headers.get(name) for name in ("ETag", "Last-Modified")]
+    if not any(versions):  # the length says nothing: retrained weights have the same
+        versions = [secrets.token_hex()]
+    return f"url {url} {versions} {reply.headers.get('Content-Length')}", reply
 
 
 class _Room(Meter):
@@ -163,25 +157,19 @@ class _Room(Meter):
 
 
 def _fill(folder: Path, stream: BinaryIO, name: str, cache: Cache, needs_room: bool) -> None:
-    """Unpacks an archive into a folder of the cache; a download is stored first."""
+    """Unpacks an archive into a folder of the cache; a download is stored first, since zipfile seeks."""
     with tempfile.NamedTemporaryFile(dir=folder) as download:
         if not stream.seekable():
-            _download(stream, download, _Room(name, cache, needs_room))
+            room = _Room(name, cache, needs_room)
+            try:
+                while piece := stream.read(CHUNK):
+                    room.add_bytes(len(piece))
+                    download.write(piece)
+            except (http.client.HTTPException, OSError) as error:
+                raise _not_opened(name, error) from error
+            download.seek(0)
             stream = download
         _unpack(stream, folder, _Room(name, cache, needs_room))
-
-
-def _download(stream: BinaryIO, file: BinaryIO, room: Meter) -> None:
-    while True:
-        try:
-            piece = stream.read(CHUNK)
-        except (http.client.HTTPException, OSError) as error:
-            raise _not_opened(room.name, error) from error
-        if not piece:
-            break
-        room.add_bytes(len(piece))
-        file.write(piece)
-    file.seek(0)
 
 
 def _unpack(archive: BinaryIO, folder: Path, room: Meter) -> None:
