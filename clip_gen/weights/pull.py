@@ -6,7 +6,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,19 +76,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    dtype = DTYPES.get(arguments.dtype)
-    if arguments.what != "clip":
-        if arguments.name:
-            raise ValueError(f"{arguments.what} takes no name, and {arguments.name} was given; leave it out")
-        pull = {"coco": pull_coco, "lpips": pull_lpips}[arguments.what]
-        pull(arguments.out or CHECKPOINTS / arguments.what, arguments.mirror, dtype)
-        return
-    if arguments.name not in CLIPS:
-        raise ValueError(f'the name of the CLIP is "{arguments.name or ""}"; give one of {", ".join(CLIPS)}')
-    clip = CLIPS[arguments.name]
-    out = arguments.out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
+    out, mirror, dtype = arguments.out, arguments.mirror, DTYPES.get(arguments.dtype)
+    if arguments.what == "clip":
+        pull_clip(arguments.name, out, mirror, dtype)
+    elif arguments.name:
+        raise ValueError(f"{arguments.what} takes no name, and {arguments.name} was given; leave it out")
+    elif arguments.what == "coco":
+        pull_coco(out or CHECKPOINTS / "coco", mirror, dtype)
+    else:
+        pull_lpips(out or CHECKPOINTS / "lpips", mirror, dtype)
+
+
+def pull_clip(name: str | None, out: Path | None, mirror: str | None, dtype: torch.dtype | None) -> None:
+    """Downloads one of OpenAI's CLIPs to a model folder."""
+    if name not in CLIPS:
+        raise ValueError(f'the name of the CLIP is "{name or ""}"; give one of {", ".join(CLIPS)}')
+    clip = CLIPS[name]
+    out = out or CHECKPOINTS / f"clip-{clip.name.removesuffix('.pt').lower()}"
     check_model_folder(out)
-    with pulled({"clip": clip}, out, arguments.mirror, CLIP_BYTES) as files:
+    with pulled({"clip": clip}, out, mirror, CLIP_BYTES) as files:
         import_clip(files["clip"], out, dtype)
 
 
@@ -132,7 +138,4 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
                 if file.sha256 is None:  # the server may have sent something else
                     paths[part].unlink(missing_ok=True)
             raise
-    for name in ("lock", *(path.name for path in paths.values())):
-        (folder / name).unlink()
-    with suppress(OSError):  # the user's own files are in it
-        folder.rmdir()
+    shutil.rmtree(folder)

@@ -72,16 +72,15 @@ class PublicOnly:
     def connect(self, address: tuple[str, int], timeout: float, source_address: None = None) -> socket.socket:
         """Like socket.create_connection. Resolves the name once, so that the checked address is the one used."""
         host, port = address
-        reason: OSError = RefusedAddressError(f"{host} has no address")
+        error: OSError = RefusedAddressError(f"{host} has no address")
         for number in self.addresses(host, port)[:MAX_ADDRESSES]:
             try:
                 connection = socket.create_connection((number, port), CONNECT_SECONDS)
-            except OSError as error:
-                reason = error
-                continue
-            connection.settimeout(timeout)
-            return connection
-        raise reason
+                connection.settimeout(timeout)
+                return connection
+            except OSError as failure:
+                error = failure
+        raise error
 
     def check_behind_proxy(self, host: str) -> None:
         """RefusedAddressError if this machine can resolve the host, and to an address that is not public."""
@@ -93,7 +92,7 @@ def open_url(
     url: str,
     should_stop: Callable[[], bool] | None = None,
     headers: dict[str, str] | None = None,
-    deadline_seconds: float | None = None,
+    deadline_seconds: float = DEADLINE_SECONDS,
     public: PublicOnly | None = None,
 ) -> http.client.HTTPResponse:
     """The reply to a GET of an http or https URL, through the proxy of $http_proxy or $https_proxy if set.
@@ -103,14 +102,13 @@ def open_url(
     """
     if not url.isascii():
         raise ValueError("a URL is ASCII; percent-encode what is not")
-    seconds = DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + deadline_seconds
 
     def ask() -> None:
         if should_stop is not None and should_stop():
             raise ConnectionAbortedError("stopped")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not done after {seconds} seconds")
+            raise TimeoutError(f"not done after {deadline_seconds} seconds")
 
     opener = urllib.request.build_opener(_Handler(ask, public), _Redirects())
     return opener.open(urllib.request.Request(url, headers=headers or {}), timeout=TIMEOUT_SECONDS)
@@ -133,21 +131,22 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     https_request = http_request
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(self._connection, http.client.HTTPConnection, request), request)
+        return self._open(http.client.HTTPConnection, request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(self._connection, http.client.HTTPSConnection, request), request)
+        return self._open(http.client.HTTPSConnection, request)
 
-    def _connection(
-        self, kind: type[http.client.HTTPConnection], request: urllib.request.Request, host: str, timeout: float
-    ) -> http.client.HTTPConnection:
-        connection = kind(host, timeout=timeout)
-        connection.response_class = functools.partial(_Response, ask=self._ask)
-        if self._public is not None and request.host == request.named_host:
-            connection._create_connection = self._public.connect  # http.client has no public way
-        elif self._public is not None:
-            self._public.check_behind_proxy(http.client.HTTPConnection(request.named_host).host)
-        return connection
+    def _open(self, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
+        def connect(host: str, timeout: float) -> http.client.HTTPConnection:
+            connection = kind(host, timeout=timeout)
+            connection.response_class = functools.partial(_Response, ask=self._ask)
+            if self._public is not None and request.host == request.named_host:
+                connection._create_connection = self._public.connect  # http.client has no public way
+            elif self._public is not None:
+                self._public.check_behind_proxy(http.client.HTTPConnection(request.named_host).host)
+            return connection
+
+        return self.do_open(connect, request)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -177,8 +176,7 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        patience = time.monotonic() + TIMEOUT_SECONDS
-        before = self._sock.gettimeout()
+        end, before = time.monotonic() + TIMEOUT_SECONDS, self._sock.gettimeout()
         self._sock.settimeout(ASK_SECONDS)
         try:
             while True:
@@ -186,7 +184,7 @@ class _Reader(io.RawIOBase):
                 try:
                     return self._sock.recv_into(buffer)
                 except TimeoutError:
-                    if time.monotonic() > patience:
+                    if time.monotonic() > end:
                         raise TimeoutError(f"nothing came for {TIMEOUT_SECONDS} seconds") from None
         finally:
             self._sock.settimeout(before)

@@ -141,14 +141,6 @@ def test_too_little_disk_space_is_reported_before_any_request(
     assert "wanted are 1000000000.0; make room" in capsys.readouterr().err
 
 
-def test_a_persons_file_among_the_downloads_stays(lpips_server: BadServer, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints" / ".pulling-lpips"
-    folder.mkdir(parents=True)
-    (folder / "notes.txt").write_text("mine")
-    assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
-
-
 def test_two_pulls_of_one_folder_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints" / ".pulling-coco").mkdir(parents=True)
     with (tmp_path / "checkpoints" / ".pulling-coco" / "lock").open("w") as lock:
