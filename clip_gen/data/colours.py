@@ -21,31 +21,32 @@ PROFILES_KEPT = 16
 WHITE, DARK = (255, 255, 255), (64, 64, 64)  # on dark grey both white and black are visible
 MIN_CONTRAST = 64  # levels of 255 between a white background and the mean of the visible parts
 
-PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 SPACES = {"L": "GRAY", "LA": "GRAY", "RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK"}
 
 
 def in_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
     """An image of mode L, LA, RGB, RGBA, CMYK or LAB in sRGB, as RGB or RGBA, and a note or None.
 
-    profile: the ICC profile of the file; ignored if it is damaged or for other channels. Returns the same image if
-    nothing has to change.
+    profile: the ICC profile of the file. Returns the same image if nothing has to change.
     """
     mode = "RGBA" if image.mode in ("LA", "RGBA") else "RGB"
     if not profile or image.mode not in SPACES:
         return _in_mode(image, mode), None
     try:
-        space = _space(profile)
+        space = ImageCms.getOpenProfile(io.BytesIO(profile)).profile.xcolor_space
         if space == "GRAY" == SPACES[image.mode]:
             table = _grey_table(profile)
-            return _map_grey(image, table).convert(mode), CONVERTED if table else None
+            if table is None:
+                return image.convert(mode), None
+            alpha = [] if image.mode == "L" else [*range(256)]  # alpha stays
+            return image.point([*table, *alpha]).convert(mode), CONVERTED
         if image.mode != "CMYK":
             image = _in_mode(image, mode)
         if space != SPACES[image.mode]:
             return _in_mode(image, mode), PROFILE_IGNORED
         transform = _transform(profile, image.mode, mode)
         return (image, None) if transform is None else (transform.apply(image), CONVERTED)
-    except PROFILE_ERRORS:
+    except Exception:  # damaged profiles make Pillow raise anything
         return _in_mode(image, mode), PROFILE_IGNORED
 
 
@@ -70,10 +71,6 @@ def on_background(image: Image.Image) -> tuple[Image.Image, str | None]:
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
-
-
-def _space(profile: bytes) -> str:
-    return ImageCms.getOpenProfile(io.BytesIO(profile)).profile.xcolor_space
 
 
 @lru_cache(PROFILES_KEPT)
@@ -102,10 +99,3 @@ def _build(profile: bytes, mode: str, to: str) -> ImageCms.ImageCmsTransform:
     if mode == "L":  # littleCMS's optimised transform is up to 9 levels off in dark greys
         flags |= ImageCms.Flags.NOOPTIMIZE
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, to, intent, flags)
-
-
-def _map_grey(image: Image.Image, table: list[int] | None) -> Image.Image:
-    """Maps the grey of an L or LA image by the table; alpha stays."""
-    if table is None:
-        return image
-    return image.point(table if image.mode == "L" else [*table, *range(256)])
