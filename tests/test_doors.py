@@ -20,7 +20,7 @@ DOORS = {
     "pytorch_lightning": ["clip_gen/training/", "clip_gen/worlds/"],
     "triton": ["clip_gen/sampling/triton_kernels.py"],
     "tqdm": ["clip_gen/weights/download.py", "clip_gen/training/progress.py"],
-    "_pi_heif": ["clip_gen/data/heic.py"],
+    "_pi_heif": ["clip_gen/data/decoding.py"],
     "inflate64": ["clip_gen/data/zips.py"],
     "cog": ["predict.py", "train.py", "clip_gen/serving/"],
 }

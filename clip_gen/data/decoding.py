@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import _pi_heif
 import numpy as np
-from PIL import IcoImagePlugin, Image, ImageOps, JpegImagePlugin
+from PIL import IcoImagePlugin, Image, ImageFile, ImageOps, JpegImagePlugin
 
 from clip_gen.data.colours import in_srgb, on_background
 from clip_gen.data.file_kinds import CAMERA_RAW, HEAD_BYTES, UnusableError, kind_of
-from clip_gen.data.heic import HeicFile
 
 BROKEN = "cut off or damaged"
 ONE_COLOUR = "one colour all over"
@@ -30,6 +30,7 @@ FIRST_FRAME = "several frames or pages, the first used"
 SMALLER = "very large JPEG, read at a smaller scale"
 
 MAX_PIXELS = 2**26  # of one picture: takes 0.5 GB while it is decoded, as WebP 1 GB, as JPEG 2000 1.2 GB
+HEIC_THREADS = 4  # to decode one picture
 JPEG_SCALES = (1, 2, 4, 8)  # reductions at which libjpeg decodes without holding the whole picture
 FLAT = 8  # levels of 255 by which a picture counted as one colour may vary
 
@@ -94,13 +95,45 @@ def _opened(file: BinaryIO, kind: str) -> Image.Image:
     if kind == "JPEG":  # Image.open refuses over 179 megapixels, but we may decode at a smaller scale
         return JpegImagePlugin.jpeg_factory(file)
     if kind == "HEIF":
-        return HeicFile(file)
+        return _HeicFile(file)
     if kind == "ICO":  # Image.open decodes before its size can be checked
         return IcoImagePlugin.IcoFile(file).frame(0)  # the largest
     image = Image.open(file, formats=[kind])
     if kind == "TIFF" and DNG_VERSION in image.tag_v2:
         raise UnusableError(CAMERA_RAW)
     return image
+
+
+class _HeicFile(ImageFile.ImageFile):
+    """The main picture of a HEIC file, upright, decoded when it is loaded.
+
+    pi_heif's PIL plugin (1.4.0) reads all metadata too, and damaged metadata crashes the process.
+    """
+
+    format = "HEIF"
+    format_description = "HEIC picture"
+
+    def _open(self) -> None:
+        to_8_bits, bgr, tight_rows, to_16_bits, decoder, without_limits = True, False, True, True, "", False
+        pictures = _pi_heif.load_file(
+            self.fp.read(), HEIC_THREADS, to_8_bits, bgr, tight_rows, to_16_bits, decoder, without_limits
+        )
+        pictures = [picture for picture in pictures if picture is not None]
+        self._picture = next((picture for picture in pictures if picture.primary), pictures[0])
+        self.is_animated = len(pictures) > 1
+        self._size, self._mode = self._picture.size_mode
+        profile = self._picture.color_profile
+        if profile.get("type") in ("rICC", "prof"):
+            self.info["icc_profile"] = profile["data"]
+
+    def load(self) -> Image.core.PixelAccess | None:
+        if self._picture is not None:
+            data = self._picture.data
+            self._size, self._mode = self._picture.size_mode
+            self.load_prepare()
+            self.frombytes(data, "raw", (self.mode, self._picture.stride))
+            self._picture = None
+        return super().load()
 
 
 class _Quiet:
