@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -156,6 +157,14 @@ def read_settings(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no settings")
     return values
+
+
+def has_settings(path: Path, names: Collection[str]) -> bool:
+    """Whether a YAML or JSON file has all of these names at its top level."""
+    try:
+        return read_settings(path).keys() >= set(names)
+    except ValueError:
+        return False
 
 
 def config_of(kind: type[Config], values: dict[str, object]) -> Config:

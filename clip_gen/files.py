@@ -212,8 +212,8 @@ def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path],
         raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
 
 
-def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here: Callable[[Path], bool]) -> None:
-    """ValueError unless the folder is new or empty, or holds only files of these names and made_here accepts it.
+def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here: bool) -> None:
+    """ValueError unless the folder is new or empty, or was made here and holds only files of these names.
 
     kind: the kind of folder in the message.
     """
@@ -221,7 +221,7 @@ def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here
     check_writable(folder.absolute().parent)  # where atomic_folder writes first
     present = list_names(folder)
     unknown = [name for name in present if name not in names]
-    if unknown or (present and not made_here(folder)):
+    if unknown or (present and not made_here):
         shown = (unknown or present)[0]
         raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clip_gen.config import ModelConfig, read_config, read_settings, write_config
+from clip_gen.config import ModelConfig, has_settings, read_config, write_config
 from clip_gen.files import atomic_file, atomic_folder, check_replaceable
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
@@ -39,10 +39,6 @@ DIGESTED = {"vqgan": "quantizer.", "gpt": "head."}
 SAMPLE = 2**18  # numbers of each tensor in a digest; all of a large one would delay loading by 0.1 s
 MAX_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
 MAX_JSON_LISTS = 2**19  # lists and objects in training.json: each takes far more memory than its two characters
-REMEDIES = {
-    "clip": ", or add a CLIP to it by: python -m clip_gen import clip",
-    "gpt": ", or train its transformer (stage 2)",
-}
 
 
 class ModelFolderError(ValueError):
@@ -240,7 +236,10 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        raise ModelFolderError(f"{path}: missing; copy the whole model folder again{REMEDIES.get(path.stem, '')}")
+        raise ModelFolderError(
+            f"{path}: missing; copy the whole model folder again. To a folder without a CLIP, python -m clip_gen "
+            "import clip adds one; without a transformer, train one (stage 2)"
+        )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -279,15 +278,8 @@ def _type(tensor: Tensor) -> str:
 
 def check_model_folder(folder: Path) -> None:
     """ValueError unless the folder is new, empty, or a model folder without other files, which may be replaced."""
-    check_replaceable(folder, "model", (*FILES, DISCRIMINATOR), _has_model_config)
-
-
-def _has_model_config(folder: Path) -> bool:
-    try:
-        settings = read_settings(folder / CONFIG)
-    except ValueError:
-        return False
-    return all(isinstance(settings.get(part), dict) for part in ("clip", "vqgan", "gpt"))
+    made_here = has_settings(folder / CONFIG, ("clip", "vqgan", "gpt"))
+    check_replaceable(folder, "model", (*FILES, DISCRIMINATOR), made_here)
 
 
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clip_gen.config import has_settings
 from clip_gen.files import atomic_folder, check_replaceable
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.weights.importers.reader import origin, read_checkpoint
@@ -39,14 +40,7 @@ def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype
 
 def check_lpips_folder(out: Path) -> None:
     """ValueError unless the folder is new, empty or an LPIPS folder, which may be replaced."""
-    check_replaceable(out, "LPIPS", (WEIGHTS, RECORD), _has_record)
-
-
-def _has_record(folder: Path) -> bool:
-    try:
-        return "imported" in json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+    check_replaceable(out, "LPIPS", (WEIGHTS, RECORD), has_settings(out / RECORD, ["imported"]))
 
 
 def convert_lpips(vgg: Checkpoint, linear: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

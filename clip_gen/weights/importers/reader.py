@@ -12,10 +12,8 @@ import logging
 import pickle
 import re
 import warnings
-import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -77,49 +75,18 @@ def _content(path: Path, scripts: Collection[str]) -> object:
             f"{path}: is text that begins with {line!r}, not weights; download the file itself. The address may want a "
             "login or have changed; for a Git LFS pointer run git lfs pull"
         )
-    zipped = head.startswith(b"PK")
-    with _errors_named(path):
-        if head[5:9] == b"\0\0\0{":  # safetensors: end of the header's length, and the JSON header
-            return load_file(path)
-        if not zipped or not _is_script(path):
-            return _load_pickle(path, zipped)
-    content = _known_script(path, scripts)
-    with _errors_named(path):
-        return torch.jit.load(io.BytesIO(content), map_location="cpu").state_dict()
-
-
-@contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
-    """Turns what loading raises into a ValueError. torch's own messages and warnings address developers."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+            warnings.simplefilter("ignore")  # for developers, not for users
+            if head[5:9] == b"\0\0\0{":  # safetensors: end of the header's length, and the JSON header
+                return load_file(path)
+            # Hash and load the same bytes: the file may change meanwhile.
+            script = path.read_bytes() if scripts and path.stat().st_size < MAX_SCRIPT_BYTES else b""
+            if hashlib.sha256(script).hexdigest() in scripts:
+                return torch.jit.load(io.BytesIO(script), map_location="cpu").state_dict()
+            return _load_pickle(path, zipped=head.startswith(b"PK"))
     except Exception as error:  # damaged and hostile files raise errors of many types
         raise ValueError(f"{path}: {_reason(error)}") from error
-
-
-def _is_script(path: Path) -> bool:
-    """Whether a zip archive is TorchScript."""
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _known_script(path: Path, scripts: Collection[str]) -> bytes:
-    """The bytes of a TorchScript archive that may be loaded; ValueError for others.
-
-    The bytes that are hashed are those that are loaded: the file may change meanwhile.
-    """
-    content = path.read_bytes() if path.stat().st_size < MAX_SCRIPT_BYTES else b""
-    if hashlib.sha256(content).hexdigest() in scripts:
-        return content
-    raise ValueError(
-        f"{path}: is a TorchScript archive, and PyTorch runs the code in such a file while loading it. Only the "
-        "nine CLIP files of OpenAI are loaded, by their sha256 and as a CLIP, and this is none of them. If it "
-        f"should be, {AGAIN}. Otherwise give a state dict. If you trust the file, this command makes one: "
-        "python -c \"import torch; model = torch.jit.load('FILE', map_location='cpu'); "
-        "torch.save(model.state_dict(), 'weights.pt')\""
-    )
 
 
 def _load_pickle(path: Path, zipped: bool) -> object:
@@ -146,9 +113,18 @@ class _Inert:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be read, and what to do."""
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|persistent_load|reduce|Can only", str(error)):
+    """Why a file cannot be read, and what to do. torch's own messages address developers."""
+    text = str(error)
+    if "torchscript" in text.lower():
+        return (
+            "is a TorchScript archive, and PyTorch runs the code in such a file while loading it. Only the "
+            "nine CLIP files of OpenAI are loaded, by their sha256 and as a CLIP, and this is none of them. If it "
+            f"should be, {AGAIN}. Otherwise give a state dict. If you trust the file, this command makes one: "
+            "python -c \"import torch; model = torch.jit.load('FILE', map_location='cpu'); "
+            "torch.save(model.state_dict(), 'weights.pt')\""
+        )
+    if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|persistent_load|reduce|Can only", text):
+        refused = re.search(r"GLOBAL (\S+)", text)
         what = refused[1] if refused else "Python objects"
         return (
             f"asks for {what}, not for tensors alone, and is not loaded: such a pickle can run any code. If you trust "
