@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +18,6 @@ COMMAND = "CLIP_GEN_COMMAND"  # the environment variable with the command that s
 PARTIAL = ".clip-gen-saving-"  # prefix of incomplete files and folders; leftovers with it are removed
 LEFTOVER_SECONDS = 60  # a newer file may not be locked yet
 MARK = ".clip-gen"  # the file that marks a folder as written by this program
-NEW_FOLDER = "name a new or an empty one"
 # Made by the operating system. They do not count as content and are never removed.
 SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}
 
@@ -195,40 +194,30 @@ def check_writable(folder: Path) -> None:
         os.rmdir(tempfile.mkdtemp(dir=nearest, prefix=PARTIAL))
 
 
-def check_claimable(folder: Path, kind: str, made_before_marks: Callable[[Path], bool] | None = None) -> None:
+def check_claimable(folder: Path, kind: str, made_here: bool = False, expected: Collection[str] = (MARK,)) -> None:
     """ValueError unless the folder is new, empty or made by this program. Changes no file.
 
-    kind: the kind of folder in the mark, such as "training". made_before_marks: recognises folders of older versions,
-    which wrote no mark.
+    kind: the kind of folder in the mark, such as "training". made_here: whether a folder without a mark is of this
+    program. expected: names that the message does not complain about.
     """
     check_writable(folder)
     names, mark = list_names(folder), folder / MARK
     if mark.is_file():
-        ours = mark.read_text(errors="replace").startswith(f"{kind}\n")
-    else:
-        ours = made_before_marks is not None and made_before_marks(folder)
-    if names and not ours:
-        shown = next((name for name in names if name != MARK), MARK)
-        raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
+        made_here = mark.read_text(errors="replace").startswith(f"{kind}\n")
+    if names and not made_here:
+        shown = next((name for name in names if name not in expected), names[0])
+        raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; name a new or an empty one")
 
 
 def check_replaceable(folder: Path, kind: str, names: Collection[str], made_here: bool) -> None:
-    """ValueError unless the folder is new or empty, or was made here and holds only files of these names.
-
-    kind: the kind of folder in the message.
-    """
-    check_writable(folder)
+    """ValueError unless the folder is new or empty, or was made here and holds only files of these names."""
+    check_claimable(folder, kind, made_here and set(list_names(folder)) <= set(names), names)
     check_writable(folder.absolute().parent)  # where atomic_folder writes first
-    present = list_names(folder)
-    unknown = [name for name in present if name not in names]
-    if unknown or (present and not made_here):
-        shown = (unknown or present)[0]
-        raise ValueError(f"{folder} holds {shown} and is no {kind} folder of this program; {NEW_FOLDER}")
 
 
-def claim_folder(folder: Path, kind: str, made_before_marks: Callable[[Path], bool] | None = None) -> None:
+def claim_folder(folder: Path, kind: str, made_here: bool = False) -> None:
     """Creates the folder and marks it as made by this program. Raises what check_claimable raises."""
-    check_claimable(folder, kind, made_before_marks)
+    check_claimable(folder, kind, made_here)
     with errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARK).is_file():

@@ -146,23 +146,20 @@ def test_a_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
 
 
 def test_only_a_folder_that_is_new_or_empty_or_marked_is_written_into(tmp_path: Path) -> None:
-    def never(folder: Path) -> bool:
-        return False
-
-    claim_folder(tmp_path / "new" / "folder", "training", never)
+    claim_folder(tmp_path / "new" / "folder", "training")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".DS_Store").write_text("")
-    claim_folder(tmp_path / "empty", "training", never)
+    claim_folder(tmp_path / "empty", "training")
     (tmp_path / "empty" / "more").write_text("")
-    claim_folder(tmp_path / "empty", "training", never)
+    claim_folder(tmp_path / "empty", "training")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"own holds thesis\.txt and is no training folder of this"):
-        claim_folder(tmp_path / "own", "training", never)
+        claim_folder(tmp_path / "own", "training")
     assert contents(tmp_path / "own") == {"thesis.txt": "years of work"}
-    claim_folder(tmp_path / "own", "training", lambda folder: folder == tmp_path / "own")
+    claim_folder(tmp_path / "own", "training", made_here=True)
     with pytest.raises(ValueError, match=r"thesis\.txt and is no evaluation folder of this program; name"):
-        check_claimable(tmp_path / "own", "evaluation", lambda folder: True)
+        check_claimable(tmp_path / "own", "evaluation", made_here=True)
     assert (tmp_path / "own" / MARK).read_text().startswith("training\n")
 
 
@@ -178,14 +175,14 @@ def test_a_place_that_cannot_be_a_folder_is_refused_in_a_sentence(tmp_path: Path
     }
     for path, sentence in refused.items():
         with pytest.raises(ValueError, match=sentence):
-            claim_folder(path, "training", lambda folder: True)
+            claim_folder(path, "training", made_here=True)
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 def test_a_folder_without_permission_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     check = "import os, sys; from pathlib import Path; from clip_gen.files import claim_folder"
-    check += "\nos.getuid() or os.setuid(65534)\nclaim_folder(Path(sys.argv[1]), 'training', lambda folder: True)"
+    check += "\nos.getuid() or os.setuid(65534)\nclaim_folder(Path(sys.argv[1]), 'training', made_here=True)"
     (tmp_path / "there").mkdir()
     for name in ("there", "new"):
         run = subprocess.run([sys.executable, "-c", check, tmp_path / name], capture_output=True, text=True)

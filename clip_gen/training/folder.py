@@ -26,7 +26,7 @@ CHANGEABLE = ("max_minutes", "sample_prompts")  # settings that a resumed traini
 
 def check(out: Path) -> None:
     """ValueError naming the first other file, unless a training may write here. Writes nothing."""
-    files.check_claimable(out, KIND, has_settings)
+    files.check_claimable(out, KIND, has_settings(out))
     check_model_folder(out / "model")
     pictures = out / "work" / PICTURES
     listed = {path.name for path in unpacked(pictures).paths} if (pictures / INDEX).is_file() else set()
@@ -37,7 +37,7 @@ def check(out: Path) -> None:
 
 def claim(out: Path) -> None:
     """Creates the folder and marks it as a training's; ValueError if it holds other files."""
-    files.claim_folder(out, KIND, has_settings)
+    files.claim_folder(out, KIND, has_settings(out))
 
 
 def has_settings(out: Path) -> bool:

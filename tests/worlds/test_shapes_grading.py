@@ -65,7 +65,7 @@ def test_the_command_writes_the_table_as_json_and_a_sheet(
         assert row["total"] == 3 or (row["total"] < 3 and "left unsaid, best of 16, " in name)
     assert Image.open(tmp_path / "sheet.png").size[0] > 100
     (tmp_path / MARK).unlink()
-    check_claimable(tmp_path, "evaluation", _has_report)  # as versions without marks left it
+    check_claimable(tmp_path, "evaluation", _has_report(tmp_path))  # as versions without marks left it
 
 
 def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny_model: ClipGen) -> None:

@@ -199,12 +199,12 @@ def main(arguments: argparse.Namespace) -> None:
     sampling.check()
     if arguments.prompts < 1:
         raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")
-    check_claimable(arguments.out, "evaluation", _has_report)
+    check_claimable(arguments.out, "evaluation", _has_report(arguments.out))
     model = ClipGen.load(arguments.model, arguments.device)
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
     evaluation.run(arguments.kinds)
     print(evaluation.table())
-    claim_folder(arguments.out, "evaluation", _has_report)
+    claim_folder(arguments.out, "evaluation", _has_report(arguments.out))
     write_text_atomic(arguments.out / REPORT, json.dumps(evaluation.as_json(), indent=2) + "\n")
     with atomic_file(arguments.out / SHEET) as temporary:
         evaluation.sheet().save(temporary, "png")
