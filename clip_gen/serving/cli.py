@@ -54,7 +54,7 @@ def option_parser(command: str, fields: Mapping[str, InputField]) -> argparse.Ar
     inputs = [f"  {name:<25}  {field.info.description} [{field.limits()}]" for name, field in fields.items()]
     parser = argparse.ArgumentParser(
         prog=f"script/{command}",
-        description=f"Runs `python -m clip_gen {'generate' if command == 'predict' else 'train'}` with inputs of Cog.",
+        description=f"Runs `python -m clip_gen {'generate' if command == 'predict' else 'train'}` with Cog's inputs.",
         epilog="\n".join(["inputs:", *inputs]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

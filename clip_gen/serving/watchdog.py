@@ -33,7 +33,8 @@ def worker_folder(prefix: str) -> Path:
     folder = tempfile.mkdtemp(prefix=prefix)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = os.getppid()
-    if SERVER in Path(f"/proc/{server}/cmdline").read_bytes():
+    command_line = Path(f"/proc/{server}/cmdline")
+    if command_line.exists() and SERVER in command_line.read_bytes():
         ours, _theirs = os.pipe()  # the watchdog reads the end of the pipe when this process is gone
         command = [sys.executable, "-I", "-S", __file__, str(server), str(os.getpid()), folder]
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

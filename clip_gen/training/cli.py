@@ -29,10 +29,10 @@ SECONDS_TO_END = 20.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 MACHINE = {
-    "devices": "How many GPUs, or without any, processes.",
-    "nodes": "Machines that train together, each with so many devices.",
+    "devices": "Number of GPUs, or of processes without a GPU.",
+    "nodes": "Number of machines that train together.",
     "strategy": "One of Lightning's strategies, by name. Tested: auto and ddp, on CPUs.",
-    "save_seconds": "Between checkpoints.",
+    "save_seconds": "Seconds between checkpoints.",
 }
 
 
@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
 def process_that_ended(error: RuntimeError) -> str | None:
     """A sentence when another process of the training was killed; None for other errors."""
     if str(error).startswith("DataLoader worker") and "killed" in str(error):
-        return "A process that loads pictures was killed, as by a system that is short of memory: see batch_size"
+        return "A process that loads pictures was killed, perhaps for lack of memory: try a smaller batch_size"
     if process_count() > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
         return "Another process of this training has ended: see what it printed above"
     return None
