@@ -124,8 +124,8 @@ def test_the_script_trains_into_a_folder_and_takes_its_weights_as_base(
     ("inputs", "sentence"),
     [
         ({"images": "@"}, 'images is ""; give a file'),
-        ({"images": "@nothing.zip"}, "train: nothing.zip: there is no such file"),
-        ({"images": "https://somewhere/photos.zip"}, "train: https:/somewhere/photos.zip: there is no such file"),
+        ({"images": "@nothing.zip"}, "train: nothing.zip: no such file"),
+        ({"images": "https://somewhere/photos.zip"}, "train: https:/somewhere/photos.zip: no such file"),
         ({"images": "@PHOTOS", "stage": "all"}, 'stage is "all"; give one of both, vqgan, transformer'),
         ({"images": "@PHOTOS", "base": "checkpoints/shapes"}, "checkpoints/shapes: no such file or folder"),
     ],
