@@ -35,25 +35,19 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
     if path.is_file() and (sha256 is None or sha256_of(path).startswith(sha256)):
         return
     part = _Part(path)
-    for _ in range(2):  # the first may have resumed a damaged part
-        _transfer(url, part)
-        with part.path.open("rb") as file:
-            page = is_web_page(file.read(512))
-        if page:
-            part.remove()
-            raise ValueError(
-                f"{url}: the server sends a web page, not the file; open the address in a browser to see why (a login, "
-                "a proxy, a changed address), or give another --mirror"
-            )
-        digest = sha256_of(part.path)
-        if sha256 is None or digest.startswith(sha256):
-            os.replace(part.path, path)
-            part.remove()
-            return
+    _transfer(url, part)
+    digest = sha256_of(part.path)
+    with part.path.open("rb") as file:
+        is_page = is_web_page(file.read(512))
+    if not is_page and digest.startswith(sha256 or ""):
+        os.replace(part.path, path)
         part.remove()
-    wanted = sha256 if len(sha256) == len(digest) else f"one that starts with {sha256}"
+        return
+    part.remove()
+    what = "a web page" if is_page else f"another file (its sha256 is {digest}, wanted is {sha256})"
     raise ValueError(
-        f"{url}: its sha256 is {digest}, wanted is {wanted}; the server sends another file, try another --mirror"
+        f"{url}: the server sends {what}; open the address in a browser to see why (a login, a proxy, a changed "
+        "address), or give another --mirror"
     )
 
 
