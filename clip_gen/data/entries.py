@@ -105,15 +105,15 @@ def _check_is_archive(name: str, head: bytes) -> None:
     for start, packer in UNREAD_ARCHIVES.items():
         if head.startswith(start):
             raise ArchiveError(f"{name}: is packed with {packer}, which is not read; unpack it and give the folder")
+    remedy = WANTED
     try:
         what = f"one picture ({kind_of(head, name)})"
     except UnusableError as error:
         if error.reason in (ARCHIVE, NO_PICTURE):
             return  # reading it will show what it is
         what = error.reason.split(":")[0]
-        if error.reason == WEB_PAGE:
-            raise ArchiveError(f"{name}: is {what}, not an archive; {DOWNLOAD_AGAIN}") from None
-    raise ArchiveError(f"{name}: is {what}, not an archive; {WANTED}")
+        remedy = DOWNLOAD_AGAIN if error.reason == WEB_PAGE else WANTED
+    raise ArchiveError(f"{name}: is {what}, not an archive; {remedy}")
 
 
 def _zip_error(member: zipfile.ZipInfo) -> UnusableError | None:

@@ -28,7 +28,6 @@ from clip_gen.weights.url import PublicOnly, is_url, open_url
 LIMITS = Limits(max_entries=4096, max_bytes=4 * 2**30, max_ratio=math.inf)
 STEP = 64 * 2**20  # bytes written between two checks of the cache's room
 MAX_NAME = 4096  # characters of a path in an archive, as on Linux
-MAX_FOLDERS = 64  # folders of an archive with files named like those of a model folder
 WANTED = "give a model folder, a training's folder, or the path or URL (http, https, data) of a weights tar"
 
 _in_use: list[WeightsFolder] = []  # keeps the locks of resolve_weights until the process ends
@@ -187,8 +186,6 @@ def _unpack(archive: BinaryIO, folder: Path, room: Meter) -> None:
             if entry.error is not None and entry.error.reason in (LINK, NOT_A_FILE):
                 continue
             target = folders.setdefault(inside.parent, folder / str(len(folders)))
-            if len(folders) > MAX_FOLDERS:
-                raise ArchiveError(f"{room.name}: holds model files in over {MAX_FOLDERS} folders; pack one model")
             if entry.error is not None:
                 raise entry.error
             target.mkdir(exist_ok=True)
@@ -212,10 +209,9 @@ def _complete_model(folders: dict[PurePosixPath, Path], name: str) -> PurePosixP
         inside: [file for file in FILES if file != TRAINING and not (path / file).is_file()]
         for inside, path in folders.items()
     }
-    complete = sorted((inside for inside in folders if not missing[inside]), key=lambda inside: len(inside.parts))
-    if not complete:
-        nearest = min(folders, key=lambda inside: len(missing[inside]))
-        raise ModelFolderError(f"{name}: has no {missing[nearest][0]}; pack the whole model folder again")
-    if len(complete) > 1 and len(complete[0].parts) == len(complete[1].parts):
-        raise ModelFolderError(f"{name}: holds several models, {complete[0]} and {complete[1]}; pack one of them")
-    return complete[0]
+    model, *others = sorted(folders, key=lambda inside: (len(missing[inside]), len(inside.parts)))
+    if missing[model]:
+        raise ModelFolderError(f"{name}: has no {missing[model][0]}; pack the whole model folder again")
+    if others and not missing[others[0]] and len(others[0].parts) == len(model.parts):
+        raise ModelFolderError(f"{name}: holds several models, {model} and {others[0]}; pack one of them")
+    return model
