@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +62,12 @@ def decode(
     at least `wanted_side` pixels wide and high. UnusableError if the file is not a picture, is damaged, or is too
     small, thin or large. OSError if there is no file.
     """
+    _silence_pillow()
     with path.open("rb") as file:
         kind = kind_of(file.read(HEAD_BYTES), path.name)
         file.seek(0)
         try:
-            with _quiet, _opened(file, kind) as image:
+            with _opened(file, kind) as image:
                 _check_shape(image.size, min_side, max_aspect)
                 if wanted_side and isinstance(image, JpegImagePlugin.JpegImageFile):
                     image.draft(None, (wanted_side, wanted_side))
@@ -136,34 +136,10 @@ class _HeicFile(ImageFile.ImageFile):
         return super().load()
 
 
-class _Quiet:
-    """Silences PIL's warnings and log about odd files, which become a UnusableError or do not matter.
-
-    These settings belong to the process: the first thread to enter saves them, the last to leave restores them.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._threads = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._threads == 0:
-                self._warnings = warnings.catch_warnings()
-                self._warnings.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-                self._level = logging.getLogger("PIL").level
-                logging.getLogger("PIL").setLevel(logging.CRITICAL)
-            self._threads += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._threads -= 1
-            if self._threads == 0:
-                self._warnings.__exit__()
-                logging.getLogger("PIL").setLevel(self._level)
-
-
-_quiet = _Quiet()
+def _silence_pillow() -> None:
+    """Silences Pillow's warnings and log about odd files, which become an UnusableError or do not matter."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _has_more_frames(image: Image.Image) -> bool:
