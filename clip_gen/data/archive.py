@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 LIMITS = Limits()
 UNPACKING = ".unpacking-"
 LOG_EVERY = 2000  # files
-STRIP = 256  # rows of a picture that are hashed at a time
 THREADS = 2  # each holds a decoded picture of up to Limits.max_pixels
 
 DUPLICATE = "a duplicate"
@@ -176,10 +175,8 @@ def _decoded(path: Path, limits: Limits) -> tuple[bytes, tuple[str, ...]]:
     picture = decoded.image
     if is_one_colour(picture):
         raise UnusableError(TRANSPARENT if TRANSPARENT in decoded.notes else ONE_COLOUR)
-    width, height = picture.size
     sha256 = hashlib.sha256(b"%d %d " % picture.size)
-    for top in range(0, height, STRIP):
-        sha256.update(picture.crop((0, top, width, min(top + STRIP, height))).tobytes())
+    sha256.update(picture.tobytes())
     return sha256.digest(), decoded.notes
 
 

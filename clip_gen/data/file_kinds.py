@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import PurePosixPath
 
 HEAD_BYTES = 1024  # first bytes of a file that kind_of needs
@@ -108,14 +109,10 @@ def _may_be_tga(head: bytes) -> bool:
     """Whether the header may be a TGA's. TGA has no signature, but few headers are valid."""
     if len(head) < 18:
         return False
-    has_palette, kind, depth, flags = head[1], head[2], head[16], head[17]
-    if has_palette == 1:
-        length = int.from_bytes(head[5:7], "little")
-        plain = kind in (1, 9) and head[3:5] == b"\0\0" and 1 <= length <= 256 and head[7] in (15, 16, 24, 32)
-    else:
-        plain = has_palette == 0 and kind in (2, 3, 10, 11) and head[3:8] == bytes(5)
-    has_pixels = head[12:14] != b"\0\0" and head[14:16] != b"\0\0"
-    return plain and has_pixels and depth in (8, 15, 16, 24, 32) and flags & 0xC0 == 0
+    _, palette, kind, first, colours, bits, _, _, width, height, depth, flags = struct.unpack("<3B2HB4H2B", head[:18])
+    plain = kind in (2, 3, 10, 11) and not any((palette, first, colours, bits))
+    mapped = kind in (1, 9) and palette == 1 and first == 0 and 1 <= colours <= 256 and bits in (15, 16, 24, 32)
+    return (plain or mapped) and min(width, height) > 0 and depth in (8, 15, 16, 24, 32) and flags & 0xC0 == 0
 
 
 def _other(head: bytes, name: str) -> str:

@@ -82,11 +82,6 @@ class PublicOnly:
                 error = failure
         raise error
 
-    def check_behind_proxy(self, host: str) -> None:
-        """RefusedAddressError if this machine can resolve the host, and to an address that is not public."""
-        with contextlib.suppress(socket.gaierror):
-            self.addresses(host, 443)
-
 
 def open_url(
     url: str,
@@ -142,8 +137,9 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             connection.response_class = functools.partial(_Response, ask=self._ask)
             if self._public is not None and request.host == request.named_host:
                 connection._create_connection = self._public.connect  # http.client has no public way
-            elif self._public is not None:
-                self._public.check_behind_proxy(http.client.HTTPConnection(request.named_host).host)
+            elif self._public is not None:  # a proxy connects; this machine may not know the host
+                with contextlib.suppress(socket.gaierror):
+                    self._public.addresses(http.client.HTTPConnection(request.named_host).host, 443)
             return connection
 
         return self.do_open(connect, request)
