@@ -6,9 +6,7 @@ The condition takes position 0, so token t is predicted at position t from the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +15,6 @@ from torch.nn import functional as F
 from clip_gen.config import GPTConfig
 from clip_gen.networks.float16_linear import Float16Linear
 from clip_gen.networks.kv_cache import EmbeddingBagCache, KVCache
-
-CachedBlock = Callable[[Tensor, tuple[Tensor, ...] | None, KVCache, int], Tensor]  # see Block.cached
 
 
 def grid_rotation(side: int, head_size: int) -> Tensor:
@@ -70,6 +66,16 @@ class CausalSelfAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
 
+    def step(self, x: Tensor, rotation: tuple[Tensor, ...] | None, cache: KVCache, layer: int) -> Tensor:
+        """Like forward for one new position, x (B, n_embd). Rows after cache.rows are padding and attend to nothing."""
+        padding = x.shape[0] - cache.rows
+        heads = self.qkv(x.to(self.qkv.bias.dtype)).view(x.shape[0], 3, self.n_head, -1)[: cache.rows]
+        q, k, v = heads.unbind(1)  # (rows, H, D) each
+        if rotation is not None:
+            q, k = rotate(heads[:, :2], rotation).unbind(1)
+        y = cache.attend(layer, q, k, v).flatten(1)
+        return self.proj(F.pad(y, (0, 0, 0, padding)) if padding else y)
+
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
@@ -94,36 +100,15 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.ln_1(x), rotation, mask))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
-    def cached(self) -> CachedBlock:
-        """A function like forward for one new position, without dropout: f(x, rotation, cache, layer), x (B, n_embd).
-
-        It holds references to the weights, so make a new one for every batch. Looking weights up in nn.Modules takes a
-        tenth of the time of a small model on a CPU.
-        """
-        norm_1, norm_2 = (
-            partial(torch.layer_norm, normalized_shape=ln.normalized_shape, weight=ln.weight, bias=ln.bias, eps=ln.eps)
-            for ln in (self.ln_1, self.ln_2)
-        )
-        qkv, proj = self.attn.qkv.forward, self.attn.proj.forward
-        fc, mlp_proj = self.mlp.fc.forward, self.mlp.proj.forward
-        n_head, dtype = self.attn.n_head, self.attn.qkv.bias.dtype
-
-        def cached_block(x: Tensor, rotation: tuple[Tensor, ...] | None, cache: KVCache, layer: int) -> Tensor:
-            count, rows = len(x), cache.rows  # rows after cache.rows are padding, without keys and values
-            heads = qkv(norm_1(x).to(dtype)).view(count, 3, n_head, -1)[:rows]
-            q, k, v = heads.unbind(1)  # (rows, H, D) each
-            if rotation is not None:
-                q, k = rotate(heads[:, :2], rotation).unbind(1)
-            y = cache.attend(layer, q, k, v).reshape(rows, -1)
-            x = x + proj(y if rows == count else F.pad(y, (0, 0, 0, count - rows)))
-            return x + mlp_proj(F.gelu(fc(norm_2(x).to(dtype))))
-
-        return cached_block
+    def step(self, x: Tensor, rotation: tuple[Tensor, ...] | None, cache: KVCache, layer: int) -> Tensor:
+        """Like forward for one new position, x (B, n_embd), without dropout."""
+        x = x + self.attn.step(self.ln_1(x), rotation, cache, layer)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """`forward` gives the logits of all positions at once. `start` and `step` give them one position at a time, with a
-    cache of keys and values.
+    """`forward` gives the logits of all positions at once, `step` one position at a time, with a cache of keys and
+    values.
 
     With neighbour_context a position's input is the condition and the four tokens next to it (`neighbour_positions`),
     instead of the previous token alone.
@@ -247,27 +232,20 @@ class GPT(nn.Module):
         later = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
         return mask.masked_fill(later, -torch.inf)[:, None].to(self.dtype)
 
-    def start(self, prefix: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) for position 0, from prefix (B, n_embd)."""
+    def step(self, last: Tensor | None, cache: KVCache) -> Tensor:
+        """Logits (B, V) for the next position, given the last token (B,); None at position 0."""
         if self.around is None:
-            return self.step_from_input(prefix, cache)
-        shape, outside = (len(prefix), self.config.block_size + 1), self.config.codebook_size
-        cache.prefix, cache.tokens = prefix, torch.full(shape, outside, device=prefix.device)
-        return self.step_from_input(self.neighbour_input(cache.position, prefix, cache.tokens), cache)
-
-    def step(self, token: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) for the next position, given the last token (B,)."""
-        if self.around is None:
-            return self.step_from_input(self.token_embedding(token), cache)
-        cache.tokens[:, cache.length - 1] = token
+            return self.step_from_input(cache.prefix if last is None else self.token_embedding(last), cache)
+        if last is not None:
+            cache.tokens[:, cache.length - 1] = last
         return self.step_from_input(self.neighbour_input(cache.position, cache.prefix, cache.tokens), cache)
 
     def step_from_input(self, x: Tensor, cache: KVCache) -> Tensor:
-        """As `step`, from the next position's input (B, n_embd). Same as forward, without dropout, in fewer calls."""
+        """As `step`, from the next position's input (B, n_embd)."""
         x = x + self.position_embedding.weight[cache.position]
         rotation = None if self.rotation is None else self.rotation[:, cache.position].to(self.dtype).unbind()
-        for layer, cached_block in enumerate(cache.blocks or self.cached_blocks()):
-            x = cached_block(x, rotation, cache, layer)
+        for layer, block in enumerate(self.blocks):
+            x = block.step(x, rotation, cache, layer)
         cache.advance()
         return self.head(self.ln_f(x))
 
@@ -279,14 +257,13 @@ class GPT(nn.Module):
         indices = tokens.index_select(1, neighbours[0]) + self.neighbour_starts
         return prefix + F.embedding(indices, self.neighbour_table).sum(dim=1)
 
-    def new_cache(self, rows: int) -> KVCache:
+    def new_cache(self, prefix: Tensor, rows: int | None = None) -> KVCache:
+        """The cache of a new batch. prefix: (B, n_embd). rows: how many of the rows are no padding; None: all."""
         kind = EmbeddingBagCache if self.cache_dtype == torch.float16 else KVCache
-        cache = kind(self.config, rows, device=self.device, dtype=self.cache_dtype)
-        cache.blocks = self.cached_blocks()
+        cache = kind(self.config, rows or len(prefix), device=self.device, dtype=self.cache_dtype)
+        cache.prefix, shape = prefix, (len(prefix), self.config.block_size + 1)
+        cache.tokens = torch.full(shape, self.config.codebook_size, device=prefix.device)
         return cache
-
-    def cached_blocks(self) -> list[CachedBlock]:
-        return [block.cached() for block in self.blocks]
 
     @property
     def cache_dtype(self) -> torch.dtype:

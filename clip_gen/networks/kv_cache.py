@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,28 +19,20 @@ class KVCache:
     rows: of the batch. Rows that only pad the batch are not among them: they are not written and attend to nothing.
     """
 
-    block = 1  # positions whose keys are stored together
-
     def __init__(self, config: GPTConfig, rows: int, *, device: torch.device, dtype: torch.dtype):
         head_size = config.n_embd // config.n_head
         shape = (config.n_layer, rows, config.n_head, config.block_size, head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, T, D)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows, self.length = rows, 0
-        self.prefix: Tensor | None = None  # (B, n_embd); used with neighbour_context, like tokens
+        self.prefix: Tensor | None = None  # (B, n_embd), the projected condition
         self.tokens: Tensor | None = None  # (B, T + 1); codebook_size where no token is known
-        self.blocks: list[Callable] | None = None  # Block.cached of every layer
         self.mask: Tensor | None = None  # of the positions that `extend` returns; None: attend to all
 
     @property
     def position(self) -> slice | Tensor:
         """The next position, as an index of length 1."""
         return slice(self.length, self.length + 1)
-
-    @property
-    def written(self) -> int:
-        """An upper bound of the number of positions written so far."""
-        return self.length
 
     def advance(self) -> None:
         self.length += 1
@@ -59,14 +50,6 @@ class KVCache:
         keys.select(2, self.length).copy_(key)
         values.select(2, self.length).copy_(value)
         return keys.narrow(2, 0, self.length + 1), values.narrow(2, 0, self.length + 1)
-
-    def copy_rows(self, other: KVCache, rows: Tensor) -> None:
-        """Copies these rows (n,) of another cache into this one, which has n."""
-        blocks = -(-other.written // self.block)
-        for layer in range(len(self.keys)):
-            self.keys[layer, :, :, :blocks] = other.keys[layer, :, :, :blocks][rows]
-            self.values[layer, :, :, : other.written] = other.values[layer, :, :, : other.written][rows]
-        self.length = other.length
 
 
 class EmbeddingBagCache(KVCache):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -138,15 +137,6 @@ class RunningBatch:
     @property
     def wanted(self) -> bool:
         return not self.batch.done and any(not request.result.done() for request in self.requests)
-
-    def drop_unwanted_rows(self) -> None:
-        """Removes the rows of stopped requests, if Batch.keep finds that worthwhile."""
-        wanted = [row for row, (request, _) in enumerate(self.rows) if not request.result.done()]
-        if len(wanted) == len(self.rows):
-            return
-        with contextlib.suppress(RuntimeError):  # no memory for a second, smaller batch: continue with this one
-            if self.batch.keep(wanted):
-                self.rows = [self.rows[row] for row in wanted]
 
     def step(self) -> None:
         """Samples a token of every row; delivers the tokens after the last one."""

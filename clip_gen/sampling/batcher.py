@@ -250,8 +250,6 @@ class Batcher:
         for request in self._requests():
             request.check_stop()
         self._running = [running for running in self._running if running.wanted]
-        for running in self._running:
-            running.drop_unwanted_rows()
 
     def _start_batches(self) -> None:
         """Starts batches while candidates wait and memory allows, first come, first served."""

@@ -39,10 +39,6 @@ class StaticCache(KVCache):
     def position(self) -> Tensor:
         return self._position
 
-    @property
-    def written(self) -> int:
-        return len(self.all_positions)
-
     def advance(self) -> None:
         self._position += 1
 
@@ -50,10 +46,6 @@ class StaticCache(KVCache):
         self.keys[layer].index_copy_(2, self.position, key[:, :, None])
         self.values[layer].index_copy_(2, self.position, value[:, :, None])
         return self.keys[layer], self.values[layer]
-
-    def copy_rows(self, other: StaticCache, rows: Tensor) -> None:
-        super().copy_rows(other, rows)
-        self.position.copy_(other.position)
 
 
 @functools.cache
@@ -149,11 +141,6 @@ class Recording:
 _idle: weakref.WeakKeyDictionary[GPT, dict[int, list[Recording]]] = weakref.WeakKeyDictionary()
 
 
-def is_ready(gpt: GPT, rows: int) -> bool:
-    """Whether an idle recording for so many rows exists; making one takes longer than most batches."""
-    return bool(_idle.get(gpt, {}).get(rows))
-
-
 def forget(gpt: GPT) -> None:
     """Deletes the recordings of a transformer that will not sample again soon."""
     _idle.pop(gpt, None)
@@ -196,15 +183,6 @@ class RecordedSteps:
         weakref.finalize(self, idle.append, self.recording)
         self.recording.prefix.copy_(prefix)
         self.recording.cache.position.zero_()
-
-    @property
-    def prefix(self) -> Tensor:
-        return self.recording.prefix
-
-    def copy_rows(self, other: RecordedSteps, rows: Tensor) -> None:
-        """Continues these rows (B,) of another batch."""
-        self.recording.cache.copy_rows(other.recording.cache, rows)
-        torch.index_select(other.recording.tokens, 0, rows, out=self.recording.tokens)
 
     def __call__(self, last: Tensor | None) -> Tensor:
         recording = self.recording

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.batch_sizes import pad_rows, padded_batch_size
-from clip_gen.sampling.cuda_graphs import RecordedSteps, has_kernels, is_ready
+from clip_gen.sampling.cuda_graphs import RecordedSteps, has_kernels
 from clip_gen.validation import check_sampling
 
 MIN_TEMPERATURE = 1e-4  # below it sampling is greedy, because dividing by less overflows
@@ -105,22 +105,12 @@ class GrowingSteps:
     """
 
     def __init__(self, gpt: GPT, prefix: Tensor, rows: int):
-        self.gpt, self.prefix, self.rows = gpt, prefix, rows
-        self.cache = gpt.new_cache(len(prefix))
+        self.gpt, self.rows = gpt, rows
+        self.cache = gpt.new_cache(pad_rows(prefix, rows), len(prefix))
 
     def __call__(self, last: Tensor | None) -> Tensor:
-        if last is None:
-            logits = self.gpt.start(pad_rows(self.prefix, self.rows), self.cache)
-        else:
-            logits = self.gpt.step(pad_rows(last, self.rows), self.cache)
-        return logits[: len(self.prefix)]
-
-    def copy_rows(self, other: GrowingSteps, rows: Tensor) -> None:
-        """Continues these rows (B,) of another batch."""
-        self.cache.copy_rows(other.cache, rows)
-        if self.gpt.around is not None:
-            self.cache.prefix = pad_rows(self.prefix, self.rows)
-            self.cache.tokens = pad_rows(other.cache.tokens[rows], self.rows)
+        last = None if last is None else pad_rows(last, self.rows)
+        return self.gpt.step(last, self.cache)[: self.cache.rows]
 
 
 class Batch:
@@ -136,20 +126,16 @@ class Batch:
         device = embedding.device
         self.gpt, self.sampling, self.uniforms, self.length = gpt, sampling, uniforms.to(device), 0
         self._tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
-        self.recorded = device.type == "cuda" if recorded is None else recorded
+        recorded = device.type == "cuda" if recorded is None else recorded
         self.passes = sampling.passes
         rows = padded_batch_size(gpt, len(uniforms), self.passes)
         embedding = pad_rows(embedding, rows)
         prefixes = [gpt.prefix(embedding)]
         if self.passes == 2:
             prefixes.append(gpt.prefix(embedding, torch.ones(rows, dtype=torch.bool, device=device)))
-        self.width = rows if self.recorded else len(uniforms)
-        self.steps = self._steps(torch.cat([prefix[: self.width] for prefix in prefixes]), rows)
-
-    def _steps(self, prefix: Tensor, rows: int) -> GrowingSteps | RecordedSteps:
-        if self.recorded:
-            return RecordedSteps(self.gpt, prefix)
-        return GrowingSteps(self.gpt, prefix, rows * self.passes)
+        self.width = rows if recorded else len(uniforms)
+        prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
+        self.steps = RecordedSteps(gpt, prefix) if recorded else GrowingSteps(gpt, prefix, rows * self.passes)
 
     @property
     def done(self) -> bool:
@@ -171,26 +157,6 @@ class Batch:
         chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
         self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
         self.length += 1
-
-    @torch.inference_mode()
-    def keep(self, wanted: list[int]) -> bool:
-        """Drops all rows but these, if that is worth copying the cache; returns whether it did.
-
-        Returns False before the first token, if fewer than a quarter of the rows would go, and if a CUDA graph for the
-        rest would have to be recorded first.
-        """
-        rows = padded_batch_size(self.gpt, len(wanted), self.passes)
-        width = rows if self.recorded else len(wanted)
-        ready = is_ready(self.gpt, rows * self.passes) if self.recorded else True
-        if 4 * width > 3 * self.width or not self.length or not ready:
-            return False
-        kept = torch.tensor(wanted, device=self._tokens.device)
-        indices = torch.cat([pad_rows(kept, width) + number * self.width for number in range(self.passes)])
-        steps = self._steps(self.steps.prefix[indices], rows)
-        steps.copy_rows(self.steps, indices)
-        self.steps, self.width = steps, width
-        self._tokens, self.uniforms = self._tokens[kept], self.uniforms[kept]
-        return True
 
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:
