@@ -14,6 +14,7 @@ from benchmarks import reference
 from clip_gen import ClipGen
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.files import ROOT
+from clip_gen.hardware import set_threads
 from clip_gen.sampling.batcher import shared_batcher
 from clip_gen.weights.model_folder import Networks, build, save_networks
 
@@ -59,7 +60,9 @@ class Subject:
         ours: use as many OpenMP threads as predictions of this model do; otherwise torch's default.
         """
         batcher = shared_batcher(self.device)
-        return batcher.run(work, batcher.threads_for(self.ours.gpt) if ours else None)
+        threads = batcher.threads_for(self.ours.gpt) if ours else batcher.max_threads
+        batcher.thread.submit(set_threads, threads)
+        return batcher.thread.submit(work).result()
 
 
 def write_published(folder: Path, config: ModelConfig = PUBLISHED) -> Path:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clip_gen.hardware import choose_device, choose_dtype, one_thread, tensor_float32
 from clip_gen.images import to_pil
+from clip_gen.sampling.batch_requests import Request
 from clip_gen.sampling.batch_sizes import pad_rows
-from clip_gen.sampling.batcher import Busy, shared_batcher
-from clip_gen.sampling.sampler import Sampling, Stopped
+from clip_gen.sampling.batcher import shared_batcher
+from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms
 from clip_gen.validation import MAX_SEED, check_request
 from clip_gen.weights.model_folder import Networks, load_networks, transformer_mismatch
 from clip_gen.weights.tarball import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Busy", "ClipGen", "Generation", "Stopped"]
+__all__ = ["ClipGen", "Generation", "Stopped"]
 
 GPU_BATCH = 32  # images decoded and scored together
 CPU_PATCH_BATCH = 4  # the same on a CPU, for images decoded in patches: twice as fast as one by one
@@ -127,7 +128,7 @@ class ClipGen:
         Candidate i of a seed is the same image whatever the number of candidates. Without clip_rerank the first
         candidates are returned in their order. With settings that always take the likeliest token one is returned,
         because all would be the same. Raises Stopped once should_stop(), called before every token, returns True;
-        ValueError for a value out of its range; Busy when too many candidates are waiting. Thread-safe.
+        ValueError for a value out of its range. Thread-safe.
         """
         numbers = {"temperature": temperature, "top_p": top_p, "guidance": guidance}
         check_request(prompt, candidates, num_outputs, seed, clip_rerank, top_k=top_k, **numbers)
@@ -141,49 +142,18 @@ class ClipGen:
         warnings = self.warnings_about(prompt, sampling)
         for sentence in warnings:
             log.warning(sentence)
-        device, asked = shared_batcher(self.device), time.monotonic()
-        embedding = device.run(partial(self._prepare, prompt), self._threads, before_sampling=True)
-        sampled = device.sample(self.gpt, embedding, candidates, seed, sampling, should_stop, asked)
-        best = self._best(sampled.tokens, embedding, num_outputs if clip_rerank else None, should_stop)
+        uniforms = candidate_uniforms(seed, range(candidates), self.config.gpt.block_size)
+        request = Request(self, prompt, uniforms, sampling, num_outputs if clip_rerank else None, should_stop)
+        best = shared_batcher(self.device).draw(request)
         return Generation(
-            images=[image for image, _ in best.values()],
-            scores=[score for _, score in best.values()],
-            tokens=torch.from_numpy(sampled.tokens.cpu().numpy()[list(best)]),  # NumPy starts no threads for it
+            images=[candidate.image for candidate in best],
+            scores=[candidate.score for candidate in best],
+            tokens=torch.from_numpy(np.stack([candidate.tokens.cpu().numpy() for candidate in best])),
             seed=seed,
             candidates=candidates,
-            metrics=sampled.metrics,
+            metrics=request.metrics,
             warnings=self.warnings + warnings,
         )
-
-    def _best(
-        self, tokens: Tensor, embedding: Tensor, count: int | None, should_stop: Callable[[], bool] | None
-    ) -> dict[int, tuple[Image.Image, float]]:
-        """Decodes and scores candidates. The best `count` images with their scores, by number of the candidate, best
-        first; with None all, in their order.
-
-        tokens: (candidates, T). embedding: (1, E).
-        """
-        device = shared_batcher(self.device)
-        best: dict[int, tuple[Image.Image, float]] = {}
-        for start in range(0, len(tokens), self.at_a_time):
-            if should_stop is not None and should_stop():
-                raise Stopped
-            rows = [(row, embedding[0]) for row in tokens[start : start + self.at_a_time]]
-            best |= enumerate(device.share(self._decode_rows, rows, self.at_a_time, self._threads), start)
-            if count is not None:
-                ranked = sorted(best.items(), key=_score_of, reverse=True)
-                best = dict(ranked[:count])
-        return best
-
-    @property
-    def _threads(self) -> int:
-        """CPU threads to decode with. For small images starting several costs more than it saves."""
-        return 1 if self.config.vqgan.patch > 1 else shared_batcher(self.device).max_threads
-
-    def _prepare(self, prompt: str) -> Tensor:
-        """The prompt's embedding. Also measures at_a_time, for which this runs in the thread that decodes."""
-        _ = self.at_a_time
-        return self.embed_prompt(prompt)
 
     def warnings_about(self, prompt: str, sampling: Sampling) -> list[str]:
         """Warnings about this prompt and these settings."""
@@ -198,13 +168,18 @@ class ClipGen:
             found.append(f"top_k is {sampling.top_k}, which does nothing: this model has no more tokens")
         return found
 
-    def _decode_rows(self, rows: list[tuple[Tensor, Tensor]]) -> list[tuple[Image.Image, float]]:
-        """Images and scores of candidates, each given by its tokens (T,) and its prompt's embedding (E,)."""
-        tokens, embeddings = map(torch.stack, zip(*rows, strict=True))
+    @property
+    def decode_threads(self) -> int:
+        """CPU threads to decode with. For small images starting several costs more than it saves."""
+        return 1 if self.config.vqgan.patch > 1 else shared_batcher(self.device).max_threads
+
+    def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+        """Images and scores of at most at_a_time candidates: tokens (n, T), their prompts' embeddings (n, E)."""
+        count = len(tokens)
         if self.device.type == "cpu":
             tokens, embeddings = (pad_rows(part, self.at_a_time) for part in (tokens, embeddings))
         images, scores = self.decode_and_score(tokens, embeddings)
-        return list(zip(to_pil(images[: len(rows)]), scores[: len(rows)], strict=True))
+        return list(zip(to_pil(images[:count]), scores[:count], strict=True))
 
     def embed_prompt(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E), moved by the bridge. Images are drawn from it and scored against it."""
@@ -222,7 +197,3 @@ class ClipGen:
         if not all(map(math.isfinite, scores)):
             raise ValueError(f"the scores are {scores[:4]}: the weights of this model's CLIP or VQGAN are damaged")
         return images, scores
-
-
-def _score_of(item: tuple[int, tuple[Image.Image, float]]) -> float:
-    return item[1][1]

@@ -1,146 +1,153 @@
-"""What the batcher's thread works on: requests for candidates, their batches, and calls."""
+"""What a batcher works on: requests, their candidates, and the batches of these."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import Batch, Sampling, Stopped
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """The tokens of a request, and its timing."""
+class Model(Protocol):
+    """What a batcher needs of a model. It calls the methods in its own thread."""
 
-    tokens: Tensor  # (candidates, T)
-    queue_seconds: float  # before its first batch began
-    sampling_seconds: float  # from its first token to its last
-    rows_in_batch: float  # mean number of candidates in its batches, including those of other requests
+    gpt: GPT
+    at_a_time: int  # the number of candidates that `decode` takes
+    decode_threads: int  # of the CPU, to embed prompts and to decode
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {
-            "queue_seconds": round(self.queue_seconds, 4),
-            "sampling_seconds": round(self.sampling_seconds, 4),
-            "tokens_per_second": round(self.tokens.numel() / max(self.sampling_seconds, 1e-6), 1),
-            "rows_in_batch": round(self.rows_in_batch, 2),
-        }
+    def embed_prompt(self, prompt: str) -> Tensor:
+        """The embedding, (1, E)."""
+
+    def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+        """Images and scores of candidates: tokens (n, T), and the embeddings (n, E) of their prompts."""
 
 
 @dataclass(eq=False)
-class Call:
-    """Work for the batcher's thread: a function without arguments, or one row of a function of rows."""
+class Candidate:
+    """One image of a request, before and after it is drawn."""
 
-    work: Callable
-    threads: int
-    before_sampling: bool = False  # the caller will ask for candidates next
-    row: object = None
-    max_rows: int = 0  # that `work` takes at a time; 0: it takes no arguments
-    result: Future = field(default_factory=Future)
-
-    def joins(self, other: Call) -> bool:
-        """Whether both are rows of the same function."""
-        return self.max_rows > 0 and (self.work, self.max_rows) == (other.work, other.max_rows)
-
-
-def run_calls(calls: list[Call]) -> None:
-    """Runs one call, or calls that join. If several fail together, each runs alone, so that others get no error."""
-    first = calls[0]
-    try:
-        results = first.work([call.row for call in calls]) if first.max_rows else [first.work()]
-    except BaseException as error:  # the caller gets any error
-        if len(calls) == 1:
-            first.result.set_exception(error)
-            return
-    else:
-        for call, result in zip(calls, results, strict=True):
-            call.result.set_result(result)
-        return
-    for call in calls:  # outside of `except`, whose error would keep the memory of the failed call
-        run_calls([call])
+    request: Request
+    number: int
+    tokens: Tensor | None = None  # (T,)
+    image: Image.Image | None = None
+    score: float = 0.0
 
 
 @dataclass(eq=False)
 class Request:
-    gpt: GPT
-    embedding: Tensor  # (1, E)
-    uniforms: Tensor  # (candidates, T)
+    """Candidates of one prompt; candidate i is drawn with the random numbers uniforms[i], (T,).
+
+    num_outputs: how many of the best are kept, best first; None: all, in their order. should_stop: called before every
+    token; the request ends with Stopped once it returns True.
+    """
+
+    model: Model
+    prompt: str
+    uniforms: Tensor
     sampling: Sampling
-    should_stop: Callable[[], bool] | None
-    waits_since: float
-    tokens: Tensor  # (candidates, T), filled in by finished batches
-    result: Future = field(default_factory=Future)
-    interrupted: bool = False  # its caller no longer waits
-    started_rows: int = 0
-    finished_rows: int = 0
+    num_outputs: int | None = None
+    should_stop: Callable[[], bool] | None = None
+    result: Future[list[Candidate]] = field(default_factory=Future)
     asked_at: float = field(default_factory=time.monotonic)
-    started_at: float = 0.0
-    batch_rows: list[int] = field(default_factory=list)  # the number of candidates in each of its batches
+    started_at: float = 0.0  # when its first batch started
+    embedding: Tensor | None = None  # (1, E)
+    started: int = 0  # candidates that are in a batch or were
+    decoded: int = 0
+    best: list[Candidate] = field(default_factory=list)  # of the decoded ones
+    batches: list[tuple[int, float]] = field(default_factory=list)  # rows and seconds of the finished ones
 
     @property
-    def waiting_rows(self) -> int:
-        return 0 if self.result.done() else len(self.uniforms) - self.started_rows
+    def waiting(self) -> int:
+        """Candidates that are in no batch yet."""
+        return 0 if self.result.done() else len(self.uniforms) - self.started
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of a finished request. queue_seconds: until its first batch started. rows_in_batch: mean number of candidates
+        in its batches, including those of other requests.
+        """
+        rows, seconds = zip(*self.batches, strict=True)
+        return {
+            "queue_seconds": round(self.started_at - self.asked_at, 4),
+            "sampling_seconds": round(sum(seconds), 4),
+            "tokens_per_second": round(self.uniforms.numel() / max(sum(seconds), 1e-6), 1),
+            "rows_in_batch": round(sum(rows) / len(rows), 2),
+        }
 
     def can_share_batch(self, other: Request) -> bool:
-        return self.gpt is other.gpt and self.sampling == other.sampling
+        return self.model.gpt is other.model.gpt and self.sampling == other.sampling
 
-    def start_rows(self, count: int) -> list[tuple[Request, int]]:
-        """The next `count` candidates, as rows of a batch."""
-        rows = [(self, self.started_rows + i) for i in range(count)]
-        self.started_rows += count
-        self.started_at = self.started_at or time.monotonic()
-        return rows
+    def start(self, count: int) -> list[Candidate]:
+        """The next `count` waiting candidates, or fewer if no more are left."""
+        numbers = range(self.started, min(self.started + count, len(self.uniforms)))
+        self.started += len(numbers)
+        return [Candidate(self, number) for number in numbers]
 
-    def finish_row(self, candidate: int, tokens: Tensor) -> None:
-        self.tokens[candidate] = tokens
-        self.finished_rows += 1
-        if self.finished_rows < len(self.uniforms) or self.result.done():
-            return
-        self.result.set_result(
-            Sampled(
-                self.tokens.to(self.embedding.device),
-                self.started_at - self.waits_since,
-                time.monotonic() - self.started_at,
-                sum(self.batch_rows) / len(self.batch_rows),
-            )
-        )
+    def finish(self, candidate: Candidate, image: Image.Image, score: float) -> None:
+        """Adds a decoded candidate. Ends the request if it is the last one."""
+        candidate.image, candidate.score = image, score
+        self.decoded += 1
+        self.best.append(candidate)
+        if self.num_outputs is not None:
+            self.best = sorted(self.best, key=lambda candidate: candidate.score, reverse=True)[: self.num_outputs]
+        if self.decoded == len(self.uniforms):
+            with contextlib.suppress(InvalidStateError):  # the request has ended before
+                self.result.set_result(self.best)
 
     def fail(self, error: BaseException) -> None:
-        if not self.result.done():
+        with contextlib.suppress(InvalidStateError):
             self.result.set_exception(error)
 
     def check_stop(self) -> None:
-        """Ends the request with Stopped if its caller wants that, or with the error of should_stop."""
-        if self.result.done():
-            return
-        try:
-            if self.interrupted or (self.should_stop is not None and self.should_stop()):
-                self.fail(Stopped())
-        except BaseException as error:  # the caller gets any error
-            self.fail(error)
+        with errors_to([self]):
+            if self.should_stop is not None and self.should_stop():
+                raise Stopped
 
 
-@dataclass(eq=False)
+@contextmanager
+def errors_to(requests: Iterable[Request]) -> Iterator[None]:
+    """Ends these requests with any error of the `with` block."""
+    try:
+        yield
+    except BaseException as error:
+        for request in requests:
+            request.fail(error)
+
+
 class RunningBatch:
-    batch: Batch
-    rows: list[tuple[Request, int]]  # each row's request and candidate number
+    """Candidates of requests that can share a batch, being sampled."""
 
-    @property
-    def requests(self) -> set[Request]:
-        return {request for request, _ in self.rows}
+    def __init__(self, candidates: list[Candidate]):
+        self.candidates, self.started_at = candidates, time.monotonic()
+        self.requests = {candidate.request for candidate in candidates}
+        for request in self.requests:
+            request.started_at = request.started_at or self.started_at
+        embedding = torch.cat([candidate.request.embedding for candidate in candidates])
+        uniforms = torch.stack([candidate.request.uniforms[candidate.number] for candidate in candidates])
+        first = candidates[0].request
+        self.batch = Batch(first.model.gpt, embedding, uniforms, first.sampling)
 
     @property
     def wanted(self) -> bool:
-        return not self.batch.done and any(not request.result.done() for request in self.requests)
+        return not self.batch.done and not all(request.result.done() for request in self.requests)
 
-    def step(self) -> None:
-        """Samples a token of every row; delivers the tokens after the last one."""
+    def step(self) -> list[Candidate]:
+        """Samples a token of every candidate; returns all candidates after the last token, before that none."""
         self.batch.step()
-        if self.batch.done:
-            for (request, candidate), tokens in zip(self.rows, self.batch.tokens.cpu(), strict=True):
-                request.finish_row(candidate, tokens)
+        if not self.batch.done:
+            return []
+        for request in self.requests:
+            request.batches.append((len(self.candidates), time.monotonic() - self.started_at))
+        for candidate, tokens in zip(self.candidates, self.batch.tokens, strict=True):
+            candidate.tokens = tokens
+        return self.candidates

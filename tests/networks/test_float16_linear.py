@@ -53,7 +53,7 @@ def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
     gpt = model.gpt
     packed = [module for module in gpt.modules() if isinstance(module, Float16Linear)]
     assert len(packed) == 4 * gpt.config.n_layer + 1
-    cache = gpt.new_cache(16)
+    cache = gpt.new_cache(torch.zeros(16, gpt.config.n_embd))
     assert cache.keys.dtype == torch.float16
     logits = 16 * gpt.config.codebook_size * 48
     assert batch_bytes(gpt, Sampling(), 16) == cache.keys.nbytes + cache.values.nbytes + logits

@@ -66,9 +66,8 @@ def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: T
         gpt.cast_for_inference(torch.float32)
         assert (gpt.neighbour_table is not None) == gpt.config.neighbour_context
         assert set(gpt.state_dict()) == names
-    cache = gpt.new_cache(3)
-    stepwise = [gpt.start(gpt.prefix(embedding), cache)]
-    stepwise += [gpt.step(tokens[:, t], cache) for t in range(15)]
+    cache = gpt.new_cache(gpt.prefix(embedding))
+    stepwise = [gpt.step(last, cache) for last in (None, *tokens[:, :-1].unbind(1))]
     assert torch.allclose(torch.stack(stepwise, dim=1), whole, atol=1e-5)
 
 

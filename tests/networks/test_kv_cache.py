@@ -49,14 +49,3 @@ def test_a_row_finds_the_same_bits_alone_and_among_others(sizes: tuple[int, int,
     for rows in (slice(0, 1), slice(7, 11), slice(19, 20)):
         few = EmbeddingBagCache(config(*sizes), rows.stop - rows.start, device=CPU, dtype=torch.float16)
         assert torch.equal(found(few, steps[:, :, :, rows]), many[:, :, rows])
-
-
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
-def test_rows_taken_from_another_cache_go_on_as_there(length: int) -> None:
-    sizes, rows = (256, 2, 16), torch.tensor([4, 1])
-    steps = given(*sizes, rows=5)
-    whole, part = (EmbeddingBagCache(config(*sizes), count, device=CPU, dtype=torch.float16) for count in (5, 2))
-    found(whole, steps[:length])
-    part.copy_rows(whole, rows)
-    on = steps[length : length + 3]
-    assert torch.equal(found(part, on[:, :, :, rows]), found(whole, on)[:, :, rows])

@@ -1,4 +1,4 @@
-"""batcher.py: several requests share a device, and none can tell."""
+"""batcher.py: several requests share a device, without any effect on their tokens."""
 
 from __future__ import annotations
 
@@ -17,36 +17,52 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 from clip_gen.hardware import one_thread
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.kv_cache import KVCache
+from clip_gen.sampling.batch_requests import Request
 from clip_gen.sampling.batch_sizes import STANDARD_ROWS, max_candidates
-from clip_gen.sampling.batcher import (
-    MIN_PRODUCT_FOR_THREADS,
-    Batcher,
-    Busy,
-    Sampled,
-    batch_bytes,
-    shared_batcher,
-)
+from clip_gen.sampling.batcher import MIN_PRODUCT_FOR_THREADS, Batcher, batch_bytes, shared_batcher
 from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms, sample_tokens
 
 LENGTH = TINY.gpt.block_size
+PLAIN = Sampling()
 
 
-@pytest.fixture(scope="module")
-def gpt() -> GPT:
-    torch.manual_seed(0)
-    return GPT(TINY.gpt).eval().requires_grad_(False)
+def embedding(number: int) -> Tensor:
+    return F.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(number)), dim=-1)
+
+
+class FakeModel:
+    """A transformer without CLIP and VQGAN: prompts are numbers, and the score of an image is its first token."""
+
+    at_a_time, decode_threads = 4, 1
+
+    def __init__(self, gpt: GPT):
+        self.gpt = gpt
+        self.decoded: list[list[float]] = []  # for each call of decode: the first number of each embedding
+
+    def embed_prompt(self, prompt: str) -> Tensor:
+        return embedding(int(prompt))
+
+    def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+        self.decoded.append(embeddings[:, 0].tolist())
+        return [(Image.new("L", (1, 1)), float(first)) for first in tokens[:, 0]]
 
 
 @pytest.fixture
-def batcher() -> Iterator[Batcher]:
-    made = Batcher(max_bytes=1e9)
-    yield made
-    made.close()
+def model() -> FakeModel:
+    torch.manual_seed(0)
+    return FakeModel(GPT(TINY.gpt).eval().requires_grad_(False))
+
+
+@pytest.fixture
+def batcher() -> Batcher:
+    return Batcher(max_bytes=1e9)
 
 
 @pytest.fixture
@@ -55,41 +71,39 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def embedding(number: int) -> torch.Tensor:
-    return F.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(number)), dim=-1)
-
-
-def alone(gpt: GPT, number: int, candidates: int, sampling: Sampling) -> torch.Tensor:
+def tokens_alone(model: FakeModel, number: int, candidates: int = 2, sampling: Sampling = PLAIN) -> Tensor:
     uniforms = candidate_uniforms(number, range(candidates), LENGTH)
-    return sample_tokens(gpt, embedding(number).expand(candidates, -1), uniforms, sampling)
+    return sample_tokens(model.gpt, embedding(number).expand(candidates, -1), uniforms, sampling)
 
 
-def ask(
-    threads: ThreadPoolExecutor,
-    batcher: Batcher,
-    gpt: GPT,
-    number: int,
-    candidates: int = 2,
-    sampling: Sampling = Sampling(),  # noqa: B008, frozen
-    should_stop: Callable[[], bool] | None = None,
-) -> Future[Sampled]:
-    return threads.submit(batcher.sample, gpt, embedding(number), candidates, number, sampling, should_stop)
+def request(model: FakeModel, number: int, candidates: int = 2, *settings: object, **named: object) -> Request:
+    uniforms = candidate_uniforms(number, range(candidates), model.gpt.config.block_size)
+    return Request(model, str(number), uniforms, *(settings or [PLAIN]), **named)
 
 
-class Held:
-    """Keeps the batcher's thread busy, so that what is asked meanwhile is all there when it goes on."""
+def draw(batcher: Batcher, *settings: object, **named: object) -> Request:
+    drawn = request(*settings, **named)
+    batcher.draw(drawn)
+    return drawn
 
-    def __init__(self, batcher: Batcher, threads: ThreadPoolExecutor):
-        self.batcher, self.threads, self.go_on = batcher, threads, threading.Event()
+
+def tokens(drawn: Request) -> Tensor:
+    return torch.stack([candidate.tokens for candidate in drawn.best])
+
+
+class HeldThread:
+    """Keeps the batcher's thread busy, so that it receives all requests of the `with` block at once."""
+
+    def __init__(self, batcher: Batcher):
+        self.batcher, self.release = batcher, threading.Event()
 
     def __enter__(self) -> None:
         held = threading.Event()
-        self.threads.submit(self.batcher.run, lambda: (held.set(), self.go_on.wait(10)))
+        self.batcher.thread.submit(lambda: (held.set(), self.release.wait(10)))
         assert held.wait(10)
 
     def __exit__(self, *_: object) -> None:
-        wait_until_asked(self.batcher, 1)
-        self.go_on.set()
+        self.release.set()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -99,40 +113,42 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def wait_until_asked(batcher: Batcher, count: int) -> None:
-    wait_until(lambda: batcher.waiting_requests >= count)
+def wait_until_arrived(batcher: Batcher, count: int) -> None:
+    wait_until(lambda: len(batcher._arrived) >= count)
 
 
-def test_every_request_gets_the_tokens_it_would_get_alone(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+def test_tokens_of_a_request_do_not_depend_on_other_requests(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
 ) -> None:
     settings = [Sampling(), Sampling(top_p=0.9, temperature=0.8), Sampling(guidance=3.0), Sampling()]
-    wanted = [(number, 1 + 5 * number % 23, settings[number % 4]) for number in range(12)]
-    asked = [ask(threads, batcher, gpt, *request) for request in wanted]
-    for request, future in zip(wanted, asked, strict=True):
-        assert torch.equal(future.result(30).tokens, alone(gpt, *request)), request
+    inputs = [(number, 1 + 5 * number % 23, settings[number % 4]) for number in range(12)]
+    drawn = [threads.submit(draw, batcher, model, *one) for one in inputs]
+    for one, future in zip(inputs, drawn, strict=True):
+        assert torch.equal(tokens(future.result(30)), tokens_alone(model, *one)), one
 
 
-def test_those_who_ask_together_share_a_batch(gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor) -> None:
-    with Held(batcher, threads):
-        asked = [ask(threads, batcher, gpt, number, candidates=2) for number in range(8)]
-        wait_until_asked(batcher, 8)
-    assert [future.result(30).rows_in_batch for future in asked] == [16] * 8
-    with Held(batcher, threads):
-        asked = [ask(threads, batcher, gpt, number, sampling=Sampling(top_k=number)) for number in (1, 2)]
-        wait_until_asked(batcher, 2)
-    assert [future.result(30).rows_in_batch for future in asked] == [2, 2]
+def test_requests_with_equal_settings_share_a_batch(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    with HeldThread(batcher):
+        drawn = [threads.submit(draw, batcher, model, number) for number in range(8)]
+        wait_until_arrived(batcher, 8)
+    assert [future.result(30).metrics["rows_in_batch"] for future in drawn] == [16] * 8
+    with HeldThread(batcher):
+        drawn = [threads.submit(draw, batcher, model, number, 2, Sampling(top_k=number)) for number in (1, 2)]
+        wait_until_arrived(batcher, 2)
+    assert [future.result(30).metrics["rows_in_batch"] for future in drawn] == [2, 2]
 
 
-def test_requests_at_almost_the_same_time_share_a_batch_and_none_waits_for_ever(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+def test_a_batch_waits_for_more_requests_but_not_forever(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rows(count: int) -> list[float]:
-        asked = []
+        drawn = []
         for number in range(count):
-            asked.append(ask(threads, batcher, gpt, number, candidates=2))
+            drawn.append(threads.submit(draw, batcher, model, number))
             time.sleep(0.1)
-        return [future.result(30).rows_in_batch for future in asked]
+        return [future.result(30).metrics["rows_in_batch"] for future in drawn]
 
     monkeypatch.setattr("clip_gen.sampling.batcher.WAIT_SECONDS", 1.0)
     monkeypatch.setattr("clip_gen.sampling.batcher.MAX_WAIT_SECONDS", 10.0)
@@ -141,290 +157,214 @@ def test_requests_at_almost_the_same_time_share_a_batch_and_none_waits_for_ever(
     assert max(rows(7)) < 14
 
 
-def test_whose_prompt_was_being_read_still_shares_the_batch(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+def test_a_batch_waits_until_all_prompts_are_embedded(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.sampling.batcher.WAIT_SECONDS", 0.2)
+    def slowly(prompt: str) -> Tensor:
+        time.sleep(0.15)  # longer than MAX_WAIT_SECONDS
+        return embedding(int(prompt))
 
-    def read_and_ask(number: int) -> Sampled:
-        batcher.run(
-            lambda: time.sleep(0.25), before_sampling=True
-        )  # longer than WAIT_SECONDS; all together longer than MAX_WAIT_SECONDS
-        return batcher.sample(gpt, embedding(number), 2, number, Sampling())
-
-    asked = [threads.submit(read_and_ask, number) for number in range(3)]
-    assert [future.result(30).rows_in_batch for future in asked] == [6] * 3
+    monkeypatch.setattr(model, "embed_prompt", slowly)
+    with HeldThread(batcher):
+        drawn = [threads.submit(draw, batcher, model, number) for number in range(3)]
+        wait_until_arrived(batcher, 3)
+    assert [future.result(30).metrics["rows_in_batch"] for future in drawn] == [6] * 3
 
 
-def test_nobody_waits_for_calls_that_lead_up_to_nothing(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+def test_a_request_starts_while_another_is_running(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
 ) -> None:
-    monkeypatch.setattr("clip_gen.sampling.batcher.WAIT_SECONDS", 0.2)
-    monkeypatch.setattr("clip_gen.sampling.batcher.MAX_WAIT_SECONDS", 10.0)
-    asked = ask(threads, batcher, gpt, 1)
-    deadline = time.monotonic() + 10
-    while not asked.done():
-        assert time.monotonic() < deadline
-        batcher.run(lambda: time.sleep(0.02))  # as pictures of others are looked at
-    assert asked.result().queue_seconds < 1
+    order: list[str] = []
+    second: list[Future[Request]] = []
 
-
-def test_a_request_joins_at_once_while_another_is_under_way(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
-) -> None:
-    order, second = [], []
-
-    def first_asked() -> bool:
+    def watch_first() -> bool:
         order.append("first")
-        if len(order) == 4:
-            second.append(ask(threads, batcher, gpt, 2, should_stop=lambda: order.append("second")))
-            wait_until_asked(batcher, 1)
+        if batcher.batches and not second:
+            stop = lambda: order.append("second")  # noqa: E731
+            second.append(threads.submit(draw, batcher, model, 2, should_stop=stop))
+            wait_until_arrived(batcher, 1)
+            time.sleep(0.03)  # longer than WAIT_SECONDS
         return False
 
-    first = ask(threads, batcher, gpt, 1, should_stop=first_asked)
-    assert torch.equal(first.result(30).tokens, alone(gpt, 1, 2, Sampling()))
-    assert torch.equal(second[0].result(30).tokens, alone(gpt, 2, 2, Sampling()))
-    # From the next token on they take turns, until the first is done.
-    assert order[4 : 4 + 10] == ["first", "second"] * 5 or order[5 : 5 + 10] == ["first", "second"] * 5
-    assert second[0].result().queue_seconds < 1
+    first = threads.submit(draw, batcher, model, 1, should_stop=watch_first)
+    assert torch.equal(tokens(first.result(30)), tokens_alone(model, 1))
+    assert torch.equal(tokens(second[0].result(30)), tokens_alone(model, 2))
+    start = order.index("second")
+    assert order[start : start + 4] in (["second", "first"] * 2, ["first", "second"] * 2)
 
 
-def test_who_stops_leaves_within_a_token_and_the_others_never_notice(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+def test_a_stopped_request_ends_within_a_token_and_others_continue(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
 ) -> None:
-    asked_at = []
+    lengths: list[int] = []
 
-    def stop() -> bool:
-        asked_at.append(batcher.batches[0].length if batcher.batches else 0)
-        return len(asked_at) > 5
+    def stop_after_five_tokens() -> bool:
+        lengths.extend(batch.length for batch in batcher.batches)
+        return lengths[-1:] == [5]
 
-    widths = []
-
-    def watch() -> bool:
-        widths.extend(batch.width for batch in batcher.batches)
-        return False
-
-    with Held(batcher, threads):
-        stopped = ask(threads, batcher, gpt, 1, candidates=14, should_stop=stop)
-        stays = ask(threads, batcher, gpt, 2, should_stop=watch)
-        wait_until_asked(batcher, 2)
+    with HeldThread(batcher):
+        stopped = threads.submit(draw, batcher, model, 1, 14, should_stop=stop_after_five_tokens)
+        stays = threads.submit(draw, batcher, model, 2)
+        wait_until_arrived(batcher, 2)
     with pytest.raises(Stopped):
         stopped.result(30)
-    assert len(asked_at) == 6
-    assert torch.equal(stays.result(30).tokens, alone(gpt, 2, 2, Sampling()))
-    # Its rows are free within a token of its leaving.
-    assert widths.count(16) <= 6
-    assert set(widths) == {16, 2}
-    alone_again = ask(threads, batcher, gpt, 3, should_stop=lambda: True)
+    assert lengths == [1, 2, 3, 4, 5]
+    assert torch.equal(tokens(stays.result(30)), tokens_alone(model, 2))
+    assert all(len(set(embeddings)) == 1 for embeddings in model.decoded)  # of the second request alone
     with pytest.raises(Stopped):
-        alone_again.result(30)
-    assert not batcher.batches
-
-
-def test_a_full_queue_says_so_and_takes_more_later(gpt: GPT, threads: ThreadPoolExecutor) -> None:
-    batcher = Batcher(max_bytes=0, max_waiting=20)
-    with Held(batcher, threads):
-        asked = [ask(threads, batcher, gpt, number, candidates=8) for number in (1, 2)]
-        wait_until_asked(batcher, 2)
-        with pytest.raises(Busy, match="16 candidates are waiting already and 8 more would pass 20; ask again"):
-            batcher.sample(gpt, embedding(3), 8, 3, Sampling())
-    for future in asked:
-        future.result(30)
-    assert batcher.sample(gpt, embedding(3), 40, 3, Sampling()).tokens.shape == (40, LENGTH)
-    batcher.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        batcher.sample(gpt, embedding(3), 1, 3, Sampling())
+        draw(batcher, model, 3, should_stop=lambda: True)
+    wait_until(lambda: not batcher.batches)
 
 
 @pytest.mark.parametrize(("room", "batches"), [(0, 1), (1, 1), (2, 2), (100, 3)])
-def test_no_more_batches_are_under_way_than_memory_has_room_for(
-    gpt: GPT, threads: ThreadPoolExecutor, room: int, batches: int
+def test_running_batches_fit_into_the_memory_budget(
+    model: FakeModel, threads: ThreadPoolExecutor, room: int, batches: int
 ) -> None:
-    most = []
-    batcher = Batcher(max_bytes=room * batch_bytes(gpt, Sampling(), max_candidates(gpt)))
+    running, full = [], max_candidates(model.gpt)
+    batcher = Batcher(max_bytes=room * batch_bytes(model.gpt, PLAIN, full))
 
     def watch() -> bool:
-        most.append(len(batcher.batches))
+        running.append(len(batcher.batches))
         return False
 
-    with Held(batcher, threads):
-        full = max_candidates(gpt)
-        asked = [ask(threads, batcher, gpt, number, full, should_stop=watch) for number in range(3)]
-        wait_until_asked(batcher, 3)
-    for number, future in enumerate(asked):
-        assert torch.equal(future.result(30).tokens, alone(gpt, number, full, Sampling()))
-    assert max(most) == batches
-    batcher.close()
+    with HeldThread(batcher):
+        drawn = [threads.submit(draw, batcher, model, number, full, should_stop=watch) for number in range(3)]
+        wait_until_arrived(batcher, 3)
+    for future in drawn:
+        finished = future.result(30)
+        assert torch.equal(tokens(finished), tokens_alone(model, int(finished.prompt), full))
+    assert max(running) == batches
 
 
 @pytest.mark.parametrize(("room", "larges"), [(0, 1), (1, 1), (2, 2), (100, 1)])
 def test_a_small_request_does_not_wait_for_all_of_a_large_one(
-    gpt: GPT, threads: ThreadPoolExecutor, room: int, larges: int
+    model: FakeModel, threads: ThreadPoolExecutor, room: int, larges: int
 ) -> None:
-    batcher = Batcher(max_bytes=room * batch_bytes(gpt, Sampling(), max_candidates(gpt)))
-    with Held(batcher, threads):
-        large = [ask(threads, batcher, gpt, number, candidates=40 * STANDARD_ROWS) for number in range(larges)]
-        wait_until_asked(batcher, larges)
-        small = ask(threads, batcher, gpt, 7)
-        wait_until_asked(batcher, larges + 1)
-    assert torch.equal(small.result(30).tokens, alone(gpt, 7, 2, Sampling()))
+    count = 40 * STANDARD_ROWS
+    batcher = Batcher(max_bytes=room * batch_bytes(model.gpt, PLAIN, max_candidates(model.gpt)))
+    with HeldThread(batcher):
+        large = [threads.submit(draw, batcher, model, number, count) for number in range(larges)]
+        wait_until_arrived(batcher, larges)
+        small = threads.submit(draw, batcher, model, 7)
+        wait_until_arrived(batcher, larges + 1)
+    assert torch.equal(tokens(small.result(30)), tokens_alone(model, 7))
     assert not any(future.done() for future in large)
     for number, future in enumerate(large):
-        assert torch.equal(future.result(60).tokens, alone(gpt, number, 40 * STANDARD_ROWS, Sampling()))
-    batcher.close()
+        assert torch.equal(tokens(future.result(60)), tokens_alone(model, number, count))
 
 
-def test_what_goes_wrong_with_one_request_leaves_the_thread_to_the_others(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+def test_an_error_in_should_stop_or_the_prompt_ends_one_request_only(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
 ) -> None:
     def broken() -> bool:
-        raise KeyError("gone")
+        raise KeyError("broken")
 
-    with Held(batcher, threads):
-        bad = ask(threads, batcher, gpt, 1, should_stop=broken)
-        wait_until_asked(batcher, 1)
-        good = ask(threads, batcher, gpt, 2)
-        wait_until_asked(batcher, 2)
-        worse = ask(threads, batcher, gpt, 3, should_stop=lambda: sys.exit("far gone"))
-        wait_until_asked(batcher, 3)
-    with pytest.raises(KeyError, match="gone"):
+    with HeldThread(batcher):
+        drawn = [
+            threads.submit(draw, batcher, model, 1, should_stop=broken),
+            threads.submit(draw, batcher, model, 2),
+            threads.submit(draw, batcher, model, 3, should_stop=lambda: sys.exit("exit 3")),
+            threads.submit(batcher.draw, Request(model, "not a number", torch.zeros(1, LENGTH), PLAIN)),
+        ]
+        wait_until_arrived(batcher, 4)
+    for future, error, message in (
+        (drawn[0], KeyError, "broken"),
+        (drawn[2], SystemExit, "exit 3"),
+        (drawn[3], ValueError, "not a number"),
+    ):
+        with pytest.raises(error, match=message):
+            future.result(30)
+    assert torch.equal(tokens(drawn[1].result(30)), tokens_alone(model, 2))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_an_error_of_one_transformer_does_not_reach_requests_of_another(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, error: type[BaseException]
+) -> None:
+    class Broken(GPT):
+        def step(self, *_: object) -> Tensor:
+            raise error("out of memory")
+
+    broken = FakeModel(Broken(TINY.gpt).eval())
+    bad, good = threads.submit(draw, batcher, broken, 1), threads.submit(draw, batcher, model, 2)
+    with pytest.raises(error, match="out of memory"):
         bad.result(30)
-    with pytest.raises(SystemExit, match="far gone"):
-        worse.result(30)
-    assert torch.equal(good.result(30).tokens, alone(gpt, 2, 2, Sampling()))
-    with pytest.raises(ValueError, match=r"the embedding has shape \(1, 7\); this transformer takes \(1, 16\)"):
-        batcher.sample(gpt, torch.zeros(1, 7), 1, 0, Sampling())
-    with pytest.raises(SystemExit):
-        batcher.run(lambda: sys.exit(3))
-    assert batcher.run(lambda: 7) == 7
+    assert torch.equal(tokens(good.result(30)), tokens_alone(model, 2))
 
 
-class EndsTheThread(GPT):
-    def start(self, *_: object) -> torch.Tensor:
-        raise SystemExit("far gone")
-
-
-def test_nobody_waits_for_a_thread_that_is_gone() -> None:
-    batcher = Batcher(max_bytes=1e9)
-    with pytest.raises(SystemExit, match="far gone"):
-        batcher.sample(EndsTheThread(TINY.gpt).eval(), embedding(1), 1, 1, Sampling())
-    with pytest.raises(RuntimeError, match="closed"):
-        batcher.run(lambda: 7)
-
-
-def test_who_waits_for_a_call_hears_that_the_batcher_was_closed(threads: ThreadPoolExecutor) -> None:
-    batcher, held, go_on = Batcher(max_bytes=1e9), threading.Event(), threading.Event()
-    threads.submit(batcher.run, lambda: (held.set(), go_on.wait(10)))
-    assert held.wait(10)
-    asked = [threads.submit(batcher.share, list, range(3), 2), threads.submit(batcher.run, lambda: 7)]
-    wait_until(lambda: batcher.waiting_calls == 4)
-    closing = threads.submit(batcher.close)
-    wait_until(lambda: batcher.closed)
-    go_on.set()
-    for future in asked:
-        with pytest.raises(Stopped):
-            future.result(10)
-    closing.result(10)
-
-
-def test_a_thread_that_broke_is_not_handed_out_again() -> None:
-    cpu = torch.device("cpu")
-    broken = shared_batcher(cpu)
-    assert shared_batcher(cpu) is broken
-    with pytest.raises(SystemExit, match="far gone"):
-        broken.sample(EndsTheThread(TINY.gpt).eval(), embedding(1), 1, 1, Sampling())
-    assert shared_batcher(cpu).run(lambda: 7) == 7
-
-
-def test_who_draws_waits_for_one_call_at_a_time_and_for_prompts_that_are_read(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
+def test_an_error_in_decoding_reaches_the_requests_of_that_model_only(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: dict[bool, list[int]] = {False: [], True: []}
+    def broken(*_: object) -> None:
+        raise ValueError("the scores are [nan]")
 
-    def call(before_sampling: bool) -> None:
-        batcher.run(lambda: drawn[before_sampling].append(batcher.batches[0].length), before_sampling=before_sampling)
+    bad = FakeModel(model.gpt)
+    monkeypatch.setattr(bad, "decode", broken)
+    with HeldThread(batcher):
+        drawn = [threads.submit(draw, batcher, which, number) for number, which in enumerate((bad, model, bad))]
+        wait_until_arrived(batcher, 3)
+    for future in (drawn[0], drawn[2]):
+        with pytest.raises(ValueError, match="the scores are"):
+            future.result(30)
+    finished = drawn[1].result(30)
+    assert finished.metrics["rows_in_batch"] == 6
+    assert torch.equal(tokens(finished), tokens_alone(model, 1))
 
-    def others_come() -> bool:
-        if batcher.batches and batcher.batches[0].length == 3:
-            for before_sampling in (False, False, False, True, True):
-                threads.submit(call, before_sampling)
-            wait_until(lambda: batcher.waiting_calls == 5)
-        return False
 
-    ask(threads, batcher, gpt, 1, should_stop=others_come).result(30)
-    assert drawn == {False: [4, 5, 6], True: [4, 4]}
-
-
-def test_rows_of_several_who_ask_for_the_same_work_are_done_together(
-    batcher: Batcher, threads: ThreadPoolExecutor
+def test_an_error_of_the_batcher_itself_reaches_every_caller(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[list[int]] = []
-
-    def tenfold(rows: list[int]) -> list[int]:
-        done.append(rows)
-        if 13 in rows:
-            raise ValueError("13 is not multiplied")
-        return [10 * row for row in rows]
-
-    def negative(rows: list[int]) -> list[int]:
-        return [-row for row in rows]
-
-    asked: list[Future] = []
-    waiting = 0
-    held, go_on = threading.Event(), threading.Event()
-    threads.submit(batcher.run, lambda: (held.set(), go_on.wait(10)))
-    assert held.wait(10)
-    for work, rows in ((tenfold, [1, 2, 3]), (negative, [4, 5]), (tenfold, [6]), (tenfold, [7, 8]), (tenfold, [13, 9])):
-        waiting += len(rows)
-        asked.append(threads.submit(batcher.share, work, rows, 4))
-        wait_until(lambda: batcher.waiting_calls == waiting)  # noqa: B023
-    go_on.set()
-    assert [future.result(10) for future in asked[:4]] == [[10, 20, 30], [-4, -5], [60], [70, 80]]
-    with pytest.raises(ValueError, match="13 is not multiplied"):
-        asked[4].result(10)
-    assert done[:2] == [[1, 2, 3, 6], [7, 8, 13, 9]]
-    assert done[2:6] == [[7], [8], [13], [9]]  # so that the others do not hear of it
-    assert batcher.share(tenfold, [], 4) == []
-    assert batcher.share(tenfold, range(5), 2) == [0, 10, 20, 30, 40]
+    with monkeypatch.context() as patched:
+        patched.setattr(batcher, "_next_requests", lambda: 1 / 0)
+        for future in [threads.submit(draw, batcher, model, number) for number in range(3)]:
+            with pytest.raises(ZeroDivisionError):
+                future.result(30)
+    assert torch.equal(tokens(draw(batcher, model, 1)), tokens_alone(model, 1))
 
 
-def test_candidates_of_a_caller_who_was_interrupted_are_dropped(
-    gpt: GPT, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+def test_guidance_needs_a_null_condition(batcher: Batcher) -> None:
+    bare = FakeModel(GPT(replace(TINY.gpt, null_condition=False)).eval())
+    with pytest.raises(ValueError, match=r"guidance is 2.0, but this model was trained without a null condition"):
+        draw(batcher, bare, 1, 2, Sampling(guidance=2.0))
+
+
+def test_candidates_of_several_requests_are_decoded_together(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
 ) -> None:
-    asked = []
+    with HeldThread(batcher):
+        drawn = [threads.submit(draw, batcher, model, number, count) for number, count in enumerate((3, 1, 2))]
+        wait_until_arrived(batcher, 3)
+    for future in drawn:
+        future.result(30)
+    assert [len(embeddings) for embeddings in model.decoded] == [4, 2]
+    assert len(set(model.decoded[0])) >= 2
+
+
+def test_the_best_candidates_come_first_or_all_in_their_order(model: FakeModel, batcher: Batcher) -> None:
+    every = draw(batcher, model, 1, 50)
+    assert [candidate.number for candidate in every.best] == list(range(50))
+    ranked = sorted(every.best, key=lambda candidate: -candidate.score)
+    best = draw(batcher, model, 1, 50, num_outputs=7)
+    assert [candidate.number for candidate in best.best] == [candidate.number for candidate in ranked[:7]]
+
+
+def test_candidates_of_an_interrupted_caller_are_dropped(
+    model: FakeModel, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def should_stop() -> bool:
-        asked.append(1)
-        return False
-
     with monkeypatch.context() as patched:
         patched.setattr(Future, "result", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            batcher.sample(gpt, embedding(0), 4000, 0, Sampling(), should_stop)
-    batcher.sample(gpt, embedding(1), 1, 1, Sampling())  # begins when the others are gone, or stand behind it
-    seen = len(asked)
-    batcher.sample(gpt, embedding(1), 1, 1, Sampling())
-    assert len(asked) == seen
-
-
-def test_what_failed_together_is_let_go_of_before_its_rows_are_tried_alone(batcher: Batcher) -> None:
-    class Held(list):
-        """A list that may be pointed at weakly."""
-
-    held = []
-
-    def work(rows: list[int]) -> list[int]:
-        if held:
-            assert held[0]() is None
-            return rows
-        much = Held(rows)
-        held.append(weakref.ref(much))
-        raise RuntimeError(f"no memory for {len(much)}")
-
-    assert batcher.share(work, [1, 2], 2) == [1, 2]
+            draw(batcher, model, 0, 4000, should_stop=lambda: calls.append(1))
+    draw(batcher, model, 1)
+    seen = len(calls)
+    assert seen < LENGTH
+    draw(batcher, model, 1)
+    assert len(calls) == seen
 
 
 @pytest.fixture
@@ -437,44 +377,58 @@ def two_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Watched(GPT):
-    """Knows how many threads torch had when it drew."""
+    """Records how many threads torch uses in its steps."""
 
     threads: ClassVar[dict[int, set[int]]] = {}  # by width
 
-    def step(self, token: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def step(self, last: Tensor | None, cache: KVCache) -> Tensor:
         self.threads.setdefault(self.config.n_embd, set()).add(torch.get_num_threads())
-        return super().step(token, cache)
+        return super().step(last, cache)
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_small_models_are_drawn_on_one_thread_and_large_ones_on_all(threads: ThreadPoolExecutor) -> None:
+def test_small_models_sample_on_one_thread_and_large_ones_on_all(threads: ThreadPoolExecutor) -> None:
     wide = replace(TINY.gpt, n_layer=1, n_embd=768, block_size=4)
     assert 4 * STANDARD_ROWS * wide.n_embd**2 > MIN_PRODUCT_FOR_THREADS
-    batcher, small, large = Batcher(1e9), Watched(TINY.gpt).eval(), Watched(wide).eval()
-    asked = [ask(threads, batcher, gpt, number) for number, gpt in enumerate((small, large, small))]
-    for future in asked:
+    batcher, small, large = Batcher(1e9), FakeModel(Watched(TINY.gpt).eval()), FakeModel(Watched(wide).eval())
+    small.decode_threads = large.decode_threads = 2
+    for future in [threads.submit(draw, batcher, model, number) for number, model in enumerate((small, large, small))]:
         future.result(30)
     assert Watched.threads == {TINY.gpt.n_embd: {1}, wide.n_embd: {2}}
-    assert batcher.run(torch.get_num_threads) == batcher.run(torch.get_num_threads, 2) == 2
-    assert batcher.run(torch.get_num_threads, 1) == batcher.share(lambda rows: [torch.get_num_threads()], [0], 1, 1)[0]
     assert torch.get_num_threads() == threads.submit(torch.get_num_threads).result() == 2
-    batcher.close()
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_no_more_threads_draw_than_the_container_pays_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_and_pictures_use_the_threads_that_their_model_wants(batcher: Batcher) -> None:
+    class Counting(FakeModel):
+        def embed_prompt(self, prompt: str) -> Tensor:
+            used.append(torch.get_num_threads())
+            return super().embed_prompt(prompt)
+
+        def decode(self, *given: Tensor) -> list[tuple[Image.Image, float]]:
+            used.append(torch.get_num_threads())
+            return super().decode(*given)
+
+    model = Counting(GPT(TINY.gpt).eval())
+    for count in (1, 2):
+        used: list[int] = []
+        model.decode_threads = count
+        draw(batcher, model, 1)
+        assert used == [count, count]
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_threads_are_limited_to_the_cpus_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clip_gen.sampling.batcher.cpus", lambda: 1)
-    batcher = Batcher(1e9)
-    assert batcher.run(torch.get_num_threads) == 1
-    batcher.close()
+    assert Batcher(1e9).max_threads == 1
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_it_has_all_cpus_whatever_is_being_loaded() -> None:
-    def loading(inside: threading.Event, go_on: threading.Event) -> int:
+def test_loading_models_does_not_reduce_the_threads_of_a_batcher() -> None:
+    def loading(inside: threading.Event, done: threading.Event) -> int:
         with one_thread():
             inside.set()
-            assert go_on.wait(10)
+            assert done.wait(10)
             assert torch.get_num_threads() == 1
         return torch.get_num_threads()
 
@@ -483,31 +437,28 @@ def test_it_has_all_cpus_whatever_is_being_loaded() -> None:
         loads = [pool.submit(loading, *pair) for pair in events]
         for inside, _ in events:
             assert inside.wait(10)
-        batcher = pool.submit(Batcher, 1e9).result(10)
-        assert batcher.run(torch.get_num_threads) == 2
-        batcher.close()
-        for load, (_, go_on) in zip(loads, events, strict=True):
-            go_on.set()
+        assert pool.submit(Batcher, 1e9).result(10).max_threads == 2
+        for load, (_, done) in zip(loads, events, strict=True):
+            done.set()
             assert load.result(10) == 2
 
 
 def test_each_device_has_its_own_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {0: 8e9, 1: 6e9}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index or 0], 80e9))
+    monkeypatch.setattr("clip_gen.sampling.batcher._batchers", {})
     cpu = shared_batcher(torch.device("cpu"))
     first, second = shared_batcher(torch.device("cuda")), shared_batcher(torch.device("cuda:1"))
     assert (first.max_bytes, second.max_bytes) == (4e9, 3e9)
     assert shared_batcher(torch.device("cuda:0")) is first
     assert shared_batcher(torch.device("cpu")) is cpu
-    for batcher in (first, second):
-        batcher.close()
 
 
-def test_an_idle_thread_holds_nothing(batcher: Batcher) -> None:
-    gpt = GPT(TINY.gpt).eval()
-    batcher.sample(gpt, embedding(1), 1, 1, Sampling())
-    held = weakref.ref(gpt)
-    del gpt
+def test_an_idle_thread_keeps_no_reference_to_a_model(batcher: Batcher) -> None:
+    model = FakeModel(GPT(TINY.gpt).eval())
+    draw(batcher, model, 1)
+    held = weakref.ref(model.gpt)
+    del model
     deadline = time.monotonic() + 10
     while held() is not None and time.monotonic() < deadline:
         gc.collect()
@@ -515,54 +466,37 @@ def test_an_idle_thread_holds_nothing(batcher: Batcher) -> None:
     assert held() is None
 
 
-def test_a_forked_child_has_a_batcher_of_its_own(gpt: GPT) -> None:
+def test_a_forked_child_has_a_batcher_of_its_own(model: FakeModel) -> None:
     cpu = torch.device("cpu")
-    assert shared_batcher(cpu).run(lambda: 7) == 7
+    assert len(draw(shared_batcher(cpu), model, 1).best) == 2
     child = os.fork()
     if not child:
         signal.alarm(20)
-        os._exit(shared_batcher(cpu).run(lambda: 5))
+        os._exit(len(draw(shared_batcher(cpu), model, 1, 5).best))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_predicted_from_the_rows(dtype: torch.dtype) -> None:
+def test_batch_bytes_are_those_of_the_cache_and_the_logits(dtype: torch.dtype) -> None:
     gpt = GPT(TINY.gpt).cast_for_inference(dtype)
     for passes, sampling in ((1, Sampling()), (2, Sampling(guidance=2.0))):
-        cache = gpt.new_cache(passes * 5)
+        cache = gpt.new_cache(torch.zeros(passes * 5, TINY.gpt.n_embd))
         logits = passes * 5 * TINY.gpt.codebook_size * 48
         assert batch_bytes(gpt, sampling, 5) == cache.keys.nbytes + cache.values.nbytes + logits
 
 
-def test_an_error_reaches_those_whose_batch_it_was_and_nobody_else(
-    gpt: GPT, batcher: Batcher, threads: ThreadPoolExecutor
-) -> None:
-    class Broken(GPT):
-        def step(self, *_: object) -> torch.Tensor:
-            raise RuntimeError("out of memory")
-
-    broken = Broken(TINY.gpt).eval()
-    bad, good = ask(threads, batcher, broken, 1), ask(threads, batcher, gpt, 2)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        bad.result(30)
-    assert torch.equal(good.result(30).tokens, alone(gpt, 2, 2, Sampling()))
-    with pytest.raises(ValueError, match="no such thing"):
-        batcher.run(lambda: (_ for _ in ()).throw(ValueError("no such thing")))
-    assert batcher.run(lambda: 7) == 7
-
-
-def test_queue_seconds_end_when_the_first_batch_of_a_request_starts(gpt: GPT, batcher: Batcher) -> None:
+def test_queue_seconds_end_when_the_first_batch_of_a_request_starts(model: FakeModel, batcher: Batcher) -> None:
     started = time.monotonic()
-    large = batcher.sample(gpt, embedding(1), 40 * STANDARD_ROWS, 1, Sampling())
-    assert large.queue_seconds + large.sampling_seconds <= time.monotonic() - started
-    assert large.queue_seconds < large.sampling_seconds / 4
-    assert batcher.sample(gpt, embedding(1), 1, 1, Sampling(), waits_since=started).queue_seconds > large.queue_seconds
+    large = draw(batcher, model, 1, 40 * STANDARD_ROWS).metrics
+    assert large["queue_seconds"] + large["sampling_seconds"] <= time.monotonic() - started + 0.001
+    assert large["queue_seconds"] < large["sampling_seconds"] / 4
+    late = draw(batcher, model, 1, 1, asked_at=started).metrics
+    assert late["queue_seconds"] > large["queue_seconds"]
 
 
-def test_metrics_tell_what_a_request_took(gpt: GPT, batcher: Batcher) -> None:
-    metrics = batcher.sample(gpt, embedding(1), 5, 1, Sampling()).metrics
+def test_metrics_of_a_request(model: FakeModel, batcher: Batcher) -> None:
+    metrics = draw(batcher, model, 1, 5).metrics
     assert metrics["rows_in_batch"] == 5
     assert 0 <= metrics["queue_seconds"] < 5
     assert metrics["sampling_seconds"] > 0
-    speed = 5 * LENGTH / metrics["sampling_seconds"]
-    assert metrics["tokens_per_second"] == pytest.approx(speed, rel=0.1)
+    assert metrics["tokens_per_second"] == pytest.approx(5 * LENGTH / metrics["sampling_seconds"], rel=0.1)

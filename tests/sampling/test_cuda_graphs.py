@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling import cuda_graphs
 from clip_gen.sampling import sampler as sampling_module
+from clip_gen.sampling.batch_requests import Request
 from clip_gen.sampling.batch_sizes import max_candidates, padded_batch_size
 from clip_gen.sampling.batcher import Batcher, batch_bytes
 from clip_gen.sampling.sampler import Batch, Sampling, candidate_uniforms
@@ -97,19 +99,6 @@ def test_a_batch_given_up_half_way_leaves_its_recording_to_the_next(gpt: GPT) ->
     assert len(cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]) == 1
 
 
-def test_who_stays_when_others_leave_goes_on_in_a_smaller_recording(gpt: GPT) -> None:
-    whole, fewer = begun(gpt, 40, 1), begun(gpt, 40, 1)
-    large = fewer.steps.recording
-    for _ in range(5):
-        fewer.step()
-    assert not fewer.keep([3, 39])  # none is recorded, and that would take longer than it saves
-    begun(gpt, 2, 1)
-    assert fewer.keep([3, 39])
-    assert fewer.width == padded_batch_size(gpt, 2)
-    assert large in cuda_graphs._idle[gpt][padded_batch_size(gpt, 40)]
-    assert torch.equal(finished(fewer), finished(whole)[[3, 39]])
-
-
 def test_idle_recordings_go_where_memory_is_short_but_for_the_one_wanted_next(gpt: GPT) -> None:
     cuda_graphs._idle.clear()
     few, many = padded_batch_size(gpt, 4), padded_batch_size(gpt, 40)
@@ -128,17 +117,26 @@ def test_idle_recordings_go_where_memory_is_short_but_for_the_one_wanted_next(gp
 
 
 def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        at_a_time, decode_threads = 16, 1
+
+        def embed_prompt(self, prompt: str) -> Tensor:
+            return F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1)
+
+        def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+            return [(Image.new("L", (1, 1)), 0.0)] * len(tokens)
+
     cuda_graphs._idle.clear()
-    monkeypatch.setattr("clip_gen.sampling.batcher.Batch", partial(Batch, recorded=True))
+    monkeypatch.setattr("clip_gen.sampling.batch_requests.Batch", partial(Batch, recorded=True))
     most = batch_bytes(gpt, Sampling(), max_candidates(gpt))
-    batcher = Batcher(most)
-    embedding = F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1)
+    batcher, model = Batcher(most), Model()
+    model.gpt = gpt
     for candidates in (1, 40, 1, 20, 40):
         for guidance in (1.0, 2.0):
-            batcher.sample(gpt, embedding, candidates, 1, Sampling(guidance=guidance))
-    batcher.close()
+            uniforms = candidate_uniforms(1, range(candidates), gpt.config.block_size)
+            batcher.draw(Request(model, "a star", uniforms, Sampling(guidance=guidance)))
     held = sum(recording.nbytes for idle in cuda_graphs._idle[gpt].values() for recording in idle)
-    assert held <= 2 * most  # the one that was under way last, with guidance
+    assert held <= 2 * most  # the last one used, with guidance
 
 
 def test_recordings_go_with_their_transformer(gpt: GPT) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from conftest import FLOAT16, TINY
+from conftest import TINY
 from torch.nn import functional as F
 
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import (
-    Batch,
     Sampling,
     Stopped,
     candidate_uniforms,
@@ -206,36 +203,3 @@ def test_settings_that_draw_identical_candidates_are_known(
 ) -> None:
     assert Sampling(**settings).greedy == alone
     assert (len(set(map(tuple, sampled(gpt, 8, Sampling(**settings)).tolist()))) == 1) == bool(alone)
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("neighbour_context", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=FLOAT16)])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_rows_that_are_kept_go_on_as_if_nothing_had_been(
-    recorded: bool, dtype: torch.dtype, neighbour_context: bool, guidance: float
-) -> None:
-    torch.manual_seed(0)
-    gpt = GPT(replace(TINY.gpt, neighbour_context=neighbour_context, rotary=True)).eval().cast_for_inference(dtype)
-    embedding, uniforms = F.normalize(torch.randn(30, 16), dim=1), candidate_uniforms(0, range(30), LENGTH)
-    whole, fewer = (Batch(gpt, embedding, uniforms, Sampling(guidance=guidance), recorded) for _ in range(2))
-    assert not fewer.keep([7])  # nothing is drawn yet
-    fewer.step()
-    whole.step()
-    assert not (recorded and fewer.keep([2, 7]))  # a recording for them would have to be made first
-    assert not fewer.keep(list(range(1, 30)))  # a whole cache copied for one row
-    for count in (2, 9):  # which it is now, and idle
-        Batch(gpt, embedding[:count], uniforms[:count], Sampling(guidance=guidance), recorded)
-    kept = [1, 2, 3, 5, 7, 8, 20, 25, 29]
-    while not fewer.done:
-        whole.step()
-        fewer.step()
-        if fewer.length == 3:
-            before = fewer.width
-            assert fewer.keep(kept)
-            assert fewer.width < before
-        if fewer.length == 9:
-            fits = fewer.keep([1, 4])
-            assert fits != (recorded and dtype == torch.bfloat16)  # which has sixteen rows for two as for five
-            kept = [2, 7] if fits else kept
-    assert torch.equal(fewer.tokens, whole.tokens[kept])

@@ -143,9 +143,8 @@ def test_draw_draws_what_sampling_draws(codes: int) -> None:
 def test_a_fused_step_gives_the_logits_of_a_growing_cache_at_every_place(rotary: bool) -> None:
     torch.manual_seed(0)
     gpt = GPT(replace(TINY.gpt, block_size=9, rotary=rotary)).eval().to(DEVICE)
-    growing = gpt.new_cache(2)
-    fixed = StaticCache(gpt.config, 2, device=DEVICE, dtype=gpt.dtype)
     x = noise(2, gpt.config.n_embd)
+    growing, fixed = gpt.new_cache(x), StaticCache(gpt.config, 2, device=DEVICE, dtype=gpt.dtype)
     for _ in range(gpt.config.block_size):
         with torch.inference_mode():
             wanted, found = gpt.step_from_input(x, growing), fused_step(gpt, x, fixed)
