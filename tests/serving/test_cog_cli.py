@@ -7,18 +7,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from cog_server import nameless_user
 from model_files import other_folder, slow_folder
 from PIL import Image
+from scripts import run_script
 
-from clip_gen import __main__ as command_line
 from clip_gen.files import ROOT
 from clip_gen.images import save_image
 from clip_gen.pipeline import ClipGen
@@ -46,16 +44,7 @@ def files(folder: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs script/predict and the command that replaces it in this process."""
-    with mock.patch("os.execv") as execv:
-        try:
-            cli.main("predict", arguments)
-        except SystemExit as exit:
-            print(exit.code, file=sys.stderr)
-            return 1
-    _, [python, *words] = execv.call_args.args
-    assert (python, words[:2]) == (sys.executable, ["-m", "clip_gen"])
-    return command_line.main(words[2:])
+    return run_script("predict", arguments)
 
 
 Refuse = Callable[..., str]

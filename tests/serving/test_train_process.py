@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from cog_server import running, wait_for
 from processes import command_lines, data_url, processes_of, trainings
+from scripts import as_inputs, run_script
 
 from clip_gen.files import ROOT
 from clip_gen.serving.inputs import checked
@@ -96,28 +97,27 @@ def test_a_cancelled_training_ends_within_two_seconds(
     wait_for(lambda: not processes_of(groups[0].pid), seconds=2)
 
 
-def run_script(folder: Path, inputs: dict[str, object], *more: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs script/train in a folder."""
-    words = [word for name, value in inputs.items() for word in ("-i", f"{name}={value}")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CLIP_GEN_CACHE": str(folder / "cache"), **environment}
-    command = [ROOT / "script" / "train", *words, *more]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
+    return tmp_path
 
 
 @pytest.mark.slow
 def test_the_script_trains_into_a_folder_and_takes_its_weights_as_base(
-    photos: Path, tiny_model_folder: Path, tmp_path: Path
+    photos: Path, tiny_model_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_script(tmp_path, {"images": f"@{photos}", "base": tiny_model_folder, **STEPS}, "-o", "out")
-    assert run.returncode == 0, run.stderr
-    assert "vqgan 4/4" in run.stderr
-    assert run.stdout == "out/weights.tar\n"
-    # Weights are named from the caller's folder.
-    short = {"images": f"@{photos}", "stage": "vqgan", "vqgan_steps": 1, "batch_size": 4}
+    inputs = as_inputs({"images": f"@{photos}", "base": tiny_model_folder, **STEPS})
+    assert run_script("train", [*inputs, "-o", "out"]) == 0
+    assert capsys.readouterr().out == "out/weights.tar\n"
+    # Weights are named from the current folder.
+    inputs = as_inputs({"images": f"@{photos}", "stage": "vqgan", "vqgan_steps": 1, "batch_size": 4})
     for more in (["-i", "base=out/weights.tar"], ["-e", "COG_WEIGHTS=out"]):
-        assert run_script(tmp_path, short, *more, "-o", f"{more[0][1]}-further").returncode == 0
-        settings = json.loads((tmp_path / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
-        assert settings["base"] == hash_of_model(tmp_path / "out" / "model")
+        assert run_script("train", [*inputs, *more, "-o", f"{more[0][1]}-further"]) == 0
+        settings = json.loads((folder / f"{more[0][1]}-further" / "work" / "settings.json").read_text())
+        assert settings["base"] == hash_of_model(folder / "out" / "model")
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,18 @@ def test_the_script_trains_into_a_folder_and_takes_its_weights_as_base(
     ],
 )
 def test_the_script_refuses_unusable_inputs(
-    photos: Path, tmp_path: Path, inputs: dict[str, str], sentence: str
+    photos: Path,
+    tiny_model_folder: Path,
+    folder: Path,
+    inputs: dict[str, str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    inputs["images"] = inputs["images"].replace("PHOTOS", str(photos))
-    run = run_script(tmp_path, inputs)
-    assert run.returncode == 1
-    assert sentence in run.stderr
-    assert run.stdout == ""
+    inputs = {"base": str(tiny_model_folder), **inputs, "images": inputs["images"].replace("PHOTOS", str(photos))}
+    assert run_script("train", as_inputs(inputs)) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert sentence in said.err
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -147,8 +152,7 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
 ) -> None:
     out = tmp_path / "out"
     given = {"images": f"@{photos}", "base": tiny_model_folder, "vqgan_steps": 999, "batch_size": 4}
-    words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
-    words += ["-o", str(out)]
+    words = [*as_inputs(given), "-o", str(out)]
     command = [sys.executable, "-m", "clip_gen.serving.cli", "train", *words]
     files = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

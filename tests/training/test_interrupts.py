@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from cog_server import wait_for
 from processes import command_lines, processes_of
+from scripts import as_inputs
 
 from clip_gen.__main__ import main
 from clip_gen.files import ROOT
@@ -23,8 +24,7 @@ from clip_gen.files import ROOT
 def words_of(photos: Path, base: Path, out: Path) -> list[str]:
     # From 1,000 steps on the networks are compiled first, which takes a minute.
     given = {"images": f"@{photos}", "base": base, "vqgan_steps": 999, "batch_size": 16}
-    words = [word for name, value in given.items() for word in ("-i", f"{name}={value}")]
-    return [sys.executable, "-m", "clip_gen.serving.cli", "train", *words, "-o", str(out)]
+    return [sys.executable, "-m", "clip_gen.serving.cli", "train", *as_inputs(given), "-o", str(out)]
 
 
 def entries(out: Path) -> int:
