@@ -71,6 +71,12 @@ def _skip_imported_modules_in_collections() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _short_waits_for_loading_processes() -> None:
+    """After an error in a training, torch waits so many seconds for each process that loads pictures, here in vain."""
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Two threads on a busy machine can be many times slower than one."""
     torch.set_num_threads(1)
