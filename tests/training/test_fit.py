@@ -539,9 +539,9 @@ def test_the_result_of_a_validation_survives_an_interruption_after_it(
 ) -> None:
     held_back = torch.utils.data.Subset(encoded, range(8, 24))
 
-    def trained(folder: Path, callbacks: list[Callback], machine: Machine = Machine()) -> dict[str, object]:
+    def trained(folder: Path, callbacks: list[Callback], **options: object) -> dict[str, object]:
         stage = stage_2(OVERFITTING)
-        return fit("toy", stage, Few(encoded), held_back, folder, seed=0, machine=machine, callbacks=callbacks)
+        return fit("toy", stage, Few(encoded), held_back, folder, seed=0, callbacks=callbacks, **options)
 
     whole = trained(tmp_path / "whole", [])
 
@@ -552,7 +552,7 @@ def test_the_result_of_a_validation_survives_an_interruption_after_it(
     callback = Callback()
     setattr(callback, when, cut)
     with pytest.raises(Cut):
-        trained(tmp_path / "cut", [callback], SAVING)
+        trained(tmp_path / "cut", [callback], machine=SAVING)
     again = trained(tmp_path / "cut", [])
     assert {name: again[name] for name in ("steps", "best_step", "val_loss")} == {
         name: whole[name] for name in ("steps", "best_step", "val_loss")
