@@ -59,7 +59,9 @@ class GPTTrainer(Stage):
             missed = differs.float().topk(max(1, count // 4)).indices
             scale = differs.sum() / differs[missed].sum().clamp(min=1)
             rows, conditions = torch.cat([rows, missed]), torch.cat([conditions, near_misses[missed]])
-        nats, logits = self._nats(conditions, tokens[rows], unconditional[rows], [part[rows] for part in sampled])
+        sampled = [part[rows] for part in sampled]
+        logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows], *sampled)
+        nats = token_nats(logits, tokens[rows], *sampled)
         loss = nats[:count].sum() / (count * length)
         values = {"loss": loss}
         if self.contrast:
@@ -69,26 +71,14 @@ class GPTTrainer(Stage):
         if self.embedding_loss:
             values["embedding"] = embedding_loss(logits[:count], embeddings, *self.frozen)
             loss = loss + self.embedding_loss * values["embedding"]
-        self.log_means(values, count)
+        self.log_dict(values, batch_size=count, sync_dist=True)
         return loss
-
-    def _nats(
-        self, conditions: Tensor, tokens: Tensor, unconditional: Tensor, sampled: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of each token and the logits. With `sampled` places the losses are divided by their probabilities,
-        so their sum estimates that of the whole image.
-        """
-        logits = self.gpt(conditions, tokens[:, :-1], unconditional, *sampled)
-        if not sampled:
-            return token_nats(logits, tokens), logits
-        places, probabilities = sampled
-        return token_nats(logits, tokens.gather(1, places)) / probabilities, logits
 
     def validation_step(self, batch: Batch) -> None:
         _, tokens, _, embeddings, _ = batch
         # A second compilation, for whole images without gradients, would take longer than it saves.
         with torch.compiler.set_stance("force_eager"):
-            loss = token_loss(self.gpt(embeddings, tokens[:, :-1]), tokens)
+            loss = token_nats(self.gpt(embeddings, tokens[:, :-1]), tokens).mean()
         self.log("val_loss", loss, batch_size=len(tokens), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, object]:
@@ -110,14 +100,17 @@ def start_from_codes(gpt: GPT, vqgan: VQGAN, seed: int) -> None:
     gpt.token_embedding.weight.copy_(0.1 * codes @ directions)
 
 
-def token_nats(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The cross-entropy of each token in nats, (B, T), for logits (B, T, V) and tokens (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
+def token_nats(
+    logits: Tensor, tokens: Tensor, places: Tensor | None = None, probabilities: Tensor | None = None
+) -> Tensor:
+    """The cross-entropy of each token in nats, (B, T), for logits (B, T, V) and tokens (B, T).
 
-
-def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The mean cross-entropy in nats per token."""
-    return token_nats(logits, tokens).mean()
+    With places (B, K) and their probabilities (B, K): (B, K), for logits (B, K, V), divided by the probabilities, so
+    the sum estimates that of all tokens.
+    """
+    tokens = tokens if places is None else tokens.gather(1, places)
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
+    return nats if probabilities is None else nats / probabilities
 
 
 def embedding_loss(logits: Tensor, embeddings: Tensor, vqgan: VQGAN, clip: ClipEncoder) -> Tensor:

@@ -1,4 +1,4 @@
-"""What both stages share: settings of the fit, learning rate schedule, logging of means, AdamW and compilation."""
+"""What both stages share: settings of the fit, learning rate schedule, AdamW and compilation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -57,14 +57,6 @@ class Stage(pl.LightningModule):
     def fraction_done(self) -> float:
         """The fraction of the stage that is over, by steps or by time, whichever is more."""
         return max(self.global_step / self.config.steps, self.time_spent)
-
-    def log_means(self, values: dict[str, Tensor], count: int) -> None:
-        """Logs scalars, measured on `count` samples, as means over all processes, with one synchronisation."""
-        means = torch.stack([value.detach().float() for value in values.values()])
-        if process_count() > 1:
-            torch.distributed.all_reduce(means)
-            means = means / process_count()
-        self.log_dict(dict(zip(values, means, strict=True)), batch_size=count)
 
     def learning(self, optimizer: torch.optim.Optimizer) -> dict[str, object]:
         """The result of configure_optimizers. The rate rises for `warmup` steps, or a twentieth of the time limit, and

@@ -90,7 +90,7 @@ class VQGANTrainer(Stage):
         loss = reconstruction + out.loss
         if self.discriminator is not None:
             loss = loss + self._adversarial(images, out.images, reconstruction, values)
-        self.log_means({"loss": loss, **values}, len(batch))
+        self.log_dict({"loss": loss, **values}, batch_size=len(batch), sync_dist=True)
         return loss
 
     def _adversarial(self, images: Tensor, fakes: Tensor, reconstruction: Tensor, values: dict[str, Tensor]) -> Tensor:
@@ -108,10 +108,8 @@ class VQGANTrainer(Stage):
 
     def _codebook_use(self, tokens: Tensor) -> dict[str, Tensor]:
         """The share of codes in this batch, and the perplexity of their distribution."""
-        counts = torch.bincount(tokens.flatten(), minlength=self.vqgan.config.codebook_size).float()
-        shares = counts / counts.sum()
-        perplexity = torch.special.entr(shares).sum().exp()
-        return {"codes_in_batch": (counts > 0).float().mean(), "perplexity": perplexity}
+        shares = torch.bincount(tokens.flatten(), minlength=self.vqgan.config.codebook_size) / tokens.numel()
+        return {"codes_in_batch": (shares > 0).float().mean(), "perplexity": torch.special.entr(shares).sum().exp()}
 
     def on_validation_epoch_start(self) -> None:
         self.errors: list[Tensor] = []

@@ -86,7 +86,7 @@ def trainer(weight: float) -> VQGANTrainer:
         tiny_networks().vqgan.requires_grad_(True), FitConfig(), VQGANLoss(perceptual=weight), loaded()
     )
     stage.logged = {}
-    stage.log_means = lambda values, _: stage.logged.update(values)
+    stage.log_dict = lambda values, **_: stage.logged.update(values)
     return stage
 
 
