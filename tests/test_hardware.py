@@ -143,7 +143,7 @@ def test_freed_memory_is_released_before_data_loading_processes_start() -> None:
 from pathlib import Path
 import torch
 from torch.utils.data import Dataset
-from clip_gen.training.loading import loader_with_workers
+from clip_gen.training.datasets import loader_with_workers
 
 def held() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 10**6

@@ -1,4 +1,4 @@
-"""What the stages train on: images read from disk, and images encoded once into arrays.
+"""What the stages train on: images read from disk, and images encoded once into arrays; loaders of batches.
 
 Sample number n of a training is always the same image with the same random crop, flip and noise, on any number of
 machines and after any number of restarts: all its randomness is drawn from (seed, n).
@@ -6,7 +6,11 @@ machines and after any number of restarts: all its randomness is drawn from (see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil, isqrt
 from pathlib import Path
 
@@ -15,17 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.data.decoding import load_picture
+from clip_gen.hardware import release_memory, spare_cores
 from clip_gen.networks.bridge import add_noise
 
 MAX_HELD_BACK = 512  # pictures
 ORDER_STREAM, AUGMENT_STREAM = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
 NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
 MAX_SAMPLED = 2000  # images that enough_places looks at
-MAX_ROUNDING = 1e-3  # between two float16 encodings of one image, by networks compiled differently
 REDUCING_GAP = 3.0  # a picture is first reduced to this multiple of its final size, which is fast; the rest is bicubic
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent ends
 MAX_GROUND_NOISE = 12  # levels of 255 by which a plain background may vary, as after JPEG compression
 
 
@@ -137,9 +143,6 @@ class Views(Dataset):
         return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, AUGMENT_STREAM, row]))
 
 
-Encoded = tuple[Tensor | bool, ...]
-
-
 class EncodedPictures(Dataset):
     """Condition (E,) float32, tokens (T,) int64, whether to drop the condition, embedding (E,) and near miss (E,).
 
@@ -178,11 +181,11 @@ class EncodedPictures(Dataset):
     def __len__(self) -> int:
         return self.pictures
 
-    def __getitem__(self, index: int) -> Encoded:
+    def __getitem__(self, index: int) -> tuple[Tensor | bool, ...]:
         embedding, tokens = self._row(index)
         return embedding, tokens, False, embedding, embedding
 
-    def draw(self, index: int, rng: np.random.Generator) -> Encoded:
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[Tensor | bool, ...]:
         row = int(rng.choice(np.arange(index, self.rows, self.pictures)))
         embedding, tokens = self._row(row)
         # A random strength per sample: the transformer sees clean and noisy embeddings.
@@ -195,8 +198,6 @@ class EncodedPictures(Dataset):
         condition = near_miss = embedding
         if self.near_misses is not None:
             near_miss = self._embedding(self.near_misses[row])
-            if torch.allclose(near_miss, embedding, rtol=0, atol=MAX_ROUNDING):
-                near_miss = embedding  # the same picture, encoded twice
         elif self.neighbours is not None:
             near_miss = self._embedding(self.embeddings[rng.choice(self.neighbours[row, :NEAR_MISS_NEIGHBOURS])])
         if rng.random() < self.blur:
@@ -251,3 +252,55 @@ def drawn_places(tokens: np.ndarray, count: int, rng: np.random.Generator) -> tu
     probabilities = [1.0, edge_count / max(1, len(edges)), plain_count / max(1, len(plain))]
     order = places.argsort()
     return places[order], np.repeat(probabilities, [1, edge_count, plain_count])[order].astype(np.float32)
+
+
+def loader_with_workers(
+    samples: Dataset, sharing: int = 1, collate_fn: Callable | None = None, **options: object
+) -> DataLoader:
+    """A DataLoader with a worker process for each spare core.
+
+    sharing: training processes on this machine that each have such a loader. The workers are forked from this process,
+    which returns freed memory to the system first: each would otherwise hold a copy of it.
+    """
+
+    def to_arrays(samples_of_batch: list) -> object:
+        return tree_map_only(Tensor, Tensor.numpy, (collate_fn or stack)(samples_of_batch))
+
+    release_memory()
+    workers = max(1, spare_cores() // sharing)
+    return Loader(samples, num_workers=workers, collate_fn=to_arrays, worker_init_fn=_start_worker, **options)
+
+
+def stack(samples: list) -> object:
+    """Joins arrays, or tuples of arrays, to a batch. Torch's default_collate would do it in shared memory."""
+    if isinstance(samples[0], tuple):
+        return tuple(np.stack(parts) for parts in zip(*samples, strict=True))
+    return np.stack(samples)
+
+
+class Loader(DataLoader):
+    """Loads batches of tensors. Its workers send them as arrays, through pipes: tensors would need shared memory, of
+    which containers have little, and sockets in TMPDIR.
+    """
+
+    def __iter__(self) -> Iterator:
+        # Workers inherit the blocked signals: one that a terminal or `timeout` sends to the whole group must not end
+        # them, since this process may need their batches to reach a checkpoint.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return (tree_map_only(np.ndarray, torch.from_numpy, batch) for batch in batches)
+
+
+def _start_worker(worker: int) -> None:
+    """Makes a worker end with its parent, and when the parent itself sends SIGTERM."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+
+
+def _end_when_the_parent_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

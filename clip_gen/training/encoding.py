@@ -23,8 +23,7 @@ from clip_gen.hardware import is_out_of_memory, on_device
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training.datasets import EncodedPictures, PictureFiles, Views, enough_places
-from clip_gen.training.loading import loader_with_workers
+from clip_gen.training.datasets import EncodedPictures, PictureFiles, Views, enough_places, loader_with_workers
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.processes import wait_for
 from clip_gen.weights.model_folder import Networks

@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from clip_gen.hardware import choose_device, is_out_of_memory, prefers_bfloat16
 from clip_gen.training.callbacks import EMA, History, KeepBest, ReseedEachBatch, SaveCheckpoints, TimeLimit
 from clip_gen.training.checkpoints import CheckpointFiles, find_checkpoint
-from clip_gen.training.datasets import Batches
-from clip_gen.training.loading import loader_with_workers
+from clip_gen.training.datasets import Batches, loader_with_workers
 from clip_gen.training.progress import Progress
 from clip_gen.training.stage import FitConfig, Stage, process_count
 

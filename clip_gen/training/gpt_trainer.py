@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training.muon import Muon
-from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 
 Batch = tuple[Tensor, ...]
 # Without `neighbour_context`, the fraction of the stage after which all positions of an image are trained on again.
 WHOLE_FROM = 2 / 3
+MAX_ROUNDING = 1e-3  # between two float16 encodings of one image, by networks compiled differently
 
 
 class GPTTrainer(Stage):
@@ -54,7 +54,7 @@ class GPTTrainer(Stage):
             sampled = []
         rows = torch.arange(count, device=tokens.device)  # the image of each row of the network's batch
         if self.contrast:
-            differs = (near_misses != conditions).any(dim=1) & ~unconditional
+            differs = ((near_misses - conditions).abs() > MAX_ROUNDING).any(dim=1) & ~unconditional
             # A constant quarter of the images, so the network is compiled for one shape. It stands for all that differ.
             missed = differs.float().topk(max(1, count // 4)).indices
             scale = differs.sum() / differs[missed].sum().clamp(min=1)

@@ -20,6 +20,7 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.cuda_graphs import forget
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.datasets import EncodedPictures, PictureFiles
+from clip_gen.training.stage import Stage
 from clip_gen.weights.model_folder import Networks
 
 log = logging.getLogger(__name__)
@@ -40,24 +41,20 @@ class Grids(Callback):
     def __init__(self, folder: Path):
         self.folder = folder / "grids"
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.tenths, self.draw_seconds, self.drawn_at = self._tenths(trainer, module), 0.0, time.monotonic()
+    def on_train_start(self, trainer: pl.Trainer, module: Stage) -> None:
+        self.tenths, self.draw_seconds, self.drawn_at = int(10 * module.fraction_done), 0.0, time.monotonic()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
-        tenths = self._tenths(trainer, module)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Stage, *_: object) -> None:
+        tenths = int(10 * module.fraction_done)
         has_rested = time.monotonic() - self.drawn_at >= 19 * self.draw_seconds
         if self.tenths < tenths < 10 and trainer.global_step and has_rested:
             self.tenths = tenths
             self._draw(trainer, module)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: Stage) -> None:
         self._draw(trainer, module)
 
-    @staticmethod
-    def _tenths(trainer: pl.Trainer, module: pl.LightningModule) -> int:
-        return int(10 * max(trainer.global_step / trainer.max_steps, module.time_spent))
-
-    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _draw(self, trainer: pl.Trainer, module: Stage) -> None:
         if not trainer.is_global_zero:
             return
         began, training = time.monotonic(), module.training
@@ -77,7 +74,7 @@ class Grids(Callback):
         self.drawn_at = time.monotonic()
         self.draw_seconds = self.drawn_at - began
 
-    def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
+    def rows(self, module: Stage) -> list[list[Image.Image]]:
         """Rows of images of one size, made by the network as trained so far."""
         raise NotImplementedError
 
@@ -91,7 +88,7 @@ class ReconstructionGrids(Grids):
         super().__init__(folder)
         self.pictures = held_back
 
-    def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
+    def rows(self, module: Stage) -> list[list[Image.Image]]:
         pixels = np.stack([self.pictures[i] for i in range(min(COLUMNS, len(self.pictures)))])
         images = from_bytes(torch.from_numpy(pixels)).to(module.device)
         return [to_pil(images), to_pil(module.vqgan.decode(module.vqgan.encode(images)))]
@@ -106,7 +103,7 @@ class SampleGrids(Grids):
         rows = ["pictures that were held back, as their tokens have them", "what is drawn from their embeddings"]
         self.legend = f"From above: {'; '.join([*rows, *(f'“{prompt}”' for prompt in prompts)])}."
 
-    def rows(self, module: pl.LightningModule) -> list[list[Image.Image]]:
+    def rows(self, module: Stage) -> list[list[Image.Image]]:
         count = min(COLUMNS, len(self.pictures))
         _, tokens, _, embeddings, _ = zip(*(self.pictures[i] for i in range(count)), strict=True)
         conditions = [torch.stack(embeddings).to(module.device)]

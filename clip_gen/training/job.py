@@ -29,13 +29,12 @@ from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.training import folder as training_folder
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
-from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, split_pictures
+from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, loader_with_workers, split_pictures
 from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
 from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_views
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
-from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.progress import Forecast

@@ -27,19 +27,11 @@ log = logging.getLogger(__name__)
 Stages = dict[str, dict[str, object]]  # the record of each stage
 
 TITLES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
-CURVES = {
-    "vqgan": (
-        ("loss",),  # rises when the discriminator starts
-        ("fooled", "told_apart"),  # the generator's adversarial loss, and the discriminator's loss
-        ("l1",),
-        ("perceptual",),
-        ("val_psnr",),
-        ("codes_in_batch",),
-        ("perplexity",),
-    ),
-    "gpt": (("loss", "val_loss"), ("embedding",), ("contrast",)),
+CHARTS = {  # the values in each; fooled is the generator's adversarial loss, told_apart the discriminator's loss
+    "vqgan": ("loss", "fooled told_apart", "l1", "perceptual", "val_psnr", "codes_in_batch", "perplexity"),
+    "gpt": ("loss val_loss", "embedding", "contrast"),
 }
-COLOURS = ("#2563eb", "#dc2626")  # of the curves in one chart: training, validation
+COLOURS = ("#2563eb", "#dc2626")  # of the values in one chart
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
 MAX_GRIDS = 10
 STYLE = """
@@ -121,7 +113,7 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
     for name, stage in record["stages"].items():
         history = read_history(work / name / "history.jsonl")
         values = [(key, value) for key, value in stage.items() if isinstance(value, int | float | str)]
-        body += [f"<h2>{TITLES[name]}</h2>", _table(values), *(_chart(history, names) for names in CURVES[name])]
+        body += [f"<h2>{TITLES[name]}</h2>", _table(values), *(_chart(history, names) for names in CHARTS[name])]
         body += _grids(work / name / "grids")
     if pictures["notes"]:
         body += ["<h2>Pictures changed for training</h2>", _table(pictures["notes"].items())]
@@ -148,9 +140,9 @@ def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, ob
             yield prefix + name, value
 
 
-def _chart(history: list[dict], names: tuple[str, ...]) -> str:
+def _chart(history: list[dict], names: str) -> str:
     """The values of these names over the steps, as SVG; empty if there are none."""
-    lines = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names}
+    lines = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names.split()}
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     if not lines:
         return ""

@@ -19,8 +19,7 @@ from clip_gen.training.losses import (
     perceptual_distance,
     reconstruction_errors,
 )
-from clip_gen.training.muon import Muon
-from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 
 
 @dataclass(frozen=True)

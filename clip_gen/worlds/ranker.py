@@ -26,8 +26,8 @@ from clip_gen.images import for_clip, from_bytes, to_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, draw, sample_tokens
+from clip_gen.training.datasets import loader_with_workers
 from clip_gen.training.encoding import save_array
-from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 from clip_gen.weights.model_folder import Networks
 

@@ -30,7 +30,8 @@ from clip_gen.files import PARTIAL
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training import fit as fit_module
-from clip_gen.training import muon, progress
+from clip_gen.training import progress
+from clip_gen.training import stage as stage_module
 from clip_gen.training.callbacks import read_history
 from clip_gen.training.checkpoints import find_checkpoint, read_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless
@@ -573,7 +574,7 @@ def test_a_compiled_stage_has_the_losses_of_an_uncompiled_one(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What Muon rounds to bfloat16 differs in its last bits, and soon by more.
-    monkeypatch.setattr(muon, "prefers_bfloat16", lambda device, training: False)
+    monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, training: False)
     plain, compiled = (
         train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))
         for compile in (False, True)

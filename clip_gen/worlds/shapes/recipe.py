@@ -30,11 +30,10 @@ from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import claim_folder, folder_lock, sha256_of, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
-from clip_gen.training.datasets import EncodedPictures, Endless, enough_places
+from clip_gen.training.datasets import EncodedPictures, Endless, enough_places, loader_with_workers
 from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
-from clip_gen.training.loading import loader_with_workers
 from clip_gen.training.processes import wait_for
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
