@@ -1,4 +1,4 @@
-"""Foreign checkpoints in small, for the tests of the importers."""
+"""Small foreign checkpoints for the tests of the importers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def published_keys() -> dict[str, dict[str, list[int]]]:
 
 
 def hfailab_files(folder: Path, gpt: dict[str, Tensor] | None = None, vqgan: dict[str, Tensor] | None = None) -> Path:
-    """Writes gpt.pt and vqgan.pt in HFAiLab's format, the given tensors put in (None: taken out)."""
+    """Writes gpt.pt and vqgan.pt in HFAiLab's format, with these tensors replaced (None: removed)."""
     for part, changed in (("gpt", gpt or {}), ("vqgan", vqgan or {})):
         content = hfailab_checkpoint(part)
         content["model"] |= changed
@@ -47,7 +47,7 @@ def hfailab_checkpoint(part: str) -> dict[str, object]:
 
 
 def clip_state(config: ClipConfig, seed: int = 0) -> dict[str, Tensor]:
-    """A random CLIP of these sizes. OpenAI starts a ResNet's blocks with zeros, behind which nothing would show."""
+    """A random CLIP of these sizes. OpenAI initialises a ResNet's last norms with zeros, which would hide errors."""
     torch.manual_seed(seed)
     state = build_clip(config).state_dict()
     for name, tensor in state.items():
@@ -57,7 +57,7 @@ def clip_state(config: ClipConfig, seed: int = 0) -> dict[str, Tensor]:
 
 
 class Archive(nn.Module):
-    """The shape of an official file: the network's tensors, and three sizes as tensors beside them."""
+    """The layout of an official file: the network's tensors and three sizes as tensors."""
 
     def __init__(self, state: dict[str, Tensor], resolution: int):
         super().__init__()
@@ -76,14 +76,14 @@ class Archive(nn.Module):
 
 
 def write_archive(state: dict[str, Tensor], path: Path) -> None:
-    """TorchScript, in the shape of OpenAI's files."""
+    """TorchScript with the layout of OpenAI's files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Archive(state, 32)).save(str(path))
 
 
 def taming_settings(gumbel: bool, ch_mult: list[int], attention: list[int]) -> dict[str, object]:
-    """A configuration as taming publishes it."""
+    """A configuration with the layout of taming's."""
     sizes = {"double_z": False, "z_channels": 32, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32}
     sizes |= {"ch_mult": ch_mult, "num_res_blocks": 1, "attn_resolutions": attention, "dropout": 0.0}
     loss = {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": {"disc_start": 0}}

@@ -15,14 +15,14 @@ CONVOLUTIONS = {
 
 
 def write_lpips_files(folder: Path) -> Path:
-    """In torch's format of before 1.6, as both are."""
+    """In torch's format before 1.6, like the published files."""
     for name, tensors in (("vgg16-397923af.pth", vgg_state()), ("vgg.pth", linear_state())):
         torch.save(tensors, folder / name, _use_new_zipfile_serialization=False)
     return folder
 
 
 def vgg_state() -> dict[str, Tensor]:
-    """Of torchvision's VGG-16, its 124 million numbers for telling classes apart replaced by one each."""
+    """Of torchvision's VGG-16; the tensors of its classifier have one number each."""
     rng, state = torch.Generator().manual_seed(0), {}
     for layer, (before, after) in CONVOLUTIONS.items():
         scale = (2 / (9 * before)) ** 0.5

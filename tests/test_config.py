@@ -12,12 +12,12 @@ from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig, read_config, wr
 from clip_gen.files import ROOT
 
 
-def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
+def test_a_config_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     write_config(TINY, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml", ModelConfig) == TINY
 
 
-def test_what_a_file_leaves_out_has_its_default(tmp_path: Path) -> None:
+def test_missing_fields_have_their_defaults(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("gpt: {n_layer: 3}\n")
     config = read_config(tmp_path / "config.yaml", ModelConfig)
     assert config.gpt == replace(GPTConfig(), n_layer=3)
@@ -48,13 +48,13 @@ def test_values_are_frozen_and_hashable(tmp_path: Path) -> None:
         ("- 1", "config.yaml"),
     ],
 )
-def test_a_bad_file_is_one_sentence_that_names_what_is_wrong(tmp_path: Path, text: str, named: str) -> None:
+def test_a_bad_file_gives_one_sentence_that_names_the_fault(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=named):
         read_config(tmp_path / "config.yaml", ModelConfig)
 
 
-def test_parts_that_do_not_fit_one_another_are_refused_with_both_numbers() -> None:
+def test_mismatched_parts_are_refused_with_both_numbers() -> None:
     wrong = replace(TINY, gpt=replace(TINY.gpt, block_size=15))
     with pytest.raises(ValueError, match="15 and 16"):
         wrong.check()
@@ -86,13 +86,13 @@ def test_a_file_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: 
         ({"vision_layers": (1, 1, 999, 1)}, "clip.vision_layers is 999; give 1 to 256"),
     ],
 )
-def test_a_clip_that_could_embed_nothing_is_refused(values: dict[str, object], sentence: str) -> None:
+def test_a_clip_with_unusable_sizes_is_refused(values: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         replace(TINY, clip=replace(TINY.clip, **values)).check()
 
 
 @pytest.mark.parametrize("size", [0, -3, 10**9])
-def test_sizes_out_of_reason_are_refused_by_name(size: int) -> None:
+def test_sizes_out_of_range_are_refused_by_name(size: int) -> None:
     with pytest.raises(ValueError, match=rf"gpt\.n_layer is {size}; give 1 to"):
         replace(TINY, gpt=replace(TINY.gpt, n_layer=size)).check()
     with pytest.raises(ValueError, match=r"vqgan\.ch_mult is"):

@@ -1,4 +1,4 @@
-"""files.py: what is written is there completely or not at all, and only in folders of this program."""
+"""files.py: files and folders are written completely or not at all, and only in folders of this program."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ NEW = ({"config.yaml": "new"}, {"config.yaml": "new", "more.yaml": "new"})
 
 
 class Stop(BaseException):
-    """An interruption that no handler of errors catches, as KeyboardInterrupt is."""
+    """An interruption that `except Exception` does not catch, like KeyboardInterrupt."""
 
 
 def stop_at_call(number: int, call: Callable[..., object], after: bool) -> Callable[..., object]:
-    """`call`, which raises Stop before or after it does its work the n-th time."""
+    """`call`, with Stop raised before or after the n-th call."""
     seen = 0
 
     def stopping(*arguments: object, **options: object) -> object:
@@ -67,7 +67,7 @@ def stop_at_call(number: int, call: Callable[..., object], after: bool) -> Calla
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("name", ["replace", "fsync", "open", "chmod", "mkdir"])
 @pytest.mark.parametrize("replace", [replace_folder, lambda path: write_text_atomic(path / "config.yaml", "new")])
-def test_an_interruption_at_any_call_leaves_the_old_or_the_new(
+def test_an_interruption_at_any_call_leaves_the_old_or_the_new_version(
     replace: Callable[[Path], None], name: str, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(1, 20):
@@ -101,7 +101,7 @@ def test_an_error_while_writing_leaves_the_old_folder(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"model/config.yaml": "new", "model/more.yaml": "new"}
 
 
-def test_data_is_on_the_disk_before_the_name_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_synced_before_the_file_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
@@ -135,7 +135,7 @@ def test_a_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
         [sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        for _ in range(2):  # whoever is refused leaves the holder's number
+        for _ in range(2):  # a refused process must not change the holder's id
             busy = rf"^busy \(process {holder.pid} holds it\)$"
             with pytest.raises(ValueError, match=busy), folder_lock(tmp_path, "busy"):
                 pass
@@ -145,7 +145,7 @@ def test_a_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
             assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
 
 
-def test_only_a_folder_that_is_new_or_empty_or_marked_is_written_into(tmp_path: Path) -> None:
+def test_only_new_empty_or_marked_folders_are_claimed(tmp_path: Path) -> None:
     claim_folder(tmp_path / "new" / "folder", "training")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".DS_Store").write_text("")
@@ -163,7 +163,7 @@ def test_only_a_folder_that_is_new_or_empty_or_marked_is_written_into(tmp_path: 
     assert (tmp_path / "own" / MARK).read_text().startswith("training\n")
 
 
-def test_a_place_that_cannot_be_a_folder_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_an_unusable_folder_gives_one_error_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     refused = {
@@ -189,7 +189,7 @@ def test_a_folder_without_permission_is_refused_before_anything_is_written(tmp_p
         assert "cannot be " in run.stderr.splitlines()[-1], run.stderr
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     write = "import os, sys; from pathlib import Path; from clip_gen.files import atomic_folder, atomic_file"
     write += "\nwith atomic_folder(Path(sys.argv[1])), atomic_file(Path('f')):"
     write += " print('held', flush=True); sys.stdin.read()"
@@ -221,7 +221,7 @@ def test_a_process_killed_between_the_two_renames_loses_nothing(tmp_path: Path) 
     assert contents(tmp_path) == {"model/config.yaml": "new", "model/more.yaml": "new"}
 
 
-def test_files_of_a_person_with_a_similar_prefix_stay(tmp_path: Path) -> None:
+def test_a_users_files_with_a_similar_prefix_are_kept(tmp_path: Path) -> None:
     own = tmp_path / ".saving-photos"
     own.mkdir()
     (own / "a.jpg").write_text("mine")

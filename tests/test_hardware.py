@@ -1,4 +1,4 @@
-"""hardware.py: settings of the process are as they were, whatever happened meanwhile, and memory is given back."""
+"""hardware.py: settings of the process are restored, and memory is released."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def allowed() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
-def test_tf32_is_allowed_inside_the_context_only() -> None:
+def test_tf32_is_enabled_inside_the_context_only() -> None:
     before = allowed()
     with tensor_float32(CUDA, True):
         assert allowed() == (True, True)
@@ -36,13 +36,13 @@ def test_tf32_is_allowed_inside_the_context_only() -> None:
     assert allowed() == before
 
 
-def test_a_cpu_is_left_alone() -> None:
+def test_on_a_cpu_tf32_settings_are_unchanged() -> None:
     before = allowed()
     with tensor_float32(torch.device("cpu"), not before[0]):
         assert allowed() == before
 
 
-def test_networks_are_back_on_the_cpu_after_an_error_too() -> None:
+def test_networks_return_to_the_cpu_after_an_error() -> None:
     network = nn.Linear(2, 2)
     with on_device(network) as device:
         assert network.weight.device.type == device.type
@@ -52,7 +52,7 @@ def test_networks_are_back_on_the_cpu_after_an_error_too() -> None:
 
 
 class Moved(nn.Linear):
-    """Where there is no GPU: elsewhere its numbers are of another type, so that both ways make new tensors."""
+    """Stands for a move to a GPU: changes the type, so that moving makes new tensors."""
 
     def to(self, device: torch.device) -> nn.Module:
         return super().to(torch.float64)
@@ -84,7 +84,7 @@ def test_networks_moved_in_inference_mode_can_be_trained_afterwards() -> None:
         ("4:memory:/x\n1:cpu:/\n0::/", {"cpu.max": "400000 100000"}, 4),
     ],
 )
-def test_cpus_are_those_that_the_cgroup_pays_for(
+def test_cpus_are_limited_by_the_quotas_of_cgroups(
     own: str, files: dict[str, str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
@@ -99,13 +99,13 @@ def test_cpus_are_those_that_the_cgroup_pays_for(
     assert spare_cores() == max(1, count - 1)
 
 
-def test_cpus_are_those_that_this_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_are_limited_by_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= cpus() <= len(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5})
     assert cpus() == spare_cores() == 1
 
 
-def test_a_thread_sets_its_own_number_of_threads_and_no_others() -> None:
+def test_set_threads_changes_the_calling_thread_only() -> None:
     def in_new_thread(work: Callable[[], int]) -> int:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(work).result()
@@ -121,7 +121,7 @@ def test_a_thread_sets_its_own_number_of_threads_and_no_others() -> None:
     assert torch.get_num_threads() == in_new_thread(torch.get_num_threads) == before
 
 
-def test_threads_that_begin_together_all_get_their_number_back() -> None:
+def test_concurrent_threads_all_get_their_setting_back() -> None:
     def set_and_get(delay: float) -> int:
         time.sleep(delay)
         with one_thread():
@@ -148,7 +148,7 @@ from clip_gen.training.datasets import loader_with_workers
 def held() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 10**6
 
-class Held(Dataset):  # by a process that prepares samples
+class Held(Dataset):  # in a worker process
     def __len__(self) -> int:
         return 1
 
@@ -169,7 +169,7 @@ print(kept - began, held() - began, int(prepares))
     assert max(map(int, left)) < 30
 
 
-def test_available_memory_is_the_containers_with_its_file_cache_counted_as_free(
+def test_available_memory_is_the_containers_and_counts_file_cache_as_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clip_gen.hardware.CGROUPS", tmp_path)

@@ -1,4 +1,4 @@
-"""images.py: pixels, normalisations, files."""
+"""images.py: conversion, normalisation and saving."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from clip_gen.images import CLIP_STD, for_clip, save_image, to_pil, to_tensor
 
 
 def photo(side: int, seed: int = 0) -> Image.Image:
-    """Something with large and small detail, as photographs have."""
+    """A picture with coarse and fine detail, like a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (7, 7, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     return Image.fromarray((40 + np.asarray(coarse) * 0.6 + rng.integers(0, 20, (side, side, 3))).astype(np.uint8))
 
 
-def test_every_grey_level_survives_the_way_to_a_tensor_and_back() -> None:
+def test_every_grey_level_survives_conversion_to_a_tensor_and_back() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     images = to_tensor([levels])
     assert images.shape == (1, 3, 16, 16)
@@ -35,12 +35,12 @@ def test_channels_keep_their_order() -> None:
     assert to_pil(to_tensor([red]))[0].getpixel((0, 0)) == (255, 0, 10)
 
 
-def test_values_outside_the_range_are_clamped_not_wrapped() -> None:
+def test_values_out_of_range_are_clamped() -> None:
     picture = to_pil(torch.tensor([-3.0, 3.0, 0.0]).view(1, 3, 1, 1))[0]
     assert picture.getpixel((0, 0)) == (0, 255, 128)
 
 
-def test_clip_sees_what_openai_preprocessing_would_show_it() -> None:
+def test_preprocessing_equals_openais() -> None:
     picture = photo(256)
     ours = for_clip(to_tensor([picture]), 224)[0]
     theirs = _transform(224)(picture)
@@ -50,7 +50,7 @@ def test_clip_sees_what_openai_preprocessing_would_show_it() -> None:
     assert levels.mean() < 0.4
 
 
-def test_white_and_black_land_where_clip_expects_them() -> None:
+def test_white_and_black_are_normalised_as_clip_expects() -> None:
     white = for_clip(torch.ones(1, 3, 8, 8), 8)[0, :, 0, 0]
     black = for_clip(-torch.ones(1, 3, 8, 8), 8)[0, :, 0, 0]
     assert torch.allclose(white, torch.tensor([1.9303, 2.0749, 2.1459]), atol=1e-4)
@@ -67,7 +67,7 @@ def test_a_saved_file_opens_in_its_format_at_its_size(tmp_path: Path, output_for
     assert path.stat().st_mode & 0o044
 
 
-def test_metadata_is_in_the_file_whatever_the_script(tmp_path: Path) -> None:
+def test_metadata_in_any_script_is_saved(tmp_path: Path) -> None:
     metadata = {"prompt": "ein roter Kreis, 赤い円", "seed": 7}
     save_image(photo(8), tmp_path / "a.png", "png", metadata=metadata)
     assert Image.open(tmp_path / "a.png").text == {"prompt": "ein roter Kreis, 赤い円", "seed": "7"}
@@ -77,7 +77,7 @@ def test_metadata_is_in_the_file_whatever_the_script(tmp_path: Path) -> None:
         assert json.loads(Image.open(path).getexif()[0x010E]) == metadata
 
 
-def test_quality_makes_smaller_files_of_lower_numbers(tmp_path: Path) -> None:
+def test_lower_quality_gives_smaller_files(tmp_path: Path) -> None:
     for output_format in ("webp", "jpg"):
         sizes = []
         for quality in (5, 95):
@@ -95,17 +95,17 @@ def psnr(picture: Image.Image, path: Path) -> float:
 def test_jpegs_keep_colour_resolution_from_quality_90_and_webp_is_lossless_at_100(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     picture, path = Image.fromarray(pixels), tmp_path / "a"
-    found = {}
+    decibels = {}
     for output_format, quality in (("jpg", 89), ("jpg", 90), ("jpg", 100), ("webp", 99), ("webp", 100)):
         save_image(picture, path, output_format, quality)
-        found[output_format, quality] = psnr(picture, path)
-    assert found["jpg", 89] < 20 < 28 < found["jpg", 90] < 45 < found["jpg", 100]
-    assert found["webp", 99] < 50
-    assert found["webp", 100] == np.inf
+        decibels[output_format, quality] = psnr(picture, path)
+    assert decibels["jpg", 89] < 20 < 28 < decibels["jpg", 90] < 45 < decibels["jpg", 100]
+    assert decibels["webp", 99] < 50
+    assert decibels["webp", 100] == np.inf
 
 
 @pytest.mark.parametrize("output_format", ["png", "webp", "jpg"])
-def test_without_metadata_a_file_holds_the_picture_alone(tmp_path: Path, output_format: str) -> None:
+def test_without_metadata_a_file_has_no_text(tmp_path: Path, output_format: str) -> None:
     save_image(photo(8), tmp_path / "a", output_format)
     with Image.open(tmp_path / "a") as picture:
         assert dict(picture.getexif()) == {}
@@ -119,13 +119,13 @@ def test_a_quality_out_of_range_or_of_another_type_is_refused(tmp_path: Path, qu
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_format_is_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused_without_leftovers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'"gif".*png, webp, jpg'):
         save_image(photo(8), tmp_path / "out.gif", "gif")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_file_whole(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_the_old_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "out.jpg"
     path.write_bytes(b"old")
     with pytest.raises(OSError, match="RGBA"):

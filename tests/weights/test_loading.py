@@ -1,4 +1,4 @@
-"""weights/model_folder.py: a model folder is loaded with no more memory and work than its weights are."""
+"""weights/model_folder.py: loading a model folder takes little memory besides its weights."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folders(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def growth(folders: dict[str, Path]) -> dict[str, tuple[int, int]]:
-    """By type on disk: bytes of memory of its own that loading added, and by how much the peak rose.
+    """By type on disk: how many bytes loading added to the private memory and to its peak.
 
     Without what a toy model takes, which is CLIP's vocabulary.
     """
@@ -76,15 +76,13 @@ def weights(folder: Path) -> int:
     return (folder / "gpt.safetensors").stat().st_size
 
 
-def test_float32_weights_stay_in_the_file_they_are_mapped_from(
-    growth: dict[str, tuple[int, int]], folders: dict[str, Path]
-) -> None:
+def test_float32_weights_stay_memory_mapped(growth: dict[str, tuple[int, int]], folders: dict[str, Path]) -> None:
     assert weights(folders["float32"]) > 39 * MEGABYTE
     assert growth["float32"][0] < 0.25 * weights(folders["float32"])
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_narrower_weights_are_in_memory_once(
+def test_half_precision_weights_are_in_memory_once(
     name: str, growth: dict[str, tuple[int, int]], folders: dict[str, Path]
 ) -> None:
     memory = 2 * weights(folders[name])  # as float32
@@ -93,14 +91,14 @@ def test_narrower_weights_are_in_memory_once(
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_all_types_on_disk_are_float32_in_memory(name: str, folders: dict[str, Path]) -> None:
+def test_weights_of_all_types_are_loaded_as_float32(name: str, folders: dict[str, Path]) -> None:
     gpt = load_networks(folders[name]).gpt
     assert {parameter.dtype for parameter in gpt.parameters()} == {torch.float32}
     found, whole = gpt.head.weight, load_networks(folders["float32"]).gpt.head.weight
     assert torch.equal(found, whole.to(getattr(torch, name)).float())
 
 
-def test_loading_draws_no_random_number(tiny_model_folder: Path) -> None:
+def test_loading_leaves_the_random_state_unchanged(tiny_model_folder: Path) -> None:
     before = torch.get_rng_state()
     load_networks(tiny_model_folder)
     assert torch.equal(before, torch.get_rng_state())
@@ -108,7 +106,7 @@ def test_loading_draws_no_random_number(tiny_model_folder: Path) -> None:
 
 @pytest.fixture(params=["resnet", "vit"])
 def saved(request: pytest.FixtureRequest) -> Networks:
-    """As a folder gives them back, with everything that no file holds: rotations, masks, positions."""
+    """Networks with buffers that are not saved: rotations, masks, positions."""
     config = replace(TINY, gpt=replace(TINY.gpt, rotary=True, neighbour_context=True))
     if request.param == "vit":
         sizes = {"vision_layers": (1,), "vision_width": 64, "vision_patch_size": 8}
@@ -123,7 +121,7 @@ def saved(request: pytest.FixtureRequest) -> Networks:
 
 
 @torch.no_grad()
-def test_loaded_networks_compute_what_the_saved_ones_did(saved: Networks, tmp_path: Path) -> None:
+def test_loaded_networks_give_the_outputs_of_the_saved_ones(saved: Networks, tmp_path: Path) -> None:
     save_networks(saved, tmp_path / "model", {})
     loaded = load_networks(tmp_path / "model")
     images, prompts = torch.rand(2, 3, 16, 16) * 2 - 1, ["a red circle", "two"]
@@ -137,7 +135,7 @@ def test_loaded_networks_compute_what_the_saved_ones_did(saved: Networks, tmp_pa
     assert torch.equal(loaded.gpt.rotation, grid_rotation(4, 8))
 
 
-def test_loaded_weights_can_be_trained_on_without_touching_the_file(tmp_path: Path) -> None:
+def test_training_loaded_weights_leaves_the_file_unchanged(tmp_path: Path) -> None:
     save_networks(tiny_networks(), tmp_path / "model", {})
     path = tmp_path / "model" / "gpt.safetensors"
     save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)

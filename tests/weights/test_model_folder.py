@@ -1,4 +1,4 @@
-"""weights/model_folder.py: the model folder on disk."""
+"""weights/model_folder.py: loading and saving model folders."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from clip_gen.weights.model_folder import (
 
 @pytest.fixture
 def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
 
 
-def test_a_saved_model_is_loaded_whole(folder: Path) -> None:
+def test_a_saved_model_is_loaded_completely(folder: Path) -> None:
     saved, loaded = tiny_networks(), load_networks(folder)
     assert loaded.config == TINY
     for part in PARTS:
@@ -54,7 +54,7 @@ def test_loaded_networks_are_frozen_and_in_eval_mode(folder: Path) -> None:
         assert not any(module.training for module in getattr(networks, part).modules())
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"nowhere: no such model folder"):
         load_networks(tmp_path / "nowhere")
 
@@ -99,7 +99,7 @@ def test_a_damaged_discriminator_is_named_with_the_remedy(damage: str, tmp_path:
         load_discriminator(tmp_path)
 
 
-def test_a_discriminator_is_loaded_whole_and_a_folder_need_not_have_one(tmp_path: Path) -> None:
+def test_a_discriminator_is_loaded_and_is_optional(tmp_path: Path) -> None:
     assert load_discriminator(tmp_path) is None
     (tmp_path / "discriminator.safetensors").symlink_to(tmp_path / "gone")
     with pytest.raises(ModelFolderError, match=r"discriminator\.safetensors: is damaged"):
@@ -164,7 +164,7 @@ def test_missing_and_extra_tensors_are_named(folder: Path) -> None:
         ("name: tiny", "name: ${oc.env:HOME}"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_named(folder: Path, old: str, new: str) -> None:
+def test_an_invalid_config_is_named(folder: Path, old: str, new: str) -> None:
     path = folder / "config.yaml"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
@@ -181,7 +181,7 @@ def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_taken(folder:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+def test_a_single_infinite_or_nan_value_is_detected(dtype: torch.dtype, bad: float) -> None:
     for place in (0, 500, 999):
         tensor = torch.randn(1000).to(dtype)
         assert all_finite(tensor)
@@ -189,7 +189,7 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtyp
         assert not all_finite(tensor)
 
 
-def test_numbers_that_are_not_finite_are_refused_when_loading_and_when_saving(folder: Path) -> None:
+def test_infinite_numbers_are_refused_when_loading_and_saving(folder: Path) -> None:
     path = folder / "gpt.safetensors"
     tensors = load_file(path)
     tensors["head.weight"][0, 0] = torch.nan
@@ -203,7 +203,7 @@ def test_numbers_that_are_not_finite_are_refused_when_loading_and_when_saving(fo
 
 
 @pytest.mark.parametrize("failing", [1, 3])
-def test_a_save_that_fails_leaves_the_old_folder_whole(
+def test_a_failed_save_leaves_the_old_folder_unchanged(
     folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -222,14 +222,14 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_saving_takes_the_place_of_an_older_model(folder: Path) -> None:
+def test_saving_replaces_an_older_model(folder: Path) -> None:
     save_networks(tiny_networks(1), folder, {"seed": 1})
     assert torch.equal(load_networks(folder).gpt.head.weight, tiny_networks(1).gpt.head.weight.half().float())
     assert list(folder.parent.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("part", ["vqgan", "gpt"])
-def test_a_transformer_beside_another_vqgan_of_the_same_size_is_noticed(
+def test_a_transformer_of_another_vqgan_gives_a_warning(
     folder: Path, tmp_path: Path, part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_networks(tiny_networks(1), tmp_path / "other", {})
@@ -242,21 +242,21 @@ def test_a_transformer_beside_another_vqgan_of_the_same_size_is_noticed(
     assert not transformer_matches(folder)
 
 
-def test_a_transformer_put_beside_a_vqgan_that_had_none_is_noticed(folder: Path, tmp_path: Path) -> None:
+def test_a_transformer_added_later_is_detected(folder: Path, tmp_path: Path) -> None:
     (folder / "training.json").write_text('{"digests": {"vqgan": "' + part_digests(folder)["vqgan"] + '"}}')
     assert not transformer_matches(folder)
     (folder / "gpt.safetensors").unlink()
     assert transformer_mismatch(folder) is None
 
 
-def test_a_folder_without_digests_is_not_suspected(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_without_digests_gives_no_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "training.json").write_text("{}")
     ClipGen.load(folder, "cpu")
     assert not caplog.text
     assert transformer_matches(folder)
 
 
-def test_a_decoder_trained_further_still_fits_its_transformer(folder: Path) -> None:
+def test_a_fine_tuned_decoder_still_matches_its_transformer(folder: Path) -> None:
     tensors = load_file(folder / "vqgan.safetensors")
     tensors["decoder.conv_in.weight"] *= 2
     save_file(tensors, folder / "vqgan.safetensors")
@@ -287,7 +287,7 @@ def test_any_training_record_loads_or_gives_a_clear_error(folder: Path, text: st
         transformer_mismatch(folder)
 
 
-def test_a_training_record_that_would_fill_the_memory_is_not_read(folder: Path) -> None:
+def test_a_training_record_that_needs_too_much_memory_is_refused(folder: Path) -> None:
     (folder / "training.json").write_text('{"a": [' + "[]," * 2**19 + "[]]}")  # 24 times as large once it is parsed
     with pytest.raises(ModelFolderError, match=r"training\.json: cannot be read \(over 524,288 lists and objects\)"):
         ClipGen.load(folder, "cpu")
@@ -295,7 +295,7 @@ def test_a_training_record_that_would_fill_the_memory_is_not_read(folder: Path) 
 
 @pytest.mark.parametrize("name", ["config.yaml", "training.json", *(f"{part}.safetensors" for part in PARTS)])
 @pytest.mark.parametrize("kind", ["dangling link", "folder"])
-def test_something_else_in_a_files_place_is_a_sentence(folder: Path, name: str, kind: str) -> None:
+def test_a_folder_or_a_broken_link_instead_of_a_file_is_named(folder: Path, name: str, kind: str) -> None:
     (folder / name).unlink()
     if kind == "folder":
         (folder / name).mkdir()
@@ -310,8 +310,8 @@ def test_something_else_in_a_files_place_is_a_sentence(folder: Path, name: str, 
     ["[" * 60_000, "a: {" * 10_000, "a: 1\n" * 20_000, "\0", "name: &a [*a]"],
     ids=["lists", "mappings", "long", "zero", "alias"],
 )
-def test_a_hostile_config_is_a_sentence(folder: Path, text: str) -> None:
-    """Its parser calls itself for each level, and would end the process."""
+def test_a_hostile_config_gives_one_error_sentence(folder: Path, text: str) -> None:
+    """The YAML parser is recursive."""
     (folder / "config.yaml").write_text(text)
     with pytest.raises(ModelFolderError, match=r"config\.yaml: .*Copy the model folder again"):
         load_networks(folder)

@@ -1,4 +1,4 @@
-"""importers/hfailab.py: HFAiLab's published CLIP-GEN gives the numbers of the published code."""
+"""importers/hfailab.py: HFAiLab's published CLIP-GEN gives the outputs of the published code."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def test_filtered_probabilities_are_the_published_ones(expected: dict[str, Tenso
     for name in names:
         k, p = name.removeprefix("probs_k").split("_p")
         sampling = Sampling(top_k=0 if k == "None" else int(k), top_p=float(p))
-        found = filtered_probabilities(expected["filter_logits"], sampling)
-        assert torch.allclose(found, expected[name], rtol=0, atol=1e-6), name
+        probabilities = filtered_probabilities(expected["filter_logits"], sampling)
+        assert torch.allclose(probabilities, expected[name], rtol=0, atol=1e-6), name
 
 
-def test_the_discriminator_lies_beside_the_model_under_tamings_names(folder: Path) -> None:
+def test_the_discriminator_is_saved_with_tamings_names(folder: Path) -> None:
     kept, theirs = load_file(folder / "discriminator.safetensors"), hfailab_checkpoint("vqgan")["model"]
     build_discriminator().load_state_dict(kept)
     assert torch.equal(kept["main.5.weight"], theirs["discriminator.features.5.weight"])
@@ -113,7 +113,7 @@ def test_training_adds_a_null_condition_and_guidance(folder: Path, tmp_path: Pat
     assert len(model.generate("a cat", 2, 1, guidance=3.0, seed=0).images) == 1
 
 
-def test_without_clip_the_folder_says_how_to_add_it(tmp_path: Path) -> None:
+def test_without_a_clip_the_error_tells_how_to_add_one(tmp_path: Path) -> None:
     hfailab_files(tmp_path)
     out = tmp_path / "coco"
     words = ["import", "hfailab", "--vqgan", str(tmp_path / "vqgan.pt"), "--gpt", str(tmp_path / "gpt.pt")]
@@ -129,7 +129,7 @@ def test_without_clip_the_folder_says_how_to_add_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "wanted"), [("float16", torch.float16), ("bfloat16", torch.bfloat16), (None, torch.float32)]
 )
-def test_parameters_lie_on_disk_in_the_type_asked_for(tmp_path: Path, dtype: str | None, wanted: torch.dtype) -> None:
+def test_parameters_are_saved_in_the_requested_type(tmp_path: Path, dtype: str | None, wanted: torch.dtype) -> None:
     hfailab_files(tmp_path)
     words = ["--vqgan", str(tmp_path / "vqgan.pt"), "--gpt", str(tmp_path / "gpt.pt"), "--out", str(tmp_path / "out")]
     assert main(["import", "hfailab", *words, *(["--dtype", dtype] if dtype else [])]) == 0
@@ -141,12 +141,12 @@ def foreign(part: str) -> Checkpoint:
     return Checkpoint(Path(f"{part}.pt"), hfailab_checkpoint(part)["model"])
 
 
-def convert(found: Checkpoint) -> None:
-    convert_gpt(found) if found.path.stem == "gpt" else convert_vqgan(found, 16)
+def convert(checkpoint: Checkpoint) -> None:
+    convert_gpt(checkpoint) if checkpoint.path.stem == "gpt" else convert_vqgan(checkpoint, 16)
 
 
 @pytest.mark.parametrize("part", ["gpt", "vqgan"])
-def test_a_missing_key_is_named_whichever_it_is(part: str) -> None:
+def test_any_missing_key_is_named(part: str) -> None:
     whole = foreign(part)
     for name in sorted(whole.tensors)[:: 3 if part == "gpt" else 11]:
         left = {key: tensor for key, tensor in whole.tensors.items() if key != name}
@@ -167,35 +167,35 @@ def test_a_missing_key_is_named_whichever_it_is(part: str) -> None:
     ],
 )
 def test_a_misshapen_key_is_named_with_both_shapes(part: str, name: str) -> None:
-    found = foreign(part)
-    found.tensors[name] = torch.zeros(5, 7)
+    checkpoint = foreign(part)
+    checkpoint.tensors[name] = torch.zeros(5, 7)
     with pytest.raises(ValueError, match=rf"{name} has shape \(5, 7\), wanted is \("):
-        convert(found)
+        convert(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.encoder.norm3.weight", "encoder.down.0.extra", "discriminator.more"])
 def test_an_unknown_key_is_named(name: str) -> None:
-    found = foreign("gpt" if "blocks" in name else "vqgan")
-    found.tensors[name] = torch.zeros(1)
+    checkpoint = foreign("gpt" if "blocks" in name else "vqgan")
+    checkpoint.tensors[name] = torch.zeros(1)
     with pytest.raises(ValueError, match=rf"has an unexpected key {name};"):
-        convert(found)
+        convert(checkpoint)
 
 
 def test_a_mask_that_is_not_causal_is_named() -> None:
-    found = foreign("gpt")
-    found.tensors["blocks.1.mask"] = torch.zeros(16, 16, dtype=torch.bool)
+    checkpoint = foreign("gpt")
+    checkpoint.tensors["blocks.1.mask"] = torch.zeros(16, 16, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"blocks\.1\.mask is not a causal mask of 16 positions"):
-        convert(found)
+        convert(checkpoint)
 
 
 def test_numbers_that_are_not_finite_or_too_large_for_float16_are_named() -> None:
-    found = foreign("gpt")
-    found.tensors["head.bias"][3] = 70_000
+    checkpoint = foreign("gpt")
+    checkpoint.tensors["head.bias"][3] = 70_000
     with pytest.raises(ValueError, match=r"head\.bias holds numbers that float16 cannot; convert.*float32"):
-        convert_gpt(found, dtype=torch.float16)
-    found.tensors["head.bias"][3] = torch.nan
+        convert_gpt(checkpoint, dtype=torch.float16)
+    checkpoint.tensors["head.bias"][3] = torch.nan
     with pytest.raises(ValueError, match=r"head\.bias holds numbers"):
-        convert_gpt(found)
+        convert_gpt(checkpoint)
 
 
 def test_an_error_is_one_sentence_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,14 +209,14 @@ def test_an_error_is_one_sentence_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_of_different_sizes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hfailab_files(tmp_path, vqgan={"quantizer.embedding.weight": torch.zeros(32, 32)})
     words = ["--vqgan", str(tmp_path / "vqgan.pt"), "--gpt", str(tmp_path / "gpt.pt"), "--out", str(tmp_path / "out")]
     assert main(["import", "hfailab", *words]) == 1
     assert "codebook_size must be equal, but they are 64 and 32" in capsys.readouterr().err
 
 
-def test_only_a_model_folder_is_ever_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_model_folder_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hfailab_files(tmp_path)
     words = ["import", "hfailab", "--vqgan", str(tmp_path / "vqgan.pt"), "--gpt", str(tmp_path / "gpt.pt")]
     assert main([*words, "--out", str(tmp_path)]) == 1
@@ -239,7 +239,7 @@ def test_files_of_another_program_with_the_same_names_are_not_replaced(
     assert (out / name).read_text() == "theirs: 1\n"
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
+def test_an_unwritable_folder_is_refused_before_files_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -259,7 +259,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
     assert "out: cannot be used (Permission denied); name another folder" in capsys.readouterr().err
 
 
-def test_every_published_key_has_its_place_at_the_published_size() -> None:
+def test_every_published_key_is_converted_at_the_published_size() -> None:
     published = published_keys()
     shapes = published["vqgan"].items()
     vqgan = Checkpoint(Path("vqgan"), {name: torch.empty(shape, device="meta") for name, shape in shapes})

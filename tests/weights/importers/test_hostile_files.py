@@ -1,4 +1,4 @@
-"""Files that try to run code, at every door for foreign weights: nothing of theirs is run."""
+"""Files that try to run code: no command that reads foreign weights runs it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from clip_gen.weights.model_folder import ModelFolderError, load_discriminator
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit")
 
 SCRIPTS = ["a script that writes", "a script that prints"]
-HARM = [*SCRIPTS, "a pickle", "a pickle before torch 1.6"]
+HOSTILE = [*SCRIPTS, "a pickle", "a pickle before torch 1.6"]
 
 
 class Script(nn.Module):
-    """TorchScript that writes to a path of its own choice while it is loaded, or prints where it has none."""
+    """TorchScript that writes to a path while it is loaded, or prints if the path is empty."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -65,19 +65,19 @@ class Touch:
         return os.system, (f"touch {self.mark}",)
 
 
-def write_hostile(harm: str, path: Path, mark: Path) -> None:
+def write_hostile(kind: str, path: Path, mark: Path) -> None:
     """Writes a file that leaves the mark, or prints, when it is loaded without care."""
-    if harm in SCRIPTS:
-        torch.jit.script(Script(str(mark) if harm == SCRIPTS[0] else "")).save(str(path))
+    if kind in SCRIPTS:
+        torch.jit.script(Script(str(mark) if kind == SCRIPTS[0] else "")).save(str(path))
     else:
         content = {"state_dict": {"a": torch.ones(1)}, "x": Touch(mark)}
-        torch.save(content, path, _use_new_zipfile_serialization=harm == "a pickle")
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "a pickle")
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_the_harm_in_these_tests_is_real(harm: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_hostile(harm, tmp_path / "bad", tmp_path / "mark")
-    if harm in SCRIPTS:
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_run_code_in_unsafe_loaders(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_hostile(kind, tmp_path / "bad", tmp_path / "mark")
+    if kind in SCRIPTS:
         torch.jit.load(str(tmp_path / "bad"))
     else:
         torch.load(tmp_path / "bad", weights_only=False)
@@ -107,7 +107,7 @@ def pulled(folder: Path, what: list[str], *bad: str) -> None:
     assert len(server.asked) >= len(bad)
 
 
-DOORS: dict[str, Callable[[Path], None]] = {
+COMMANDS: dict[str, Callable[[Path], None]] = {
     "import clip": lambda folder: refused(folder, "clip", checkpoint="bad"),
     "import taming": lambda folder: refused(folder, "taming", config="model.yaml", checkpoint="bad"),
     "import hfailab, vqgan": lambda folder: refused(folder, "hfailab", vqgan="bad", gpt="gpt.pt"),
@@ -131,7 +131,7 @@ def good_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(good_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The good files; and there is always room to pull."""
+    """The good files, with low limits on the disk space for pulling."""
     for path in good_files.iterdir():
         (tmp_path / path.name).symlink_to(path)
     for name in ("COCO_BYTES", "CLIP_BYTES", "LPIPS_BYTES"):
@@ -139,30 +139,28 @@ def folder(good_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-@pytest.mark.parametrize("harm", HARM)
-@pytest.mark.parametrize("door", DOORS)
-def test_nothing_in_a_hostile_file_is_run_at_any_door(
-    door: str, harm: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_code_in_a_hostile_file(
+    command: str, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_hostile(harm, folder / "bad", folder / "mark")
+    write_hostile(kind, folder / "bad", folder / "mark")
     digest = hashlib.sha256((folder / "bad").read_bytes()).hexdigest()
     for published in (pull.CLIPS, pull.COCO, pull.LPIPS):  # as if the publishers' own files were hostile
         for name, file in list(published.items()):
             known = {"sha256": digest} if file.sha256 else {}
             monkeypatch.setitem(published, name, replace(file, **known))
-    DOORS[door](folder)
+    COMMANDS[command](folder)
     captured = capfd.readouterr()
     assert not (folder / "mark").exists()
     assert "the script was run" not in captured.out
     assert not (folder / "out").exists()
     assert "Traceback" not in captured.err
-    if harm in SCRIPTS and door.startswith(("import", "pull")):
+    if kind in SCRIPTS and command.startswith(("import", "pull")):
         assert ": is a TorchScript archive, " in captured.err
 
 
-def test_a_script_is_loaded_only_with_a_sha256_that_the_caller_names(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_script_is_loaded_only_if_its_sha256_is_allowed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "clip.pt"
     write_hostile("a script that prints", path, tmp_path)
     with pytest.raises(ValueError, match="is a TorchScript archive"):
@@ -172,7 +170,7 @@ def test_a_script_is_loaded_only_with_a_sha256_that_the_caller_names(
     assert "the script was run" in capfd.readouterr().out
 
 
-def test_the_bytes_that_are_loaded_are_those_whose_sha256_was_compared(
+def test_the_hashed_bytes_are_the_loaded_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "clip.pt"
@@ -182,7 +180,7 @@ def test_the_bytes_that_are_loaded_are_those_whose_sha256_was_compared(
     known = sha256(path.read_bytes()).hexdigest()
 
     def exchange(content: bytes) -> object:
-        """Puts the hostile file in place when the digest is taken, as another process might."""
+        """Replaces the file by a hostile one while it is hashed, as another process might."""
         path.write_bytes(hostile)
         return sha256(content)
 

@@ -1,4 +1,4 @@
-"""importers/lpips.py and FrozenLPIPS: two published files give what taming's LPIPS gives."""
+"""importers/lpips.py and FrozenLPIPS: the two published files give the distances of taming's LPIPS."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pictures(seed: int) -> Tensor:
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_distances_are_those_of_tamings_lpips_that_read_the_same_files(
+def test_distances_equal_those_of_tamings_lpips(
     ours: nn.Module, lpips_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def published(pretrained: bool) -> nn.Module:
@@ -57,7 +57,7 @@ def test_distances_are_those_of_tamings_lpips_that_read_the_same_files(
     assert float(perceptual_distance(ours, a, b)) == pytest.approx(float(wanted.mean()))
 
 
-def test_float16_on_disk_moves_a_distance_by_less_than_a_hundredth(
+def test_float16_weights_change_distances_by_less_than_one_percent(
     ours: nn.Module, lpips_files: Path, tmp_path: Path
 ) -> None:
     urls = {"vgg": "", "linear": ""}
@@ -66,7 +66,7 @@ def test_float16_on_disk_moves_a_distance_by_less_than_a_hundredth(
     assert torch.allclose(loaded(tmp_path / "half")(a, b), ours(a, b), rtol=0.01)
 
 
-def test_it_is_frozen_and_never_drops_out(ours: nn.Module) -> None:
+def test_lpips_is_frozen_and_has_no_dropout(ours: nn.Module) -> None:
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     parent = nn.ModuleList([ours]).train()
     assert parent.training
@@ -78,12 +78,12 @@ def test_the_loss_is_in_float32_under_autocast(ours: nn.Module) -> None:
     fakes = pictures(0).bfloat16()
     wanted = ours(fakes.float(), pictures(1)).mean()
     with torch.autocast("cpu", torch.bfloat16):
-        found = perceptual_distance(ours, fakes, pictures(1))
-    assert found.dtype == torch.float32
-    assert torch.equal(found, wanted)
+        distance = perceptual_distance(ours, fakes, pictures(1))
+    assert distance.dtype == torch.float32
+    assert torch.equal(distance, wanted)
 
 
-def test_a_place_without_any_activation_has_a_gradient_of_zero_not_nan(lpips_folder: Path) -> None:
+def test_zero_activations_have_a_zero_gradient_not_nan(lpips_folder: Path) -> None:
     network = loaded(lpips_folder)
     for name, parameter in network.named_parameters():
         if name.endswith("slice5.28.bias"):

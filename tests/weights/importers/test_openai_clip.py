@@ -1,4 +1,4 @@
-"""importers/openai_clip.py: OpenAI's CLIPs give what the `clip` package gives."""
+"""importers/openai_clip.py: OpenAI's CLIPs give the embeddings of the `clip` package."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def check_embeddings(ours: ClipEncoder, theirs: clip.model.CLIP) -> None:
     theirs = theirs.float().eval()
     with torch.no_grad():
         wanted = theirs.encode_image(for_clip(images, 32)), theirs.encode_text(clip.tokenize(prompts))
-    for found, embedding in zip((ours.encode_image(images), ours.encode_text(prompts)), wanted, strict=True):
-        assert torch.allclose(found, embedding / embedding.norm(dim=1, keepdim=True), atol=1e-6)
+    for mine, embedding in zip((ours.encode_image(images), ours.encode_text(prompts)), wanted, strict=True):
+        assert torch.allclose(mine, embedding / embedding.norm(dim=1, keepdim=True), atol=1e-6)
 
 
 FORMS = {
@@ -70,9 +70,7 @@ def test_embeddings_are_those_of_the_clip_package(sizes: ClipConfig, form: str, 
 
 
 @pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
-def test_an_archive_as_openai_publishes_gives_the_embeddings_of_the_clip_package(
-    sizes: ClipConfig, tmp_path: Path
-) -> None:
+def test_openais_archives_give_the_embeddings_of_the_clip_package(sizes: ClipConfig, tmp_path: Path) -> None:
     theirs = clip.model.build_model({name: tensor.clone() for name, tensor in clip_state(sizes).items()})
     write_archive({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, tmp_path / "clip.pt")
     config, tensors = convert_clip(read_clip(tmp_path / "clip.pt", {sha256_of(tmp_path / "clip.pt")}))
@@ -88,7 +86,7 @@ def import_clip(folder: Path, *words: str) -> int:
 
 @pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("activation", [None, "quick_gelu", "gelu"])
-def test_the_activation_that_a_clip_was_trained_with_is_kept_in_the_folder(
+def test_the_activation_is_saved_in_the_config(
     activation: str | None, sizes: ClipConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(clip_state(sizes), tmp_path / "clip.pt")
@@ -106,9 +104,7 @@ def test_the_activation_that_a_clip_was_trained_with_is_kept_in_the_folder(
     check_embeddings(ours, theirs)
 
 
-def test_a_folder_from_before_the_activation_was_kept_has_quick_gelu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_old_config_without_activation_means_quick_gelu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(clip_state(VIT), tmp_path / "clip.pt")
     assert import_clip(tmp_path) == 0
     path = tmp_path / "out" / "config.yaml"
@@ -121,7 +117,7 @@ def test_a_folder_from_before_the_activation_was_kept_has_quick_gelu(
     assert 'clip.activation is "relu"; give quick_gelu or gelu' in capsys.readouterr().err
 
 
-def test_openais_own_files_have_their_activation_without_a_warning(
+def test_openais_files_get_quick_gelu_without_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "clip.pt").write_bytes(b"as published")
@@ -167,7 +163,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_sizes_of_every_published_model_are_read_off_its_shapes(name: str) -> None:
+def test_the_sizes_of_every_published_model_follow_from_its_shapes(name: str) -> None:
     width, layers, patch, resolution, embedding, text = PUBLISHED[name]
     config = ClipConfig(embedding, resolution, layers, width, patch, 77, 49408, text, text // 64, 12)
     with torch.device("meta"):
@@ -199,7 +195,7 @@ def test_a_key_that_does_not_fit_is_named_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.pt"]
 
 
-def test_a_damaged_archive_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_damaged_archive_gives_one_error_sentence(tmp_path: Path) -> None:
     write_archive(clip_state(VIT), tmp_path / "clip.pt")
     with zipfile.ZipFile(tmp_path / "clip.pt") as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -210,7 +206,7 @@ def test_a_damaged_archive_is_refused_in_a_sentence(tmp_path: Path) -> None:
         read_clip(tmp_path / "clip.pt", {sha256_of(tmp_path / "clip.pt")})
 
 
-def test_a_clip_of_another_embedding_size_does_not_join_a_transformer(
+def test_a_clip_of_another_embedding_size_is_refused(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(clip_state(VIT), tmp_path / "clip.pt")
@@ -225,7 +221,7 @@ def test_a_clip_of_another_embedding_size_does_not_join_a_transformer(
     ("record", "sentence"),
     [("[]", "training.json: cannot be read (not a JSON object)"), ("{", "training.json: "), ('{"imported": 5}', None)],
 )
-def test_a_strange_training_record_is_refused_or_kept(
+def test_an_unusual_training_record_is_refused_or_kept(
     record: str, sentence: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(clip_state(VIT), tmp_path / "clip.pt")
@@ -235,7 +231,7 @@ def test_a_strange_training_record_is_refused_or_kept(
     assert (sentence or "") in capsys.readouterr().err
 
 
-def test_a_clip_takes_the_place_of_another_and_of_its_bridge(tmp_path: Path) -> None:
+def test_a_new_clip_replaces_the_old_one_and_its_bridge(tmp_path: Path) -> None:
     for sizes in (VIT, replace(VIT, embed_dim=40)):
         torch.save(clip_state(sizes), tmp_path / "clip.pt")
         assert main(["import", "clip", "--checkpoint", str(tmp_path / "clip.pt"), "--out", str(tmp_path / "out")]) == 0
@@ -245,7 +241,7 @@ def test_a_clip_takes_the_place_of_another_and_of_its_bridge(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("size", [24, 640])
-def test_an_embedding_of_any_size_reaches_the_transformer(size: int, tmp_path: Path) -> None:
+def test_embeddings_of_any_size_work(size: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = replace(TINY, clip=replace(VIT, embed_dim=size), gpt=replace(TINY.gpt, embed_dim=size))
     networks = build(config)
@@ -262,7 +258,7 @@ def test_an_embedding_of_any_size_reaches_the_transformer(size: int, tmp_path: P
 )
 @pytest.mark.parametrize("resolution", [32, 224, 336])
 @pytest.mark.parametrize("name", ["cat", "coffee"])
-def test_preprocessing_is_openais_within_one_grey_level(name: str, box: tuple[int, ...], resolution: int) -> None:
+def test_preprocessing_equals_openais_within_one_grey_level(name: str, box: tuple[int, ...], resolution: int) -> None:
     photo = Image.open(PHOTOS / f"{name}.jpg").crop(box)
     ours = for_clip(to_tensor([photo]), resolution)[0]
     theirs = clip.clip._transform(resolution)(photo)
@@ -270,11 +266,11 @@ def test_preprocessing_is_openais_within_one_grey_level(name: str, box: tuple[in
     grey, their_grey = ((pixels * std + mean).round() for pixels in (ours, theirs))
     assert ours.shape == theirs.shape
     assert (grey - their_grey).abs().max() <= 1
-    assert np.asarray(photo).std() > 20  # a picture of something
+    assert np.asarray(photo).std() > 20  # not a plain colour
 
 
-def test_a_picture_is_ranked_by_what_the_clip_package_sees_in_it() -> None:
-    """The published demo hands its pictures to CLIP without CLIP's own normalisation, which ranks something else."""
+def test_image_embeddings_equal_those_of_the_clip_package() -> None:
+    """The published demo does not normalise its pictures for CLIP, so its embeddings differ."""
     state = clip_state(VIT)
     encoder = ClipEncoder(VIT)
     encoder.clip.load_state_dict(state)
@@ -283,6 +279,6 @@ def test_a_picture_is_ranked_by_what_the_clip_package_sees_in_it() -> None:
     raw = F.interpolate(to_tensor(photos), (32, 32), mode="bilinear")
     with torch.no_grad():
         wanted, demos = (F.normalize(encoder.clip.encode_image(pixels), dim=1) for pixels in (theirs, raw))
-    found = encoder.encode_image(to_tensor(photos))
-    assert (found * wanted).sum(dim=1).min() > 0.9999
-    assert (found * demos).sum(dim=1).max() < 0.999
+    embeddings = encoder.encode_image(to_tensor(photos))
+    assert (embeddings * wanted).sum(dim=1).min() > 0.9999
+    assert (embeddings * demos).sum(dim=1).max() < 0.999

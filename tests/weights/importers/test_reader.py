@@ -1,4 +1,4 @@
-"""importers/reader.py, importers/state_dict.py: a stranger's file is read, never obeyed."""
+"""importers/reader.py, importers/state_dict.py: foreign files are read and never executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from clip_gen.weights.importers.state_dict import Checkpoint, Source
 
 
 class Calls:
-    """Pickles as a call of a function with arguments of its own choice."""
+    """Pickles as a call of any function."""
 
     def __init__(self, function: object, *arguments: object):
         self.call = function, arguments
@@ -33,7 +33,7 @@ def weights() -> dict[str, torch.Tensor]:
     return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}
 
 
-HARM = {
+CALLS = {
     "os.system": lambda mark: Calls(os.system, f"touch {mark}"),
     "subprocess": lambda mark: Calls(subprocess.call, ["touch", str(mark)]),
     "eval": lambda mark: Calls(eval, f"open({str(mark)!r}, 'w')"),
@@ -45,24 +45,24 @@ HARM = {
 }
 
 
-@pytest.mark.parametrize("name", HARM)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_malicious_pickle_does_nothing(name: str, zipped: bool, tmp_path: Path) -> None:
+def test_a_malicious_pickle_is_not_executed(name: str, zipped: bool, tmp_path: Path) -> None:
     mark, path = tmp_path / "mark", tmp_path / "bad.ckpt"
-    content = {"callbacks": HARM[name](mark), "state_dict": weights()}
+    content = {"callbacks": CALLS[name](mark), "state_dict": weights()}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with suppress(ValueError):  # or the call was to something inert, and the weights beside it can be had
         assert torch.equal(read_checkpoint(path).tensors["a"], weights()["a"])
     assert not mark.exists()
 
 
-def test_the_malice_in_these_tests_is_real(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(HARM["eval"](tmp_path / "mark")))
+def test_malicious_pickles_run_code_in_unsafe_loaders(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(CALLS["eval"](tmp_path / "mark")))
     assert (tmp_path / "mark").exists()
 
 
 def test_a_blocked_module_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    torch.save({"state_dict": weights(), "x": HARM["os.system"](tmp_path / "mark")}, tmp_path / "bad.ckpt")
+    torch.save({"state_dict": weights(), "x": CALLS["os.system"](tmp_path / "mark")}, tmp_path / "bad.ckpt")
     with pytest.raises(
         ValueError, match=r"bad\.ckpt: asks for posix\.system, .* is not loaded: .* save its state dict"
     ) as raised:
@@ -70,8 +70,8 @@ def test_a_blocked_module_is_refused_in_one_sentence(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_harm_in_the_place_of_the_weights_is_refused(tmp_path: Path) -> None:
-    for content in ({"state_dict": HARM["eval"](tmp_path / "mark")}, {"a": HARM["eval"](tmp_path / "mark")}, [1]):
+def test_calls_instead_of_tensors_are_refused(tmp_path: Path) -> None:
+    for content in ({"state_dict": CALLS["eval"](tmp_path / "mark")}, {"a": CALLS["eval"](tmp_path / "mark")}, [1]):
         torch.save(content, tmp_path / "bad.ckpt")
         with pytest.raises(ValueError, match=r"bad\.ckpt: "):
             read_checkpoint(tmp_path / "bad.ckpt")
@@ -80,32 +80,30 @@ def test_harm_in_the_place_of_the_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_tensors_are_found_at_the_top_or_where_trainings_put_them(
-    wrapper: str | None, zipped: bool, tmp_path: Path
-) -> None:
+def test_tensors_are_read_from_the_top_level_or_a_wrapper(wrapper: str | None, zipped: bool, tmp_path: Path) -> None:
     content = {wrapper: weights(), "epoch": 3} if wrapper else weights()
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    found = read_checkpoint(tmp_path / "a.pt").tensors
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in weights().items()}
+    tensors = read_checkpoint(tmp_path / "a.pt").tensors
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {n: t.tolist() for n, t in weights().items()}
 
 
-def test_other_tensors_beside_those_that_are_taken_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_names_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"ema": weights(), "optimizer": {"state": {}}, "model": weights()}, tmp_path / "a.pt")
     with caplog.at_level("INFO"):
         read_checkpoint(tmp_path / "a.pt")
     assert caplog.messages == [f"{tmp_path / 'a.pt'}: takes the tensors under model and leaves out ema, optimizer"]
 
 
-def test_a_modern_file_is_mapped_and_not_read(tmp_path: Path) -> None:
+def test_a_zipped_checkpoint_is_memory_mapped(tmp_path: Path) -> None:
     torch.save({"big": torch.zeros(2**24)}, tmp_path / "a.pt")
     before = resident()
-    found = read_checkpoint(tmp_path / "a.pt")
-    assert found.tensors["big"].shape == (2**24,)
+    checkpoint = read_checkpoint(tmp_path / "a.pt")
+    assert checkpoint.tensors["big"].shape == (2**24,)
     assert resident() - before < 16e6  # of 67 MB
 
 
 def resident() -> int:
-    """Bytes of this process that lie in memory."""
+    """Resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -144,7 +142,10 @@ NOT_WEIGHTS = {
     "page with a mark": (b"\xef\xbb\xbf\n <html>", "is text .*, not weights"),
     "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "is text .*, not weights; .* want a login"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "is text .*; for a Git LFS pointer run git lfs"),
-    "text": (b"Entry not found\n", "is text that begins with 'Entry not found', not weights; download the file itself"),
+    "text": (
+        b"Entry not found\n",
+        "is text that begins with 'Entry not found', not weights; download the file itself",
+    ),
     "json": (b'{"error": {"code": 404}}', "is text .*, not weights"),
     "tar": (tar_of_weights(), "is damaged, larger than the memory, or not a file of torch.save or safetensors"),
     "pictures": (zip_of(**{"1.png": b""}), "is damaged, .* or not a file of torch.save or safetensors"),
@@ -162,9 +163,7 @@ NOT_WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", NOT_WEIGHTS)
-def test_what_is_no_checkpoint_is_called_what_it_is(
-    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_other_kinds_of_files_give_a_clear_error(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     content, sentence = NOT_WEIGHTS[name]
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.pt: {sentence}") as raised:
@@ -175,7 +174,7 @@ def test_what_is_no_checkpoint_is_called_what_it_is(
     assert not recwarn.list
 
 
-def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
+def test_a_folder_and_a_missing_file_give_different_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere: no such file; give a checkpoint file"):
         read_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"is a folder; give a checkpoint file"):
@@ -183,20 +182,20 @@ def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
 
 
 class Callback:
-    """A class that a training leaves in its checkpoint."""
+    """A class that a training saves in its checkpoint."""
 
     def __init__(self):
         self.best = torch.ones(2)
 
 
-def test_foreign_classes_beside_the_weights_do_not_matter_in_either_format(tmp_path: Path) -> None:
+def test_unknown_classes_in_a_checkpoint_are_ignored(tmp_path: Path) -> None:
     for zipped in (True, False):
         content = {"callbacks": {Callback: Callback()}, "state_dict": weights()}
         torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
         assert torch.equal(read_checkpoint(tmp_path / "a.ckpt").tensors["a"], weights()["a"])
 
 
-def test_a_pickle_that_is_refused_names_a_way_that_works(tmp_path: Path) -> None:
+def test_the_remedy_for_a_refused_pickle_works(tmp_path: Path) -> None:
     class Objects(list):
         pass
 
@@ -210,25 +209,25 @@ def test_a_pickle_that_is_refused_names_a_way_that_works(tmp_path: Path) -> None
     assert list(read_checkpoint(tmp_path / "weights.pt").tensors) == ["a", "b"]
 
 
-def test_safetensors_are_read_and_mapped(tmp_path: Path) -> None:
+def test_safetensors_are_memory_mapped(tmp_path: Path) -> None:
     save_file({"big": torch.ones(2**24), **weights()}, tmp_path / "a.safetensors")
     before = resident()
-    found = read_checkpoint(tmp_path / "a.safetensors").tensors
+    checkpoint = read_checkpoint(tmp_path / "a.safetensors").tensors
     assert resident() - before < 16e6  # of 67 MB
-    assert torch.equal(found["a"], weights()["a"])
+    assert torch.equal(checkpoint["a"], weights()["a"])
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module._orig_mod."])
-def test_prefixes_of_wrappers_are_cut_off_and_said(
+def test_prefixes_of_wrappers_are_removed_and_logged(
     prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save({"state_dict": {prefix + name: tensor for name, tensor in weights().items()}}, tmp_path / "a.pt")
     with caplog.at_level("INFO"):
-        found = read_checkpoint(tmp_path / "a.pt")
-    assert list(found.tensors) == ["a", "b"]
+        checkpoint = read_checkpoint(tmp_path / "a.pt")
+    assert list(checkpoint.tensors) == ["a", "b"]
     assert f"the prefix {prefix} of every key is left out" in caplog.text
     with pytest.raises(ValueError, match=rf"has no key {prefix}c, only others such as {prefix}a"):
-        found.find("c")
+        checkpoint.find("c")
 
 
 def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
     assert list(read_checkpoint(tmp_path / "a.pt").tensors) == ["module.a", "b"]
 
 
-def test_an_averaged_model_of_torch_is_read_by_its_parameters(tmp_path: Path) -> None:
+def test_torchs_averaged_model_is_read(tmp_path: Path) -> None:
     torch.save(torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 3)).state_dict(), tmp_path / "a.pt")
     assert list(read_checkpoint(tmp_path / "a.pt").tensors) == ["weight", "bias"]
 
@@ -253,27 +252,27 @@ def test_moving_averages_replace_raw_weights_and_are_logged(
     state |= {f"model_ema.{of}{name}": torch.ones(2) for name in ("encoderconvweight", "lossdweight")}
     torch.save({outer + name: tensor for name, tensor in state.items()}, tmp_path / "a.pt")
     with caplog.at_level("INFO"):
-        found = read_checkpoint(tmp_path / "a.pt").tensors
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        checkpoint = read_checkpoint(tmp_path / "a.pt").tensors
+    assert {name: tensor.tolist() for name, tensor in checkpoint.items()} == {
         **{"encoder.conv.weight": [1, 1], "bn.running_mean": [0, 0], "loss.d.weight": [0, 0]}
     }
     assert "takes the moving averages (model_ema.*) of 1 tensors, not their raw weights" in caplog.text
 
 
-def test_an_average_of_nothing_is_named(tmp_path: Path) -> None:
+def test_an_average_without_a_parameter_is_named(tmp_path: Path) -> None:
     torch.save({"a.b": torch.ones(1), "model_ema.ac": torch.ones(1)}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"model_ema\.ac is the average of no key in the file; give the whole"):
         read_checkpoint(tmp_path / "a.pt")
 
 
-def test_a_size_is_read_only_where_the_tensor_has_it() -> None:
-    found = Checkpoint(Path("a.pt"), {"scalar": torch.ones(()), "empty": torch.ones(0, 3)})
+def test_a_missing_size_gives_an_error() -> None:
+    checkpoint = Checkpoint(Path("a.pt"), {"scalar": torch.ones(()), "empty": torch.ones(0, 3)})
     for name, axis in (("scalar", 0), ("scalar", -1), ("empty", 0)):
         with pytest.raises(ValueError, match=rf"a\.pt: {name} has shape"):
-            found.size(name, axis)
+            checkpoint.size(name, axis)
 
 
-def test_one_tensor_of_theirs_can_be_several_of_ours() -> None:
+def test_one_foreign_tensor_can_become_several_of_ours() -> None:
     theirs = torch.arange(12.0).reshape(6, 2)
     sources = [Source("qkv", part, of=3, trailing_ones=2) for part in range(3)]
     wanted = torch.Size((2, 2, 1, 1))
@@ -283,9 +282,9 @@ def test_one_tensor_of_theirs_can_be_several_of_ours() -> None:
     assert Source("count").shape(torch.Size(())) == ()
 
 
-def test_a_name_in_an_error_is_the_whole_one() -> None:
-    found = Checkpoint(Path("a.pt"), {"loss.main.0.weight": torch.ones(2)})
+def test_errors_show_names_with_their_prefix() -> None:
+    checkpoint = Checkpoint(Path("a.pt"), {"loss.main.0.weight": torch.ones(2)})
     with pytest.raises(
         ValueError, match=r"a\.pt: has no key loss\.main\.1\.weight, only others such as loss\.main\.0\.weight"
     ):
-        found.under("loss.").size("main.1.weight")
+        checkpoint.under("loss.").size("main.1.weight")

@@ -1,4 +1,4 @@
-"""importers/taming.py: VQGANs published with taming-transformers give what taming's own modules give."""
+"""importers/taming.py: VQGANs of taming-transformers give the outputs of taming's modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from clip_gen.weights.model_folder import load_base, load_config, load_networks,
 
 
 class Reference(nn.Module):
-    """VQModel or GumbelVQ out of taming's modules; the Lightning classes themselves import with no recent Lightning."""
+    """VQModel or GumbelVQ, built of taming's modules: its Lightning classes need an old Lightning."""
 
     def __init__(self, gumbel: bool, sizes: dict[str, object], layers: int = 2):
         super().__init__()
@@ -51,7 +51,7 @@ class Reference(nn.Module):
 
 
 def lightning_checkpoint(reference: Reference) -> dict[str, object]:
-    """What Lightning leaves: optimiser states, callback classes and objects beside the weights."""
+    """A checkpoint as Lightning saves it, with optimiser states, callback classes and objects."""
     optimizer = torch.optim.Adam(reference.encoder.parameters())
     reference.encoder(torch.zeros(1, 3, 32, 32)).sum().backward()
     optimizer.step()
@@ -70,7 +70,7 @@ def lightning_checkpoint(reference: Reference) -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def _callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes that a checkpoint may name and that are gone when it is read."""
+    """Classes that a checkpoint names and that are missing when it is read."""
     module = types.ModuleType("published_callbacks")
     body = "class ModelCheckpoint: pass\nclass AttributeDict(dict): pass\nclass Container:\n"
     body += " def __init__(self, content): self.content = content\n"
@@ -79,7 +79,7 @@ def _callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def published(folder: Path, kind: str) -> tuple[Reference, list[str]]:
-    """A random VQGAN of this kind as published files, and the command that imports it."""
+    """Writes a random VQGAN of this kind like a published one; returns it and the command to import it."""
     torch.manual_seed(0)
     configuration = taming_settings(*KINDS[kind])
     reference = Reference(KINDS[kind][0], configuration["model"]["params"]["ddconfig"]).eval()
@@ -91,7 +91,7 @@ def published(folder: Path, kind: str) -> tuple[Reference, list[str]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_and_pictures_are_those_of_tamings_own_modules(kind: str, tmp_path: Path) -> None:
+def test_tokens_and_images_equal_those_of_tamings_modules(kind: str, tmp_path: Path) -> None:
     reference, command = published(tmp_path, kind)
     assert main(command) == 0
     config = load_config(tmp_path / "base").vqgan
@@ -118,7 +118,7 @@ def test_the_discriminator_is_kept_and_the_perceptual_network_is_not(tmp_path: P
     ]
 
 
-def test_a_checkpoint_without_its_losses_is_one_too(tmp_path: Path) -> None:
+def test_a_checkpoint_without_losses_is_imported(tmp_path: Path) -> None:
     reference, command = published(tmp_path, "f4")
     bare = {name: tensor for name, tensor in reference.state_dict().items() if not name.startswith("loss.")}
     torch.save(bare, tmp_path / "last.ckpt", _use_new_zipfile_serialization=False)
@@ -126,7 +126,7 @@ def test_a_checkpoint_without_its_losses_is_one_too(tmp_path: Path) -> None:
     assert not (tmp_path / "base" / "discriminator.safetensors").exists()
 
 
-def test_a_gumbel_vqgan_trains_and_draws_its_codes_only_then(tmp_path: Path) -> None:
+def test_a_gumbel_vqgan_samples_codes_in_training_only(tmp_path: Path) -> None:
     _, command = published(tmp_path, "gumbel f8")
     assert main(command) == 0
     vqgan = VQGAN(load_config(tmp_path / "base").vqgan)
@@ -139,7 +139,7 @@ def test_a_gumbel_vqgan_trains_and_draws_its_codes_only_then(tmp_path: Path) -> 
     assert torch.equal(vqgan.eval().encode(images), vqgan.encode(images))
 
 
-def test_an_imported_vqgan_can_be_trained_on_and_get_a_clip(tmp_path: Path) -> None:
+def test_an_imported_vqgan_accepts_a_clip_and_can_be_trained(tmp_path: Path) -> None:
     _, command = published(tmp_path, "gumbel f8")
     assert main(command) == 0
     config = load_config(tmp_path / "base")
@@ -236,7 +236,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("text", STRANGE)
-def test_a_strange_yaml_file_is_refused_in_a_sentence(
+def test_an_unusual_yaml_file_gives_one_error_sentence(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, command = published(tmp_path, "f4")
@@ -247,7 +247,7 @@ def test_a_strange_yaml_file_is_refused_in_a_sentence(
     assert len(error.splitlines()) == 1
 
 
-def test_a_folder_instead_of_the_yaml_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_yaml_file_and_a_folder_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, command = published(tmp_path, "f4")
     (tmp_path / "model.yaml").unlink()
     assert main(command) == 1
@@ -268,12 +268,12 @@ def test_the_same_network_under_another_class_gives_the_same_weights(kind: str, 
     wanted = imported(command, tmp_path)
     text = (tmp_path / "model.yaml").read_text()
     (tmp_path / "model.yaml").write_text(text.replace("taming.models.vqgan.VQModel", f"ldm.models.autoencoder.{kind}"))
-    found = imported(command, tmp_path)
-    assert {name: tensor.sum() for name, tensor in found.items()} == {n: t.sum() for n, t in wanted.items()}
+    tensors = imported(command, tmp_path)
+    assert {name: tensor.sum() for name, tensor in tensors.items()} == {n: t.sum() for n, t in wanted.items()}
 
 
 @pytest.mark.parametrize("yaml_of", ["transformer", "vqgan"])
-def test_a_vqgan_is_taken_out_of_a_transformers_checkpoint(
+def test_a_vqgan_is_read_from_the_checkpoint_of_a_transformer(
     yaml_of: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reference, command = published(tmp_path, "f4")
@@ -288,32 +288,32 @@ def test_a_vqgan_is_taken_out_of_a_transformers_checkpoint(
         outer = {"model": {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}}
         (tmp_path / "model.yaml").write_text(yaml.safe_dump(outer))
     with caplog.at_level("INFO"):
-        found = imported(command, tmp_path)
-    assert {name: tensor.sum() for name, tensor in found.items()} == {n: t.sum() for n, t in wanted.items()}
+        tensors = imported(command, tmp_path)
+    assert {name: tensor.sum() for name, tensor in tensors.items()} == {n: t.sum() for n, t in wanted.items()}
     assert "takes first_stage_model.* and leaves out 2 other tensors" in caplog.text
     assert (tmp_path / "base" / "discriminator.safetensors").is_file()
 
 
-def test_the_averages_of_a_vqgan_are_what_it_is_imported_with(tmp_path: Path) -> None:
+def test_moving_averages_of_a_vqgan_are_imported(tmp_path: Path) -> None:
     reference, command = published(tmp_path, "f4")
     wanted = imported(command, tmp_path)
     names = [name for name, _ in reference.named_parameters()]
     averages = {"model_ema." + name.replace(".", ""): reference.state_dict()[name] * 2 for name in names}
     torch.save({"state_dict": reference.state_dict() | averages}, tmp_path / "last.ckpt")
-    found = imported(command, tmp_path)
-    assert all(torch.equal(tensor, wanted[name] * 2) for name, tensor in found.items())
+    tensors = imported(command, tmp_path)
+    assert all(torch.equal(tensor, wanted[name] * 2) for name, tensor in tensors.items())
     discriminator = load_file(tmp_path / "base" / "discriminator.safetensors")
     assert torch.equal(discriminator["main.0.weight"], reference.loss.discriminator.main[0].weight)
 
 
-def test_a_vqgan_in_safetensors_is_one_too(tmp_path: Path) -> None:
+def test_a_vqgan_in_safetensors_is_imported(tmp_path: Path) -> None:
     reference, command = published(tmp_path, "f4")
     wanted = imported(command, tmp_path)
     save_file(reference.state_dict(), tmp_path / "last.ckpt")  # by its content, whatever its name
     assert imported(command, tmp_path).keys() == wanted.keys()
 
 
-def test_the_published_sizes_make_the_grids_they_are_named_for() -> None:
+def test_published_sizes_give_grids_of_16_and_32_tokens() -> None:
     f16 = VQGANConfig(quantizer="taming", codebook_size=16384, codebook_dim=256)
     assert f16.grid == 16
     assert replace(f16, ch_mult=(1, 1, 2, 4), attn_resolutions=(32,), quantizer="gumbel", codebook_size=8192).grid == 32
