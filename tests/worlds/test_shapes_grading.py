@@ -1,4 +1,4 @@
-"""evaluation/: shares, prompts, the report."""
+"""evaluation/metrics.py, and prompts.py and grading.py of the shapes world."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from PIL import Image
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.evaluation.metrics import Share
-from clip_gen.files import MARK, check_claimable
 from clip_gen.images import to_tensor
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.weights.model_folder import Networks
-from clip_gen.worlds.shapes.grading import Evaluation, _has_report
+from clip_gen.worlds.shapes.grading import Evaluation
 from clip_gen.worlds.shapes.judge import read, satisfies
 from clip_gen.worlds.shapes.prompts import KINDS, cases
 from clip_gen.worlds.shapes.rendering import render
@@ -29,14 +28,14 @@ def test_intervals_are_wilsons() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_are_fixed_by_seed_and_number_and_true_of_their_scene(kind: str) -> None:
+def test_prompts_depend_on_seed_and_number_and_fit_their_scene(kind: str) -> None:
     chosen = cases(kind, 40, seed=0)
     assert cases(kind, 10, seed=0) == chosen[:10]
     assert cases(kind, 10, seed=1) != chosen[:10]
     assert all(satisfies(read(render(case.scene)), case.description) for case in chosen)
 
 
-def test_kinds_are_what_they_say() -> None:
+def test_each_kind_of_prompt_has_its_scenes() -> None:
     assert all(len(case.scene.items) == 1 for case in cases("one", 40, 0))
     assert all(case.description.relation in case.prompt for case in cases("two", 40, 0))
     assert all(item.held_out for case in cases("held_out", 40, 0) for item in case.scene.items)
@@ -61,14 +60,12 @@ def test_the_command_writes_the_table_as_json_and_a_sheet(
     assert report["sampling"] == sampling
     for name, row in report["rows"].items():
         assert name in table
-        # Of what a prompt leaves unsaid there is nothing to grade.
+        # Attributes that a prompt leaves unsaid are not graded.
         assert row["total"] == 3 or (row["total"] < 3 and "left unsaid, best of 16, " in name)
     assert Image.open(tmp_path / "sheet.png").size[0] > 100
-    (tmp_path / MARK).unlink()
-    check_claimable(tmp_path, "evaluation", _has_report(tmp_path))  # as versions without marks left it
 
 
-def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny_model: ClipGen) -> None:
+def test_clip_chooses_among_candidates_and_the_judge_grades_them(tiny_model: ClipGen) -> None:
     """A generator that draws the right scene as its candidate 5 and another scene as every other one."""
     chosen = cases("one", 6, 0)
     wrong = to_tensor([render(case.scene) for case in cases("two", 6, 0)])
@@ -106,7 +103,7 @@ def test_pictures_that_are_right_count_as_right_and_clip_chooses_among_them(tiny
     assert [verdict for _, verdict in evaluation.best["one"]] == [True] * 4 + [False] * 2
 
 
-def test_an_untrained_model_gets_no_marks(tiny_model: ClipGen) -> None:
+def test_an_untrained_model_is_wrong_everywhere(tiny_model: ClipGen) -> None:
     evaluation = Evaluation(tiny_model, 3, 0, Sampling())
     evaluation.run(["one", "unsaid"])
     assert [name for name in evaluation.rows if "reconstructions" in name] == ["one object, reconstructions"]

@@ -115,32 +115,32 @@ class Evaluation:
         model = self.model
         condition = text = model.bridge(model.clip_encoder.encode_text([case.prompt for case in chosen]))
         if source == "image":
-            renders = to_tensor([render(case.scene, model.config.vqgan.resolution) for case in chosen])
-            condition = model.clip_encoder.encode_image(renders.to(model.device))
+            condition = model.clip_encoder.encode_image(self._renders(chosen))
         length = model.config.gpt.block_size
         # A different seed for each prompt, as with different users.
         uniforms = [candidate_uniforms(self.seed + start + i, range(CANDIDATES), length) for i in range(len(chosen))]
-        tokens = sample_tokens(
-            model.gpt, condition.repeat_interleave(CANDIDATES, dim=0), torch.cat(uniforms), self.sampling
-        )
+        condition = condition.repeat_interleave(CANDIDATES, dim=0)
+        tokens = sample_tokens(model.gpt, condition, torch.cat(uniforms), self.sampling)
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
         similarity = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1) @ text[:, :, None]
         pictures = to_pil(images)
-        rows, all_readings = [], readings_of(pictures)
+        readings, rows = readings_of(pictures), []
         for i, case in enumerate(chosen):
             own = slice(i * CANDIDATES, (i + 1) * CANDIDATES)
-            readings = all_readings[own]
-            grades = [grade(reading, case.description) for reading in readings]
-            clean = [reading is not None for reading in readings]
+            grades = [grade(reading, case.description) for reading in readings[own]]
+            clean = [reading is not None for reading in readings[own]]
             rows.append(Graded(similarity[i, :, 0].cpu(), grades, clean, pictures[own]))
         return rows
+
+    def _renders(self, chosen: list[Case]) -> Tensor:
+        renders = [render(case.scene, self.model.config.vqgan.resolution) for case in chosen]
+        return to_tensor(renders).to(self.model.device)
 
     @torch.inference_mode()
     def _reconstructions(self, kind: str) -> None:
         """Adds a row for new renders, encoded and decoded by the VQGAN: an upper limit for the model."""
         chosen, vqgan = cases(kind, self.prompts, self.seed), self.model.vqgan
-        renders = to_tensor([render(case.scene, self.model.config.vqgan.resolution) for case in chosen])
-        images = torch.cat([vqgan.decode(vqgan.encode(part.to(self.model.device))) for part in renders.split(64)])
+        images = torch.cat([vqgan.decode(vqgan.encode(part)) for part in self._renders(chosen).split(64)])
         pairs = zip(readings_of(to_pil(images)), chosen, strict=True)
         right = [satisfies(reading, case.description) for reading, case in pairs]
         self._row(f"{TITLES[kind]}, reconstructions", right)
@@ -151,12 +151,7 @@ class Evaluation:
 
     def as_json(self) -> dict[str, object]:
         rows = {
-            name: {
-                "right": share.right,
-                "total": share.total,
-                "share": round(share.value, 4),
-                "interval_95": share.interval,
-            }
+            name: vars(share) | {"share": round(share.value, 4), "interval_95": share.interval}
             for name, share in self.rows.items()
         }
         return {"prompts": self.prompts, "seed": self.seed, "sampling": vars(self.sampling), "rows": rows}
@@ -165,9 +160,8 @@ class Evaluation:
         """The best of 16 for the first prompts of each kind; a red bar under those the judge calls wrong."""
         side, columns, gap = self.model.config.vqgan.resolution, 16, 4
         shown = [row for best in self.best.values() for row in best[: 2 * columns]]
-        sheet = Image.new(
-            "RGB", (columns * (side + gap), -(-len(shown) // columns) * (side + 2 * gap)), (200, 200, 200)
-        )
+        rows = -(-len(shown) // columns)
+        sheet = Image.new("RGB", (columns * (side + gap), rows * (side + 2 * gap)), (200, 200, 200))
         for i, (picture, right) in enumerate(shown):
             x, y = i % columns * (side + gap), i // columns * (side + 2 * gap)
             sheet.paste(picture, (x, y))
@@ -185,12 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/evaluation"),
-        help="a new or empty folder, or that of an evaluation",
-    )
+    words = "a new or empty folder, or that of an evaluation"
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help=words)
     parser.add_argument("--device", default="auto")
 
 
@@ -199,22 +189,13 @@ def main(arguments: argparse.Namespace) -> None:
     sampling.check()
     if arguments.prompts < 1:
         raise ValueError(f"prompts is {arguments.prompts}; give 1 or more")
-    check_claimable(arguments.out, "evaluation", _has_report(arguments.out))
+    check_claimable(arguments.out, "evaluation")
     model = ClipGen.load(arguments.model, arguments.device)
     evaluation = Evaluation(model, arguments.prompts, arguments.seed, sampling)
     evaluation.run(arguments.kinds)
     print(evaluation.table())
-    claim_folder(arguments.out, "evaluation", _has_report(arguments.out))
+    claim_folder(arguments.out, "evaluation")
     write_text_atomic(arguments.out / REPORT, json.dumps(evaluation.as_json(), indent=2) + "\n")
     with atomic_file(arguments.out / SHEET) as temporary:
         evaluation.sheet().save(temporary, "png")
     print(f"wrote {arguments.out / REPORT} and {arguments.out / SHEET}")
-
-
-def _has_report(folder: Path) -> bool:
-    """Whether an earlier version of this command, which did not mark its folders, made this one."""
-    try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.keys() == {"prompts", "seed", "sampling", "rows"}

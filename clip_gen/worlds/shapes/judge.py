@@ -6,14 +6,16 @@ shapes with the blob's area and centre of mass, and is read only if one render f
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import permutations
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from clip_gen.worlds.shapes.captions import Description
-from clip_gen.worlds.shapes.fitting import fit_shape
-from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, OBJECT_SIZES, Item, Scene
+from clip_gen.worlds.shapes.rendering import coverage
+from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, OBJECT_SIZES, SHAPES, Item, Scene
 
 # A reading has the fields of a scene. Two items are ordered along the axis on which they are further apart, so their
 # relation is always "left of" or "above".
@@ -29,6 +31,15 @@ MAX_COLOUR_RATIO = 0.6  # distance from the nearest colour of the palette / from
 MAX_RESIDUAL = 20.0  # root mean square of what neither the background nor an item's colour explains
 MAX_DEBRIS = 45.0  # mean distance from the background in any 2 x 2 pixels outside items
 MIN_ITEM_PIXELS = 4
+ITEM_ATTRIBUTES = ("shape", "colour", "size")
+
+# Squared error of the best shape, relative to its area and to the error of the second best shape. For renders these
+# are below 0.01 and 0.05, with slight blur and noise below 0.02 and 0.16. Halfway between two shapes the second is
+# over 0.6.
+MAX_ERROR = 0.04
+MAX_ERROR_RATIO = 0.3
+BLUR_STEPS = 6  # of 1/4 px² variance; a blob that needs all of them is too blurred
+MAX_DAMAGE = 0.48  # mean error of coverage in any 2 x 2 pixels: a hole or a splash
 
 RADII = (0.10, 0.25)  # smaller and larger items are neither small nor large
 MIDDLE_RADIUS = (OBJECT_SIZES["small"][1] + OBJECT_SIZES["large"][0]) / 2
@@ -53,14 +64,13 @@ def read(picture: np.ndarray) -> Reading | None:
     if _littered(pixels - backdrop, np.any(blobs, axis=0)):
         return None
 
-    items = []
-    for blob in blobs:
-        others = _grown(foreground & ~blob)
-        item = _item(np.where(others[..., None], backdrop, pixels), backdrop, blob)
-        if item is None:
-            return None
-        items.append(item)
-    return _reading(background, items)
+    offsets = pixels - backdrop
+    items = [_item(np.where(_grown(foreground & ~blob)[..., None], 0, offsets), backdrop, blob) for blob in blobs]
+    if None in items:
+        return None
+    if len(items) == 2 and _relation(*items) in ("right of", "below"):
+        items.reverse()
+    return Reading(background, tuple(items), _relation(*items) if len(items) == 2 else None)
 
 
 def satisfies(reading: Reading | None, description: Description) -> bool:
@@ -74,33 +84,29 @@ def grade(reading: Reading | None, description: Description) -> dict[str, bool]:
     Of the two ways to match items, the better one counts. An attribute is right if it is right for all items. Without
     a reading everything is wrong.
     """
-    wrong = dict.fromkeys(_stated(description), False)
+    grades = dict.fromkeys(_stated(description), False)
     if reading is None:
-        return wrong
-    wrong["count"] = len(reading.items) == len(description.items)
-    if "background" in wrong:
-        wrong["background"] = reading.background == description.background
-    matched = [
-        wrong | _grade_items(items, description) for items in permutations(reading.items, len(description.items))
-    ]
-    return max(matched, key=lambda grades: sum(grades.values()), default=wrong)
+        return grades
+    grades["count"] = len(reading.items) == len(description.items)
+    if description.background:
+        grades["background"] = reading.background == description.background
+    orders = permutations(reading.items, len(description.items))
+    matched = [grades | _grade_items(items, description) for items in orders]
+    return max(matched, key=lambda matching: sum(matching.values()), default=grades)
 
 
 def _stated(description: Description) -> list[str]:
-    stated = {"background": description.background, "relation": description.relation}
-    for name in ("shape", "colour", "size"):
-        stated[name] = any(getattr(item, name) for item in description.items)
-    return ["count", *(name for name, value in stated.items() if value)]
+    attributes = [name for name in ITEM_ATTRIBUTES if any(getattr(item, name) for item in description.items)]
+    return ["count", *(name for name in ("background", "relation") if getattr(description, name)), *attributes]
 
 
 def _grade_items(items: tuple[Item, ...], description: Description) -> dict[str, bool]:
     grades: dict[str, bool] = {}
     for item, said in zip(items, description.items, strict=True):
-        for name in ("shape", "colour", "size"):
-            if getattr(said, name) is not None:
-                right = getattr(said, name) == getattr(item, name)
-                grades[name] = grades.get(name, True) and right
-    if description.relation is not None:
+        for name in ITEM_ATTRIBUTES:
+            if getattr(said, name):
+                grades[name] = grades.get(name, True) and getattr(said, name) == getattr(item, name)
+    if description.relation:
         grades["relation"] = description.relation == _relation(*items)
     return grades
 
@@ -110,15 +116,6 @@ def _relation(first: Item, second: Item) -> str:
     if abs(right) >= abs(down):
         return "left of" if right > 0 else "right of"
     return "above" if down > 0 else "below"
-
-
-def _reading(background: str, items: list[Item]) -> Reading:
-    if len(items) == 1:
-        return Reading(background, tuple(items))
-    relation = _relation(*items)
-    if relation in ("left of", "above"):
-        return Reading(background, tuple(items), relation)
-    return _reading(background, items[::-1])
 
 
 def _shrunk(picture: np.ndarray) -> np.ndarray:
@@ -144,10 +141,14 @@ def _root_mean_square(colours: np.ndarray) -> float:
 def _littered(offsets: np.ndarray, items: np.ndarray) -> bool:
     """Whether there is anything outside the mask `items` and its soft edge."""
     outside = ~_grown(_grown(items))
-    rest = np.where(outside[..., None], offsets, 0)
-    patches = rest[1:, 1:] + rest[1:, :-1] + rest[:-1, 1:] + rest[:-1, :-1]
+    patches = _patch_sums(np.where(outside[..., None], offsets, 0))
     debris = (patches**2).sum(axis=-1).max() > (4 * MAX_DEBRIS) ** 2
     return bool(debris or _root_mean_square(offsets[outside]) > MAX_RESIDUAL)
+
+
+def _patch_sums(values: np.ndarray) -> np.ndarray:
+    """The sums of all 2 x 2 patches of (h, w, ...)."""
+    return values[1:, 1:] + values[1:, :-1] + values[:-1, 1:] + values[:-1, :-1]
 
 
 def _at_the_edge(blob: np.ndarray) -> bool:
@@ -165,27 +166,21 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _blobs(mask: np.ndarray) -> list[np.ndarray]:
-    """The mask's connected components, as masks: runs in a row are joined to the runs above that they touch."""
-    starts = mask.copy()
-    starts[:, 1:] &= ~mask[:, :-1]
-    runs = np.cumsum(starts).reshape(mask.shape) - 1
-    parents = list(range(int(starts.sum())))
-
-    def root(run: int) -> int:
-        while parents[run] != run:
-            run = parents[run]
-        return run
-
-    touching = mask[:-1] & mask[1:]
-    for above, below in set(zip(runs[:-1][touching].tolist(), runs[1:][touching].tolist(), strict=True)):
-        parents[root(above)] = root(below)
-    roots = np.array([root(run) for run in parents], int)
-    labels = np.where(mask, roots[runs], -1) if parents else runs
-    return [labels == label for label in sorted(set(roots.tolist()))]
+    """The mask's connected components, as masks."""
+    blobs, rest = [], mask.copy()
+    while rest.any():
+        blob, grown = np.zeros_like(mask), np.zeros_like(mask)
+        grown.flat[rest.argmax()] = True
+        while (grown != blob).any():
+            blob = grown
+            grown = _grown(blob) & mask
+        blobs.append(blob)
+        rest &= ~blob
+    return blobs
 
 
-def _item(pixels: np.ndarray, backdrop: np.ndarray, blob: np.ndarray) -> Item | None:
-    offsets = pixels - backdrop
+def _item(offsets: np.ndarray, backdrop: np.ndarray, blob: np.ndarray) -> Item | None:
+    """The item of a blob; offsets (S, S, 3) from the backdrop's colour (3,), 0 where another item is."""
     strength = (offsets[blob] ** 2).sum(axis=-1)
     # The strongest third is the inside. This excludes the edges, which are most of a thin ring.
     colour = np.median(offsets[blob][strength >= np.quantile(strength, 2 / 3)], axis=0)
@@ -200,8 +195,79 @@ def _item(pixels: np.ndarray, backdrop: np.ndarray, blob: np.ndarray) -> Item | 
     alpha = window @ colour / (colour @ colour)  # (h, w), 1 inside and 0 outside
     if _root_mean_square(window - alpha[..., None] * colour) > MAX_RESIDUAL:
         return None
-    fit = fit_shape(alpha, top, left, len(blob))
+    fit = _best_fit(alpha, top, left, len(blob))
     if fit is None or not RADII[0] <= fit.radius <= RADII[1]:
         return None
     size = "small" if fit.radius < MIDDLE_RADIUS else "large"
     return Item(fit.shape, name, size, fit.x, fit.y, fit.radius)
+
+
+class _Fit(NamedTuple):
+    """A shape's place and radius as fractions of the picture's side."""
+
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+def _best_fit(alpha: np.ndarray, top: int, left: int, side: int) -> _Fit | None:
+    """The shape that fits `alpha` much better than the others, or None.
+
+    alpha: coverage (h, w) in a window of the picture, about 1 inside the blob and 0 outside, with the whole soft edge.
+    top, left: the window's offset in pixels. side: the picture's side in pixels.
+    """
+    fits = _candidates(alpha, top, left, side)
+    if not fits:
+        return None
+    window = np.s_[top : top + alpha.shape[0], left : left + alpha.shape[1]]
+    sharp = np.stack([coverage(*fit, side)[window] for fit in fits])
+    misses = [sharp - alpha]
+    for _ in range(BLUR_STEPS):
+        misses.append(_blurred(misses[-1] + alpha) - alpha)
+
+    errors = np.array([(miss**2).sum(axis=(1, 2)) for miss in misses]) / alpha.sum()  # (blur steps + 1, shapes)
+    least, second = np.sort(errors.min(axis=0))[:2]
+    blur, best = np.unravel_index(errors.argmin(), errors.shape)
+    damage = abs(_patch_sums(misses[blur][best])).max() / 4
+    if least > MAX_ERROR or least > MAX_ERROR_RATIO * second or blur == BLUR_STEPS or damage > MAX_DAMAGE:
+        return None
+    return fits[best]
+
+
+def _candidates(alpha: np.ndarray, top: int, left: int, side: int) -> list[_Fit]:
+    """Each shape with the area and the centre of mass of `alpha`, which blur and noise do not change."""
+    if alpha.sum() < 1:
+        return []
+    area, x, y = _mass(alpha)
+    fits = []
+    for shape in SHAPES:
+        unit_area, across, down = _unit_mass(shape)
+        radius = float(np.sqrt(area / unit_area))
+        fits.append(_Fit(shape, (left + x - across * radius) / side, (top + y - down * radius) / side, radius / side))
+    return fits
+
+
+def _mass(alpha: np.ndarray) -> tuple[float, float, float]:
+    """The area of a coverage (h, w), and x and y of its centre of mass, in pixels."""
+    area = float(alpha.sum())
+    x, y = (float(alpha.sum(axis=axis) @ (np.arange(alpha.shape[1 - axis]) + 0.5)) / area for axis in (0, 1))
+    return area, x, y
+
+
+@cache
+def _unit_mass(shape: str) -> tuple[float, float, float]:
+    """The area of the shape with radius 1, and x and y of its centre of mass from the centre of its square."""
+    radius = 128
+    area, x, y = _mass(coverage(shape, 0.5, 0.5, 0.5, 2 * radius))
+    return area / radius**2, x / radius - 1, y / radius - 1
+
+
+def _blurred(drawings: np.ndarray) -> np.ndarray:
+    """Each (h, w) drawing blurred by a variance of 1/4 px²."""
+    for before, after in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:, :, :-1], np.s_[:, :, 1:])):
+        blurred = 0.75 * drawings
+        blurred[after] += 0.125 * drawings[before]
+        blurred[before] += 0.125 * drawings[after]
+        drawings = blurred
+    return drawings
