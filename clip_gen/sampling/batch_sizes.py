@@ -7,7 +7,6 @@ on this CPU. On a GPU the numbers are chosen for speed alone, and a picture may 
 
 from __future__ import annotations
 
-import contextlib
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,20 +42,16 @@ def bitwise_stable_sizes(gpt: GPT, passes: int = 1) -> tuple[int, ...]:
     """The sizes of TESTED_ROWS, ascending, that give a row the same bits in all products of this transformer.
 
     With two passes a size is stable if the doubled one is too, since both passes are one product. Tested once for each
-    transformer. In bfloat16 only STANDARD_ROWS: its coarse rounding would hide most differences from the test.
+    transformer, so call it after cast_for_inference. In bfloat16 only STANDARD_ROWS: its coarse rounding would hide
+    most differences from the test.
     """
-    tested, kind = _stable_rows.setdefault(gpt, {}), (gpt.dtype, type(gpt.head))
-    if kind not in tested:
-        stable = {STANDARD_ROWS}
-        if gpt.dtype == torch.float32:
-            with contextlib.suppress(RuntimeError):  # such as out of memory, which the batch itself will report
-                stable = _test_rows(gpt)
-        tested[kind] = stable
-    sizes = tuple(size for size in TESTED_ROWS if {size, size * passes} <= tested[kind])
+    if gpt not in _stable_rows:
+        _stable_rows[gpt] = _test_rows(gpt) if gpt.dtype == torch.float32 else {STANDARD_ROWS}
+    sizes = tuple(size for size in TESTED_ROWS if {size, size * passes} <= _stable_rows[gpt])
     return sizes if sizes and sizes[-1] >= STANDARD_ROWS else (STANDARD_ROWS,)
 
 
-_stable_rows: WeakKeyDictionary[GPT, dict[tuple[torch.dtype, type], set[int]]] = WeakKeyDictionary()
+_stable_rows: WeakKeyDictionary[GPT, set[int]] = WeakKeyDictionary()
 
 
 @torch.inference_mode()

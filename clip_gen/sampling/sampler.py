@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +124,7 @@ class Batch:
         check_guidance(gpt, sampling)
         device = embedding.device
         self.gpt, self.sampling, self.uniforms, self.length = gpt, sampling, uniforms.to(device), 0
-        self._tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
+        self.tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
         recorded = device.type == "cuda" if recorded is None else recorded
         self.passes = sampling.passes
         rows = padded_batch_size(gpt, len(uniforms), self.passes)
@@ -139,23 +138,18 @@ class Batch:
 
     @property
     def done(self) -> bool:
-        return self.length == self._tokens.shape[1]
-
-    @property
-    def tokens(self) -> Tensor:
-        assert self.done
-        return self._tokens
+        return self.length == self.tokens.shape[1]
 
     @torch.inference_mode()
     def step(self) -> None:
         """Samples the next token of every row."""
         t = self.length
-        last = pad_rows(self._tokens[:, t - 1], self.width) if t else None
+        last = pad_rows(self.tokens[:, t - 1], self.width) if t else None
         if last is not None and self.passes > 1:
             last = last.repeat(self.passes)
-        logits = [rows[: len(self._tokens)].float() for rows in self.steps(last).chunk(self.passes)]
+        logits = [rows[: len(self.tokens)].float() for rows in self.steps(last).chunk(self.passes)]
         chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
-        self._tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
+        self.tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
         self.length += 1
 
 
@@ -168,17 +162,9 @@ def check_guidance(gpt: GPT, sampling: Sampling) -> None:
         )
 
 
-def sample_tokens(
-    gpt: GPT,
-    embedding: Tensor,
-    uniforms: Tensor,
-    sampling: Sampling,
-    should_stop: Callable[[], bool] | None = None,
-) -> Tensor:
-    """Tokens (B, T) int64 of a whole Batch. Raises Stopped if should_stop, called before every token, returns True."""
+def sample_tokens(gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """The tokens (B, T) int64 of a Batch."""
     batch = Batch(gpt, embedding, uniforms, sampling)
     while not batch.done:
-        if should_stop is not None and should_stop():
-            raise Stopped
         batch.step()
     return batch.tokens

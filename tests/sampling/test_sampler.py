@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import (
     Sampling,
-    Stopped,
     candidate_uniforms,
     draw,
     filtered_probabilities,
@@ -145,19 +144,6 @@ def test_sampling_from_the_cache_draws_what_full_recomputation_draws(gpt: GPT) -
 def test_greedy_candidates_are_all_alike(gpt: GPT) -> None:
     tokens = sampled(gpt, 4, Sampling(temperature=0))
     assert torch.equal(tokens, tokens[:1].expand(4, -1))
-
-
-def test_should_stop_is_asked_before_every_token(gpt: GPT) -> None:
-    asked = []
-
-    def after_five() -> bool:
-        asked.append(True)
-        return len(asked) > 5
-
-    embedding = torch.ones(1, 16)
-    with pytest.raises(Stopped):
-        sample_tokens(gpt, embedding, candidate_uniforms(0, range(1), 16), Sampling(), after_five)
-    assert len(asked) == 6
 
 
 @pytest.mark.parametrize(
