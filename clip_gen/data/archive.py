@@ -19,9 +19,9 @@ from pathlib import Path
 
 from clip_gen.data.colours import TRANSPARENT
 from clip_gen.data.decoding import ONE_COLOUR, decode, is_one_colour
-from clip_gen.data.entries import ENCRYPTED, Entry, entries, folder_files, is_litter
+from clip_gen.data.entries import Entry, entries, folder_files, is_litter
 from clip_gen.data.file_kinds import HEAD_BYTES, UnusableError, kind_of
-from clip_gen.data.limits import WANTED, ArchiveError, Limits, reason_of
+from clip_gen.data.limits import ArchiveError, Limits, reason_of
 from clip_gen.data.manifest import Pictures, Skipped, shown
 from clip_gen.files import disk_is_full, sha256_of
 
@@ -64,7 +64,9 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
         chosen, notes = _choose(staged, skipped, limits)
         paths = [folder / f"{number:06d}.{file.kind.lower()}" for number, file in enumerate(chosen, 1)]
         pictures = Pictures(paths, sorted(skipped, key=lambda file: file.name), notes)
-        _check_enough(source, pictures, limits)
+        if len(paths) < limits.min_pictures:
+            needed = f"at least {limits.min_pictures} pictures are needed"
+            raise ArchiveError(f"{source}: holds {pictures.summary()}; {needed}")
         with _writing(folder):
             for file, path in zip(chosen, paths, strict=True):
                 os.rename(file.path, part / path.name)
@@ -178,16 +180,6 @@ def _decoded(path: Path, limits: Limits) -> tuple[bytes, tuple[str, ...]]:
     sha256 = hashlib.sha256(b"%d %d " % picture.size)
     sha256.update(picture.tobytes())
     return sha256.digest(), decoded.notes
-
-
-def _check_enough(source: Path, pictures: Pictures, limits: Limits) -> None:
-    if len(pictures.paths) >= limits.min_pictures:
-        return
-    if not pictures.paths and not pictures.skipped:
-        raise ArchiveError(f"{source}: holds no files; {WANTED}, at least {limits.min_pictures}")
-    if any(skipped.reason == ENCRYPTED for skipped in pictures.skipped):
-        raise ArchiveError(f"{source}: is encrypted ({pictures.summary()}); make it again without a password")
-    raise ArchiveError(f"{source}: holds {pictures.summary()}; at least {limits.min_pictures} pictures are needed")
 
 
 def _skipped(name: str, error: UnusableError) -> Skipped:

@@ -208,8 +208,5 @@ def _from_unit_range(image: Image.Image) -> Image.Image:
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """8-bit grey of 16-bit grey. PIL would clip it at 255 of 65535."""
-    grey = np.asarray(image)  # (H, W)
-    scaled = np.empty(grey.shape, np.uint8)
-    for row, line in enumerate(grey):  # one at a time: a picture may be large
-        scaled[row] = (line.astype(np.uint32) + 128) // 257
-    return Image.fromarray(scaled)
+    grey = np.minimum(np.asarray(image), 65407)  # (H, W); so that the sum fits into 16 bits
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))

@@ -20,7 +20,7 @@ from clip_gen.data.zips import READ_METHODS, open_zip, unpacked_pieces
 
 LINK = "a link"
 NOT_A_FILE = "not a plain file"
-ENCRYPTED = "encrypted"
+ENCRYPTED = "encrypted: zip again without a password"
 UNKNOWN_METHOD = "compressed in a way that is not read: zip again as Deflate, or give the folder"
 THUMBNAIL = "a thumbnail"
 UNREADABLE = "cannot be read"

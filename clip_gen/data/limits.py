@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clip_gen.data.decoding import MAX_PIXELS
+from clip_gen.files import shortened
 
 CHUNK = 2**16  # bytes that are read at a time
 WANTED = "give a zip, a tar (plain, gz, bz2 or xz) or a folder"
@@ -60,15 +61,13 @@ class Meter:
 
     def damaged(self, error: Exception | str) -> ArchiveError:
         """The error for an archive that cannot be read."""
-        reason = reason_of(error)
-        return ArchiveError(
-            f"{self.name}: is damaged, cut off or no archive ({reason}); download or copy it again, or {WANTED}"
-        )
+        what = f"is damaged, cut off or no archive ({reason_of(error)})"
+        return ArchiveError(f"{self.name}: {what}; download or copy it again, or {WANTED}")
 
     def _too_much(self, what: str) -> ArchiveError:
         return ArchiveError(f"{self.name}: holds more than {what}; give fewer files")
 
 
 def reason_of(error: Exception | str) -> str:
-    """The message of an error, for an OSError without its path."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    """The message of an error, shortened; for an OSError without its path."""
+    return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__)

@@ -89,7 +89,7 @@ def open_weights(
             return cached or cache.add(key, lambda folder: _fill(folder, stream, name, cache, needs_room))
         except OSError as error:
             raise CacheError(
-                f"{cache.folder}: cannot be written to ({_reason(error)}); make room, or set CLIP_GEN_CACHE"
+                f"{cache.folder}: cannot be written to ({reason_of(error)}); make room, or set CLIP_GEN_CACHE"
             ) from error
 
 
@@ -111,11 +111,7 @@ def _local(name: str) -> Path:
 
 
 def _not_opened(name: str, error: Exception) -> NotWeightsError:
-    return NotWeightsError(f"{shortened(name)}: cannot be opened ({_reason(error)}); {WANTED}")
-
-
-def _reason(error: Exception) -> str:
-    return shortened(reason_of(error))
+    return NotWeightsError(f"{shortened(name)}: cannot be opened ({reason_of(error)}); {WANTED}")
 
 
 def _open_file(path: Path) -> tuple[str, BinaryIO]:

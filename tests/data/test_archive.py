@@ -404,7 +404,9 @@ def test_too_few_pictures_are_an_error_with_the_count(tmp_path: Path, out: Path)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_an_empty_archive_is_an_error(tmp_path: Path, out: Path, kind: str) -> None:
     (tmp_path / "photos.folder").mkdir()
-    assert "holds no files; give a zip" in refused(MAKERS[kind](tmp_path / f"photos.{kind}", {}), out)
+    assert "holds 0 usable pictures; at least 8 pictures are needed" in refused(
+        MAKERS[kind](tmp_path / f"photos.{kind}", {}), out
+    )
 
 
 @pytest.mark.parametrize(
@@ -460,7 +462,7 @@ def encrypt(path: Path) -> Path:
 
 def test_an_encrypted_zip_is_an_error_that_says_so(tmp_path: Path, out: Path) -> None:
     error = refused(encrypt(make_zip(tmp_path / "photos.zip", TEN, zipfile.ZIP_STORED)), out)
-    assert "is encrypted (0 usable pictures; skipped: encrypted (10)); make it again without a password" in error
+    assert "holds 0 usable pictures; skipped: encrypted: zip again without a password (10)" in error
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "folder"])
