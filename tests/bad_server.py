@@ -1,4 +1,4 @@
-"""A web server of our own that fails as servers do, in the order it is told."""
+"""A web server that fails as planned."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 
 class BadServer(http.server.ThreadingHTTPServer):
-    """Sends `files`; `plan` says how it fails for each request in turn, and it does well when that is at its end.
+    """Sends `files`. `plan` says how each request in turn fails; later requests succeed.
 
-    drop: half of what is left, then a reset. truncate: half, then a proper end. stall: half, then silence.
-    ignore: all of it though a part was asked for. wrong: other bytes. A number: that status.
+    drop: half of the rest, then a reset. truncate: half, then a normal end. stall: half, then silence.
+    ignore: all of it despite the Range header. wrong: other bytes. A number: that status.
     """
 
     def __init__(self, files: dict[str, bytes], plan: list[str | int], tags: bool = True):
@@ -68,12 +68,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.closing.wait(20)
         if way == "drop":
             self.wfile.flush()
-            time.sleep(0.05)  # a reset takes back what the other side has not read yet
+            time.sleep(0.05)  # a reset discards what the other side has not read yet
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
     def _start(self, content: bytes, way: str) -> int:
-        """Where the reply begins."""
+        """Offset of the first byte of the reply."""
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
         current = self.headers["If-Range"] in (None, self._tag(content))
         return int(wanted[1]) if wanted and current and way != "ignore" else 0

@@ -1,4 +1,4 @@
-"""A zip such as people upload: photographs and one of everything else. `.venv/bin/python tests/nasty_zip.py OUT`"""
+"""A zip such as people upload: photographs and other files. `.venv/bin/python tests/nasty_zip.py OUT` writes it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def usual_files(photos: list[Image.Image]) -> dict[str, bytes]:
 
 
 def useful_files(photos: Iterator[Image.Image], huge: tuple[int, int]) -> dict[str, bytes]:
-    """Pictures of every kind and mode, under odd names too."""
+    """Pictures of every format and mode, some with odd names."""
     turned = Image.Exif()
     turned[0x112] = 6
     grey, floating = np.asarray(next(photos).convert("L")), np.asarray(next(photos).convert("L"))
@@ -85,7 +85,7 @@ def useful_files(photos: Iterator[Image.Image], huge: tuple[int, int]) -> dict[s
 
 
 def useless_files(photos: Iterator[Image.Image], rng: np.random.Generator) -> dict[str, bytes]:
-    """Everything that has to be skipped, most of it under a picture's name."""
+    """Files that must be skipped, most of them named like pictures."""
     jpeg = encoded(next(photos), "JPEG")
     inner = io.BytesIO()
     with zipfile.ZipFile(inner, "w") as archive:
@@ -111,7 +111,7 @@ def useless_files(photos: Iterator[Image.Image], rng: np.random.Generator) -> di
 def write_nasty_zip(
     path: Path, holiday: int = 12, size: tuple[int, int] = (105, 75), huge: tuple[int, int] = (12000, 9000)
 ) -> Path:
-    """`holiday` photographs in two folders, and one of everything else, of `size` in pixels unless it must differ."""
+    """Writes `holiday` photographs in two folders and one of each other kind, of `size` pixels where possible."""
     rng = np.random.default_rng(0)
     photos = list(photographs(holiday + 36, size, rng))
     rest = iter(photos[holiday:])

@@ -1,4 +1,4 @@
-"""Servers that stand for the public internet and for the server's own network, all on this machine.
+"""Local servers that act as the public internet and as the private network of a server.
 
 127.0.0.2 and 127.0.0.3 count as public addresses, 127.0.0.1 as private.
 """
@@ -25,7 +25,7 @@ def counts_as_public(address: str) -> bool:
 
 
 class Names:
-    """A resolver that knows these names, each with the lists of addresses it gives in turn; others are real ones."""
+    """A resolver for these names, with the lists of addresses it returns in turn. Other names are resolved as usual."""
 
     def __init__(self, **answers: list[list[str]]):
         self.answers = {name.replace("_", "."): list(lists) for name, lists in answers.items()}
@@ -45,7 +45,7 @@ def public_web(**answers: list[list[str]]) -> PublicOnly:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Gives `files`; a text is where it redirects to. Counts connections."""
+    """Sends `files`; a string is the target of a redirect. Counts connections."""
 
     daemon_threads = True
 
@@ -97,7 +97,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(found)
 
     def do_CONNECT(self) -> None:
-        """A proxy that leads everywhere."""
+        """Acts as a proxy that can reach every host."""
         host, _, _ = self.path.rpartition(":")
         self.server.files["asked"].append(host)
         self.send_error(502)

@@ -82,7 +82,7 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
 def fingerprint(source: Path) -> str:
     """SHA-256 of an archive, or of the names and sizes of a folder's files; "" if it cannot be read."""
     try:
-        if not source.is_dir():
+        if source.is_file():
             return sha256_of(source)
         files = ((path.relative_to(source).as_posix(), path) for path in folder_files(source))
         lines = sorted(

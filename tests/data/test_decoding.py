@@ -75,24 +75,24 @@ def pixels_of(path: Path) -> np.ndarray:
         ("JPEG2000", {"no_jp2": True}),
     ],
 )
-def test_lossless_kinds_come_back_bit_for_bit_whatever_the_name(tmp_path: Path, kind: str, options: dict) -> None:
+def test_lossless_formats_are_decoded_exactly_under_any_name(tmp_path: Path, kind: str, options: dict) -> None:
     path = saved(tmp_path / "picture.txt", Image.fromarray(PIXELS), kind, **options)
     assert np.array_equal(pixels_of(path), PIXELS)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "AVIF"])
-def test_kinds_with_loss_come_back_nearly(tmp_path: Path, kind: str) -> None:
+def test_lossy_formats_are_decoded_closely(tmp_path: Path, kind: str) -> None:
     path = saved(tmp_path / "a.png", Image.fromarray(SMOOTH), kind, quality=95, subsampling="4:4:4")
     assert np.abs(pixels_of(path).astype(int) - SMOOTH).mean() < 2
 
 
 def gradient() -> np.ndarray:
-    """What the HEIC files were made of, (96, 128, 3)."""
+    """The pixels of the HEIC files, (96, 128, 3)."""
     y, x = np.mgrid[0:96, 0:128]
     return np.stack([x * 255 / 127, y * 255 / 95, np.full(x.shape, 90)], axis=2).round()
 
 
-def test_heic_is_read_turned_and_in_srgb() -> None:
+def test_heic_is_decoded_upright_and_in_srgb() -> None:
     assert np.abs(pixels_of(HEIC / "plain.heic") - gradient()).max() <= 2
     turned = decode(HEIC / "turned-p3.heic")
     assert turned.notes == (CONVERTED,)
@@ -103,7 +103,7 @@ def test_heic_is_read_turned_and_in_srgb() -> None:
     assert np.abs(np.asarray(several.image) - gradient()).mean() < 2
 
 
-def test_heic_with_damaged_metadata_does_not_end_the_process(tmp_path: Path) -> None:
+def test_heic_with_damaged_metadata_does_not_crash_the_process(tmp_path: Path) -> None:
     data = (HEIC / "turned-p3.heic").read_bytes()
     assert data.count(b"\0\0Exif\0") == 1  # the type of an item, which pi_heif's PIL plugin takes for UTF-8
     (tmp_path / "a.heic").write_bytes(data.replace(b"\0\0Exif\0", b"\0\0\xf7xif\0"))
@@ -127,7 +127,7 @@ def test_reading_registers_no_decoder_with_pil() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_of_an_animation_the_first_frame_is_read_and_noted(tmp_path: Path, kind: str) -> None:
+def test_the_first_frame_of_an_animation_is_used_and_noted(tmp_path: Path, kind: str) -> None:
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "lime")]
     options = {"lossless": True} if kind == "WEBP" else {}
     path = saved(tmp_path / "a", frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -136,7 +136,7 @@ def test_of_an_animation_the_first_frame_is_read_and_noted(tmp_path: Path, kind:
     assert decode(saved(tmp_path / "b", frames[0], kind)).notes == ()
 
 
-def test_damage_behind_the_first_frame_loses_no_picture(tmp_path: Path) -> None:
+def test_damage_after_the_first_frame_loses_no_picture(tmp_path: Path) -> None:
     frames = [Image.fromarray(PIXELS), Image.fromarray(PIXELS[::-1].copy())]
     frames[0].save(tmp_path / "a", "GIF", save_all=True, append_images=frames[1:])
     data = (tmp_path / "a").read_bytes()
@@ -146,7 +146,7 @@ def test_damage_behind_the_first_frame_loses_no_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_says_how_a_picture_is_held(tmp_path: Path, kind: str, orientation: int) -> None:
+def test_pictures_are_rotated_as_exif_says(tmp_path: Path, kind: str, orientation: int) -> None:
     held = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2)}
     held |= {6: lambda a: np.rot90(a, 3), 7: lambda a: np.rot90(a.transpose(1, 0, 2), 2), 8: np.rot90}
     exif = Image.Exif()
@@ -155,13 +155,13 @@ def test_exif_says_how_a_picture_is_held(tmp_path: Path, kind: str, orientation:
     assert np.abs(pixels_of(path).astype(int) - held[orientation](SMOOTH)).mean() < 3
 
 
-def test_broken_exif_loses_no_picture_and_says_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_damaged_exif_loses_no_picture_and_prints_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     path = saved(tmp_path / "a", Image.fromarray(SMOOTH), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
     assert pixels_of(path).shape == SMOOTH.shape
     assert not recwarn
 
 
-def test_a_palette_is_looked_up_and_what_is_transparent_in_it_is_white(tmp_path: Path) -> None:
+def test_palettes_are_converted_and_their_transparent_colour_is_white(tmp_path: Path) -> None:
     picture = Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20) % 3, "L").convert("P")
     picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     expected = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)], np.uint8)[np.asarray(picture)]
@@ -193,7 +193,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
     assert np.array_equal(seen[..., 2], np.round(grey / 257).astype(np.uint8))
 
 
-def test_big_endian_16_bit_grey_too(tmp_path: Path) -> None:
+def test_big_endian_16_bit_grey_is_scaled(tmp_path: Path) -> None:
     grey = np.linspace(0, 65535, 600).round().astype(">u2").reshape(20, 30)
     seen = pixels_of(saved(tmp_path / "a", Image.frombytes("I;16B", (30, 20), grey.tobytes()), "TIFF"))
     assert np.array_equal(seen[..., 0], np.round(grey / 257).astype(np.uint8))
@@ -206,7 +206,7 @@ def test_16_bit_colour_keeps_its_high_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_alpha_lies_on_white(tmp_path: Path, kind: str) -> None:
+def test_transparent_pictures_get_a_white_background(tmp_path: Path, kind: str) -> None:
     alpha = np.linspace(0, 255, 600).astype(np.uint8).reshape(20, 30, 1)
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     path = saved(tmp_path / "a", Image.fromarray(np.concatenate([PIXELS, alpha], axis=2)), kind, **options)
@@ -214,7 +214,7 @@ def test_alpha_lies_on_white(tmp_path: Path, kind: str) -> None:
     assert np.abs(pixels_of(path) - (PIXELS * share + 255 * (1 - share))).max() <= 0.51
 
 
-def test_a_transparent_colour_and_alpha_of_grey_lie_on_white_too(tmp_path: Path) -> None:
+def test_a_transparent_colour_and_grey_with_alpha_get_white_too(tmp_path: Path) -> None:
     half = Image.fromarray(np.where(np.arange(400).reshape(20, 20) % 20 < 10, 0, 255).astype(np.uint8))
     grey = saved(tmp_path / "a", Image.merge("LA", [Image.new("L", (20, 20), 9), half]), "PNG")
     assert set(pixels_of(grey)[0, :, 0].tolist()) == {9, 255}
@@ -250,7 +250,7 @@ def test_a_fully_transparent_picture_is_white_and_noted(tmp_path: Path, mode: st
     ],
 )
 def test_light_pictures_get_a_dark_background(tmp_path: Path, colour: str, ground: tuple) -> None:
-    picture = Image.new("RGBA", (40, 40), (0, 0, 0, 0))  # what is invisible is black, and does not count
+    picture = Image.new("RGBA", (40, 40), (0, 0, 0, 0))  # invisible pixels are black and do not count
     picture.paste(colour, (10, 10, 20, 20))
     seen = decode(saved(tmp_path / "a", picture, "PNG"))
     assert seen.notes == (ON_DARK if ground == (64, 64, 64) else ON_WHITE,)
@@ -258,7 +258,7 @@ def test_light_pictures_get_a_dark_background(tmp_path: Path, colour: str, groun
     assert seen.image.getpixel((15, 15)) == ImageColor.getrgb(colour)
 
 
-def test_opaque_alpha_needs_no_ground(tmp_path: Path) -> None:
+def test_opaque_alpha_needs_no_background(tmp_path: Path) -> None:
     seen = decode(saved(tmp_path / "a", Image.fromarray(PIXELS).convert("RGBA"), "PNG"))
     assert seen.notes == ()
     assert np.array_equal(np.asarray(seen.image), PIXELS)
@@ -336,7 +336,7 @@ def test_cmyk_is_converted_by_its_profile(tmp_path: Path, kind: str) -> None:
     ],
     ids=["of 1024 levels", "littleCMS"],
 )
-def test_srgb_is_left_as_it_is(tmp_path: Path, profile: bytes) -> None:
+def test_pixels_in_srgb_stay_unchanged(tmp_path: Path, profile: bytes) -> None:
     for mode in ("RGB", "RGBA", "L"):
         picture = Image.fromarray(COLOURS).convert(mode)
         seen = decode(saved(tmp_path / "a", picture, "PNG", icc_profile=profile))
@@ -355,13 +355,13 @@ def test_srgb_is_left_as_it_is(tmp_path: Path, profile: bytes) -> None:
     ],
     ids=["junk", "cut off", "no curve", "of grey", "of CMYK"],
 )
-def test_a_profile_of_no_use_loses_no_picture(tmp_path: Path, profile: bytes) -> None:
+def test_an_unusable_profile_loses_no_picture(tmp_path: Path, profile: bytes) -> None:
     seen = decode(saved(tmp_path / "a", Image.fromarray(COLOURS), "PNG", icc_profile=profile))
     assert seen.notes == (PROFILE_IGNORED,)
     assert np.array_equal(np.asarray(seen.image), COLOURS)
 
 
-def test_cmyk_is_turned_to_rgb(tmp_path: Path) -> None:
+def test_cmyk_is_converted_to_rgb(tmp_path: Path) -> None:
     for kind in ("JPEG", "TIFF"):
         seen = pixels_of(saved(tmp_path / "a", Image.new("CMYK", (20, 20), (0, 255, 255, 0)), kind))
         assert np.abs(seen.astype(int) - (255, 0, 0)).max() <= 3
@@ -393,7 +393,7 @@ def test_floating_point_from_0_to_1_and_16_bit_ppm_are_scaled(tmp_path: Path) ->
     "kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "TGA", "PPM", "JPEG2000", "AVIF", "ICO", "HEIF"]
 )
 @pytest.mark.parametrize("share", [0.2, 0.6])
-def test_a_picture_cut_off_is_refused(tmp_path: Path, kind: str, share: float) -> None:
+def test_a_truncated_picture_is_refused(tmp_path: Path, kind: str, share: float) -> None:
     path = HEIC / "plain.heic" if kind == "HEIF" else saved(tmp_path / "a", Image.fromarray(PIXELS), kind)
     data = path.read_bytes()
     (tmp_path / "a").write_bytes(data[: int(len(data) * share)])
@@ -450,7 +450,7 @@ WEB_PAGE = "a web page: download the picture itself"
         (bytes(range(256)), "a.jpg", NO_PICTURE),
     ],
 )
-def test_what_is_no_picture_is_called_what_it_is(content: bytes, name: str, expected: str) -> None:
+def test_other_files_are_refused_with_what_they_are(content: bytes, name: str, expected: str) -> None:
     with pytest.raises(UnusableError) as caught:
         kind_of(content[:HEAD_BYTES], name)
     assert caught.value.reason == expected
@@ -465,7 +465,7 @@ def test_what_is_no_picture_is_called_what_it_is(content: bytes, name: str, expe
         (b"avif\0\0\0\0mif1avif", "AVIF"),
     ],
 )
-def test_heic_and_avif_are_told_apart_by_their_brands(brands: bytes, kind: str) -> None:
+def test_heic_and_avif_are_distinguished_by_their_brands(brands: bytes, kind: str) -> None:
     box = (len(brands) + 8).to_bytes(4, "big") + b"ftyp" + brands
     assert kind_of(box + b"\0\0\0\x08metaavifheic") == kind
 
@@ -476,20 +476,20 @@ def test_a_dng_that_pil_reads_as_its_thumbnail_is_camera_raw(tmp_path: Path) -> 
     assert reason(saved(tmp_path / "a.tif", Image.fromarray(PIXELS), "TIFF", tiffinfo=tags)) == RAW
 
 
-def test_the_reason_does_not_show_where_the_file_lies(tmp_path: Path) -> None:
+def test_the_reason_does_not_show_the_path_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff" + bytes(100))
     with pytest.raises(UnusableError) as caught:
         load_picture(tmp_path / "a.jpg")
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_a_missing_file_is_no_broken_picture(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_reported_as_damaged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_picture(tmp_path / "a.jpg")
 
 
 def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0) -> bytes:
-    """A PNG with any header one likes."""
+    """A PNG with any width and height in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -502,7 +502,7 @@ def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0) -
 def test_too_many_pixels_are_refused_before_decoding_without_output(
     tmp_path: Path, side: int, capfd: pytest.CaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
-    (tmp_path / "a.png").write_bytes(png(side, side, b""))  # nothing to decode: its size must be what is refused
+    (tmp_path / "a.png").write_bytes(png(side, side, b""))  # nothing to decode: only its size can be refused
     with pytest.raises(UnusableError) as caught:
         load_picture(tmp_path / "a.png")
     assert caught.value.reason == TOO_LARGE
@@ -556,7 +556,7 @@ def test_jpegs_are_shrunk_no_further_than_needed(tmp_path: Path) -> None:
     assert reason(progressive, 1, 16, 120 * 160 - 1) == TOO_LARGE
 
 
-def test_an_icon_is_used_at_its_largest_size_and_no_bomb_hides_in_it(tmp_path: Path) -> None:
+def test_an_icon_is_used_at_its_largest_size_within_the_limits(tmp_path: Path) -> None:
     Image.fromarray(PIXELS).resize((64, 64)).save(tmp_path / "a", "ICO", sizes=[(16, 16), (48, 48), (32, 32)])
     assert load_picture(tmp_path / "a").size == (48, 48)
     bomb = png(12_000, 12_000, b"")
@@ -564,7 +564,7 @@ def test_an_icon_is_used_at_its_largest_size_and_no_bomb_hides_in_it(tmp_path: P
     assert reason(tmp_path / "b") == TOO_LARGE
 
 
-def test_one_colour_is_seen_through_compression(tmp_path: Path) -> None:
+def test_one_colour_is_recognised_despite_compression(tmp_path: Path) -> None:
     for colour in ((128, 128, 128), (200, 30, 77)):
         picture = Image.new("RGB", (300, 300), colour)
         for kind in ("PNG", "JPEG", "WEBP"):
@@ -591,7 +591,7 @@ def test_reading_in_threads_silences_pillow_and_nothing_else(tmp_path: Path, rec
     assert len(recwarn.list) == 1
 
 
-def test_no_damage_raises_anything_but_picture_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_files_raise_unusable_error_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     generator = np.random.default_rng(7)
     profile = rgb_profile(ADOBE_RGB, ADOBE_GAMMA)
     heic = (HEIC / "turned-p3.heic").read_bytes()

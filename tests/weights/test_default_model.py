@@ -1,4 +1,4 @@
-"""default_model.py: which model predicts when a request names none."""
+"""weights/default_model.py: the model when a request names none."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from predict import Predictor
 
 @pytest.fixture(autouse=True)
 def _checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An empty checkpoints/ beside the current folder; only the bundled model is where it always is."""
+    """An empty checkpoints/ beside the current folder; the bundled model stays where it is."""
     monkeypatch.setattr(default_model, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(default_model, "COCO", tmp_path / "coco")
     (tmp_path / "current").mkdir()
     monkeypatch.chdir(tmp_path / "current")
 
 
-def test_the_bundled_model_predicts_where_there_is_no_other() -> None:
+def test_the_bundled_model_is_used_if_there_is_no_other() -> None:
     assert ROOT / "checkpoints" / "shapes" == BUNDLED
     source, reason = default_model.default_model()
     assert source == str(BUNDLED)
     assert "plain shapes only" in reason
 
 
-def test_a_pulled_coco_model_goes_before_the_bundled_one(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_pulled_coco_model_is_preferred_to_the_bundled_one(tiny_model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "coco")
     assert default_model.default_model() == (str(tmp_path / "coco"), "it was pulled")
 
 
 @pytest.mark.parametrize("named", ["/models/mine.tar", "https://example.com/mine.tar", "other.tar", "~/mine.tar"])
-def test_cog_weights_goes_before_a_pulled_model(named: str, tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_cog_weights_is_preferred_to_a_pulled_model(named: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "coco")
     assert default_model.default_model(named) == (named, "COG_WEIGHTS names it")
 
@@ -50,13 +50,13 @@ def test_cog_weights_may_name_a_folder_in_checkpoints(named: str, tiny_model_fol
     assert default_model.default_model(named) == (str(folder), "COG_WEIGHTS names it")
 
 
-def test_a_path_that_exists_goes_before_a_name_in_checkpoints(tmp_path: Path) -> None:
+def test_an_existing_path_is_preferred_to_a_name_in_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     Path("mine").mkdir()
     assert default_model.find_weights("mine") == "mine"
 
 
-def test_coco_is_pulled_at_the_first_start_and_a_failure_is_a_sentence(
+def test_coco_is_pulled_at_the_first_start_or_fails_in_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {f"{path.stem}_coco.pt": path.read_bytes() for path in hfailab_files(tmp_path).glob("*.pt")}

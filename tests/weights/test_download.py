@@ -1,4 +1,4 @@
-"""weights/download.py against a server that fails in every way: a whole file, or a sentence."""
+"""weights/download.py against a server that fails in every way: the whole file, or one clear error."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_a_failing_server_still_gives_the_whole_file(plan: list[str | int], tags: bool, tmp_path: Path) -> None:
+def test_the_whole_file_arrives_from_a_failing_server(plan: list[str | int], tags: bool, tmp_path: Path) -> None:
     with bad_server({"a.pt": CONTENT}, plan, tags) as server:
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_broken_transfer_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_broken_download_resumes_where_it_stopped(tmp_path: Path) -> None:
     with bad_server({"a.pt": CONTENT}, ["truncate", "truncate"]) as server:
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
     half, quarters = len(CONTENT) // 2, len(CONTENT) * 3 // 4
     assert [asked for _, asked in server.asked] == [None, f"bytes={half}-", f"bytes={quarters}-"]
 
 
-def test_the_next_run_goes_on_too(tmp_path: Path) -> None:
+def test_the_next_run_resumes_too(tmp_path: Path) -> None:
     with bad_server({"a.pt": CONTENT}, ["truncate", *[500] * 5]) as server:
         with pytest.raises(ValueError, match=r"answers 500.*resumes where this one stopped"):
             fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
@@ -73,7 +73,7 @@ def test_a_complete_part_is_not_downloaded_again(tmp_path: Path) -> None:
     assert server.asked == []
 
 
-def test_a_part_longer_than_the_file_is_given_up(tmp_path: Path) -> None:
+def test_a_part_longer_than_the_file_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.pt.part").write_bytes(CONTENT + b"more")
     (tmp_path / "a.pt.part.json").write_text('{"validator": null, "total": 1024000}')
     with bad_server({"a.pt": CONTENT}) as server:
@@ -92,7 +92,7 @@ def test_a_part_longer_than_the_file_is_given_up(tmp_path: Path) -> None:
         (["drop", "wrong"], r"its sha256 is \w{64}, wanted is " + SHA256, 2),
     ],
 )
-def test_what_cannot_be_had_is_one_sentence_and_no_file(
+def test_a_failed_download_is_one_sentence_and_leaves_no_file(
     plan: list[str | int], sentence: str, requests: int, tmp_path: Path
 ) -> None:
     with bad_server({"a.pt": CONTENT}, plan) as server, pytest.raises(ValueError, match=sentence) as raised:
@@ -102,7 +102,7 @@ def test_what_cannot_be_had_is_one_sentence_and_no_file(
     assert not (tmp_path / "a.pt").exists()
 
 
-def test_no_server_at_all_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_server_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be downloaded \(.*refused"):
         fetch("http://127.0.0.1:9/a.pt", tmp_path / "a.pt")
 
@@ -117,7 +117,7 @@ def test_an_existing_file_is_downloaded_again_only_if_its_sha256_differs(tmp_pat
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
 
 
-def test_a_proxy_is_used_where_one_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_used_if_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with bad_server({"a.pt": CONTENT}) as proxy:
         monkeypatch.setenv("http_proxy", proxy.address)
         monkeypatch.delenv("no_proxy", raising=False)

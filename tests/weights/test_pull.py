@@ -1,4 +1,4 @@
-"""pull.py: from a server's files to a model folder that predicts, or a sentence and no folder."""
+"""weights/pull.py: a server's files to a model folder that predicts, or one clear error and no folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from clip_gen.weights.model_folder import load_config
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a mirror of both publishers holds, in small."""
+    """Small versions of the files of both publishers."""
     folder = hfailab_files(tmp_path_factory.mktemp("published"))
     torch.save(clip_state(VIT), folder / "clip.pt")
     names = {"gpt.pt": "gpt_coco.pt", "vqgan.pt": "vqgan_coco.pt", "clip.pt": "ViT-B-32.pt"}
@@ -36,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def _small(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The published addresses, but sizes and the known sha256 are those of the small files."""
+    """The published addresses, with the sizes and SHA-256 of the small files."""
     clip = replace(pull.CLIPS["ViT-B/32"], sha256=hashlib.sha256(files["ViT-B-32.pt"]).hexdigest())
     monkeypatch.setitem(pull.CLIPS, "ViT-B/32", clip)
     monkeypatch.setitem(pull.COCO, "clip", clip)
@@ -141,7 +141,7 @@ def test_too_little_disk_space_is_reported_before_any_request(
     assert "wanted are 1000000000.0; make room" in capsys.readouterr().err
 
 
-def test_two_pulls_of_one_folder_do_not_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_pull_of_the_same_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints" / ".pulling-coco").mkdir(parents=True)
     with (tmp_path / "checkpoints" / ".pulling-coco" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -151,7 +151,7 @@ def test_two_pulls_of_one_folder_do_not_meet(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.fixture
 def lpips_server(lpips_files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
-    """Has the two files of LPIPS, whose known sha256 are of these."""
+    """Has small versions of the two files of LPIPS, with their SHA-256."""
     files = {path.name: path.read_bytes() for path in lpips_files.iterdir()}
     vgg, linear = (hashlib.sha256(files[pull.LPIPS[part].name]).hexdigest() for part in ("vgg", "linear"))
     monkeypatch.setitem(pull.LPIPS, "vgg", replace(pull.LPIPS["vgg"], sha256=vgg[:8]))
@@ -186,7 +186,7 @@ def test_pull_lpips_makes_a_folder_with_its_origin_and_can_be_repeated(lpips_ser
         ("linear", {"sha256": "0" * 64}, "wanted is 0000"),
     ],
 )
-def test_a_file_of_another_sha256_makes_no_lpips(
+def test_a_file_with_another_sha256_is_refused(
     part: str,
     change: dict[str, str],
     sentence: str,
@@ -210,7 +210,7 @@ def test_a_vgg_is_downloaded_again_only_if_its_sha256_differs(lpips_server: BadS
     assert [path for path, _ in lpips_server.asked] == ["/vgg.pth", f"/{name}", "/vgg.pth"]
 
 
-def test_lpips_and_a_model_do_not_take_each_others_place(
+def test_lpips_and_a_model_do_not_replace_each_other(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["pull", "lpips", "--out", str(tiny_model_folder)]) == 1
@@ -223,7 +223,7 @@ def test_lpips_and_a_model_do_not_take_each_others_place(
 def test_every_clip_has_the_address_and_sha256_that_openais_package_has() -> None:
     assert {name: file.url for name, file in pull.CLIPS.items()} == clip.clip._MODELS
     for name, file in pull.CLIPS.items():
-        assert name == "ViT-B/32" or f"/{file.sha256}/" in file.url  # that one's is a small file's here
+        assert name == "ViT-B/32" or f"/{file.sha256}/" in file.url  # here it is the SHA-256 of a small file
 
 
 def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
@@ -237,7 +237,7 @@ def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
         assert f"`{file.sha256}`" in row
 
 
-def test_the_vgg_is_torchvisions_and_its_sha256_starts_as_its_name_says() -> None:
+def test_the_vgg_is_torchvisions_with_the_sha256_in_its_name() -> None:
     file = pull.LPIPS["vgg"]
     assert file.url == VGG16_Weights.IMAGENET1K_V1.url
     assert file.name == f"vgg16-{file.sha256}.pth"

@@ -1,4 +1,4 @@
-"""weights.py: weights tars."""
+"""weights/tarball.py: weights tars."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_packed_folder_comes_back_file_by_file(tiny_model_folder: Path, weights_tar: Path, cache: Path) -> None:
+def test_an_unpacked_tar_has_the_files_of_its_folder(tiny_model_folder: Path, weights_tar: Path, cache: Path) -> None:
     with tarfile.open(weights_tar) as tar:
         assert set(tar.getnames()) == {path.name for path in tiny_model_folder.iterdir()}
     assert contents(resolve_weights(str(weights_tar))) == contents(tiny_model_folder)
@@ -67,7 +67,7 @@ def test_incomplete_folders_of_killed_processes_are_removed(tiny_model_folder: P
         temporary = Path(process.stdout.readline().strip())
         age(temporary.parent, 100)
         pack(tiny_model_folder, tmp_path / "weights.tar")
-        assert temporary.is_file()  # somebody writes it
+        assert temporary.is_file()  # another process is writing it
     finally:
         process.kill()
         process.wait()
@@ -76,11 +76,11 @@ def test_incomplete_folders_of_killed_processes_are_removed(tiny_model_folder: P
     assert [path.name for path in tmp_path.iterdir()] == ["weights.tar"]
 
 
-def test_a_folder_is_itself(tiny_model_folder: Path) -> None:
+def test_a_model_folder_is_used_in_place(tiny_model_folder: Path) -> None:
     assert resolve_weights(str(tiny_model_folder)) == tiny_model_folder
 
 
-def test_a_folder_that_a_training_left_holds_one(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_the_folder_of_a_training_may_be_named(tiny_model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_folder, tmp_path / "trained" / "model")
     assert resolve_weights(str(tmp_path / "trained")) == tmp_path / "trained" / "model"
 
@@ -93,7 +93,7 @@ def test_a_tar_is_unpacked_once_and_again_when_it_changes(weights_tar: Path, cac
 
 
 @pytest.mark.parametrize("form", ["data:application/x-tar;base64,", "DATA:;BASE64,"])
-def test_a_data_url_holds_a_tar(tiny_model_folder: Path, weights_tar: Path, cache: Path, form: str) -> None:
+def test_a_data_url_may_contain_a_tar(tiny_model_folder: Path, weights_tar: Path, cache: Path, form: str) -> None:
     url = form + base64.b64encode(weights_tar.read_bytes()).decode()
     assert contents(resolve_weights(url)) == contents(tiny_model_folder)
 
@@ -117,7 +117,7 @@ def write_tar(folder: Path, path: Path, inside: str) -> Path:
 
 
 @pytest.mark.parametrize("inside", ["mine", "./mine", "trained/model", "."])
-def test_a_tar_may_hold_the_model_in_a_folder(
+def test_the_model_may_be_in_a_folder_of_the_tar(
     tiny_model_folder: Path, tmp_path: Path, cache: Path, inside: str
 ) -> None:
     path = write_tar(tiny_model_folder, tmp_path / "weights.tar", inside)
@@ -125,7 +125,7 @@ def test_a_tar_may_hold_the_model_in_a_folder(
 
 
 @pytest.mark.parametrize("inside", ["", "mine/", "a\\b\\"])
-def test_a_zip_of_a_model_folder_is_as_good_as_a_tar(
+def test_a_zip_of_a_model_folder_is_accepted_like_a_tar(
     tiny_model_folder: Path, tmp_path: Path, cache: Path, inside: str
 ) -> None:
     path = write_zip(tiny_model_folder, tmp_path / "model.zip", inside)
@@ -135,7 +135,7 @@ def test_a_zip_of_a_model_folder_is_as_good_as_a_tar(
 
 
 def test_parts_of_a_model_elsewhere_in_a_tar_are_ignored(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
-    """As a whole training's folder has them."""
+    """Like the folder of a training."""
     shutil.copytree(tiny_model_folder, tmp_path / "trained" / "model")
     (tmp_path / "trained" / "work" / "gpt").mkdir(parents=True)
     (tmp_path / "trained" / "work" / "gpt" / "gpt.safetensors").write_bytes(b"half-trained")
@@ -152,16 +152,14 @@ def test_an_archive_of_two_models_is_refused(tiny_model_folder: Path, tmp_path: 
     assert not folders(cache)
 
 
-def test_a_zip_that_would_unpack_without_bounds_is_refused(
-    tiny_model_folder: Path, tmp_path: Path, cache: Path
-) -> None:
+def test_a_zip_that_unpacks_without_limit_is_refused(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
     path = write_zip(tiny_model_folder, tmp_path / "model.zip", "", zipfile.ZIP_LZMA)
     with pytest.raises(ModelFolderError, match=r"model\.zip: a file in it is compressed in a way that is not read"):
         resolve_weights(path)
     assert not folders(cache)
 
 
-def test_a_zip_with_too_much_in_it_is_refused(
+def test_a_zip_over_the_size_limit_is_refused(
     tiny_model_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_zip(tiny_model_folder, tmp_path / "model.zip", "")
@@ -180,7 +178,7 @@ def age(path: Path, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["photo.jpg", "gpt.safetensors"])
-def test_a_tar_with_too_much_in_it_is_refused_wanted_or_not(
+def test_a_tar_over_the_size_limit_is_refused_whatever_its_files(
     tmp_path: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LIMITS", replace(module.LIMITS, max_bytes=2**20))
@@ -191,7 +189,7 @@ def test_a_tar_with_too_much_in_it_is_refused_wanted_or_not(
         resolve_weights(str(tmp_path / "big.tar.gz"))
 
 
-def test_a_tar_of_endless_empty_files_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_a_tar_of_thousands_of_empty_files_is_refused(tmp_path: Path, cache: Path) -> None:
     with tarfile.open(tmp_path / "many.tar.gz", "w:gz") as tar:
         for i in range(5000):
             tar.addfile(tarfile.TarInfo(str(i)))
@@ -199,7 +197,7 @@ def test_a_tar_of_endless_empty_files_is_refused(tmp_path: Path, cache: Path) ->
         resolve_weights(str(tmp_path / "many.tar.gz"))
 
 
-def test_a_full_disk_is_called_that(weights_tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_in_the_error(weights_tar: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*files: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -216,7 +214,7 @@ def test_a_url_is_unpacked_once_and_again_when_its_file_changes(weights_tar: Pat
         url = f"{address}/weights.tar"
         first = resolve_weights(url)
         assert resolve_weights(url) == first
-        age(site / "weights.tar", 60)  # as long as before: retrained weights are
+        age(site / "weights.tar", 60)  # of the same length, like retrained weights
         assert resolve_weights(url) != first
 
 
@@ -238,7 +236,7 @@ def test_without_a_writable_home_the_remedy_is_to_name_a_cache(
         resolve_weights(str(weights_tar))
 
 
-def test_where_there_is_no_home_too(weights_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_home_the_remedy_is_to_name_a_cache(weights_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(user: int) -> None:
         raise KeyError(user)
 
@@ -279,7 +277,7 @@ def test_a_named_cache_that_cannot_be_written_to_is_refused(weights_tar: Path, m
     ],
     ids=lambda text: text[:30],
 )
-def test_files_that_are_no_weights_give_one_error_and_leave_nothing(weights: str, sentence: str, cache: Path) -> None:
+def test_files_that_are_not_weights_are_refused_and_leave_nothing(weights: str, sentence: str, cache: Path) -> None:
     with pytest.raises(ModelFolderError) as error:
         resolve_weights(weights)
     assert sentence in str(error.value)
@@ -289,9 +287,7 @@ def test_files_that_are_no_weights_give_one_error_and_leave_nothing(weights: str
 
 
 @pytest.mark.parametrize("kept", [5_120, 50_000])  # between two files, and within one
-def test_a_truncated_tar_is_to_be_downloaded_again_and_leaves_nothing(
-    weights_tar: Path, cache: Path, kept: int
-) -> None:
+def test_a_truncated_tar_is_refused_and_leaves_nothing(weights_tar: Path, cache: Path, kept: int) -> None:
     weights_tar.write_bytes(weights_tar.read_bytes()[:kept])
     with pytest.raises(
         ModelFolderError, match=r"weights\.tar: is damaged, cut off or no archive \(.*\); download or copy it"
@@ -310,9 +306,7 @@ def test_a_truncated_tar_is_to_be_downloaded_again_and_leaves_nothing(
         (bytes(10_240), "holds no weights, nothing in it is called config.yaml"),
     ],
 )
-def test_a_file_that_is_something_else_is_called_that(
-    tmp_path: Path, cache: Path, content: bytes, sentence: str
-) -> None:
+def test_the_error_names_what_the_file_is(tmp_path: Path, cache: Path, content: bytes, sentence: str) -> None:
     (tmp_path / "weights.tar").write_bytes(content)
     with pytest.raises(ModelFolderError) as error:
         resolve_weights(tmp_path / "weights.tar")
@@ -320,7 +314,7 @@ def test_a_file_that_is_something_else_is_called_that(
     assert not folders(cache)
 
 
-def test_a_folder_without_a_model_is_named_with_the_remedy(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"holds no model, its config\.yaml is missing"):
         resolve_weights(tmp_path)
     (tmp_path / "work").mkdir()
@@ -344,7 +338,7 @@ def test_a_hostile_tar_writes_nothing_outside_its_folder(tiny_model_folder: Path
     assert {file.name for file in tmp_path.iterdir()} == {"hostile.tar", "cache"}
 
 
-def test_a_tar_without_a_model_is_named(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_tar_without_a_complete_model_is_an_error(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(__file__, arcname="photo.jpg")
     with pytest.raises(ModelFolderError, match=r"photos\.tar: holds no weights, nothing in it is called config\.yaml"):
@@ -370,6 +364,6 @@ def test_names_in_a_tar_cannot_fill_the_memory(tmp_path: Path, cache: Path) -> N
     assert not folders(cache)
 
 
-def test_a_tar_may_have_any_name_that_linux_allows(weights_tar: Path, tiny_model_folder: Path, cache: Path) -> None:
+def test_a_tar_may_have_a_name_that_is_not_utf8(weights_tar: Path, tiny_model_folder: Path, cache: Path) -> None:
     named = weights_tar.rename(weights_tar.with_name(os.fsdecode(b"gewichte-\xfc.tar")))
     assert contents(resolve_weights(named)) == contents(tiny_model_folder)

@@ -20,7 +20,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"
 
 @pytest.fixture
 def trickle(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A server that sends the parameter's text at once and then a byte every 50 ms for ever; its address."""
+    """Address of a server that sends the parameter's text and then one byte every 50 ms without end."""
     listening = socket.create_server(("127.0.0.1", 0))
     closing = threading.Event()
 
@@ -43,7 +43,7 @@ def trickle(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("trickle", [b"HTTP/1.1 200 OK\r\nX: ", HEAD], indirect=True, ids=["head", "body"])
-def test_a_server_that_trickles_for_ever_is_left_at_the_deadline(trickle: str) -> None:
+def test_an_endlessly_slow_server_times_out_at_the_deadline(trickle: str) -> None:
     started = time.monotonic()
     with (
         pytest.raises(TimeoutError, match=r"not done after 0\.5 seconds"),
@@ -72,26 +72,26 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def test_a_silent_server_is_left_soon_after_should_stop_says_so(silent: str) -> None:
+def test_should_stop_ends_the_wait_for_a_silent_server(silent: str) -> None:
     started = time.monotonic()
     with pytest.raises(ConnectionAbortedError, match="stopped"):
         open_url(silent, should_stop=lambda: time.monotonic() - started > 0.2)
     assert time.monotonic() - started < 5
 
 
-def test_a_silent_server_is_left_after_the_timeout(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_times_out(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(url_module, "TIMEOUT_SECONDS", 0.5)
     with pytest.raises(TimeoutError, match=r"nothing came for 0\.5 seconds"):
         open_url(silent)
 
 
-def test_what_comes_is_what_was_sent(tmp_path: Path) -> None:
+def test_the_bytes_read_are_those_sent(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(sent := bytes(range(256)) * 4000)
     with web_server(tmp_path) as address, open_url(f"{address}/file") as reply:
         assert reply.read() == sent
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with web_server(tmp_path) as address, pytest.raises(OSError, match="404"):
         open_url(f"{address}/absent")
 
@@ -125,14 +125,14 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         *("64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2002:a00:1::1", "2001:0:7f00:1::"),
     ],
 )
-def test_an_address_that_is_not_public_is_known_in_every_form(address: str) -> None:
+def test_private_addresses_are_recognised_in_every_form(address: str) -> None:
     assert not is_public(address)
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 )
-def test_a_public_address_is_known_in_every_form(address: str) -> None:
+def test_public_addresses_are_recognised_in_every_form(address: str) -> None:
     assert is_public(address)
 
 
@@ -149,7 +149,7 @@ def read(url: str, public: PublicOnly) -> bytes:
 
 
 @pytest.mark.usefixtures("_trusted")
-def test_a_public_server_is_read_after_redirects_too() -> None:
+def test_a_public_server_may_redirect_to_another() -> None:
     with serving(MIRROR, {"/file": b"weights"}) as mirror:
         redirect = {"/": f"https://mirror.example:{mirror.server_port}/file"}
         with serving(PUBLIC, redirect) as server:
@@ -167,7 +167,7 @@ PLACES = [
 @pytest.mark.usefixtures("_trusted")
 @pytest.mark.parametrize("redirected", [False, True], ids=["named", "redirected to"])
 @pytest.mark.parametrize("place", PLACES)
-def test_no_connection_is_made_to_a_place_that_is_not_public(place: str, redirected: bool) -> None:
+def test_no_connection_is_made_to_a_private_address(place: str, redirected: bool) -> None:
     public = public_web(inside_example=[[PRIVATE]], mixed_example=[[PUBLIC, PRIVATE]])
     with serving(PRIVATE, {"/": b"secret"}) as private:
         url = place.format(private.server_port)
@@ -195,7 +195,7 @@ def test_a_certificate_for_another_name_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("_trusted")
-def test_a_second_address_is_tried_where_the_first_does_not_answer() -> None:
+def test_a_second_address_is_tried_if_the_first_does_not_answer() -> None:
     with serving(PUBLIC, {"/": b"weights"}) as server:
         public = PublicOnly(Names(weights_example=[[MIRROR, PUBLIC]]), counts_as_public)
         assert read(f"https://weights.example:{server.server_port}/", public) == b"weights"
@@ -215,7 +215,7 @@ def test_a_second_address_is_tried_where_the_first_does_not_answer() -> None:
         ("http://weights.example/", []),
     ],
 )
-def test_a_proxy_is_not_asked_for_an_address_that_is_not_public(
+def test_a_proxy_is_not_asked_for_a_private_address(
     url: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proxy's own address is the operator's choice, and may be private."""

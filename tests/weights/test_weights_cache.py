@@ -1,4 +1,4 @@
-"""weights/cache.py: what is kept, what is removed, and by whom."""
+"""weights/cache.py: which folders stay and which are removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clip_gen.weights.model_folder import ModelFolderError, load_config
 from clip_gen.weights.tarball import open_weights, pack
 
 SIZE = 100_000
-# Another process, which uses the folder of one key, unpacks another, and then says so.
+# Another process, which uses the folder of one key, unpacks another and prints its path.
 OTHER = f"""
 import time
 from clip_gen.weights.cache import Cache
@@ -49,7 +49,7 @@ def limited(max_bytes: float) -> Cache:
 
 
 def add(cache: Cache, *keys: str) -> list[Path]:
-    """Folders that nobody uses, the first used longest ago."""
+    """Folders that nobody uses, least recently used first."""
     found = []
     for i, key in enumerate(keys):
         folder = cache.add(key, fill)
@@ -59,7 +59,7 @@ def add(cache: Cache, *keys: str) -> list[Path]:
     return found
 
 
-def test_the_folders_used_longest_ago_make_room() -> None:
+def test_the_least_recently_used_folders_are_removed() -> None:
     cache = limited(4.5 * SIZE)
     a, b, c, d = add(cache, "a", "b", "c", "d")
     cache.find("a").close()
@@ -68,7 +68,7 @@ def test_the_folders_used_longest_ago_make_room() -> None:
     assert not list(cache.folder.glob(".unpacking-*"))
 
 
-def test_folders_make_room_until_the_disk_has_enough_free() -> None:
+def test_folders_are_removed_until_the_disk_has_enough_free() -> None:
     cache = Cache()
     cache.free_bytes = shutil.disk_usage("/tmp").free * 2
     paths = add(cache, "a", "b")
@@ -88,7 +88,7 @@ def test_a_folder_in_use_stays_until_it_is_closed() -> None:
     assert not used.path.exists()
 
 
-def test_a_loaded_model_keeps_its_folder_until_it_is_gone(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_a_loaded_model_keeps_its_folder_until_it_is_deleted(tiny_model_folder: Path, tmp_path: Path) -> None:
     pack(tiny_model_folder, tmp_path / "weights.tar")
     model, cache = ClipGen.load(tmp_path / "weights.tar", "cpu"), limited(0)
     folder = model.source.path
@@ -115,7 +115,7 @@ def test_another_process_keeps_its_folders_until_it_is_killed() -> None:
     assert [path for path in cache.folder.iterdir() if path.name != ".lock"] == []
 
 
-def test_nothing_is_left_of_a_folder_that_could_not_be_filled() -> None:
+def test_a_folder_that_fails_to_unpack_is_removed() -> None:
     def fail(folder: Path) -> None:
         fill(folder)
         raise ValueError("broken")
@@ -126,7 +126,7 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_filled() -> None:
     assert [path.name for path in cache.folder.iterdir()] == [".lock"]
 
 
-def test_weights_that_need_room_are_refused_where_there_is_none(
+def test_weights_of_requests_are_refused_without_room(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two"):
@@ -136,10 +136,10 @@ def test_weights_that_need_room_are_refused_where_there_is_none(
     with pytest.raises(CacheError, match="has no room for these weights beside those in use"):
         open_weights(tmp_path / "two.tar", needs_room=True)
     assert [path for path in own.path.parent.iterdir() if path.name != ".lock"] == [own.path]
-    assert open_weights(tmp_path / "two.tar").path.is_dir()  # the operator's own are not refused
+    assert open_weights(tmp_path / "two.tar").path.is_dir()  # named by the operator: not refused
 
 
-def test_eight_threads_with_many_tars_never_lose_a_folder(
+def test_eight_threads_with_many_tars_keep_their_folders(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIP_GEN_CACHE_GB", "0")
@@ -157,7 +157,7 @@ def test_eight_threads_with_many_tars_never_lose_a_folder(
 
 
 @pytest.mark.parametrize("value", ["-1", "much", "nan", "inf"])
-def test_a_setting_that_is_no_size_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_is_not_a_size_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP_GEN_CACHE_FREE_GB", value)
     with pytest.raises(ModelFolderError, match=f"CLIP_GEN_CACHE_FREE_GB is {value}; give a number of gigabytes"):
         Cache()
