@@ -1,4 +1,4 @@
-"""training/: both stages at toy size, really trained."""
+"""training/: both stages, trained at toy size."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from clip_gen.files import ROOT
-from clip_gen.hardware import choose_dtype
+from clip_gen.hardware import choose_dtype, prefers_bfloat16
 from clip_gen.images import from_bytes
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training import encoding, processes
-from clip_gen.training import fit as fit_module
 from clip_gen.training import stage as stage_module
 from clip_gen.training.datasets import (
     NEAR_MISS_NEIGHBOURS,
@@ -145,8 +144,8 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest() -> None:
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
-def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is always in bfloat16: without, ours differs by that rounding."""
+def test_muon_steps_like_torchs(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's always uses bfloat16, so in float32 ours differs by that rounding."""
     monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, training: bfloat16)
     torch.manual_seed(0)
     ours = GPT(TINY.gpt).eval()
@@ -164,36 +163,35 @@ def test_muon_steps_as_torchs_own_does(bfloat16: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("able", "learnt_in", "drawn_in"),
+    ("capability", "trains_in_bfloat16", "sampling_dtype"),
     [
-        ("amx_bf16", "bf16-mixed", torch.bfloat16),
-        ("avx512_bf16", "bf16-mixed", torch.float16),
-        ("avx2", "32-true", None),
+        ("amx_bf16", True, torch.bfloat16),
+        ("avx512_bf16", True, torch.float16),
+        ("avx2", False, None),
     ],
 )
-def test_cpus_learn_in_bfloat16_where_they_multiply_it(
-    able: str, learnt_in: str, drawn_in: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+def test_cpus_that_multiply_bfloat16_train_in_it(
+    capability: str, trains_in_bfloat16: bool, sampling_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
-    monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: drawn_in is not None)
-    assert fit_module._precision("auto") == learnt_in
-    assert fit_module._precision("32-true") == "32-true"
-    assert choose_dtype("auto", torch.device("cpu")) == (drawn_in or torch.float32)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: sampling_dtype is not None)
+    assert prefers_bfloat16(torch.device("cpu"), training=True) is trains_in_bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) == (sampling_dtype or torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 12), (2, 12, 40), (2, 40, 12)])
-def test_singular_values_are_brought_near_one_whatever_the_shape(
+def test_singular_values_become_nearly_one_for_any_shape(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, training: False)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonal(matrices)
+    result = orthogonal(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)
     values = values / values.norm(dim=1, keepdim=True)
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    assert torch.allclose(found, u @ torch.diag_embed(values) @ v, atol=1e-4)
+    assert torch.allclose(result, u @ torch.diag_embed(values) @ v, atol=1e-4)
 
 
 def test_muon_updates_the_convolutions_of_a_vqgan_and_adamw_the_rest() -> None:
@@ -218,7 +216,7 @@ def test_muon_updates_the_convolutions_of_a_vqgan_and_adamw_the_rest() -> None:
     assert others.issuperset(map(id, trainer.discriminator.parameters()))
 
 
-def test_each_networks_gradients_are_cut_back_for_themselves() -> None:
+def test_gradients_are_clipped_for_each_network_separately() -> None:
     trainer = VQGANTrainer(VQGAN(TINY.vqgan).train(), FIT, VQGANLoss(adversarial=1.0))
     for network, size in ((trainer.vqgan, 1e-4), (trainer.discriminator, 1e2)):
         for parameter in network.parameters():
@@ -231,14 +229,14 @@ def test_each_networks_gradients_are_cut_back_for_themselves() -> None:
 
 
 @torch.no_grad()
-def test_reconstruction_is_measured_on_pictures_that_are_not_of_one_colour() -> None:
+def test_reconstruction_is_not_measured_on_plain_pictures() -> None:
     vqgan = tiny_networks().vqgan
     pictures = torch.from_numpy(np.stack([RenderedPictures(6, 2, 16)[i] for i in range(6)]))
     images = from_bytes(pictures)
     errors = (vqgan.decode(vqgan.encode(images)) - images).square().mean(dim=(1, 2, 3))
-    wanted = float(10 * torch.log10(4 / errors.mean()))
+    expected = float(10 * torch.log10(4 / errors.mean()))
     plain = torch.full((3, 16, 16, 3), 255, dtype=torch.uint8)
-    plain[1, ::2] -= 3  # as JPEG may leave it
+    plain[1, ::2] -= 3  # like JPEG artefacts
 
     def measured(*batches: torch.Tensor) -> float:
         trainer, logged = VQGANTrainer(vqgan, FIT), {}
@@ -249,12 +247,12 @@ def test_reconstruction_is_measured_on_pictures_that_are_not_of_one_colour() -> 
         trainer.on_validation_epoch_end()
         return logged["val_psnr"]
 
-    assert measured(pictures) == pytest.approx(wanted, abs=1e-4)
-    assert measured(pictures[:4], torch.cat([pictures[4:], plain])) == pytest.approx(wanted, abs=1e-4)
-    assert np.isfinite(measured(plain))  # without others, they are all there is to say
+    assert measured(pictures) == pytest.approx(expected, abs=1e-4)
+    assert measured(pictures[:4], torch.cat([pictures[4:], plain])) == pytest.approx(expected, abs=1e-4)
+    assert np.isfinite(measured(plain))  # when all pictures are plain, all count
 
 
-def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> None:
+def test_muon_resumed_from_a_checkpoint_takes_the_same_steps() -> None:
     torch.manual_seed(0)
     gpt = GPT(TINY.gpt).eval()
     optimizer = Muon(gpt, matrices_of(gpt), FitConfig(muon_rate=1e-2, learning_rate=1e-3, weight_decay=0.1))
@@ -263,14 +261,14 @@ def test_muon_taken_up_from_a_checkpoint_steps_as_if_it_had_never_stopped() -> N
     one_step(gpt, optimizer)
     other = GPT(TINY.gpt).eval()
     other.load_state_dict(weights)
-    taken_up = Muon(other, matrices_of(other), FitConfig(muon_rate=0.0, learning_rate=0.0, weight_decay=0.0))
-    taken_up.load_state_dict(state)
-    one_step(other, taken_up)
+    resumed = Muon(other, matrices_of(other), FitConfig(muon_rate=0.0, learning_rate=0.0, weight_decay=0.0))
+    resumed.load_state_dict(state)
+    one_step(other, resumed)
     for name, value in gpt.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_the_discriminator_comes_in_by_steps_or_by_time_and_then_moves_the_decoder(
+def test_the_discriminator_starts_by_steps_or_by_time_and_trains_the_decoder(
     tmp_path: Path,
 ) -> None:
     def trained(folder: Path, adversarial_from: float, time_spent: float = 0.0) -> tuple[dict, dict]:
@@ -294,8 +292,8 @@ def test_the_discriminator_comes_in_by_steps_or_by_time_and_then_moves_the_decod
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to")
-def test_contrast_teaches_what_hardly_shows_in_the_loss() -> None:
-    """One token of sixteen tells two kinds of picture apart, of which the condition says little."""
+def test_contrast_trains_a_detail_that_hardly_changes_the_loss() -> None:
+    """Two kinds of pictures differ in one of sixteen tokens, and their conditions differ little."""
     generator = torch.Generator().manual_seed(0)
     shared, hint = torch.randn(2, 1, 16, generator=generator)
     kind = torch.arange(32) % 2
@@ -304,7 +302,7 @@ def test_contrast_teaches_what_hardly_shows_in_the_loss() -> None:
     tokens[:, 9] = kind
     batch = conditions, tokens, torch.zeros(32, dtype=torch.bool), conditions, conditions[1 - kind]
 
-    def surer(contrast: float) -> float:
+    def advantage(contrast: float) -> float:
         torch.manual_seed(0)
         trainer = GPTTrainer(GPT(TINY.gpt), FIT, contrast=contrast)
         optimizer = torch.optim.AdamW(trainer.parameters(), lr=3e-3)
@@ -316,8 +314,8 @@ def test_contrast_teaches_what_hardly_shows_in_the_loss() -> None:
             own, other = (token_nats(trainer.gpt(c, tokens[:, :-1]), tokens).sum(dim=1) for c in (conditions, batch[4]))
         return float((other - own).mean())
 
-    assert surer(0.0) < 0.5
-    assert surer(4.0) > 1.5
+    assert advantage(0.0) < 0.5
+    assert advantage(4.0) > 1.5
 
 
 def four_pictures() -> tuple[torch.Tensor, torch.Tensor]:
@@ -328,7 +326,7 @@ def four_pictures() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore:You are trying to")
 @torch.no_grad()
-def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
+def test_contrast_changes_nothing_without_near_misses() -> None:
     gpt = GPT(TINY.gpt).eval()
     conditions, tokens = four_pictures()
     never, always = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
@@ -336,7 +334,7 @@ def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
     trainer = GPTTrainer(gpt, FIT, contrast=4.0)
     same = trainer.training_step((conditions, tokens, never, conditions, conditions))
     assert float(same) == pytest.approx(float(plain), abs=1e-6)
-    # Drawn without a condition, there is none to mistake.
+    # A dropped condition has no near miss.
     dropped = trainer.training_step((conditions, tokens, always, conditions, -conditions))
     without = GPTTrainer(gpt, FIT).training_step((conditions, tokens, always, conditions, -conditions))
     assert float(dropped) == pytest.approx(float(without), abs=1e-6)
@@ -344,46 +342,51 @@ def test_where_nothing_is_missed_contrast_changes_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore:You are trying to")
 @torch.no_grad()
-def test_a_place_that_was_drawn_stands_for_those_that_were_not() -> None:
+def test_losses_of_sampled_places_are_divided_by_their_probabilities() -> None:
     gpt = GPT(TINY.gpt).eval()
     conditions, tokens = four_pictures()
     batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, conditions
     plain = GPTTrainer(gpt, FIT).training_step(batch)
     every = torch.arange(16).expand(4, 16)
-    found = GPTTrainer(gpt, FIT).training_step((*batch, every, torch.ones(4, 16)))
-    assert float(found) == pytest.approx(float(plain), abs=1e-6)
+    result = GPTTrainer(gpt, FIT).training_step((*batch, every, torch.ones(4, 16)))
+    assert float(result) == pytest.approx(float(plain), abs=1e-6)
 
-    places, chances = torch.tensor([[0, 4, 9, 14]]).expand(4, 4), torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
-    nats = token_nats(gpt(conditions, tokens[:, :-1], None, places, chances), tokens.gather(1, places))
-    found = GPTTrainer(gpt, FIT).training_step((*batch, places, chances))
-    assert float(found) == pytest.approx(float((nats * torch.tensor([1.0, 5.0, 5.0, 2.0])).sum() / 64), abs=1e-6)
+    places, probabilities = (
+        torch.tensor([[0, 4, 9, 14]]).expand(4, 4),
+        torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4),
+    )
+    nats = token_nats(gpt(conditions, tokens[:, :-1], None, places, probabilities), tokens.gather(1, places))
+    result = GPTTrainer(gpt, FIT).training_step((*batch, places, probabilities))
+    assert float(result) == pytest.approx(float((nats * torch.tensor([1.0, 5.0, 5.0, 2.0])).sum() / 64), abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to")
 @torch.no_grad()
-def test_near_misses_are_told_apart_by_the_places_drawn() -> None:
+def test_contrast_uses_the_sampled_places() -> None:
     gpt = GPT(TINY.gpt).eval()
     conditions, tokens = four_pictures()
     missed = conditions.roll(1, dims=0)
-    missed[:2] = conditions[:2]  # they have none
+    missed[:2] = conditions[:2]  # no near miss
     batch = conditions, tokens, torch.zeros(4, dtype=torch.bool), conditions, missed
-    sure = GPTTrainer(gpt, FIT, contrast=2.0)
-    whole, every = sure.training_step(batch), (torch.arange(16).expand(4, 16), torch.ones(4, 16))
-    assert float(sure.training_step((*batch, *every))) == pytest.approx(float(whole), abs=1e-5)
+    trainer = GPTTrainer(gpt, FIT, contrast=2.0)
+    whole, every = trainer.training_step(batch), (torch.arange(16).expand(4, 16), torch.ones(4, 16))
+    assert float(trainer.training_step((*batch, *every))) == pytest.approx(float(whole), abs=1e-5)
 
-    rows = torch.tensor([[0, 3, 4, 9], [0, 4, 9, 14], [0, 1, 2, 3], [0, 5, 6, 7]])  # each its own
-    places, chances = rows, torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
+    rows = torch.tensor([[0, 3, 4, 9], [0, 4, 9, 14], [0, 1, 2, 3], [0, 5, 6, 7]])  # other places for each picture
+    places, probabilities = rows, torch.tensor([[1.0, 0.2, 0.2, 0.5]]).expand(4, 4)
     nats, missed_nats = (
-        (token_nats(gpt(c, tokens[:, :-1], None, places, chances), tokens.gather(1, places)) / chances).sum(dim=1)
+        (token_nats(gpt(c, tokens[:, :-1], None, places, probabilities), tokens.gather(1, places)) / probabilities).sum(
+            dim=1
+        )
         for c in (conditions, missed)
     )
-    # A quarter of the pictures is looked at, one of the two that have a near miss, and stands for both.
-    wanted = [(nats.sum() + 2.0 * 2 * F.softplus(nats - missed_nats)[one]) / 64 for one in (2, 3)]
-    found = float(sure.training_step((*batch, places, chances)))
-    assert any(found == pytest.approx(float(value), abs=1e-5) for value in wanted)
+    # One of four pictures is compared: one of the two with a near miss, and it counts for both.
+    expected = [(nats.sum() + 2.0 * 2 * F.softplus(nats - missed_nats)[one]) / 64 for one in (2, 3)]
+    result = float(trainer.training_step((*batch, places, probabilities)))
+    assert any(result == pytest.approx(float(value), abs=1e-5) for value in expected)
 
 
-def test_tokens_of_like_squares_start_alike() -> None:
+def test_tokens_of_similar_patches_start_similar() -> None:
     networks = tiny_networks()
     start_from_codes(networks.gpt, networks.vqgan, seed=0)
     codes = F.normalize(networks.vqgan.quantizer.lookup(torch.arange(32)[None])[0], dim=1)
@@ -392,7 +395,7 @@ def test_tokens_of_like_squares_start_alike() -> None:
     assert torch.corrcoef(alike)[0, 1] > 0.7
 
 
-def test_what_is_around_is_mixed_by_a_matrix_of_muons() -> None:
+def test_muon_updates_the_matrix_of_the_neighbour_context() -> None:
     gpt = GPT(replace(TINY.gpt, neighbour_context=True))
     optimizer = GPTTrainer(gpt, replace(FIT, muon_rate=1e-3)).configure_optimizers()["optimizer"]
     matrices, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
@@ -416,52 +419,52 @@ def test_without_neighbour_context_the_last_third_trains_on_whole_images(neighbo
     assert torch.equal(trainer.training_step((*batch, *sampled)), few if neighbour_context else whole)
 
 
-def test_a_picture_drawn_comes_with_its_places(encoded: EncodedPictures, tmp_path: Path) -> None:
+def test_samples_of_encoded_pictures_contain_places(encoded: EncodedPictures, tmp_path: Path) -> None:
     tokens = np.zeros((400, 16), np.uint16)
     tokens[:, 5] = np.arange(400) % 7 + 1
     np.save(tmp_path / "drawings.npy", tokens)
     pictures = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "drawings.npy", pictures=200, places=8)
     assert len(pictures[0]) == 5
     for number in range(50):
-        *drawn, places, chances = Endless(pictures, seed=0)[number]
+        *sampled, places, probabilities = Endless(pictures, seed=0)[number]
         assert torch.equal(places, Endless(pictures, seed=0)[number][5])
-        assert {0, 5, 6, 9} <= set(places.tolist())  # where something begins, and where it ends
-        assert chances[places == 5] == chances[0] == 1
-        assert (chances[~torch.isin(places, torch.tensor([0, 5, 6, 9]))] == 4 / 12).all()
-        assert len(drawn) == 5
+        assert {0, 5, 6, 9} <= set(places.tolist())  # tokens that differ from a neighbour
+        assert probabilities[places == 5] == probabilities[0] == 1
+        assert (probabilities[~torch.isin(places, torch.tensor([0, 5, 6, 9]))] == 4 / 12).all()
+        assert len(sampled) == 5
 
 
 @pytest.mark.parametrize("edges", [0, 1, 2, 4])
-def test_places_are_drawn_as_often_as_their_chances_say(edges: int) -> None:
-    """Of a plain picture, of drawings, and of one that is no drawing at all."""
+def test_places_are_sampled_with_their_probabilities(edges: int) -> None:
+    """Of a plain picture, of drawings, and of a photograph."""
     tokens = np.zeros((16, 16), np.int64)
     side = 4 * edges
     tokens[:side, :side] = np.arange(side**2).reshape(side, side)
     rng, of_all = np.random.default_rng(0), np.zeros(256)
     for _ in range(2000):
-        places, chances = drawn_places(tokens.ravel(), 96, rng)
+        places, probabilities = drawn_places(tokens.ravel(), 96, rng)
         assert places[0] == 0
-        assert chances[0] == 1
-        assert len(places) == len(chances) == 96
+        assert probabilities[0] == 1
+        assert len(places) == len(probabilities) == 96
         assert (np.diff(places) > 0).all()
-        of_all[places] += 1 / chances
-    drawn = of_all > 0
-    assert drawn.all()
+        of_all[places] += 1 / probabilities
+    sampled = of_all > 0
+    assert sampled.all()
     assert np.allclose(of_all / 2000, 1, atol=0.25)
     assert of_all.mean() / 2000 == pytest.approx(1, abs=0.02)
 
 
-def test_enough_places_are_those_that_tell_something_and_some_more() -> None:
+def test_enough_places_are_the_informative_ones_and_an_eighth() -> None:
     tokens = np.zeros((10, 16, 16), np.uint16)
-    tokens[:, 4:9, 4:9] = 7  # changes where each of five rows and columns begins and ends; one place is in both
-    assert informative(tokens.reshape(10, -1)).sum(axis=1).tolist() == [1 + 19] * 10  # and the first
-    assert enough_places(tokens.reshape(10, -1)) == 64  # 20 and 32, in sixteens
+    tokens[:, 4:9, 4:9] = 7  # differs where each of five rows and columns begins and ends
+    assert informative(tokens.reshape(10, -1)).sum(axis=1).tolist() == [1 + 19] * 10  # the first counts too
+    assert enough_places(tokens.reshape(10, -1)) == 64  # 20 + 256 / 8, rounded up to a multiple of 16
     photographs = np.random.default_rng(0).integers(0, 512, (10, 256))
     assert enough_places(photographs) == 0
 
 
-def test_the_second_loss_trains_the_transformer_only() -> None:
-    # The bundled CLIP and VQGAN: to an untrained CLIP all pictures are one.
+def test_the_embedding_loss_trains_the_transformer_only() -> None:
+    # The bundled CLIP and VQGAN: an untrained CLIP gives all pictures the same embedding.
     networks = load_networks(ROOT / "checkpoints" / "shapes")
     vqgan, clip = networks.vqgan, networks.clip
     torch.manual_seed(0)
@@ -480,19 +483,18 @@ def test_the_second_loss_trains_the_transformer_only() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for part in (vqgan, clip) for parameter in part.parameters())
-    # Not at every step: where the likeliest token changes, it does so all over the picture. How far it falls hangs on a
-    # processor's rounding; a gradient that never comes leaves it where it was.
+    # The loss does not fall at every step, and how far depends on the processor's rounding.
     assert min(losses) < 0.9 * losses[0]
 
 
-def test_the_second_loss_is_that_of_the_picture_the_likeliest_tokens_decode_to() -> None:
+def test_the_embedding_loss_is_that_of_the_likeliest_tokens() -> None:
     networks = tiny_networks()
     logits = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
     embeddings = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=1)
-    drawn = networks.clip.encode_image(networks.vqgan.decode(logits.argmax(dim=2)))
-    expected = 1 - (drawn * embeddings).sum(dim=1).mean()
-    found = embedding_loss(logits, embeddings, networks.vqgan, networks.clip)
-    assert float(found) == pytest.approx(float(expected), abs=1e-5)
+    sampled = networks.clip.encode_image(networks.vqgan.decode(logits.argmax(dim=2)))
+    expected = 1 - (sampled * embeddings).sum(dim=1).mean()
+    result = embedding_loss(logits, embeddings, networks.vqgan, networks.clip)
+    assert float(result) == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.fixture
@@ -512,13 +514,13 @@ def test_a_tenth_of_the_conditions_are_dropped_and_the_rest_are_noisy(encoded: E
     cosine = (torch.stack(conditions) * torch.stack(embeddings)).sum(dim=1)
     assert cosine.min() > 1 / 1.25**0.5 - 0.2
     assert 0.9 < cosine.mean() < 0.99
-    assert torch.equal(torch.stack(near_misses), torch.stack(conditions))  # there are none
+    assert torch.equal(torch.stack(near_misses), torch.stack(conditions))  # without near misses
 
 
-def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp_path: Path) -> None:
+def test_a_near_miss_gets_the_noise_of_the_condition(encoded: EncodedPictures, tmp_path: Path) -> None:
     embeddings, tokens, missed = (tmp_path / f"{name}.npy" for name in ("embeddings", "tokens", "missed"))
     rows = np.array(encoded.embeddings)
-    # Of every other picture the very same, encoded at another time.
+    # Every second near miss is the picture itself, encoded a second time.
     np.save(missed, np.where(np.arange(400)[:, None] % 2, -rows, rows + np.float32(2e-4)))
     samples = Endless(EncodedPictures(embeddings, tokens, pictures=200, noise=0.5, near_misses=missed), seed=0)
     for n in range(100):
@@ -530,55 +532,55 @@ def test_a_near_miss_is_pushed_as_the_condition_is(encoded: EncodedPictures, tmp
 
 
 @pytest.mark.parametrize("pool", [2048, 150])
-def test_neighbours_are_other_pictures_much_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: int) -> None:
+def test_neighbours_are_similar_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: int) -> None:
     monkeypatch.setattr(encoding, "POOL_SIZE", pool)
     monkeypatch.setattr(encoding, "MAX_NEIGHBOURS", 10)
     rng = np.random.default_rng(0)
-    # Ten kinds of twenty pictures each, in two views that are nearer each other than anything else.
+    # Ten kinds of twenty pictures each. The two views of a picture are the most similar rows.
     pictures = np.arange(400) % 200
     kinds = pictures // 20
     rows = rng.normal(size=(10, 16))[kinds] + 0.1 * rng.normal(size=(200, 16))[pictures]
     np.save(tmp_path / "embeddings.npy", (rows + 0.01 * rng.normal(size=rows.shape)).astype(np.float16))
-    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 200, tmp_path / "found.npy", 0))
-    assert found.shape == (400, 10)
-    assert (pictures[found] != pictures[:, None]).all()
-    assert (kinds[found] == kinds[:, None]).mean() > (0.99 if pool > 400 else 0.85)
+    result = np.load(find_neighbours(tmp_path / "embeddings.npy", 200, tmp_path / "result.npy", 0))
+    assert result.shape == (400, 10)
+    assert (pictures[result] != pictures[:, None]).all()
+    assert (kinds[result] == kinds[:, None]).mean() > (0.99 if pool > 400 else 0.85)
     rows = np.load(tmp_path / "embeddings.npy").astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    likeness = (rows[found] * rows[:, None]).sum(axis=2)
-    assert (np.diff(likeness, axis=1) <= 1e-6).all()  # the likest first
+    similarity = (rows[result] * rows[:, None]).sum(axis=2)
+    assert (np.diff(similarity, axis=1) <= 1e-6).all()  # the most similar first
 
     again = np.load(find_neighbours(tmp_path / "embeddings.npy", 200, tmp_path / "again.npy", 0))
-    assert np.array_equal(again, found)
+    assert np.array_equal(again, result)
 
 
-def test_where_there_is_no_other_picture_a_row_is_its_own_neighbour(tmp_path: Path) -> None:
+def test_a_row_without_other_pictures_is_its_only_neighbour(tmp_path: Path) -> None:
     np.save(tmp_path / "embeddings.npy", np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32))
-    found = np.load(find_neighbours(tmp_path / "embeddings.npy", 1, tmp_path / "found.npy", 0))
-    assert np.array_equal(found, np.arange(3)[:, None] + np.zeros((1, 3), int))
+    result = np.load(find_neighbours(tmp_path / "embeddings.npy", 1, tmp_path / "result.npy", 0))
+    assert np.array_equal(result, np.arange(3)[:, None] + np.zeros((1, 3), int))
 
 
-def test_some_conditions_are_blurred_with_their_neighbours(encoded: EncodedPictures, tmp_path: Path) -> None:
+def test_some_conditions_are_means_with_their_neighbours(encoded: EncodedPictures, tmp_path: Path) -> None:
     embeddings, tokens = tmp_path / "embeddings.npy", tmp_path / "tokens.npy"
     neighbours = find_neighbours(embeddings, 200, tmp_path / "neighbours.npy", 0)
-    rows, found = torch.from_numpy(np.load(embeddings)), np.load(neighbours)
+    rows, result = torch.from_numpy(np.load(embeddings)), np.load(neighbours)
 
-    def drawn(blur: float) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    def sampled(blur: float) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
         samples = Endless(EncodedPictures(embeddings, tokens, pictures=200, neighbours=neighbours, blur=blur), seed=0)
-        drawn = (samples[n] for n in range(400))
-        return [(int(tokens[0]), condition, missed) for condition, tokens, _, _, missed in drawn]
+        sampled = (samples[n] for n in range(400))
+        return [(int(tokens[0]), condition, missed) for condition, tokens, _, _, missed in sampled]
 
-    for row, condition, missed in drawn(0.0):
+    for row, condition, missed in sampled(0.0):
         assert torch.allclose(condition, rows[row])
-        assert any(torch.allclose(missed, rows[other]) for other in found[row, :NEAR_MISS_NEIGHBOURS])
+        assert any(torch.allclose(missed, rows[other]) for other in result[row, :NEAR_MISS_NEIGHBOURS])
 
     counts = []
-    for row, condition, missed in drawn(0.5):
-        means = [F.normalize(rows[row] + rows[found[row, :count]].sum(dim=0), dim=0) for count in range(64)]
+    for row, condition, missed in sampled(0.5):
+        means = [F.normalize(rows[row] + rows[result[row, :count]].sum(dim=0), dim=0) for count in range(64)]
         off = [float((condition - mean).abs().max()) for mean in means]
         assert min(off) < 1e-5
         counts.append(int(np.argmin(off)))
-        assert torch.equal(condition, missed) == (counts[-1] > 0)  # of many pictures there is no near miss
+        assert torch.equal(condition, missed) == (counts[-1] > 0)  # a mean has no near miss
     blurred = np.array([count for count in counts if count])
     assert abs(len(blurred) / 400 - 0.5) < 0.1
     assert blurred.min() == 1
@@ -586,35 +588,35 @@ def test_some_conditions_are_blurred_with_their_neighbours(encoded: EncodedPictu
     assert 5 < np.median(blurred) < 12
 
 
-def test_a_sample_depends_on_its_number_and_each_round_has_every_picture_once(
+def test_a_sample_depends_on_its_number_and_every_pass_has_all_pictures(
     encoded: EncodedPictures,
 ) -> None:
     samples = Endless(encoded, seed=5)
-    rounds = [[int(samples[n][1][0]) % 200 for n in range(200 * turn, 200 * (turn + 1))] for turn in (0, 1)]
-    assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(200))
-    assert rounds[0] != rounds[1] != list(range(200))
+    passes = [[int(samples[n][1][0]) % 200 for n in range(200 * turn, 200 * (turn + 1))] for turn in (0, 1)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(200))
+    assert passes[0] != passes[1] != list(range(200))
     for n in (399, 0, 250):
         for a, b in zip(samples[n], Endless(encoded, seed=5)[n], strict=True):
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     assert not torch.equal(samples[0][0], Endless(encoded, seed=6)[0][0])
 
 
-def test_every_view_of_a_picture_is_drawn(encoded: EncodedPictures) -> None:
+def test_all_views_of_a_picture_are_sampled(encoded: EncodedPictures) -> None:
     samples = Endless(encoded, seed=0)
     assert len({int(samples[n][1][0]) for n in range(2000)}) > 390
 
 
-def test_of_views_cut_short_each_picture_has_those_there_are(encoded: EncodedPictures, tmp_path: Path) -> None:
+def test_incomplete_views_are_all_sampled(encoded: EncodedPictures, tmp_path: Path) -> None:
     for rows, pictures in ((250, 200), (150, 150)):
         np.save(tmp_path / "few.npy", encoded.tokens[:rows])
         few = EncodedPictures(tmp_path / "embeddings.npy", tmp_path / "few.npy", pictures=200)
         assert len(few) == pictures
-        drawn = [int(Endless(few, seed=0)[n][1][0]) for n in range(20 * pictures)]
-        assert set(drawn) == set(range(rows))
-        assert {drawn.count(row) for row in range(50, pictures)} == {20}  # the only view of each
+        sampled = [int(Endless(few, seed=0)[n][1][0]) for n in range(20 * pictures)]
+        assert set(sampled) == set(range(rows))
+        assert {sampled.count(row) for row in range(50, pictures)} == {20}  # the only view of each
 
 
-def test_processes_share_out_every_batch_and_a_resumed_run_takes_up_the_next() -> None:
+def test_processes_share_batches_and_a_resumed_run_starts_at_the_next_one() -> None:
     whole = list(Batches(5, 6))
     assert whole[2] == list(range(12, 18))
     shares = [list(Batches(5, 6, rank=rank, ranks=2)) for rank in (0, 1)]
@@ -625,7 +627,7 @@ def test_processes_share_out_every_batch_and_a_resumed_run_takes_up_the_next() -
         Batches(5, 6, ranks=4)
 
 
-def test_only_matrices_are_decayed() -> None:
+def test_only_matrices_have_weight_decay() -> None:
     groups = adamw(GPT(TINY.gpt), FitConfig(weight_decay=0.1), (0.9, 0.95)).param_groups
     assert {p.dim() for p in groups[0]["params"]} == {2}
     assert {p.dim() for p in groups[1]["params"]} == {1}
@@ -637,29 +639,29 @@ def rates(time_spent: float) -> list[float]:
     stage.time_spent = time_spent
     learning = stage.learning(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
     optimizer, schedule = learning["optimizer"], learning["lr_scheduler"]["scheduler"]
-    found = []
+    result = []
     for _ in range(101):
-        found.append(optimizer.param_groups[0]["lr"])
+        result.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return found
+    return result
 
 
 def test_the_rate_warms_up_and_falls_to_a_hundredth() -> None:
-    found = rates(time_spent=0.0)
-    assert found[0] == pytest.approx(0.1)
-    assert max(found) == found[9] == found[10] == 1.0
-    assert found[100] == pytest.approx(0.01)
-    assert found[10:] == sorted(found[10:], reverse=True)
+    result = rates(time_spent=0.0)
+    assert result[0] == pytest.approx(0.1)
+    assert max(result) == result[9] == result[10] == 1.0
+    assert result[100] == pytest.approx(0.01)
+    assert result[10:] == sorted(result[10:], reverse=True)
 
 
-def test_the_rate_is_down_when_time_is_over_however_many_steps_are_left() -> None:
+def test_the_rate_falls_with_the_time_even_if_steps_are_left() -> None:
     assert rates(time_spent=1.0)[20] == pytest.approx(0.01)
     assert rates(time_spent=0.5)[20] == pytest.approx(0.505)
     assert rates(time_spent=0.5)[90] == pytest.approx(rates(time_spent=0.0)[90])
 
 
-def test_the_rate_rises_for_a_twentieth_of_the_time_and_then_falls_with_the_time() -> None:
+def test_the_rate_rises_for_a_twentieth_of_the_time_and_then_falls() -> None:
     assert rates(time_spent=0.04)[3:5] == pytest.approx([0.8, 0.8])
     assert rates(time_spent=0.05)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, rates(time_spent=0.05)[10]])
     assert rates(time_spent=0.01)[5] == pytest.approx(0.6)
@@ -718,7 +720,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_the_first_process_of_a_container_is_waited_for(tmp_path: Path) -> None:
+def test_a_process_waits_for_the_first_process_of_a_container(tmp_path: Path) -> None:
     """Process 1 of a namespace writes the file that its child waits for."""
     namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*namespace, "true"], capture_output=True).returncode:
@@ -732,7 +734,7 @@ def test_waiting_for_a_file_ends_with_the_process_that_writes_it(tmp_path: Path)
     said, waiting = tmp_path / "said", tmp_path / "waiting"
     if not (writer := os.fork()):
         if not os.fork():
-            processes.PARENT = os.getppid()  # as when a process of its own imports the module
+            processes.PARENT = os.getppid()  # as when the child itself had imported the module
             waiting.touch()
             try:
                 wait_for(tmp_path / "file")
