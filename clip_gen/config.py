@@ -140,11 +140,7 @@ class ModelConfig:
 
 def read_config(path: Path, kind: type[Config]) -> Config:
     """A YAML file over the defaults of a dataclass; ValueError for unknown names and wrong types."""
-    values = read_settings(path)
-    try:
-        return config_of(kind, values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return config_of(kind, read_settings(path), path)
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -167,15 +163,16 @@ def has_settings(path: Path, names: Collection[str]) -> bool:
         return False
 
 
-def config_of(kind: type[Config], values: dict[str, object]) -> Config:
-    """The dataclass with these values over its defaults; ValueError for unknown names and wrong types."""
+def config_of(kind: type[Config], values: dict[str, object], path: Path) -> Config:
+    """The dataclass with these values, read from `path`, over its defaults."""
     # Model folders come from strangers, and OmegaConf would replace ${oc.env:SECRET}.
     if "${" in str(values):
-        raise ValueError("has ${...} in it, which is not filled in here; write the value itself")
+        raise ValueError(f"{path}: has ${{...}} in it, which is not filled in here; write the value itself")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), _with_new_names(values)))
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: {reason}") from error
 
 
 def _with_new_names(values: object) -> object:

@@ -300,20 +300,22 @@ def write_description(folder: Path, config: ModelConfig, training: dict[str, obj
 
 def save_part(network: nn.Module, path: Path) -> None:
     """Writes a network's tensors atomically: parameters in float16, buffers in float32, since those may overflow."""
-    tensors = network.state_dict()
-    try:
-        write_part(narrowed(tensors, dict(network.named_parameters()), torch.float16), path)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}; train again at a lower rate") from error
+    remedy = "train again at a lower rate"
+    write_part(narrowed(network, network.state_dict(), torch.float16, path.name, remedy), path)
 
 
-def narrowed(tensors: dict[str, Tensor], names: Collection[str], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors, those of these names in `dtype` unless it is None. ValueError for NaN and numbers out of range."""
-    converted = {}
+def narrowed(
+    network: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype | None, file: Path | str, remedy: str
+) -> dict[str, Tensor]:
+    """The network's tensors, parameters in `dtype` unless it is None.
+
+    ValueError with the file and the remedy for NaN and numbers out of range.
+    """
+    names, converted = dict(network.named_parameters()), {}
     for name, tensor in tensors.items():
         converted[name] = tensor.to(dtype) if dtype and name in names else tensor
         if not all_finite(converted[name]):
-            raise ValueError(f"{name} holds numbers that {_type(converted[name])} cannot")
+            raise ValueError(f"{file}: {name} holds numbers that {_type(converted[name])} cannot; {remedy}")
     return converted
 
 

@@ -1,8 +1,8 @@
 """HFAiLab's published CLIP-GEN: its transformer and its VQGAN.
 
-The transformer has torch's pre-norm TransformerEncoderLayer, with a causal mask in each block. The VQGAN is taming's,
-but its layers are numbered in order of execution, its attention is nn.MultiheadAttention with one head instead of
-convolutions, its group norms have torch's eps, and the convolutions around the codebook are in the encoder and decoder.
+The transformer has torch's pre-norm TransformerEncoderLayer, with a causal mask in each block. The VQGAN is taming's
+with other names: its layers are numbered in order of execution, and the convolutions around the codebook are in the
+encoder and the decoder. Its attention is nn.MultiheadAttention with one head, and its group norms have torch's eps.
 """
 
 from __future__ import annotations

@@ -97,10 +97,7 @@ class Checkpoint:
         unexpected = sorted(set(self.tensors) - {sources[name].name for name in converted})
         if unexpected:
             raise ValueError(f"{self.path}: has an unexpected key {self.prefix}{unexpected[0]}; {REMEDY}")
-        try:
-            return narrowed(converted, dict(network.named_parameters()), dtype)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}; convert it with --dtype float32") from error
+        return narrowed(network, converted, dtype, self.path, "convert it with --dtype float32")
 
 
 def convert_discriminator(checkpoint: Checkpoint, body: str = "main", head: str | None = None) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def read_taming_config(path: Path, name: str) -> ModelConfig:
     ValueError unless the file describes a supported VQGAN of RGB pictures.
     """
     try:
-        vqgan = _vqgan_config(read_settings(path))
+        vqgan = _vqgan_config(path)
         gpt = GPTConfig(block_size=vqgan.grid**2, codebook_size=vqgan.codebook_size)
         config = ModelConfig(name, vqgan=vqgan, gpt=gpt)
         config.check()
@@ -42,7 +42,8 @@ def read_taming_config(path: Path, name: str) -> ModelConfig:
     return config
 
 
-def _vqgan_config(settings: dict[str, object]) -> VQGANConfig:
+def _vqgan_config(path: Path) -> VQGANConfig:
+    settings = read_settings(path)
     try:
         model = settings["model"]
         model = model["params"].get("first_stage_config", model)
@@ -60,7 +61,7 @@ def _vqgan_config(settings: dict[str, object]) -> VQGANConfig:
     for name, wanted in FIXED.items():
         if encoder.get(name, wanted) != wanted:
             raise ValueError(f"{name} is {encoder[name]}; only VQGANs whose {name} is {wanted} can be imported")
-    return config_of(VQGANConfig, values | {"quantizer": QUANTIZERS[kind]})
+    return config_of(VQGANConfig, values | {"quantizer": QUANTIZERS[kind]}, path)
 
 
 def convert_vqgan(
