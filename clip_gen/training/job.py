@@ -123,8 +123,6 @@ class Training:
             if not has_checkpoint(self.work / "gpt"):  # which depends on the views
                 remove_incomplete_views(self.work / "encoded", len(self.train_paths) * self.plan.views)
             self.ready = announce(self.work / "ready")
-        minutes = self.work / MINUTES
-        self.minutes_before = float(minutes.read_text()) if minutes.is_file() else 0.0
 
     def reopen_last_stage(self) -> None:
         """The last stage trains further if its time limit ended it and there is more time now. Earlier stages do not:
@@ -267,14 +265,13 @@ class Training:
         self, name: str, trainer: Stage, samples: Endless, held_back: Dataset, grids: Callback, fine_tunes: bool
     ) -> dict[str, object]:
         settings, steps = self.settings, trainer.config.steps
-        if self.is_first:
-            write_text_atomic(self.work / MINUTES, f"{self.minutes_outside():.4f}")
         machine = replace(self.machine, max_minutes=self.minutes_for(name))
         forecast = Forecast(name, machine.max_minutes, settings.max_minutes, fine_tunes)
         options = {"seed": settings.seed, "machine": machine, "callbacks": [forecast, grids]}
-        began = time.monotonic()
+        if self.is_first:
+            write_text_atomic(self.work / MINUTES, f"{self.minutes_outside():.4f}")
         values = fit(name, trainer, samples, held_back, self.work / name, **options)
-        self.began += time.monotonic() - began  # the stage's minutes are in its record
+        self.began = time.monotonic()  # the stage's minutes are in its record
         values |= {"planned_steps": steps, "fine_tunes": fine_tunes}
         return values | ({"forecast_steps": forecast.steps} if forecast.steps is not None else {})
 
@@ -288,7 +285,8 @@ class Training:
 
     def minutes_outside(self) -> float:
         """Minutes of all starts outside the stages, such as on encoding."""
-        return self.minutes_before + (time.monotonic() - self.began) / 60
+        saved = self.work / MINUTES
+        return float(saved.read_text() if saved.is_file() else 0) + (time.monotonic() - self.began) / 60
 
     def export(self, records: dict[str, dict[str, object]], was_finished: bool) -> None:
         """Writes the model folder, weights.tar and report.html."""

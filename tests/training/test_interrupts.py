@@ -59,9 +59,9 @@ def test_a_training_survives_its_shell_and_keeps_others_out_of_its_folder(
     before = entries(out)
     wait_for(lambda: entries(out) > before + 1, seconds=60)
     assert main(["train", str(photos), "--out", str(out), "--base", str(tiny_model_folder)]) == 1
-    said = capsys.readouterr().err
-    assert f"{out} is in use by another training; wait for it to end" in said
-    training = int(re.search(r"\(process (\d+) holds it\)", said).group(1))
+    printed = capsys.readouterr().err
+    assert f"{out} is in use by another training; wait for it to end" in printed
+    training = int(re.search(r"\(process (\d+) holds it\)", printed).group(1))
     assert training in numbers_of("-m clip_gen train ", out)
     os.kill(training, signal.SIGTERM)
     wait_for(lambda: not numbers_of("", out), seconds=30)
