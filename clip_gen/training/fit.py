@@ -105,14 +105,14 @@ def fit(
     stage.load_state_dict(ema.weights())  # Lightning does not if the checkpoint was of the last step
     values = history.last_values(trainer) | (best.restore(stage) if best else {})
     stage.to(memory_format=torch.contiguous_format)  # as networks loaded from files are
-    steps = trainer.global_step
+    steps, starts = trainer.global_step, limit.starts(trainer.global_step)
     if trainer.is_global_zero:
         validated = "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("val_"))
         log.info("%s: %d steps done  %s", name, steps, validated)
     ended_by = "steps" if steps >= config.steps else "validation" if best and best.out_of_patience else "time"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    minutes = {"minutes": round(limit.time_elapsed() / 60, 2), "starts": limit.starts(steps)}
-    return {"steps": steps, "ended_by": ended_by, **values, "device": device, **minutes}
+    minutes = round(sum(start["minutes"] for start in starts), 2)
+    return {"steps": steps, "ended_by": ended_by, **values, "minutes": minutes, "device": device, "starts": starts}
 
 
 def _trainer(config: FitConfig, machine: Machine, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
