@@ -9,12 +9,14 @@ import logging
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from clip_gen.files import atomic_file, check_writable
+from clip_gen.validation import check_number
 from clip_gen.worlds.shapes.captions import caption, describe
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import Scene, sample_scene
@@ -32,20 +34,17 @@ def write_pictures(
     captions: also write captions.jsonl with a line per picture. zipped: write one zip instead of a folder.
     held_out: as in sample_scene. ValueError if the folder has files or the zip exists.
     """
-    if count < 1:
-        raise ValueError(f"count is {count}; ask for at least 1 picture")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it takes 0 or more")
-    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
-        raise ValueError(f"resolution is {resolution}; it takes {MIN_RESOLUTION} to {MAX_RESOLUTION}")
+    check_number("count", count, 1, inf, whole=True)
+    check_number("seed", seed, 0, inf, whole=True)
+    check_number("resolution", resolution, MIN_RESOLUTION, MAX_RESOLUTION, whole=True)
     if captions and zipped:
         raise ValueError("a zip has no captions; leave out --captions or --zip")
-    scenes = _scenes(count, seed, held_out)
+    pictures = _pictures(count, seed, resolution, held_out)
     if zipped:
         out = out if out.suffix.lower() == ".zip" else out.with_name(f"{out.name}.zip")
-        _write_zip(scenes, out, resolution)
+        _write_zip(pictures, out)
     else:
-        _write_folder(scenes, out, resolution, captions)
+        _write_folder(pictures, out, captions)
     log.info("%s: %d pictures of %d px, seed %d", out, count, resolution, seed)
     return out
 
@@ -68,47 +67,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     write_pictures(
-        count=arguments.count,
-        seed=arguments.seed,
-        out=arguments.out,
-        resolution=arguments.resolution,
-        captions=arguments.captions,
+        arguments.count,
+        arguments.seed,
+        arguments.out,
+        arguments.resolution,
+        arguments.captions,
         zipped=arguments.zip,
         held_out=arguments.held_out,
     )
 
 
-def _scenes(count: int, seed: int, held_out: str) -> Iterator[tuple[str, Scene]]:
-    """Each picture's file name and scene."""
+def _pictures(count: int, seed: int, resolution: int, held_out: str) -> Iterator[tuple[str, bytes, Scene]]:
+    """Each picture's file name, its PNG, and its scene."""
     for i in range(count):
-        yield f"{i:05d}.png", sample_scene(np.random.default_rng([seed, i]), held_out=held_out)
+        scene, buffer = sample_scene(np.random.default_rng([seed, i]), held_out=held_out), io.BytesIO()
+        Image.fromarray(render(scene, resolution)).save(buffer, "png")
+        yield f"{i:05d}.png", buffer.getvalue(), scene
 
 
-def _write_folder(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int, captions: bool) -> None:
+def _write_folder(pictures: Iterator[tuple[str, bytes, Scene]], out: Path, captions: bool) -> None:
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} has files in it already; name a new or empty folder")
     lines = []
-    for name, scene in scenes:
-        (out / name).write_bytes(_png(scene, resolution))
+    for name, png, scene in pictures:
+        (out / name).write_bytes(png)
         lines.append(json.dumps({"file": name, "caption": caption(describe(scene)), **asdict(scene)}) + "\n")
     if captions:
         (out / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _write_zip(scenes: Iterator[tuple[str, Scene]], out: Path, resolution: int) -> None:
+def _write_zip(pictures: Iterator[tuple[str, bytes, Scene]], out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} exists already; name another file, or move that one")
     check_writable(out.absolute().parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for name, scene in scenes:
+        for name, png, _ in pictures:
             # A new ZipInfo has a constant time, so a seed always gives the same bytes.
-            archive.writestr(zipfile.ZipInfo(name), _png(scene, resolution))
-
-
-def _png(scene: Scene, resolution: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(render(scene, resolution)).save(buffer, "png")
-    return buffer.getvalue()
+            archive.writestr(zipfile.ZipInfo(name), png)
