@@ -20,7 +20,7 @@ from clip_gen.sampling.sampler import Sampling
 from clip_gen.worlds.shapes.captions import caption, describe
 from clip_gen.worlds.shapes.grading import TITLES, Evaluation
 from clip_gen.worlds.shapes.judge import read, satisfies
-from clip_gen.worlds.shapes.pairs import _swap_attribute
+from clip_gen.worlds.shapes.pairs import swapped_attribute
 from clip_gen.worlds.shapes.prompts import cases
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import HELD_OUT, place, sample_scene
@@ -62,7 +62,7 @@ def test_clip_knows_which_colour_shape_and_size_belong_to_which(model: ClipGen) 
     nearer = []
     for _ in range(40):
         scene = sample_scene(rng, count=2)
-        other = place(_swap_attribute(scene, rng), rng)
+        other = place(swapped_attribute(scene, str(rng.choice(["shape", "colour", "size"]))), rng)
         if {item.look for item in other.items} != {item.look for item in scene.items}:
             own, swapped = model.clip_encoder.encode_image(to_tensor([render(scene), render(other)]))
             text = model.clip_encoder.encode_text([caption(describe(scene))])[0]

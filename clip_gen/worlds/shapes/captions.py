@@ -48,7 +48,8 @@ SETTINGS = (
     "a {background} background with {things}",
 )
 OPENINGS = ("", "", "", "a picture of ", "an image of ", "a drawing of ", "there is ", "draw ")
-NUMBER_WORDS = {2: ("two", "2")}
+TWO_WORDS = ("two", "2")
+NOUNS = ("shape", "shape", "thing", "object")  # for a shape that is left unsaid
 
 
 def describe(scene: Scene) -> Description:
@@ -75,7 +76,7 @@ def swapped(description: Description) -> Description:
 
 def caption(description: Description) -> str:
     """The description in the standard wording."""
-    return _worded(description, rng=None)
+    return _worded(description, None)
 
 
 def vary(description: Description, rng: np.random.Generator) -> str:
@@ -102,21 +103,17 @@ def _things(description: Description, rng: np.random.Generator | None) -> str:
         return _with_article(_noun_phrase(description.items[0], rng))
     first, second = description.items
     if first == second and description.relation is None:
-        return f"{_pick(rng, NUMBER_WORDS[2])} {_plural(_noun_phrase(first, rng))}"
+        number, phrase = _pick(rng, TWO_WORDS), _noun_phrase(first, rng)
+        return f"{number} {phrase}{'es' if phrase.endswith('cross') else 's'}"
     phrases = [_with_article(_noun_phrase(item, rng)) for item in description.items]
-    if description.relation is None:
-        return " and ".join(phrases)
-    return f" {_pick(rng, RELATION_WORDS[description.relation])} ".join(phrases)
+    relation = _pick(rng, RELATION_WORDS[description.relation]) if description.relation else "and"
+    return f" {relation} ".join(phrases)
 
 
 def _noun_phrase(item: ItemDescription, rng: np.random.Generator | None) -> str:
     size = _pick(rng, SIZE_WORDS[item.size]) if item.size else ""
-    noun = item.shape or _pick(rng, ("shape", "shape", "thing", "object"))
-    return " ".join(word for word in (size, item.colour or "", noun) if word)
-
-
-def _plural(phrase: str) -> str:
-    return phrase + ("es" if phrase.endswith("cross") else "s")
+    noun = item.shape or _pick(rng, NOUNS)
+    return " ".join(word for word in (size, item.colour, noun) if word)
 
 
 def _with_article(phrase: str) -> str:

@@ -36,6 +36,13 @@ from clip_gen.worlds.shapes.spoiling import spoil, wear
 TRAINING = 1203  # part of the seed: training pictures differ from those of the command `shapes`
 GROUP = 4  # pairs in a group
 ABSENT = -2  # an attribute of the second item, where there is none
+ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": OBJECT_SIZES}
+
+# The changes that make a near miss of a scene with so many items; some are more likely than others.
+CHANGES = {
+    1: ("item", "item", "item", "background"),
+    2: ("item", "item", "background", "relation", "drop", *2 * ("exchange",), *4 * ("swap",)),
+}
 
 # The number of possible answers to each question of `answers`.
 CHOICES = (len(BACKGROUNDS), 3, *2 * (len(SHAPES), len(COLOURS), len(OBJECT_SIZES)))
@@ -149,42 +156,31 @@ class Collate:
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
     """A scene that differs in one thing that a caption may say, at new random places."""
-    changes = [_change_item, _change_item, _change_item, _change_background]
-    if len(scene.items) == 2:
-        changes = [_change_item, _change_item, _change_background, _change_relation, _drop_item]
-        changes += 2 * [_exchange_items] + 4 * [_swap_attribute]
+    kinds = CHANGES[len(scene.items)]
     while True:
-        changed = changes[rng.integers(len(changes))](scene, rng)
+        changed = _changed(scene, kinds[rng.integers(len(kinds))], rng)
         looks = {item.look for item in changed.items}
         # Two equal items are not allowed, and swapping equal attributes changes nothing.
         if len(looks) == len(changed.items) and changed != scene:
             return place(changed, rng)
 
 
-def _change_item(scene: Scene, rng: np.random.Generator) -> Scene:
-    number, attribute = rng.integers(len(scene.items)), str(rng.choice(["shape", "colour", "size"]))
-    item, names = scene.items[number], {"shape": SHAPES, "colour": COLOURS, "size": OBJECT_SIZES}[attribute]
-    return scene.with_item(number, replace(item, **{attribute: another(rng, names, getattr(item, attribute))}))
-
-
-def _change_background(scene: Scene, rng: np.random.Generator) -> Scene:
-    return replace(scene, background=another(rng, BACKGROUNDS, scene.background))
-
-
-def _change_relation(scene: Scene, rng: np.random.Generator) -> Scene:
-    return replace(scene, relation=another(rng, RELATIONS, scene.relation))
-
-
-def _exchange_items(scene: Scene, rng: np.random.Generator) -> Scene:
-    return replace(scene, items=scene.items[::-1])
-
-
-def _drop_item(scene: Scene, rng: np.random.Generator) -> Scene:
-    return replace(scene, items=(scene.items[rng.integers(2)],), relation=None)
-
-
-def _swap_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
-    return swapped_attribute(scene, str(rng.choice(["shape", "colour", "size"])))
+def _changed(scene: Scene, kind: str, rng: np.random.Generator) -> Scene:
+    match kind:
+        case "item":
+            number, attribute = rng.integers(len(scene.items)), str(rng.choice(list(ATTRIBUTES)))
+            item, names = scene.items[number], ATTRIBUTES[attribute]
+            return scene.with_item(number, replace(item, **{attribute: another(rng, names, getattr(item, attribute))}))
+        case "background":
+            return replace(scene, background=another(rng, BACKGROUNDS, scene.background))
+        case "relation":
+            return replace(scene, relation=another(rng, RELATIONS, scene.relation))
+        case "drop":
+            return replace(scene, items=(scene.items[rng.integers(2)],), relation=None)
+        case "exchange":
+            return replace(scene, items=scene.items[::-1])
+        case _:
+            return swapped_attribute(scene, str(rng.choice(list(ATTRIBUTES))))
 
 
 def swapped_attribute(scene: Scene, name: str) -> Scene:
@@ -206,11 +202,9 @@ def numbers(description: Description) -> list[int]:
     def number(names: Iterable[str], name: str | None) -> int:
         return UNSAID if name is None else list(names).index(name)
 
-    row = [number(BACKGROUNDS, description.background), number(RELATIONS, description.relation)]
-    row.append(len(description.items))
-    for item in description.items:
-        row += [number(SHAPES, item.shape), number(COLOURS, item.colour), number(OBJECT_SIZES, item.size)]
-    return row + [ABSENT] * (9 - len(row))
+    background, relation = number(BACKGROUNDS, description.background), number(RELATIONS, description.relation)
+    items = [number(names, getattr(item, name)) for item in description.items for name, names in ATTRIBUTES.items()]
+    return [background, relation, len(description.items), *items, *[ABSENT] * (6 - len(items))]
 
 
 def fits(stated: list[Description], shown: list[Description]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from clip_gen.worlds.shapes.rendering import coverage, render
 from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, another
@@ -15,19 +15,11 @@ def wear(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Degrades half of the pictures slightly, as a decoder does: tint, noise, blur. The caption stays true."""
     if rng.random() < 0.5:
         return picture
-    worn = picture.astype(np.float32)
+    image = Image.fromarray(picture)
     if rng.random() < 0.5:
-        worn = _softened(worn, rng.uniform(0.1, 0.6))
-    worn += rng.normal(0, 4, size=3) + rng.normal(0, rng.uniform(0, 8), size=picture.shape)
-    return worn.clip(0, 255).astype(np.uint8)
-
-
-def _softened(picture: np.ndarray, share: float) -> np.ndarray:
-    """A mixture of the picture and its mean over 3 x 3 pixels."""
-    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    side = picture.shape[0]
-    mean = sum(padded[dy : dy + side, dx : dx + side] for dy in range(3) for dx in range(3)) / 9
-    return picture + np.float32(share) * (mean - picture)
+        image = Image.blend(image, image.filter(ImageFilter.BoxBlur(1)), rng.uniform(0.1, 0.6))
+    noise = rng.normal(0, 4, size=3) + rng.normal(0, rng.uniform(0, 8), size=picture.shape)
+    return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
 
 
 def spoil(scene: Scene, rng: np.random.Generator, resolution: int) -> np.ndarray:
