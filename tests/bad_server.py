@@ -22,7 +22,7 @@ class BadServer(http.server.ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes], plan: list[str | int], tags: bool = True):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.plan, self.tags = files, list(plan), tags
-        self.asked: list[tuple[str, str | None]] = []  # path and Range of each request
+        self.requests: list[tuple[str, str | None]] = []  # path and Range of each request
         self.closing = threading.Event()
 
     @property
@@ -48,7 +48,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: BadServer
 
     def do_GET(self) -> None:
-        self.server.asked.append((self.path, self.headers["Range"]))
+        self.server.requests.append((self.path, self.headers["Range"]))
         way = self.server.plan.pop(0) if self.server.plan else "well"
         name = self.path.rpartition("/")[2]
         if isinstance(way, int) or name not in self.server.files:

@@ -29,10 +29,10 @@ class Names:
 
     def __init__(self, **answers: list[list[str]]):
         self.answers = {name.replace("_", "."): list(lists) for name, lists in answers.items()}
-        self.asked: list[str] = []
+        self.resolved: list[str] = []
 
     def __call__(self, host: str, port: int, **named: int) -> list[tuple]:
-        self.asked.append(host)
+        self.resolved.append(host)
         if host not in self.answers:
             return socket.getaddrinfo(host, port, **named)
         lists = self.answers[host]

@@ -182,9 +182,9 @@ def _file_error(path: Path, root: str) -> UnusableError | None:
     target = os.path.realpath(path)
     if os.path.islink(path):
         if not _is_inside(target, root):
-            return UnusableError(LINK, "it leads out of the folder")
+            return UnusableError(LINK, "its target is outside the folder")
         if not os.path.exists(target):
-            return UnusableError(LINK, "it leads nowhere")
+            return UnusableError(LINK, "its target does not exist")
         if os.path.isdir(target):
             return UnusableError(LINK, "its folder is read already")
     return UnusableError(NOT_A_FILE) if os.path.exists(target) and not os.path.isfile(target) else None

@@ -626,12 +626,12 @@ def test_links_in_a_zip_and_links_out_of_a_folder_are_skipped(tmp_path: Path, ou
     pictures = unpack(folder, out.with_name("other"))
     assert len(pictures.paths) == 10
     assert {(one.name, one.reason, one.detail) for one in pictures.skipped} == {
-        ("link.png", "a link", "it leads out of the folder"),
+        ("link.png", "a link", "its target is outside the folder"),
         ("loop", "a link", "its folder is read already"),
-        ("missing.png", "a link", "it leads nowhere"),
-        ("outside", "a link", "it leads out of the folder"),
+        ("missing.png", "a link", "its target does not exist"),
+        ("outside", "a link", "its target is outside the folder"),
         ("pipe.png", "not a plain file", ""),
-        ("round.png", "a link", "it leads nowhere"),
+        ("round.png", "a link", "its target does not exist"),
         ("to pipe.png", "not a plain file", ""),
     }
 

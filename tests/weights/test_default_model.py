@@ -65,7 +65,7 @@ def test_coco_is_pulled_at_the_first_start_or_fails_in_one_sentence(
         with pytest.raises(ValueError, match=r"ViT-B-32\.pt: the server answers 404"):
             asyncio.run(Predictor().setup("coco"))
     assert not (tmp_path / "coco").exists()
-    assert [path.rpartition("/")[2] for path, _ in server.asked] == ["vqgan_coco.pt", "gpt_coco.pt", "ViT-B-32.pt"]
+    assert [path.rpartition("/")[2] for path, _ in server.requests] == ["vqgan_coco.pt", "gpt_coco.pt", "ViT-B-32.pt"]
 
 
 def test_the_log_says_which_model_and_why(

@@ -42,7 +42,7 @@ def test_a_broken_download_resumes_where_it_stopped(tmp_path: Path) -> None:
     with bad_server({"a.pt": CONTENT}, ["truncate", "truncate"]) as server:
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
     half, quarters = len(CONTENT) // 2, len(CONTENT) * 3 // 4
-    assert [asked for _, asked in server.asked] == [None, f"bytes={half}-", f"bytes={quarters}-"]
+    assert [header for _, header in server.requests] == [None, f"bytes={half}-", f"bytes={quarters}-"]
 
 
 def test_the_next_run_resumes_too(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_next_run_resumes_too(tmp_path: Path) -> None:
             fetch(f"{server.address}/a.pt", tmp_path / "a.pt")
         assert not (tmp_path / "a.pt").exists()
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
-    assert server.asked[-1][1] == f"bytes={len(CONTENT) // 2}-"
+    assert server.requests[-1][1] == f"bytes={len(CONTENT) // 2}-"
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
 
 
@@ -70,7 +70,7 @@ def test_a_complete_part_is_not_downloaded_again(tmp_path: Path) -> None:
     (tmp_path / "a.pt.part.json").write_text(f'{{"validator": null, "total": {len(CONTENT)}}}')
     with bad_server({"a.pt": CONTENT}) as server:
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
-    assert server.asked == []
+    assert server.requests == []
 
 
 def test_a_part_longer_than_the_file_is_removed(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_failed_download_is_one_sentence_and_leaves_no_file(
     with bad_server({"a.pt": CONTENT}, plan) as server, pytest.raises(ValueError, match=sentence) as raised:
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
     assert "\n" not in str(raised.value)
-    assert len(server.asked) == requests
+    assert len(server.requests) == requests
     assert not (tmp_path / "a.pt").exists()
 
 
@@ -111,7 +111,7 @@ def test_an_existing_file_is_downloaded_again_only_if_its_sha256_differs(tmp_pat
     (tmp_path / "a.pt").write_bytes(CONTENT)
     with bad_server({"a.pt": CONTENT}) as server:
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
-        assert server.asked == []
+        assert server.requests == []
         (tmp_path / "a.pt").write_bytes(CONTENT[:-1])
         fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
@@ -122,4 +122,4 @@ def test_a_proxy_is_used_if_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("http_proxy", proxy.address)
         monkeypatch.delenv("no_proxy", raising=False)
         fetch("http://weights.invalid/a.pt", tmp_path / "a.pt", SHA256)
-    assert proxy.asked == [("http://weights.invalid/a.pt", None)]
+    assert proxy.requests == [("http://weights.invalid/a.pt", None)]

@@ -69,7 +69,7 @@ def test_pull_clip_by_its_published_name(files: dict[str, bytes], monkeypatch: p
     with bad_server(files) as server:
         monkeypatch.setenv("CLIP_GEN_MIRROR", f"{server.address}/some/folder/")
         assert main(["pull", "clip", "ViT-B/32"]) == 0
-    assert server.asked == [("/some/folder/ViT-B-32.pt", None)]
+    assert server.requests == [("/some/folder/ViT-B-32.pt", None)]
     assert load_config(Path("checkpoints/clip-vit-b-32")).clip == VIT
 
 
@@ -100,7 +100,7 @@ def test_a_web_page_instead_of_weights_is_reported_and_removed(
     with bad_server(files | {name: b"\n<!DOCTYPE html><title>Sign in</title>"}) as server:
         assert main(["pull", "coco", "--mirror", server.address]) == 1
         assert f"/{name}: the server sends a web page; open the address" in capsys.readouterr().err
-        assert len([path for path, _ in server.asked if path == f"/{name}"]) == 1
+        assert len([path for path, _ in server.requests if path == f"/{name}"]) == 1
         server.files = files
         assert main(["pull", "coco", "--mirror", server.address]) == 0
 
@@ -137,7 +137,7 @@ def test_too_little_disk_space_is_reported_before_any_request(
     monkeypatch.setattr(pull, "COCO_BYTES", 10**18)
     with bad_server(files) as server:
         assert main(["pull", "coco", "--mirror", server.address]) == 1
-    assert server.asked == []
+    assert server.requests == []
     assert "wanted are 1000000000.0; make room" in capsys.readouterr().err
 
 
@@ -207,7 +207,7 @@ def test_a_vgg_is_downloaded_again_only_if_its_sha256_differs(lpips_server: BadS
         folder.mkdir(parents=True)
         (folder / name).write_bytes(content)
         assert main(["pull", "lpips", "--mirror", lpips_server.address]) == 0
-    assert [path for path, _ in lpips_server.asked] == ["/vgg.pth", f"/{name}", "/vgg.pth"]
+    assert [path for path, _ in lpips_server.requests] == ["/vgg.pth", f"/{name}", "/vgg.pth"]
 
 
 def test_lpips_and_a_model_do_not_replace_each_other(

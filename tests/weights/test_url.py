@@ -184,7 +184,7 @@ def test_a_name_is_resolved_once_so_the_checked_address_is_used() -> None:
     names = Names(weights_example=[[PUBLIC], [PRIVATE]])
     with serving(PUBLIC, {"/": b"public"}) as server:
         assert read(f"https://weights.example:{server.server_port}/", PublicOnly(names, counts_as_public)) == b"public"
-    assert names.asked == ["weights.example"]
+    assert names.resolved == ["weights.example"]
 
 
 @pytest.mark.usefixtures("_trusted")

@@ -50,13 +50,13 @@ def limited(max_bytes: float) -> Cache:
 
 def add(cache: Cache, *keys: str) -> list[Path]:
     """Folders that nobody uses, least recently used first."""
-    found = []
+    paths = []
     for i, key in enumerate(keys):
         folder = cache.add(key, fill)
         folder.close()
         os.utime(folder.path, (time.time() - 1000 + i,) * 2)
-        found.append(folder.path)
-    return found
+        paths.append(folder.path)
+    return paths
 
 
 def test_the_least_recently_used_folders_are_removed() -> None:

@@ -104,7 +104,7 @@ def pulled(folder: Path, what: list[str], *bad: str) -> None:
     files = {"vqgan_coco.pt": (folder / "vqgan.pt").read_bytes()}
     with bad_server(files | dict.fromkeys(bad, (folder / "bad").read_bytes())) as server:
         assert main(["pull", *what, "--mirror", server.address, "--out", str(folder / "out")]) == 1
-    assert len(server.asked) >= len(bad)
+    assert len(server.requests) >= len(bad)
 
 
 COMMANDS: dict[str, Callable[[Path], None]] = {
