@@ -466,7 +466,7 @@ def test_a_signal_saves_a_checkpoint_and_then_ends_the_stage(
 
 
 class Rates(Callback):
-    """Notes the learning rate and the share of the time that had passed at every step, until a share of it."""
+    """Records the learning rate and time_spent of every step; interrupts the stage after this share of its time."""
 
     def __init__(self, until: float = 2.0):
         self.until, self.seen = until, []
@@ -573,7 +573,7 @@ def test_a_truncated_line_of_the_history_is_skipped(tmp_path: Path) -> None:
 def test_a_compiled_stage_has_the_losses_of_an_uncompiled_one(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What Muon rounds to bfloat16 differs in its last bits, and soon by more.
+    # Muon's rounding to bfloat16 would enlarge differences in the last bits.
     monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, training: False)
     plain, compiled = (
         train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))

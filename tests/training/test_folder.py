@@ -13,7 +13,7 @@ from clip_gen.files import MARK
 from clip_gen.training.folder import check, claim
 from clip_gen.training.plan import TrainSettings
 
-# What the version of commit 72e9866 left of a training with toy settings, without what was in the files.
+# The names of the files that commit 72e9866 wrote for a training with toy settings.
 LAYOUT = """
 model/bridge.safetensors model/clip.safetensors model/gpt.safetensors model/training.json model/vqgan.safetensors
 report.html weights.tar work/encoded/embeddings-held_back.npy work/encoded/embeddings-learnt.npy
