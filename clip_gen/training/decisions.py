@@ -56,10 +56,10 @@ def choose_lpips(folder: Path, resolution: int) -> FrozenLPIPS | None:
 def decide_to_keep_tokens(vqgan: VQGAN, pictures: Dataset, decision: Path) -> bool:
     """Whether the base's VQGAN is good enough to keep its tokens, so that its transformer still fits."""
     if not rank_zero_only.rank and not decision.is_file():
-        psnr, mean_colour_psnr = measure_quality(vqgan, pictures)
-        good = is_good(psnr, mean_colour_psnr)
+        quality = measure_quality(vqgan, pictures)
+        good = is_good(**quality)
         outcome = "its tokens are kept and its decoder is trained" if good else "its tokens are trained too"
-        log.info("%s: %s", _sentence(psnr, mean_colour_psnr), outcome)
+        log.info("%s: %s", _sentence(**quality), outcome)
         _write(decision, json.dumps(good))
     wait_for(decision)
     return json.loads(decision.read_text())
@@ -67,23 +67,23 @@ def decide_to_keep_tokens(vqgan: VQGAN, pictures: Dataset, decision: Path) -> bo
 
 def warn_if_poor(vqgan: VQGAN, pictures: Dataset) -> dict[str, float]:
     """Logs the quality of a VQGAN that is not trained, as a warning if it is poor; returns it for the record."""
-    psnr, mean_colour_psnr = measure_quality(vqgan, pictures)
-    if is_good(psnr, mean_colour_psnr):
-        log.info(_sentence(psnr, mean_colour_psnr))
+    quality = measure_quality(vqgan, pictures)
+    sentence = _sentence(**quality)
+    if is_good(**quality):
+        log.info(sentence)
     else:
-        remedy = "and drawn pictures look no better; give stage both to train the VQGAN too"
-        log.warning("%s, %s", _sentence(psnr, mean_colour_psnr), remedy)
-    return {"psnr": round(psnr, 2), "mean_colour_psnr": round(mean_colour_psnr, 2)}
+        log.warning("%s, and drawn pictures look no better; give stage both to train the VQGAN too", sentence)
+    return quality
 
 
 @torch.no_grad()
-def measure_quality(vqgan: VQGAN, pictures: Dataset) -> tuple[float, float]:
+def measure_quality(vqgan: VQGAN, pictures: Dataset) -> dict[str, float]:
     """PSNR in dB of the reconstructions of pictures (S, S, 3) uint8, and of each picture's mean colour."""
     with on_device(vqgan) as device:
-        errors = [
-            reconstruction_errors(vqgan, from_bytes(batch.to(device))).cpu() for batch in DataLoader(pictures, 16)
-        ]
-    return tuple(mean_decibels(torch.cat(errors, dim=1)).tolist())
+        batches = (from_bytes(batch.to(device)) for batch in DataLoader(pictures, 16))
+        errors = [reconstruction_errors(vqgan, images).cpu() for images in batches]
+    psnr, mean_colour_psnr = mean_decibels(torch.cat(errors, dim=1)).tolist()
+    return {"psnr": round(psnr, 2), "mean_colour_psnr": round(mean_colour_psnr, 2)}
 
 
 def is_good(psnr: float, mean_colour_psnr: float) -> bool:
@@ -92,8 +92,7 @@ def is_good(psnr: float, mean_colour_psnr: float) -> bool:
 
 def _sentence(psnr: float, mean_colour_psnr: float) -> str:
     return (
-        f"the base's VQGAN reconstructs these pictures at {psnr:.1f} dB, their mean colour alone is at "
-        f"{mean_colour_psnr:.1f}"
+        f"the base's VQGAN reconstructs these pictures at {psnr:.1f} dB, their mean colour is at {mean_colour_psnr:.1f}"
     )
 
 

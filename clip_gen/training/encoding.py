@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 
@@ -103,24 +102,25 @@ def encode_once(pictures: Dataset, networks: Mapping[Path, ClipEncoder | VQGAN],
     if not missing:
         return
     rows: dict[Path, list[np.ndarray]] = {path: [] for path in missing}
-    with on_device(*missing.values()) as device, _out_of_memory_explained():
+    with on_device(*missing.values()) as device:
         for batch in _batches_in_time(pictures, seconds, names=", ".join(path.name for path in missing)):
-            images = from_bytes(batch.to(device))
             for path, network in missing.items():
-                rows[path].append(_rows(network, images))
+                rows[path].append(_encode(network, from_bytes(batch.to(device))))
     for path, parts in rows.items():
         save_array(path, np.concatenate(parts))
 
 
-def _rows(network: ClipEncoder | VQGAN, images: Tensor) -> np.ndarray:
-    if isinstance(network, ClipEncoder):
-        return network.encode_image(images).cpu().numpy().astype(np.float16)
-    return network.encode(images).cpu().numpy().astype(token_type(network.config.codebook_size))
-
-
-def token_type(codebook_size: int) -> type[np.integer]:
-    """The smaller integer type that holds all tokens of a codebook."""
-    return np.uint16 if codebook_size <= 2**16 else np.int32
+def _encode(network: ClipEncoder | VQGAN, images: Tensor) -> np.ndarray:
+    try:
+        if isinstance(network, ClipEncoder):
+            return network.encode_image(images).cpu().numpy().astype(np.float16)
+        tokens = network.encode(images).cpu().numpy()
+        return tokens.astype(np.uint16 if network.config.codebook_size <= 2**16 else np.int32)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory while encoding {len(images)} pictures; train with a smaller resolution"
+        raise ValueError(message) from error
 
 
 def _batches_in_time(pictures: Dataset, seconds: float, names: str) -> Iterator[Tensor]:
@@ -136,18 +136,6 @@ def _batches_in_time(pictures: Dataset, seconds: float, names: str) -> Iterator[
             log.info("%s: %s of %s views, %.0f a second%s", names, f"{done:,}", f"{count:,}", done / passed, limit)
         if is_last:
             return
-
-
-@contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise ValueError(
-                f"out of memory while encoding {BATCH_SIZE} pictures; train with a smaller resolution"
-            ) from error
-        raise
 
 
 def save_array(path: Path, rows: np.ndarray) -> None:

@@ -11,7 +11,6 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 
-Batch = tuple[Tensor, ...]
 # Without `neighbour_context`, the fraction of the stage after which all positions of an image are trained on again.
 WHOLE_FROM = 2 / 3
 MAX_ROUNDING = 1e-3  # between two float16 encodings of one image, by networks compiled differently
@@ -46,7 +45,7 @@ class GPTTrainer(Stage):
         if config.compile:
             compiled(gpt)
 
-    def training_step(self, batch: Batch) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
         conditions, tokens, unconditional, embeddings, near_misses, *sampled = batch
         count, length = tokens.shape
         assert not (sampled and self.embedding_loss), "the embedding loss needs whole images"
@@ -74,7 +73,7 @@ class GPTTrainer(Stage):
         self.log_dict(values, batch_size=count, sync_dist=True)
         return loss
 
-    def validation_step(self, batch: Batch) -> None:
+    def validation_step(self, batch: tuple[Tensor, ...]) -> None:
         _, tokens, _, embeddings, _ = batch
         # A second compilation, for whole images without gradients, would take longer than it saves.
         with torch.compiler.set_stance("force_eager"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -120,8 +121,8 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
     skipped = [(one["name"], str(UnusableError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
     if skipped:
         body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
-    for name in ("settings", "plan"):
-        body += [f"<h2>{name.capitalize()}</h2>", _table(_flat(record[name]))]
+    plan = html.escape(json.dumps(record["plan"], indent=2))
+    body += ["<h2>Settings</h2>", _table(record["settings"].items()), f"<h2>Plan</h2><pre>{plan}</pre>"]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
     write_text_atomic(path, page + "\n".join(body) + "</html>\n")
 
@@ -129,15 +130,6 @@ def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
 def _table(rows: Iterable[tuple[str, object]]) -> str:
     cells = "".join(f"<tr><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
     return f"<table>{cells}</table>"
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The values with their names; those of a dict inside have its name and a dot before theirs."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _chart(history: list[dict], names: str) -> str:

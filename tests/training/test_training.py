@@ -35,7 +35,7 @@ from clip_gen.training.datasets import (
     enough_places,
     informative,
 )
-from clip_gen.training.encoding import encode_once, find_neighbours, token_type
+from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import fit
 from clip_gen.training.gpt_trainer import MAX_ROUNDING, GPTTrainer, embedding_loss, start_from_codes, token_nats
 from clip_gen.training.processes import wait_for
@@ -79,7 +79,9 @@ def test_tokens_of_a_large_codebook_are_stored_completely(tmp_path: Path) -> Non
     tokens = vqgan.encode(from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(8)])))
     assert tokens.max() >= 2**16
     assert torch.equal(torch.stack([encoded[i][1] for i in range(8)]), tokens)
-    assert [token_type(count) for count in (2**16, 2**16 + 1)] == [np.uint16, np.int32]
+    assert encoded.tokens.dtype == np.int32
+    small = encode(tiny_networks(), pictures, tmp_path / "small")
+    assert small.tokens.dtype == np.uint16
 
 
 def test_interrupted_encoding_leaves_no_files(tmp_path: Path) -> None:
