@@ -146,7 +146,10 @@ def read_config(path: Path, kind: type[Config]) -> Config:
 def read_settings(path: Path) -> dict[str, object]:
     """A YAML file as plain dicts and lists; ValueError unless it is a mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it has aliases, *name, of which a few can describe more than fits into memory")
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: is not a YAML file of settings ({reason})") from error

@@ -305,10 +305,14 @@ def test_a_folder_or_a_broken_link_instead_of_a_file_is_named(folder: Path, name
         ClipGen.load(folder, "cpu")
 
 
+# Each line has the one before ten times.
+EXPANDING = "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
+
 @pytest.mark.parametrize(
     "text",
-    ["[" * 60_000, "a: {" * 10_000, "a: 1\n" * 20_000, "\0", "name: &a [*a]"],
-    ids=["lists", "mappings", "long", "zero", "alias"],
+    ["[" * 60_000, "a: {" * 10_000, "a: 1\n" * 20_000, "\0", "name: &a [*a]", EXPANDING],
+    ids=["lists", "mappings", "long", "zero", "alias", "expanding"],
 )
 def test_a_hostile_config_gives_one_error_sentence(folder: Path, text: str) -> None:
     """The YAML parser is recursive."""
