@@ -15,7 +15,6 @@ from clip_gen.files import shortened
 from clip_gen.pipeline import ClipGen
 from clip_gen.serving.request_weights import BusyError, RequestRules
 from clip_gen.weights.model_folder import ModelFolderError
-from clip_gen.weights.tarball import open_weights
 from clip_gen.weights.url import is_url
 
 # More than slots: the thread of a cancelled request ends within a second, but not while it connects to a host.
@@ -29,17 +28,11 @@ class Models:
     """The server's own model, and the others that requests named last.
 
     max_others: how many others are in memory at most, including those that are being loaded. A request for one more
-    waits up to wait_seconds. rules: which weights requests may name; by default from the environment.
+    waits up to wait_seconds.
     """
 
-    def __init__(
-        self,
-        default_model: str | Path,
-        max_others: int = 2,
-        rules: RequestRules | None = None,
-        wait_seconds: float = WAIT_SECONDS,
-    ):
-        self.rules: RequestRules | None = rules or RequestRules.from_environment()
+    def __init__(self, default_model: str | Path, max_others: int = 2, wait_seconds: float = WAIT_SECONDS):
+        self.rules = RequestRules.from_environment()
         self.own = ClipGen.load(default_model)
         self._max_others, self._wait_seconds = max_others, wait_seconds
         self._lock = threading.Lock()
@@ -60,7 +53,7 @@ class Models:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._load, weights, should_stop)
 
     def _load(self, weights: str, should_stop: Callable[[], bool]) -> ClipGen:
-        source = self.rules.open(weights, should_stop) if self.rules else open_weights(weights, should_stop)
+        source = self.rules.open(weights, should_stop)
         # A folder with newer files is another model.
         key = (source.path, max(file.lstat().st_mtime_ns for file in source.path.iterdir()))
         end = time.monotonic() + self._wait_seconds

@@ -29,7 +29,7 @@ from clip_gen.sampling.batch_sizes import max_candidates
 from clip_gen.serving.inputs import InputError
 from clip_gen.serving.model_cache import Models
 from clip_gen.serving.outputs import Outputs
-from clip_gen.serving.request_weights import BusyError, RefusedWeightsError
+from clip_gen.serving.request_weights import BusyError, RefusedWeightsError, RequestRules
 from clip_gen.serving.slots import Slots, max_prediction_seconds, remove_prediction_folders
 from clip_gen.weights.cache import Cache, WeightsFolder
 from clip_gen.weights.model_folder import ModelFolderError
@@ -52,7 +52,7 @@ def predictor(tiny_model_folder: Path) -> Predictor:
 
 def get(models: Models, weights: str | None) -> ClipGen:
     """The model of a request; weights on this disk are allowed."""
-    models.rules = None
+    models.rules = RequestRules("any")
     return asyncio.run(models.get(weights, lambda: False))
 
 
@@ -354,7 +354,7 @@ def test_the_least_recently_used_model_is_evicted(
 
 def test_models_in_use_count_towards_the_limit(tiny_model_folder: Path, tmp_path: Path) -> None:
     models = Models(str(tiny_model_folder), max_others=1, wait_seconds=0.3)
-    models.rules = None
+    models.rules = RequestRules("any")
     first, second = (str(other_folder(tmp_path / name)) for name in ("first", "second"))
 
     async def ask_for_both() -> weakref.ref[ClipGen]:
@@ -394,7 +394,7 @@ def test_loading_models_count_towards_the_limit_and_are_evicted_if_unused(
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    models.rules = None
+    models.rules = RequestRules("any")
     monkeypatch.setattr(ClipGen, "load", slow_load)
     asyncio.run(cancel_the_first())
     may_end.set()
