@@ -158,13 +158,13 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     script = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, env=environment, **files)
     history = out / "work" / "vqgan" / "history.jsonl"
-    wait_for(lambda: history.is_file() and history.stat().st_size > 0, seconds=60)
+    wait_for(lambda: history.is_file() and history.read_text().count("\n") > 2, seconds=60)
     assert any(f"train {photos}" in words for words in command_lines().values())
     for _ in range(2):  # as `timeout` does it
         os.killpg(script.pid, number)
     said = script.communicate(timeout=20)[1]
     assert script.returncode == 128 + number, said
-    assert (out / "work" / "vqgan" / "last.ckpt").is_file()
+    assert (out / "work" / "vqgan" / "last.ckpt").is_file(), said
     assert f"vqgan: ended by {number.name}; the checkpoint of step " in said
     resume = f"{out} holds a checkpoint; this command resumes the training: {shlex.join(['script/train', *words])}\n"
     assert said.endswith(resume)
