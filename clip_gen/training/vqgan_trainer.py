@@ -61,8 +61,7 @@ class VQGANTrainer(Stage):
         if config.compile and not torch.cuda.is_available():
             compiled(vqgan.encoder, dynamic=vqgan.config.local)  # the number of distinct patches varies
             compiled(vqgan.decoder)
-        # Small pictures are too small for three layers.
-        layers = 3 if vqgan.config.resolution >= 32 else 2
+        layers = 3 if vqgan.config.resolution >= 32 else 2  # small pictures are too small for three
         self.discriminator = (discriminator or build_discriminator(layers=layers)) if loss.adversarial else None
 
     def on_fit_start(self) -> None:
