@@ -54,6 +54,14 @@ TINY = ModelConfig(
 )
 
 
+LONGEST = ("training", "serving", "test_bundled.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no process of pytest-xdist is left with one of them at the end."""
+    items.sort(key=lambda item: not {item.path.name, item.path.parent.name} & {*LONGEST})
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """What a training with several processes leaves there, such as its port, would be taken up by the next test's."""

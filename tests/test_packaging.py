@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -28,13 +29,32 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheels / "site"
 
 
-def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """The console command, run in `folder` with its data folder there."""
-    code = "import sys; from clip_gen.__main__ import main; sys.argv[0] = 'clip-gen'; sys.exit(main())"
+COMMANDS = """
+import contextlib, io, json, sys
+from clip_gen.__main__ import main
+
+sys.argv[0] = "clip-gen"
+ended = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            status = main(words)
+        except SystemExit as exit:
+            status = exit.code
+    ended.append((status, out.getvalue(), errors.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+def run(installed: Path, folder: Path, *commands: list[str]) -> list[tuple[int, str, str]]:
+    """Status, output and errors of console commands, run in `folder` with their data folder there.
+
+    One process runs them all, since it takes seconds to start.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CLIP_GEN_", "COG_"))}
     environment |= {"PYTHONPATH": str(installed), "XDG_DATA_HOME": str(folder)}
-    command = [sys.executable, "-P", "-c", code, *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-P", "-c", COMMANDS, json.dumps(commands)]
+    return json.loads(subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
 
 def test_the_package_has_the_recipes_and_the_command_but_no_model(installed: Path) -> None:
@@ -46,24 +66,20 @@ def test_the_package_has_the_recipes_and_the_command_but_no_model(installed: Pat
     assert "clip-gen = clip_gen.__main__:main" in entry_points.read_text()
 
 
-def test_without_a_model_the_command_says_how_to_get_one(installed: Path, tmp_path: Path) -> None:
-    ended = run(installed, tmp_path, "generate", "a red circle")
-    assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("generate: no model is installed: `clip-gen pull coco` downloads")
-
-
-def test_the_installed_command_lists_the_settings_of_a_training(installed: Path, tmp_path: Path) -> None:
-    ended = run(installed, tmp_path, "train", "--help")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("usage: clip-gen train")
-    assert "--max-minutes" in ended.stdout
-
-
-def test_the_installed_command_draws_with_a_named_model(
+def test_installed_commands_list_settings_draw_and_say_how_to_get_a_model(
     installed: Path, tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    ended = run(installed, tmp_path, "generate", "a red circle", "--model", str(tiny_model_folder), "--seed", "3")
-    assert ended.returncode == 0, ended.stderr
+    drawing = ["generate", "a red circle", "--model", str(tiny_model_folder), "--seed", "3"]
+    without, listed, drawn = run(installed, tmp_path, ["generate", "a red circle"], ["train", "--help"], drawing)
+    status, _, errors = without
+    assert status == 1
+    assert errors.splitlines()[-1].startswith("generate: no model is installed: `clip-gen pull coco` downloads")
+    status, output, errors = listed
+    assert status == 0, errors
+    assert output.startswith("usage: clip-gen train")
+    assert "--max-minutes" in output
+    status, _, errors = drawn
+    assert status == 0, errors
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
