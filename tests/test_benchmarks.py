@@ -1,4 +1,4 @@
-"""benchmarks/ on toy models."""
+"""benchmarks/ with tiny models."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def subject(tiny_model_folder: Path) -> Subject:
 @pytest.mark.parametrize(
     "changes", [{"rotary": True}, {"head_bias": True, "null_condition": False}, {"neighbour_context": True}]
 )
-def test_the_plain_loop_draws_the_tokens_of_our_sampler(changes: dict[str, bool]) -> None:
+def test_the_reference_samples_the_same_tokens(changes: dict[str, bool]) -> None:
     torch.manual_seed(0)
     gpt = GPT(replace(TINY.gpt, **changes)).eval().requires_grad_(False)
     for parameter in gpt.parameters():
-        parameter.normal_(std=0.3)  # so that a token depends on those before it
+        parameter.normal_(std=0.3)  # so that tokens depend on earlier ones
     embedding, uniforms = F.normalize(torch.randn(4, 16), dim=1), candidate_uniforms(5, range(4), 16)
     tokens = reference.sample(gpt, embedding, uniforms)
     assert torch.equal(tokens, sample_tokens(gpt, embedding, uniforms, Sampling()))
     assert len(tokens.unique()) > 8
 
 
-def test_plain_pictures_and_scores_are_ours(subject: Subject) -> None:
+def test_the_reference_gives_the_same_images_and_scores(subject: Subject) -> None:
     tokens = torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(0))
     text = subject.ours.embed_prompt(PROMPT)
     for row, image, score in zip(tokens, *reference.decode_and_score(subject.plain, tokens, text), strict=True):
@@ -60,7 +60,7 @@ def test_plain_pictures_and_scores_are_ours(subject: Subject) -> None:
         assert cosine == pytest.approx(float(score), abs=1e-4)
 
 
-def test_a_plain_prediction_writes_the_pictures_of_ours(subject: Subject, tmp_path: Path) -> None:
+def test_the_reference_writes_the_same_files(subject: Subject, tmp_path: Path) -> None:
     reference.predict(subject.plain, PROMPT, 7, tmp_path)
     ours = ClipGen.load(subject.folder, "cpu", "float32").generate(PROMPT, seed=7)
     for i, picture in enumerate(ours.images):
@@ -68,7 +68,7 @@ def test_a_plain_prediction_writes_the_pictures_of_ours(subject: Subject, tmp_pa
         assert abs(difference).max() <= 1
 
 
-def test_the_published_size_fits_together_and_its_random_model_predicts(tmp_path: Path) -> None:
+def test_a_random_model_of_the_published_size_predicts(tmp_path: Path) -> None:
     PUBLISHED.check()
     config = replace(TINY, vqgan=replace(TINY.vqgan, quantizer="taming"))
     folder = write_published(tmp_path / "published", config)
@@ -78,13 +78,13 @@ def test_the_published_size_fits_together_and_its_random_model_predicts(tmp_path
 # Measuring
 
 
-def test_the_first_run_is_not_counted_and_the_least_of_the_others_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_are_the_minimum_without_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 1, 1, 5, 10, 13, 20, 25])  # before and after each run
     monkeypatch.setattr(figures.time, "perf_counter", lambda: next(clock))
     assert figures.seconds(lambda: None, CPU, times=3) == 3
 
 
-def test_a_ratio_is_plain_by_ours_and_a_bar_is_met_or_missed() -> None:
+def test_ratios_and_targets_of_figures() -> None:
     figure = Figure("x", ours=0.5, plain=10.0, min_ratio=20)
     assert (figure.ratio, figure.met) == (20, True)
     assert replace(figure, min_ratio=21).met is False
@@ -92,7 +92,7 @@ def test_a_ratio_is_plain_by_ours_and_a_bar_is_met_or_missed() -> None:
     assert (Figure("x", 2.0).ratio, Figure("x", 2.0).met) == (None, None)
 
 
-def test_a_table_has_the_columns_that_are_used() -> None:
+def test_a_table_has_no_empty_columns() -> None:
     rows = [Figure("sampling", 0.5, 10.0, min_ratio=40), Figure("saving", 0.25)]
     assert figures.table(rows).splitlines() == [
         "| what | ours | plain | ratio | target |",
@@ -102,14 +102,14 @@ def test_a_table_has_the_columns_that_are_used() -> None:
     ]
 
 
-def test_the_plain_loop_counts_every_length_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_of_the_reference_sum_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_speed, "seconds", lambda step, device, times: 1 + len(step.__defaults__[0][0]))
     gpt = GPT(TINY.gpt).eval()
     assert token_speed.plain_seconds(gpt, CPU, batch=4, times=1) == sum(range(1, 17)) / 4
 
 
 @pytest.mark.parametrize("part", ["sampling", "decoding", "loading", "prediction"])
-def test_a_part_measures_both_ways(subject: Subject, part: str) -> None:
+def test_sampling_and_decoding_measure_ours_and_the_reference(subject: Subject, part: str) -> None:
     for figure in speed.PARTS[part](subject):
         assert figure.ours > 0
         assert figure.ratio == figure.plain / figure.ours > 0
@@ -137,7 +137,7 @@ def test_sampling_at_the_published_size_has_targets(
 # Servers
 
 
-def test_requests_at_once_are_compared_with_the_same_one_after_another() -> None:
+def test_concurrent_requests_are_compared_with_sequential_ones() -> None:
     asked = []
 
     def ask(number: int) -> int:
@@ -151,7 +151,7 @@ def test_requests_at_once_are_compared_with_the_same_one_after_another() -> None
     assert figure.ratio == figure.plain / figure.ours > 1
 
 
-def test_an_answer_that_depends_on_the_others_is_an_error() -> None:
+def test_an_answer_that_depends_on_other_requests_is_an_error() -> None:
     asked = iter(range(100))
     with pytest.raises(RuntimeError, match="answered differently"):
         server_speed.at_once(lambda number: next(asked), times=1)
@@ -163,7 +163,7 @@ def test_on_a_gpu_answers_that_differ_are_counted(capsys: pytest.CaptureFixture)
     assert capsys.readouterr().out == "answers that differ from the first to the same request: 8 of 16\n"
 
 
-def test_an_import_is_timed_beyond_an_empty_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_seconds_exclude_the_start_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert server_speed.interpreter_seconds("import time; time.sleep(0.1)") > 0.1
     taken = {"pass": iter([0.02, 0.5, 0.02]), "import x": iter([9.0, 0.12, 0.12, 0.7])}
     monkeypatch.setattr(server_speed, "interpreter_seconds", lambda code: next(taken[code]))
@@ -179,16 +179,16 @@ def test_a_server_ends_with_all_its_processes() -> None:
     server_speed.terminate(process, patience=0.2)
     assert process.returncode == -9
     began = time.monotonic()
-    while alive(process.pid) and time.monotonic() - began < 5:  # what is killed takes a moment to be gone
+    while alive(process.pid) and time.monotonic() - began < 5:  # killed processes take a moment to end
         time.sleep(0.02)
     assert not alive(process.pid)
 
 
 def alive(group: int) -> list[str]:
-    """Processes of the group that still run."""
+    """Running processes of the group."""
     states = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended while it was looked at
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             states.append(path.read_text().rpartition(")")[2].split())
     return [state for state, _, of, *_ in states if int(of) == group and state != "Z"]
 
@@ -196,7 +196,7 @@ def alive(group: int) -> list[str]:
 # Beside other processes
 
 
-def test_drawing_beside_others_is_held_against_a_loop_beside_the_same(
+def test_the_slowdown_is_compared_with_that_of_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(busy_machine, "SETTLING", 0.0)
@@ -212,7 +212,7 @@ def test_drawing_beside_others_is_held_against_a_loop_beside_the_same(
     assert "| others | loop seconds | ours seconds | before seconds |" in capsys.readouterr().out
 
 
-def test_the_bars_for_busy_machines() -> None:
+def test_targets_of_busy_machine() -> None:
     medians = {
         0: {"loop": 1.0, "ours": 0.9, "before": 0.75},
         2: {"loop": 2.0, "ours": 2.6, "before": 9.0},
@@ -224,10 +224,10 @@ def test_the_bars_for_busy_machines() -> None:
     assert (four["ours: slowdown / loop's"], four["met"]) == (1.6, False)
 
 
-# What is left
+# Results
 
 
-def test_the_file_says_what_the_figures_hold_for_and_keeps_other_parts(tmp_path: Path) -> None:
+def test_saved_figures_name_the_machine_and_keep_other_parts(tmp_path: Path) -> None:
     facts, path = figures.machine(CPU), tmp_path / "results" / "cpu.json"
     figures.save(path, "http, bundled", facts, [Figure("old", 1.0)])
     figures.save(path, "sampling, bundled", facts, [Figure("one", 0.5, 10.0, 40)])
@@ -245,7 +245,7 @@ def test_the_file_says_what_the_figures_hold_for_and_keeps_other_parts(tmp_path:
     assert machine["date"].startswith("20")
 
 
-def test_a_run_prints_and_keeps_each_part(
+def test_a_run_prints_and_saves_each_part(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(speed, "BUNDLED", tiny_model_folder)
@@ -258,7 +258,7 @@ def test_a_run_prints_and_keeps_each_part(
     assert "| loading | " in printed
 
 
-def test_results_are_named_after_what_they_were_measured_on(
+def test_result_files_are_named_after_the_hardware(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert speed.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
@@ -270,7 +270,7 @@ def test_results_are_named_after_what_they_were_measured_on(
     assert list(json.loads(out.read_text())) == ["loading, bundled"]
 
 
-def test_parts_for_the_bundled_model_only_are_refused_for_another(
+def test_parts_for_the_bundled_model_are_refused_for_published(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
@@ -292,10 +292,10 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
     assert "usage:" in capsys.readouterr().out
 
 
-# What is said of quality
+# Quality
 
 
-def test_precision_is_compared_candidate_by_candidate(tiny_model_folder: Path) -> None:
+def test_precision_compares_candidate_by_candidate(tiny_model_folder: Path) -> None:
     models = {dtype: ClipGen.load(tiny_model_folder, "cpu", "float32") for dtype in ("float32", "float16", "bfloat16")}
     shares = precision.measure(models, "one", 3)
     assert shares["same pictures"] == {"float32": 1.0, "float16": 1.0, "bfloat16": 1.0}

@@ -1,4 +1,4 @@
-"""pipeline.py: prompt -> ranked images."""
+"""pipeline.py: from a prompt to ranked images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from clip_gen.weights.model_folder import ModelFolderError, build, load_networks
 from clip_gen.weights.tarball import pack
 
 
-def test_images_come_best_first_with_the_cosines_clip_gives_them(tiny_model: ClipGen) -> None:
+def test_images_are_ranked_by_their_clip_scores(tiny_model: ClipGen) -> None:
     result = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1)
     assert [image.size for image in result.images] == [(16, 16)] * 8
     assert result.scores == sorted(result.scores, reverse=True)
@@ -41,16 +41,14 @@ def test_images_come_best_first_with_the_cosines_clip_gives_them(tiny_model: Cli
     assert to_tensor(result.images).shape == (8, 3, 16, 16)
 
 
-def test_scores_are_cosines_with_the_embedding_that_the_bridge_has_moved(
-    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_cosines_with_the_shifted_embedding(tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = Bridge(16, BridgeConfig(mean_shift=1.0))
     bridge.image_mean.copy_(torch.randn(16, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(tiny_model, "bridge", bridge)
     result = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1)
-    wanted = bridge(tiny_model.clip_encoder.encode_text(["a red circle"]))
+    expected = bridge(tiny_model.clip_encoder.encode_text(["a red circle"]))
     decoded = torch.cat([tiny_model.vqgan.decode(row[None]) for row in result.tokens])
-    cosines = tiny_model.clip_encoder.encode_image(decoded) @ wanted[0]
+    cosines = tiny_model.clip_encoder.encode_image(decoded) @ expected[0]
     assert torch.allclose(cosines, torch.tensor(result.scores), atol=1e-6)
 
 
@@ -61,7 +59,7 @@ def test_the_best_outputs_are_chosen_from_all_candidates(tiny_model: ClipGen) ->
     assert torch.equal(best.tokens, every.tokens[:3])
 
 
-def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model: ClipGen) -> None:
+def test_the_first_n_candidates_do_not_depend_on_their_number(tiny_model: ClipGen) -> None:
     def first(count: int, **settings: float) -> list[tuple[bytes, float]]:
         result = tiny_model.generate("a red circle", count, count, seed=9, clip_rerank=False, **settings)
         return [(image.tobytes(), score) for image, score in zip(result.images, result.scores, strict=True)]
@@ -73,8 +71,10 @@ def test_the_first_n_of_many_candidates_are_the_bytes_of_a_run_with_n(tiny_model
             assert first(count, **settings) == many[:count]
 
 
-def test_pictures_and_scores_are_the_same_beside_others(tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts: list[int] = []  # of every call of decode, how many
+def test_images_and_scores_do_not_depend_on_other_requests(
+    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[int] = []  # how many in each call of decode
     decode = tiny_model.decode
 
     def watched(tokens: torch.Tensor, embeddings: torch.Tensor) -> list[tuple[Image.Image, float]]:
@@ -97,7 +97,7 @@ def test_pictures_and_scores_are_the_same_beside_others(tiny_model: ClipGen, mon
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=FLOAT16)])
 def test_logits_of_a_row_do_not_depend_on_the_rest_of_the_batch(dtype: str) -> None:
-    """Matrix products of other numbers of rows round differently on older processors; batches have one that does not.
+    """On older processors matrix products round differently for another number of rows; batches avoid such numbers.
 
     MKL_CBWR as the scripts and cog.yaml set it: by default MKL's rounding depends on where in memory numbers lie.
     """
@@ -129,24 +129,24 @@ for guidance in (1.0, 2.0):
     subprocess.run([sys.executable, "-c", code, dtype], check=True, env=environment)
 
 
-def test_a_seed_is_drawn_and_reported_when_none_is_given(tiny_model: ClipGen) -> None:
+def test_without_a_seed_a_random_one_is_used_and_reported(tiny_model: ClipGen) -> None:
     drawn = tiny_model.generate("a red circle", candidates=2, num_outputs=2)
     again = tiny_model.generate("a red circle", candidates=2, num_outputs=2, seed=drawn.seed)
     assert torch.equal(drawn.tokens, again.tokens)
     assert tiny_model.generate("a red circle", candidates=1, num_outputs=1).seed != drawn.seed
 
 
-def test_without_reranking_the_first_candidates_come_in_their_order_with_scores(tiny_model: ClipGen) -> None:
+def test_without_reranking_the_first_candidates_are_returned_in_order(tiny_model: ClipGen) -> None:
     plain = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1, clip_rerank=False)
     ranked = tiny_model.generate("a red circle", candidates=8, num_outputs=8, seed=1)
     assert sorted(plain.scores, reverse=True) == ranked.scores
     assert tiny_model.generate("a", candidates=9, num_outputs=2, clip_rerank=False).candidates == 2
-    # How many there would be to choose from means nothing then.
+    # The number of candidates to choose from has no effect then.
     assert tiny_model.generate("a", candidates=1, num_outputs=2, clip_rerank=False).candidates == 2
     assert plain.scores != ranked.scores
 
 
-def test_inside_inference_mode_the_pictures_are_the_same(tiny_model: ClipGen) -> None:
+def test_generate_works_in_inference_mode(tiny_model: ClipGen) -> None:
     plain = tiny_model.generate("a red circle", candidates=3, num_outputs=3, seed=1)
     with torch.inference_mode():
         result = tiny_model.generate("a red circle", candidates=3, num_outputs=3, seed=1)
@@ -154,7 +154,7 @@ def test_inside_inference_mode_the_pictures_are_the_same(tiny_model: ClipGen) ->
     assert [a.tobytes() for a in plain.images] == [b.tobytes() for b in result.images]
 
 
-def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: ClipGen) -> None:
+def test_generate_does_not_change_torchs_global_state(tiny_model: ClipGen) -> None:
     state = torch.get_rng_state()
     tiny_model.generate("a red circle", candidates=1, num_outputs=1, seed=1)
     assert torch.equal(state, torch.get_rng_state())
@@ -189,7 +189,7 @@ def test_generating_leaves_gradients_and_the_random_state_alone(tiny_model: Clip
         ({"top_k": 2.0}, "top_k is 2.0; give"),
     ],
 )
-def test_bad_input_is_a_sentence_with_the_value_and_the_remedy(
+def test_an_error_names_the_wrong_value_and_the_remedy(
     tiny_model: ClipGen, values: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
@@ -197,11 +197,11 @@ def test_bad_input_is_a_sentence_with_the_value_and_the_remedy(
 
 
 @pytest.mark.parametrize("prompt", ["赤い円", "7", "😀", "❤️", "♥", "#️⃣", "↔", "é", "a\u200b"])
-def test_a_prompt_is_anything_with_a_letter_a_digit_or_an_emoji(prompt: str) -> None:
+def test_a_prompt_needs_a_letter_a_digit_or_an_emoji(prompt: str) -> None:
     check_prompt(prompt)
 
 
-def test_numbers_of_numpy_draw_the_same(tiny_model: ClipGen) -> None:
+def test_numpy_numbers_give_the_same_images(tiny_model: ClipGen) -> None:
     plain = tiny_model.generate("a star", candidates=3, num_outputs=2, seed=5, top_k=4)
     whole = {"candidates": np.int64(3), "num_outputs": np.int32(2), "seed": np.uint8(5), "top_k": np.int64(4)}
     assert torch.equal(tiny_model.generate("a star", **whole).tokens, plain.tokens)
@@ -211,7 +211,7 @@ def test_numbers_of_numpy_draw_the_same(tiny_model: ClipGen) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 1, "clip_rerank": False}])
-def test_settings_that_make_all_candidates_alike_draw_one_and_say_so(
+def test_greedy_settings_draw_one_candidate_with_a_warning(
     tiny_model: ClipGen, settings: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     result = tiny_model.generate("a red circle", candidates=8, num_outputs=4, seed=1, **settings)
@@ -222,15 +222,13 @@ def test_settings_that_make_all_candidates_alike_draw_one_and_say_so(
     assert sentence in caplog.text
 
 
-def test_a_top_k_that_does_nothing_is_named(tiny_model: ClipGen) -> None:
+def test_a_top_k_without_effect_gives_a_warning(tiny_model: ClipGen) -> None:
     warnings = tiny_model.generate("a star", candidates=1, num_outputs=1, top_k=32).warnings
     assert warnings == ["top_k is 32, which does nothing: this model has no more tokens"]
     assert tiny_model.generate("a star", candidates=1, num_outputs=1, top_k=31).warnings == []
 
 
-def test_the_end_of_a_long_prompt_that_clip_does_not_read_is_named(
-    tiny_model: ClipGen, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_truncated_prompt_gives_a_warning(tiny_model: ClipGen, caplog: pytest.LogCaptureFixture) -> None:
     result = tiny_model.generate(f"{'red ' * 14}blue star", candidates=1, num_outputs=1)
     (sentence,) = result.warnings
     assert sentence == "the prompt is longer than this model's CLIP reads; its end is left out: 'blue star'"
@@ -238,7 +236,7 @@ def test_the_end_of_a_long_prompt_that_clip_does_not_read_is_named(
     assert tiny_model.generate("a star", candidates=1, num_outputs=1).warnings == []
 
 
-def test_scores_that_are_no_numbers_are_an_error_and_no_success() -> None:
+def test_scores_of_nan_are_an_error() -> None:
     networks = tiny_networks()
     networks.clip.clip.text_projection.fill_(torch.nan)
     model = ClipGen(networks, torch.device("cpu"))
@@ -246,7 +244,7 @@ def test_scores_that_are_no_numbers_are_an_error_and_no_success() -> None:
         model.generate("a red circle", candidates=1, num_outputs=1)
 
 
-def test_stopping_is_asked_all_the_way_through(tiny_model: ClipGen) -> None:
+def test_should_stop_is_called_before_every_token_and_decoding(tiny_model: ClipGen) -> None:
     asked = []
 
     def never() -> bool:
@@ -267,7 +265,7 @@ def test_an_unknown_device_is_refused() -> None:
     assert choose_device("cpu") == torch.device("cpu")
 
 
-def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
+def test_the_transformers_matrices_have_the_requested_dtype(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def types(dtype: str | None = None) -> set[torch.dtype]:
@@ -290,7 +288,7 @@ def test_the_transformers_matrices_are_of_the_type_that_is_asked_for(
 
 
 @pytest.mark.parametrize("patch", [1, 4])
-def test_whole_images_are_decoded_channels_last_with_the_same_result(tmp_path: Path, patch: int) -> None:
+def test_whole_images_are_decoded_channels_last(tmp_path: Path, patch: int) -> None:
     vqgan = replace(TINY.vqgan, patch=patch, ch_mult=(1, 1, 1) if patch == 1 else (1,))
     save_networks(build(replace(TINY, vqgan=vqgan)), tmp_path / "model", {})
     plain = load_networks(tmp_path / "model").vqgan
@@ -302,16 +300,16 @@ def test_whole_images_are_decoded_channels_last_with_the_same_result(tmp_path: P
         assert torch.allclose(loaded.decode(tokens), plain.decode(tokens), atol=1e-5)
 
 
-def test_in_bfloat16_the_logits_stay_near(tiny_model_folder: Path) -> None:
-    exact, quick = (ClipGen.load(tiny_model_folder, "cpu", dtype).gpt for dtype in ("float32", "bfloat16"))
+def test_bfloat16_logits_are_close_to_float32(tiny_model_folder: Path) -> None:
+    exact, bfloat16 = (ClipGen.load(tiny_model_folder, "cpu", dtype).gpt for dtype in ("float32", "bfloat16"))
     embedding = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     tokens = torch.randint(0, 32, (4, 15), generator=torch.Generator().manual_seed(1))
-    difference = (exact(embedding, tokens) - quick(embedding, tokens)).abs()
+    difference = (exact(embedding, tokens) - bfloat16(embedding, tokens)).abs()
     assert 0 < difference.max() < 0.02 * exact(embedding, tokens).std() + 0.01
 
 
 @pytest.mark.parametrize("form", ["model folder", "training's folder", "tar alone in it", "tar", "zip", "url"])
-def test_a_model_is_loaded_from_whatever_people_have_of_it(
+def test_a_model_is_loaded_from_a_folder_tar_zip_or_url(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     monkeypatch.setenv("CLIP_GEN_CACHE", str(tmp_path / "cache"))
@@ -335,6 +333,6 @@ def test_a_model_is_loaded_from_whatever_people_have_of_it(
         (5, "the name of the weights is 5; give a model"),
     ],
 )
-def test_a_value_that_names_no_weights_is_refused_with_a_sentence(weights: object, sentence: str) -> None:
+def test_a_wrong_name_of_weights_is_an_error(weights: object, sentence: str) -> None:
     with pytest.raises(ModelFolderError, match=sentence):
         ClipGen.load(weights)

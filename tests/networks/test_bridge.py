@@ -13,11 +13,11 @@ def unit(rows: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def test_without_a_shift_embeddings_pass_through() -> None:
+def test_without_a_shift_embeddings_do_not_change() -> None:
     assert torch.allclose(Bridge(64, BridgeConfig())(unit(3)), unit(3))
 
 
-def test_the_whole_shift_moves_the_text_mean_onto_the_image_mean() -> None:
+def test_a_shift_of_one_moves_the_text_mean_to_the_image_mean() -> None:
     text = F.normalize(unit(500) + 3 * unit(1, seed=1), dim=-1)
     image_mean = 0.5 * unit(1, seed=2)[0]
     bridge = Bridge(64, BridgeConfig(mean_shift=1.0))
@@ -29,7 +29,7 @@ def test_the_whole_shift_moves_the_text_mean_onto_the_image_mean() -> None:
     assert F.cosine_similarity(text.mean(dim=0), image_mean, dim=0) < 0.5
 
 
-def test_noise_has_the_strength_it_says() -> None:
+def test_noise_has_the_given_strength() -> None:
     clean = unit(2000)
     assert torch.allclose(add_noise(clean, 0.0), clean)
     for strength in (0.3, 1.0, 3.0):

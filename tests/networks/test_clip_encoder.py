@@ -1,4 +1,4 @@
-"""clip_encoder.py: OpenAI's CLIP, frozen, behind two functions."""
+"""clip_encoder.py: prompts and images to embeddings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_embeddings_are_unit_length_float32(encoder: ClipEncoder) -> None:
         assert torch.allclose(embedding.norm(dim=1), torch.ones(2))
 
 
-def test_it_is_frozen_and_stays_in_eval_mode_when_told_to_train(encoder: ClipEncoder) -> None:
+def test_clip_is_frozen_and_stays_in_eval_mode(encoder: ClipEncoder) -> None:
     encoder.train()
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -40,7 +40,7 @@ def test_gradients_reach_the_images_through_embed_image(encoder: ClipEncoder) ->
     assert images.grad.abs().sum() > 0
 
 
-def test_a_prompt_is_embedded_the_same_alone_and_beside_others(encoder: ClipEncoder) -> None:
+def test_the_embedding_of_a_prompt_does_not_depend_on_other_prompts(encoder: ClipEncoder) -> None:
     together = encoder.encode_text(["a red circle", "two blue stars on white"])
     assert torch.equal(together[:1], encoder.encode_text(["a red circle"]))
 
@@ -51,7 +51,7 @@ def test_tokens_are_openais_for_a_prompt_that_fits() -> None:
 
 
 @pytest.mark.parametrize("name", ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "&lt;|endoftext|&gt;"])
-def test_names_of_control_tokens_in_a_prompt_are_text(encoder: ClipEncoder, name: str) -> None:
+def test_control_token_names_in_a_prompt_are_encoded_as_text(encoder: ClipEncoder, name: str) -> None:
     (row,) = Tokenizer(77)([f"a red {name} circle"])
     tokens = row[: int(row.argmax()) + 1].tolist()
     assert (tokens[0], tokens[-1]) == (encoder.tokenize.start, encoder.tokenize.end)
@@ -62,7 +62,7 @@ def test_names_of_control_tokens_in_a_prompt_are_text(encoder: ClipEncoder, name
     assert not torch.allclose(cut, whole)
 
 
-def test_a_long_prompt_keeps_its_end_of_text_and_what_is_left_out_can_be_asked_for() -> None:
+def test_a_truncated_prompt_keeps_its_end_of_text_token() -> None:
     tokenize, prompt = Tokenizer(8), "one two three four five six seven eight"
     rows = tokenize([prompt])
     assert rows[0, 0] == tokenize.start
@@ -77,7 +77,7 @@ def test_words_beyond_the_context_do_not_change_the_embedding(encoder: ClipEncod
     assert torch.equal(encoder.encode_text([kept + " blue"]), encoder.encode_text([kept]))
 
 
-def test_embeddings_are_those_of_the_clip_package_for_a_vit_and_a_resnet() -> None:
+def test_embeddings_equal_those_of_openais_clip_package() -> None:
     vit = ClipConfig(16, 32, (2,), 64, 8, 16, 49408, 64, 1, 1)
     for config in (vit, replace(vit, vision_layers=(1, 1, 1, 1), vision_width=8, vision_patch_size=None)):
         torch.manual_seed(1)
@@ -92,7 +92,7 @@ def test_embeddings_are_those_of_the_clip_package_for_a_vit_and_a_resnet() -> No
         assert torch.allclose(ours.encode_text(["a cat"]), words, atol=1e-6)
 
 
-def test_sizes_decide_between_resnet_and_vit() -> None:
+def test_the_sizes_select_resnet_or_vit() -> None:
     assert type(build_clip(TINY.clip).visual).__name__ == "ModifiedResNet"
     vit = replace(TINY.clip, vision_layers=(1,), vision_width=64, vision_patch_size=8)
     assert type(build_clip(vit).visual).__name__ == "VisionTransformer"

@@ -1,4 +1,4 @@
-"""float16_linear.py: matrices in sixteen bits on a CPU."""
+"""float16_linear.py: linear layers with float16 weights on a CPU."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ CPU = torch.device("cpu")
 
 @FLOAT16
 @pytest.mark.parametrize("bias", [True, False])
-def test_weights_that_fit_make_the_same_products_and_others_are_rounded(bias: bool) -> None:
+def test_products_are_exact_for_weights_that_fit_float16(bias: bool) -> None:
     torch.manual_seed(0)
     rounded, x = nn.Linear(256, 96, bias=bias), torch.randn(5, 7, 256)
-    quick = Float16Linear(rounded)(x)
-    off = (quick - rounded(x)).abs().max()
+    output = Float16Linear(rounded)(x)
+    off = (output - rounded(x)).abs().max()
     with torch.no_grad():
         rounded.weight.copy_(rounded.weight.half())
-    assert quick.shape == (5, 7, 96)
-    assert quick.dtype == torch.float32
-    assert torch.allclose(quick, rounded(x), atol=2e-6)
+    assert output.shape == (5, 7, 96)
+    assert output.dtype == torch.float32
+    assert torch.allclose(output, rounded(x), atol=2e-6)
     assert 1e-5 < off < 1e-3
 
 
 @FLOAT16
-def test_weights_beyond_its_range_are_brought_to_its_ends() -> None:
+def test_weights_beyond_the_float16_range_are_clamped() -> None:
     linear = nn.Linear(16, 1, bias=False)
     nn.init.constant_(linear.weight, -1e6)
     assert Float16Linear(linear)(torch.eye(16)[:3]).tolist() == [[-65504.0]] * 3
@@ -45,7 +45,7 @@ def test_weights_beyond_its_range_are_brought_to_its_ends() -> None:
 
 
 @FLOAT16
-def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
+def test_float16_is_the_default_without_bfloat16_hardware(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
@@ -69,7 +69,7 @@ def test_a_model_draws_in_it_where_the_hardware_multiplies_no_bfloat16(
 @FLOAT16
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize(("width", "heads"), [(256, 4), (36, 3)])
-def test_neighbour_context_keeps_a_row_the_same_alone_and_among_others(width: int, heads: int, guidance: float) -> None:
+def test_logits_of_a_candidate_do_not_depend_on_the_batch(width: int, heads: int, guidance: float) -> None:
     torch.manual_seed(0)
     config = replace(TINY.gpt, n_embd=width, n_head=heads, neighbour_context=True, head_bias=True, rotary=True)
     gpt = GPT(config).eval().cast_for_inference(torch.float16)
@@ -79,22 +79,22 @@ def test_neighbour_context_keeps_a_row_the_same_alone_and_among_others(width: in
     gpt.step = lambda *given: seen.append(step(*given)) or seen[-1]
 
     def logits(count: int) -> list[torch.Tensor]:
-        """Of so many candidates, (steps, count, V), and with guidance of what they are pushed away from."""
+        """Logits of `count` candidates, (steps, count, V); with guidance also the unconditional ones."""
         seen.clear()
         sample_tokens(gpt, embedding[:count], uniforms[:count], Sampling(guidance=guidance))
         steps = torch.stack(seen)
         return [steps[:, :count]] if guidance == 1 else [steps[:, :count], steps[:, count : 2 * count]]
 
-    every = logits(32)
+    logits_of_32 = logits(32)
     for count in (1, 5, 9, 16, 20):
-        for few, all_of_them in zip(logits(count), every, strict=True):
-            assert torch.equal(few, all_of_them[:, :count])
+        for few, many in zip(logits(count), logits_of_32, strict=True):
+            assert torch.equal(few, many[:, :count])
 
 
 @FLOAT16
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("width", [3, 4, 5, 20, 129, 516])
-def test_widths_need_be_multiples_of_nothing(width: int, rows: int) -> None:
+def test_any_width_works(width: int, rows: int) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(width, 32), torch.randn(rows, width)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_widths_need_be_multiples_of_nothing(width: int, rows: int) -> None:
     assert torch.allclose(Float16Linear(linear)(x), linear(x), atol=3e-6)
 
 
-def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_needs_a_cpu_that_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match='dtype is "float16", which needs an x86 CPU with AVX2; give "auto"'):
         choose_dtype("float16", torch.device("cuda"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
@@ -116,5 +116,5 @@ def test_it_is_for_cpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_dtype("float16", CPU)
 
 
-def test_an_x86_processor_with_avx2_can() -> None:
+def test_x86_with_avx2_supports_float16() -> None:
     assert supports_float16() == bool(torch.cpu.get_capabilities().get("avx2"))

@@ -35,12 +35,12 @@ def tokens() -> Tensor:
     return torch.randint(0, 32, (3, 16), generator=torch.Generator().manual_seed(2))
 
 
-def test_logits_for_every_position_from_the_first(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+def test_forward_gives_logits_for_every_position(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
     assert gpt(embedding, tokens[:, :0]).shape == (3, 1, 32)
     assert gpt(embedding, tokens[:, :-1]).shape == (3, 16, 32)
 
 
-def test_more_tokens_than_the_block_holds_are_a_programming_error(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+def test_too_many_tokens_are_an_assertion_error(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
     with pytest.raises(AssertionError):
         gpt(embedding, tokens)
 
@@ -71,7 +71,7 @@ def test_cached_and_uncached_logits_agree(gpt: GPT, embedding: Tensor, tokens: T
     assert torch.allclose(torch.stack(stepwise, dim=1), whole, atol=1e-5)
 
 
-def test_the_null_condition_stands_in_for_the_marked_rows_only(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+def test_the_null_condition_replaces_only_unconditional_rows(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
     marked = gpt(embedding, tokens[:, :5], torch.tensor([True, False, True]))
     plain = gpt(embedding, tokens[:, :5])
     assert torch.equal(marked[1], plain[1])
@@ -84,7 +84,7 @@ def test_the_null_condition_is_learned(gpt: GPT, embedding: Tensor, tokens: Tens
     assert gpt.null_condition.grad.abs().sum() > 0
 
 
-def test_it_can_learn_to_write_what_an_embedding_asks_for(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+def test_it_learns_tokens_that_depend_on_the_embedding(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
     gpt.train()
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
     for _ in range(60):
@@ -92,21 +92,21 @@ def test_it_can_learn_to_write_what_an_embedding_asks_for(gpt: GPT, embedding: T
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    written = gpt.eval()(embedding, tokens[:, :-1]).argmax(dim=2)
-    assert (written == tokens).float().mean() > 0.9
+    predicted = gpt.eval()(embedding, tokens[:, :-1]).argmax(dim=2)
+    assert (predicted == tokens).float().mean() > 0.9
 
 
-def test_rotary_attention_depends_on_distances_in_rows_and_columns_only() -> None:
+def test_rotary_attention_depends_on_relative_rows_and_columns_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(3))
     rotation = grid_rotation(4, 16)
     scores = rotate(q.expand(1, 1, 16, 16), rotation) @ rotate(k.expand(1, 1, 16, 16), rotation).transpose(-2, -1)
-    by_place = scores.view(4, 4, 4, 4)  # row and column of the query, row and column of the key
-    assert torch.allclose(by_place[:3, 1:, :3, 1:], by_place[1:, :3, 1:, :3], atol=1e-5)
-    for other in (by_place[0, 0, 0, 1], by_place[0, 0, 1, 0], by_place[0, 0, 1, 1], by_place[0, 0, 1, 2]):
-        assert not torch.isclose(by_place[0, 0, 0, 0], other)
+    by_position = scores.view(4, 4, 4, 4)  # row and column of the query, row and column of the key
+    assert torch.allclose(by_position[:3, 1:, :3, 1:], by_position[1:, :3, 1:, :3], atol=1e-5)
+    for other in (by_position[0, 0, 0, 1], by_position[0, 0, 1, 0], by_position[0, 0, 1, 1], by_position[0, 0, 1, 2]):
+        assert not torch.isclose(by_position[0, 0, 0, 0], other)
 
 
-def test_around_a_place_are_the_one_before_it_and_those_above() -> None:
+def test_neighbours_are_the_previous_token_and_those_above() -> None:
     around = neighbour_positions(4)
     assert around.shape == (16, 4)
     assert around[0].tolist() == [16, 16, 16, 16]
@@ -116,8 +116,8 @@ def test_around_a_place_are_the_one_before_it_and_those_above() -> None:
     assert around[11].tolist() == [10, 6, 7, 16]
 
 
-def test_neighbour_context_takes_in_known_tokens_at_once(embedding: Tensor, tokens: Tensor) -> None:
-    """Without any layer, logits hang on the four tokens around and on the condition, each in its own way."""
+def test_an_input_depends_on_its_four_neighbours(embedding: Tensor, tokens: Tensor) -> None:
+    """Without blocks, logits depend on the four neighbours and the condition only, on each differently."""
     torch.manual_seed(0)
     gpt = GPT(replace(TINY.gpt, neighbour_context=True)).eval()
     gpt.blocks = torch.nn.ModuleList()
@@ -133,7 +133,7 @@ def test_neighbour_context_takes_in_known_tokens_at_once(embedding: Tensor, toke
     assert not torch.isclose(gpt(embedding, swapped[:, :-1])[0, 9], plain[0, 9]).all()
 
 
-def test_a_null_condition_can_be_added_for_fine_tuning(embedding: Tensor, tokens: Tensor) -> None:
+def test_with_null_condition_adds_a_trainable_null_condition(embedding: Tensor, tokens: Tensor) -> None:
     bare = GPT(replace(TINY.gpt, null_condition=False, head_bias=True, rotary=True, neighbour_context=True)).eval()
     torch.nn.init.normal_(bare.condition.bias)
     assert "null_condition" not in bare.state_dict()
@@ -148,45 +148,45 @@ def test_a_null_condition_can_be_added_for_fine_tuning(embedding: Tensor, tokens
     assert with_null_condition(grown) is grown
 
 
-def test_without_a_null_condition_nothing_is_unconditional(embedding: Tensor, tokens: Tensor) -> None:
+def test_unconditional_rows_need_a_null_condition(embedding: Tensor, tokens: Tensor) -> None:
     bare = GPT(replace(TINY.gpt, null_condition=False))
     with pytest.raises(AssertionError, match="never unconditional"):
         bare(embedding, tokens[:, :-1], torch.tensor([True, False, False]))
 
 
-def test_of_all_places_the_logits_are_the_whole_pictures(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
-    places = torch.arange(16).expand(3, 16)
-    found = gpt(embedding, tokens[:, :-1], None, places, torch.ones(3, 16))
+def test_a_subset_of_all_positions_gives_the_same_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    positions = torch.arange(16).expand(3, 16)
+    found = gpt(embedding, tokens[:, :-1], None, positions, torch.ones(3, 16))
     assert torch.allclose(found, gpt(embedding, tokens[:, :-1]), atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        found = gpt(embedding, tokens[:, :-1], None, places, torch.ones(3, 16))
+        found = gpt(embedding, tokens[:, :-1], None, positions, torch.ones(3, 16))
     assert torch.allclose(found.float(), gpt(embedding, tokens[:, :-1]), atol=0.02)
 
 
-def test_places_left_out_are_not_looked_at(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
-    places, changed = torch.tensor([[0, 2, 7, 9], [0, 1, 2, 3], [0, 5, 9, 15]]), tokens.clone()
-    changed[0, [0, 7, 13]] = 31 - tokens[0, [0, 7, 13]]  # not before any of these places, nor above
-    chances = torch.full((3, 4), 0.5)
-    before, after = (gpt(embedding, t[:, :-1], None, places, chances) for t in (tokens, changed))
+def test_positions_outside_the_subset_are_ignored(gpt: GPT, embedding: Tensor, tokens: Tensor) -> None:
+    positions, changed = torch.tensor([[0, 2, 7, 9], [0, 1, 2, 3], [0, 5, 9, 15]]), tokens.clone()
+    changed[0, [0, 7, 13]] = 31 - tokens[0, [0, 7, 13]]  # neither earlier positions nor neighbours of the subset
+    probabilities = torch.full((3, 4), 0.5)
+    before, after = (gpt(embedding, t[:, :-1], None, positions, probabilities) for t in (tokens, changed))
     assert before.shape == (3, 4, 32)
     assert torch.equal(before, after)
     changed[0, 6] = 31 - tokens[0, 6]
-    after = gpt(embedding, changed[:, :-1], None, places, chances)
+    after = gpt(embedding, changed[:, :-1], None, positions, probabilities)
     assert torch.equal(before[0, :2], after[0, :2])
     assert not torch.isclose(before[0, 2:], after[0, 2:]).all(dim=1).any()
 
 
-def test_a_place_counts_for_those_left_out_that_are_like_it(embedding: Tensor) -> None:
-    """Where all that comes before is alike but for the condition, a few weigh as much as they all."""
+def test_attention_weighs_positions_by_inverse_probability(embedding: Tensor) -> None:
+    """If all earlier positions but the condition are equal, a few stand for all of them."""
     torch.manual_seed(0)
     gpt = GPT(replace(TINY.gpt, n_layer=1)).eval()
     torch.nn.init.zeros_(gpt.position_embedding.weight)
     plain = torch.full((3, 15), 5)
-    places = torch.tensor([[0, 3, 4, 8, 15]]).expand(3, 5)
-    chances = torch.tensor([[1, 3 / 14, 3 / 14, 3 / 14, 1 / 14]]).expand(3, 5)  # its own chance is not asked for
-    whole, few = gpt(embedding, plain)[:, -1], gpt(embedding, plain, None, places, chances)[:, -1]
+    positions = torch.tensor([[0, 3, 4, 8, 15]]).expand(3, 5)
+    probabilities = torch.tensor([[1, 3 / 14, 3 / 14, 3 / 14, 1 / 14]]).expand(3, 5)  # the last one is not used
+    whole, few = gpt(embedding, plain)[:, -1], gpt(embedding, plain, None, positions, probabilities)[:, -1]
     assert torch.allclose(whole, few, atol=1e-5)
-    assert not torch.allclose(whole, gpt(embedding, plain, None, places, torch.ones(3, 5))[:, -1], atol=1e-3)
+    assert not torch.allclose(whole, gpt(embedding, plain, None, positions, torch.ones(3, 5))[:, -1], atol=1e-3)
 
 
 GELU = """
@@ -203,11 +203,11 @@ for threads in (1, 2, 3, 5, 8):
 """
 
 
-def test_gelu_of_a_row_has_the_same_bits_beside_others_on_any_number_of_threads() -> None:
+def test_gelu_of_a_row_does_not_depend_on_the_batch_or_threads() -> None:
     subprocess.run([sys.executable, "-c", GELU], cwd=ROOT, check=True)
 
 
-def test_gradients_are_the_same_every_time_on_two_threads() -> None:
+def test_gradients_are_deterministic_on_two_threads() -> None:
     config = GPTConfig(
         n_layer=1,
         n_head=2,
@@ -221,14 +221,14 @@ def test_gradients_are_the_same_every_time_on_two_threads() -> None:
     )
     gpt, threads = GPT(config).train(), torch.get_num_threads()
     embedding, tokens = torch.randn(64, 32), torch.randint(0, 64, (64, 64))
-    places = torch.stack(
+    positions = torch.stack(
         [torch.cat([torch.zeros(1).long(), 1 + torch.randperm(63)[:31].sort().values]) for _ in tokens]
     )
 
     def gradients() -> list[torch.Tensor]:
         gpt.zero_grad()
-        logits = gpt(embedding, tokens[:, :-1], None, places, torch.full((64, 32), 0.9))
-        F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, places).flatten()).backward()
+        logits = gpt(embedding, tokens[:, :-1], None, positions, torch.full((64, 32), 0.9))
+        F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, positions).flatten()).backward()
         return [parameter.grad for parameter in gpt.parameters() if parameter.grad is not None]
 
     torch.set_num_threads(2)

@@ -24,7 +24,7 @@ SIZES = {
 
 
 def started(config: VQGANConfig) -> VQGAN:
-    """With a codebook that has met its first batch."""
+    """With a codebook initialised by a first batch."""
     torch.manual_seed(0)
     vqgan = VQGAN(config)
     vqgan(pictures(8))
@@ -36,7 +36,7 @@ def pictures(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_tokens_and_images_have_the_contract_shapes_and_ranges(name: str) -> None:
+def test_shapes_and_ranges_of_tokens_and_images(name: str) -> None:
     vqgan = started(SIZES[name])
     tokens = vqgan.encode(pictures(3))
     assert tokens.shape == (3, vqgan.config.grid**2)
@@ -49,7 +49,7 @@ def test_tokens_and_images_have_the_contract_shapes_and_ranges(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_decoding_the_tokens_is_what_the_forward_pass_reconstructs(name: str) -> None:
+def test_decoded_tokens_equal_the_reconstruction(name: str) -> None:
     vqgan = started(SIZES[name])
     with torch.no_grad():
         out = vqgan(pictures(3))
@@ -57,7 +57,7 @@ def test_decoding_the_tokens_is_what_the_forward_pass_reconstructs(name: str) ->
     assert torch.allclose(out.images.clamp(-1, 1), vqgan.decode(out.tokens), atol=1e-5)
 
 
-def test_tokens_run_row_by_row() -> None:
+def test_tokens_are_in_row_major_order() -> None:
     vqgan = started(TINY.vqgan)
     features = F.normalize(vqgan.features(pictures(1))[0][0], dim=0)  # (C, h, w)
     codes = vqgan.quantizer.lookup(vqgan.encode(pictures(1)))[0]  # (T, C)
@@ -77,13 +77,13 @@ def rows_decoded(vqgan: VQGAN) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["cosine", "taming", "local"])
-def test_gradients_pass_the_codebook_to_the_encoder(name: str) -> None:
+def test_gradients_reach_the_encoder_through_the_codebook(name: str) -> None:
     vqgan = started(SIZES[name]).train()
     vqgan(pictures(2)).images.square().mean().backward()
     assert vqgan.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
-def test_a_local_token_tells_of_its_own_square_alone() -> None:
+def test_a_local_token_depends_on_its_patch_only() -> None:
     vqgan = started(SIZES["local"])
     before, changed = pictures(2), pictures(2)
     changed[0, :, 4:8, 8:12] = pictures(4)[3, :, :4, :4]
@@ -91,12 +91,12 @@ def test_a_local_token_tells_of_its_own_square_alone() -> None:
     assert differ == [[0, 1 * 4 + 2]]
 
 
-def test_the_squares_of_a_plain_picture_are_one_token_when_local() -> None:
+def test_patches_of_a_plain_image_have_one_token_when_local() -> None:
     vqgan = started(SIZES["local"])
     assert len(vqgan.encode(torch.full((2, 3, 16, 16), 0.3)).unique()) == 1
 
 
-def test_squares_met_often_do_not_weigh_more_in_a_local_codebook() -> None:
+def test_frequent_patches_do_not_weigh_more_in_a_local_codebook() -> None:
     codebooks = []
     for often in (1, 9):
         vqgan = started(SIZES["local"]).train()
@@ -105,8 +105,8 @@ def test_squares_met_often_do_not_weigh_more_in_a_local_codebook() -> None:
     assert torch.allclose(*codebooks)
 
 
-def test_commitment_pulls_the_encoder_a_quarter_as_hard_as_the_codebook_is_pulled() -> None:
-    """The right way round: beta weighs what reaches the encoder. taming's legacy order swaps the two."""
+def test_the_commitment_loss_has_weight_one_quarter() -> None:
+    """beta weighs the loss of the encoder. taming's legacy order swaps the two."""
     vqgan = started(SIZES["taming"])
     features = vqgan.features(pictures(1))[0].detach().requires_grad_()
     codes, _, loss = vqgan.quantizer(features)
@@ -116,7 +116,7 @@ def test_commitment_pulls_the_encoder_a_quarter_as_hard_as_the_codebook_is_pulle
 
 
 @pytest.mark.parametrize("quantizer", ["taming", "cosine", "gumbel"])
-def test_the_nearest_code_is_looked_for_in_float32(quantizer: str) -> None:
+def test_the_nearest_code_is_found_in_float32_under_autocast(quantizer: str) -> None:
     vqgan, seen = VQGAN(replace(TINY.vqgan, quantizer=quantizer, codebook_dim=TINY.vqgan.z_channels)), []
 
     def note(_: object, features: tuple[torch.Tensor, ...]) -> None:
@@ -128,13 +128,13 @@ def test_the_nearest_code_is_looked_for_in_float32(quantizer: str) -> None:
     assert seen == [(torch.float32, False)]
 
 
-def test_unit_length_codes_in_the_cosine_codebook() -> None:
+def test_codes_of_the_cosine_codebook_have_unit_length() -> None:
     vqgan = started(TINY.vqgan)
     codes = vqgan.quantizer.lookup(torch.arange(32)[None])
     assert torch.allclose(codes.norm(dim=-1), torch.ones(1, 32), atol=1e-5)
 
 
-def test_a_first_batch_with_fewer_squares_than_codes_says_nothing() -> None:
+def test_a_first_batch_with_fewer_patches_than_codes_logs_nothing() -> None:
     said: list[str] = []
     listening = quantizer_log.add(said.append)
     try:
@@ -144,7 +144,7 @@ def test_a_first_batch_with_fewer_squares_than_codes_says_nothing() -> None:
     assert not said
 
 
-def test_the_decoder_is_tamings_own() -> None:
+def test_the_decoder_is_tamings() -> None:
     vqgan = started(SIZES["halving"])
     assert isinstance(vqgan.decoder, Decoder)
     codes = torch.randn(1, 4, 4, 4)

@@ -1,4 +1,4 @@
-"""batch_sizes.py: numbers of rows that do not change a candidate's bits."""
+"""batch_sizes.py: sizes of batches that do not change a candidate's bits."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from clip_gen.sampling.batch_sizes import (
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 
 
-class Unsteady(nn.Linear):
-    """A layer that rounds otherwise where it has fewer or more rows than so many, or just so many."""
+class Unstable(nn.Linear):
+    """A layer that rounds differently with fewer than `fewer`, more than `more`, or exactly `but` rows."""
 
     def __init__(self, linear: nn.Linear, fewer: int = 0, more: int = 10**6, but: int = 0):
         super().__init__(linear.in_features, linear.out_features)
@@ -37,13 +37,13 @@ WITHOUT_32 = tuple(rows for rows in TESTED_ROWS if rows != 32)
 LAYERS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc", "blocks.0.mlp.proj", "condition", "head")
 
 
-def unsteady(layer: str, **limits: int) -> GPT:
-    """A transformer of which one layer is."""
+def unstable(layer: str, **limits: int) -> GPT:
+    """A transformer with one such layer."""
     gpt = GPT(TINY.gpt).eval()
     for name in LAYERS:
         parent, _, own = name.rpartition(".")
         holder = gpt.get_submodule(parent)
-        setattr(holder, own, Unsteady(getattr(holder, own), **(limits if name == layer else {})))
+        setattr(holder, own, Unstable(getattr(holder, own), **(limits if name == layer else {})))
     return gpt
 
 
@@ -66,10 +66,10 @@ def unsteady(layer: str, **limits: int) -> GPT:
     ],
 )
 @pytest.mark.parametrize("layer", LAYERS)
-def test_batches_have_numbers_of_rows_that_change_nothing_about_any_row(
+def test_batch_sizes_are_those_that_round_alike(
     layer: str, limits: dict[str, int], numbers: tuple[int, ...], guided: tuple[int, ...], most: int
 ) -> None:
-    gpt = unsteady(layer, **limits)
+    gpt = unstable(layer, **limits)
     assert bitwise_stable_sizes(gpt) == numbers
     assert bitwise_stable_sizes(gpt, 2) == guided
     assert max_candidates(gpt) == most
@@ -80,13 +80,13 @@ def test_batches_have_numbers_of_rows_that_change_nothing_about_any_row(
     assert padded_batch_size(gpt, 100) == 100
 
 
-def test_guidance_makes_both_its_passes_in_numbers_that_change_nothing() -> None:
-    gpt, embedding = unsteady("head", but=32), F.normalize(torch.randn(16, 16), dim=1)
+def test_guidance_pads_both_passes_to_a_stable_size() -> None:
+    gpt, embedding = unstable("head", but=32), F.normalize(torch.randn(16, 16), dim=1)
     rows: list[int] = []
     gpt.head.register_forward_hook(lambda module, given, made: rows.append(len(given[0])))
     sample_tokens(gpt, embedding, candidate_uniforms(0, range(16), 4), Sampling(guidance=2.0))
     assert rows[-4:] == [36] * 4
 
 
-def test_in_bfloat16_batches_are_of_one_number_of_rows() -> None:
+def test_bfloat16_has_one_batch_size() -> None:
     assert bitwise_stable_sizes(GPT(TINY.gpt).cast_for_inference(torch.bfloat16)) == (STANDARD_ROWS,)

@@ -1,4 +1,4 @@
-"""cuda_graphs.py: a cache of fixed size gives what a growing one gives."""
+"""cuda_graphs.py: a cache of fixed size gives the same results as a growing one."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def gpt(request: pytest.FixtureRequest, device: str) -> GPT:
     return GPT(replace(TINY.gpt, rotary=True, neighbour_context=request.param)).eval().to(device)
 
 
-def begun(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling: Sampling | None = None) -> Batch:
+def new_batch(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling: Sampling | None = None) -> Batch:
     device = gpt.head.weight.device
     embedding = F.normalize(torch.randn(rows, gpt.config.embed_dim, generator=torch.manual_seed(seed)), dim=-1)
     uniforms = candidate_uniforms(seed, range(rows), gpt.config.block_size)
     return Batch(gpt, embedding.to(device), uniforms, sampling or Sampling(), recorded)
 
 
-def finished(batch: Batch) -> Tensor:
+def sample_all(batch: Batch) -> Tensor:
     while not batch.done:
         batch.step()
     return batch.tokens
@@ -53,56 +53,56 @@ def finished(batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=3.0, top_k=5)])
 @pytest.mark.parametrize("rows", [1, 16, 20])
-def test_the_tokens_are_those_of_a_growing_cache(gpt: GPT, rows: int, sampling: Sampling) -> None:
-    growing = finished(begun(gpt, rows, 3, recorded=False, sampling=sampling))
+def test_recorded_steps_sample_the_same_tokens(gpt: GPT, rows: int, sampling: Sampling) -> None:
+    growing = sample_all(new_batch(gpt, rows, 3, recorded=False, sampling=sampling))
     assert growing.unique().numel() > 4
-    assert torch.equal(finished(begun(gpt, rows, 3, sampling=sampling)), growing)
+    assert torch.equal(sample_all(new_batch(gpt, rows, 3, sampling=sampling)), growing)
 
 
-def test_the_logits_are_those_of_a_growing_cache_at_every_place(gpt: GPT) -> None:
-    fixed, growing = (begun(gpt, 16, 5, recorded=recorded) for recorded in (True, False))
+def test_recorded_steps_give_the_same_logits_at_every_position(gpt: GPT) -> None:
+    fixed, growing = (new_batch(gpt, 16, 5, recorded=recorded) for recorded in (True, False))
     last = None
     for _ in range(gpt.config.block_size):
         with torch.inference_mode():
-            found, wanted = fixed.steps(last), growing.steps(last)
-        assert torch.allclose(found, wanted, atol=1e-5)
-        last = wanted.argmax(dim=1)
+            logits, expected = fixed.steps(last), growing.steps(last)
+        assert torch.allclose(logits, expected, atol=1e-5)
+        last = expected.argmax(dim=1)
 
 
-def test_a_recording_is_used_again_and_nothing_of_its_last_batch_remains(gpt: GPT) -> None:
-    first = begun(gpt, 4, 1)
-    used, alone = first.steps.recording, finished(first)
-    finished(second := begun(gpt, 4, 2))
+def test_a_reused_recording_keeps_nothing_of_its_last_batch(gpt: GPT) -> None:
+    first = new_batch(gpt, 4, 1)
+    used, expected_tokens = first.steps.recording, sample_all(first)
+    sample_all(second := new_batch(gpt, 4, 2))
     other = second.steps.recording
     assert other is not used  # the first still has it
     del first, second
-    third = begun(gpt, 4, 1)
+    third = new_batch(gpt, 4, 1)
     assert third.steps.recording in (used, other)
-    assert torch.equal(finished(third), alone)
+    assert torch.equal(sample_all(third), expected_tokens)
 
 
-def test_batches_side_by_side_do_not_share_memory(gpt: GPT) -> None:
-    alone = [finished(begun(gpt, 4, seed)) for seed in (1, 2)]
-    batches = [begun(gpt, 4, seed) for seed in (1, 2)]
+def test_concurrent_batches_do_not_share_memory(gpt: GPT) -> None:
+    expected_tokens = [sample_all(new_batch(gpt, 4, seed)) for seed in (1, 2)]
+    batches = [new_batch(gpt, 4, seed) for seed in (1, 2)]
     for _ in range(gpt.config.block_size):
         for batch in batches:
             batch.step()
-    assert all(torch.equal(batch.tokens, tokens) for batch, tokens in zip(batches, alone, strict=True))
+    assert all(torch.equal(batch.tokens, tokens) for batch, tokens in zip(batches, expected_tokens, strict=True))
 
 
-def test_a_batch_given_up_half_way_leaves_its_recording_to_the_next(gpt: GPT) -> None:
-    alone = finished(begun(gpt, 4, 1))
-    half = begun(gpt, 4, 2)
+def test_an_unfinished_batch_returns_its_recording(gpt: GPT) -> None:
+    expected_tokens = sample_all(new_batch(gpt, 4, 1))
+    half = new_batch(gpt, 4, 2)
     half.step()
     del half
-    assert torch.equal(finished(begun(gpt, 4, 1)), alone)
+    assert torch.equal(sample_all(new_batch(gpt, 4, 1)), expected_tokens)
     assert len(cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]) == 1
 
 
-def test_idle_recordings_go_where_memory_is_short_but_for_the_one_wanted_next(gpt: GPT) -> None:
+def test_idle_recordings_are_deleted_except_the_next_one(gpt: GPT) -> None:
     cuda_graphs._idle.clear()
     few, many = padded_batch_size(gpt, 4), padded_batch_size(gpt, 40)
-    batches = [begun(gpt, rows, 1) for rows in (4, 4, 40)]
+    batches = [new_batch(gpt, rows, 1) for rows in (4, 4, 40)]
     small, large = batches[0].steps.recording.nbytes, batches[2].steps.recording.nbytes
     del batches
     idle = cuda_graphs._idle[gpt]
@@ -139,9 +139,9 @@ def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pyt
     assert held <= 2 * most  # the last one used, with guidance
 
 
-def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
+def test_recordings_are_freed_with_their_transformer(gpt: GPT) -> None:
     own = GPT(TINY.gpt).eval().to(gpt.head.weight.device)
-    finished(begun(own, 2, 0))
+    sample_all(new_batch(own, 2, 0))
     recording = weakref.ref(cuda_graphs._idle[own][padded_batch_size(own, 2)][0])
     del own
     gc.collect()
@@ -154,10 +154,10 @@ def test_recordings_go_with_their_transformer(gpt: GPT) -> None:
     [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9, guidance=3.0), Sampling(temperature=0)],
     ids=["plain", "filtered", "greedy"],
 )
-def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
+def test_no_step_synchronizes_or_mixes_devices(
     neighbour_context: bool, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Tensors that say they are on a GPU and hold nothing: whoever asks what is in them, or mixes devices, hears of it.
+    # Fake tensors on a GPU: reading their values and mixing devices are errors.
     monkeypatch.setattr(cuda_graphs.Recording, "_record", lambda *_: None)
     monkeypatch.setattr(cuda_graphs, "weight_addresses", lambda gpt: [])
     for module in (cuda_graphs, sampling_module):
@@ -168,32 +168,32 @@ def test_no_token_waits_for_a_gpu_or_mixes_it_with_the_cpu(
             gpt._precompute_neighbours()  # as cast_for_inference does, which cannot change such parameters
         embedding = torch.randn(40, gpt.config.embed_dim)
         batch = Batch(gpt, embedding, torch.rand(40, gpt.config.block_size), sampling)
-        tokens = finished(batch)
+        tokens = sample_all(batch)
         assert tokens.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             tokens.max().item()
 
 
-def test_weights_that_were_moved_are_not_drawn_with_where_they_lay(gpt: GPT) -> None:
-    alone = finished(begun(gpt, 4, 1))
+def test_a_recording_is_not_reused_after_its_weights_moved(gpt: GPT) -> None:
+    expected_tokens = sample_all(new_batch(gpt, 4, 1))
     (used,) = cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]
-    before = [parameter.data for parameter in gpt.parameters()]  # kept, so that no other tensor gets their places
+    before = [parameter.data for parameter in gpt.parameters()]  # kept, so that no other tensor gets their memory
     for parameter in gpt.parameters():
         parameter.data = parameter.data.clone()
-    again = begun(gpt, 4, 1)
+    again = new_batch(gpt, 4, 1)
     assert again.steps.recording is not used
     for data in before:
         data.zero_()
-    assert torch.equal(finished(again), alone)
+    assert torch.equal(sample_all(again), expected_tokens)
     del again
     assert len(cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]) == 1
     cuda_graphs.forget(gpt)
     assert gpt not in cuda_graphs._idle
 
 
-def test_where_triton_does_not_work_a_gpu_has_plain_steps(
+def test_without_triton_a_gpu_uses_plain_steps(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "clip_gen.sampling.triton_kernels", None)
-    assert not cuda_graphs.has_kernels(torch.device("cuda", 99))  # of which no other test asks: the answer is kept
+    assert not cuda_graphs.has_kernels(torch.device("cuda", 99))  # used by no other test: the answer is cached
     assert "Triton does not work here" in caplog.text

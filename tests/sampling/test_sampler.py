@@ -1,4 +1,4 @@
-"""sampler.py: from logits to tokens, and the promise of seeds."""
+"""sampler.py: logits to tokens; the same seed gives the same tokens."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def sampled(gpt: GPT, rows: int, sampling: Sampling = Sampling(), seed: int = 3)
     return sample_tokens(gpt, embedding, candidate_uniforms(seed, range(rows), 16), sampling)
 
 
-def test_off_settings_leave_the_distribution_as_it_is() -> None:
+def test_default_settings_do_not_change_the_distribution() -> None:
     assert torch.allclose(filtered_probabilities(LOGITS, Sampling()), LOGITS.exp())
 
 
-def test_temperature_sharpens_below_one_flattens_above_and_is_greedy_at_zero() -> None:
+def test_temperature_sharpens_or_flattens_and_zero_is_greedy() -> None:
     sharp, flat = (filtered_probabilities(LOGITS, Sampling(temperature=t)) for t in (0.5, 2.0))
     assert sharp[0, 0] > 0.5 > flat[0, 0]
     greedy = filtered_probabilities(LOGITS, Sampling(temperature=0))
@@ -52,7 +52,7 @@ def test_top_k_keeps_the_k_likeliest() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_top_k_keeps_k_tokens_of_equal_ones_the_first(k: int) -> None:
+def test_top_k_keeps_exactly_k_tokens_with_ties_the_first(k: int) -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0, 1.0, 1.0], [2.0] * 6])
     kept = filtered_probabilities(logits, Sampling(top_k=k)) > 0
     assert [row.nonzero().flatten().tolist() for row in kept] == [sorted([1, 3, 2, 4, 5, 0][:k]), list(range(k))]
@@ -71,13 +71,13 @@ def test_a_row_has_the_same_probabilities_in_any_batch_for_any_codebook() -> Non
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.0, 1), (0.01, 1), (0.49, 1), (0.51, 2), (0.76, 3), (0.95, 4)])
-def test_top_p_keeps_the_fewest_tokens_that_fill_the_share(top_p: float, kept: int) -> None:
+def test_top_p_keeps_the_fewest_tokens_that_sum_to_it(top_p: float, kept: int) -> None:
     probabilities = filtered_probabilities(LOGITS, Sampling(top_p=top_p))
     assert (probabilities[0] > 0).sum() == kept
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(2))
 
 
-def test_guidance_is_unconditional_at_zero_conditional_at_one_and_beyond_above() -> None:
+def test_guidance_interpolates_and_extrapolates_logits() -> None:
     conditional, unconditional = LOGITS[:1], LOGITS[1:]
     assert torch.allclose(guided(conditional, unconditional, 1), conditional)
     assert torch.allclose(guided(conditional, unconditional, 0), unconditional)
@@ -95,23 +95,23 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     assert draw(probabilities, torch.tensor([0.0, 0.5, 1.0])).tolist() == [1, 2, 2]
 
 
-def test_a_row_that_is_no_number_gives_some_token_and_is_nobody_elses_trouble() -> None:
+def test_a_row_of_nan_gives_a_valid_token_and_does_not_affect_others() -> None:
     probabilities = LOGITS.exp()
-    spoilt = torch.stack([probabilities[0], torch.full((4,), torch.nan), probabilities[1]])
+    with_nan = torch.stack([probabilities[0], torch.full((4,), torch.nan), probabilities[1]])
     uniform = torch.tensor([0.6, 0.6, 0.6])
-    tokens = draw(spoilt, uniform)
+    tokens = draw(with_nan, uniform)
     assert torch.equal(tokens[[0, 2]], draw(probabilities, uniform[:2]))
     assert 0 <= tokens[1] < 4
 
 
-def test_a_candidates_randomness_depends_on_seed_and_number_alone() -> None:
+def test_random_numbers_depend_on_seed_and_candidate_only() -> None:
     many = candidate_uniforms(5, range(40), 16)
     assert torch.equal(many[7:9], candidate_uniforms(5, range(7, 9), 16))
     assert many.unique().numel() > 600
     assert not torch.equal(many, candidate_uniforms(6, range(40), 16))
 
 
-def test_a_temperature_next_to_nothing_is_greedy() -> None:
+def test_a_tiny_temperature_is_greedy() -> None:
     tiny = filtered_probabilities(LOGITS, Sampling(temperature=1e-38))
     assert torch.equal(tiny, filtered_probabilities(LOGITS, Sampling(temperature=0)))
 
@@ -123,12 +123,12 @@ def test_the_first_n_of_a_batch_equal_a_run_with_n(gpt: GPT, sampling: Sampling)
         assert torch.equal(sampled(gpt, n, sampling), many[:n])
 
 
-def test_the_same_seed_gives_the_same_tokens_and_another_gives_others(gpt: GPT) -> None:
+def test_tokens_depend_on_the_seed(gpt: GPT) -> None:
     assert torch.equal(sampled(gpt, 4), sampled(gpt, 4))
     assert not torch.equal(sampled(gpt, 4), sampled(gpt, 4, seed=4))
 
 
-def test_sampling_from_the_cache_draws_what_full_recomputation_draws(gpt: GPT) -> None:
+def test_cached_sampling_equals_full_recomputation(gpt: GPT) -> None:
     uniforms = candidate_uniforms(3, range(4), 16)
     embedding = F.normalize(torch.ones(1, 16), dim=-1).expand(4, -1)
     sampling = Sampling(top_p=0.8, guidance=2.0)
@@ -141,7 +141,7 @@ def test_sampling_from_the_cache_draws_what_full_recomputation_draws(gpt: GPT) -
     assert torch.equal(sampled(gpt, 4, sampling), tokens)
 
 
-def test_greedy_candidates_are_all_alike(gpt: GPT) -> None:
+def test_greedy_candidates_are_equal(gpt: GPT) -> None:
     tokens = sampled(gpt, 4, Sampling(temperature=0))
     assert torch.equal(tokens, tokens[:1].expand(4, -1))
 
@@ -164,14 +164,12 @@ def test_greedy_candidates_are_all_alike(gpt: GPT) -> None:
         ({"top_p": np.True_}, "top_p is np.True_"),
     ],
 )
-def test_a_value_out_of_range_or_of_another_type_is_named_with_the_remedy(
-    values: dict[str, object], named: str
-) -> None:
+def test_a_wrong_value_is_reported_with_its_range(values: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=f"{named}; give a (whole )?number"):
         Sampling(**values).check()
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     Sampling(top_k=np.int64(5), top_p=np.float32(0.5), temperature=np.float64(1), guidance=np.int8(2)).check()
 
 
@@ -184,8 +182,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ({"top_k": 1, "top_p": 0.0}, ["top_k", "top_p"]),
     ],
 )
-def test_settings_that_draw_identical_candidates_are_known(
-    gpt: GPT, settings: dict[str, float], alone: list[str]
-) -> None:
+def test_greedy_settings_are_detected(gpt: GPT, settings: dict[str, float], alone: list[str]) -> None:
     assert Sampling(**settings).greedy == alone
     assert (len(set(map(tuple, sampled(gpt, 8, Sampling(**settings)).tolist()))) == 1) == bool(alone)

@@ -1,4 +1,4 @@
-"""triton_kernels.py: each kernel gives what plain torch gives; without a GPU by Triton's interpreter."""
+"""triton_kernels.py: each kernel equals plain torch; without a GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from clip_gen.networks.gpt import GPT, grid_rotation, rotate
 from clip_gen.sampling import sampler
 from clip_gen.sampling.cuda_graphs import StaticCache, fused_step
 
-# Triton asks for this when it is imported, and cannot compile in the same process afterwards.
+# Triton reads this when it is imported. Afterwards it cannot compile in the same process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.bfloat16]
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402, where there is Triton
+from triton.backends.compiler import GPUTarget  # noqa: E402, needs Triton
 from triton.compiler import ASTSource  # noqa: E402
 
 from clip_gen.sampling import triton_kernels  # noqa: E402
@@ -36,7 +36,7 @@ here = pytest.mark.skipif(not INTERPRETED and not GPU, reason="by the interprete
 @pytest.mark.skipif(
     INTERPRETED, reason="this test starts the file in the interpreter; there it would start itself again"
 )
-def test_all_of_this_file_passes_by_the_interpreter() -> None:
+def test_this_file_passes_with_tritons_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
@@ -46,7 +46,7 @@ def test_all_of_this_file_passes_by_the_interpreter() -> None:
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
 @pytest.mark.parametrize(
     ("kernel", "arguments"),
-    [  # what each argument is, in order: a type, or a number that is compiled in
+    [  # the arguments in order: a type, or a compile-time constant
         ("_add_norm", ["*fp32", "*bf16", "*fp32", "*fp32", "*bf16", "fp32", 1024, 1024]),
         ("_add_norm", ["*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "fp32", 192, 256]),
         ("_add_norm", ["*fp32", None, "*fp32", "*fp32", "*bf16", "fp32", 1024, 1024]),
@@ -56,7 +56,7 @@ def test_all_of_this_file_passes_by_the_interpreter() -> None:
         ("_draw", ["*fp32", "*fp32", "*i64", "i32", "i32", 16384, 4096]),
     ],
 )
-def test_triton_compiles_what_its_interpreter_takes(
+def test_triton_compiles_the_kernels(
     kernel: str, arguments: list[str | int | None], capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -78,20 +78,20 @@ def tolerance(dtype: torch.dtype) -> float:
 @here
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 48])
-def test_add_norm_adds_to_the_stream_and_norms_it(width: int, dtype: torch.dtype) -> None:
+def test_add_norm_adds_to_the_stream_and_returns_its_norm(width: int, dtype: torch.dtype) -> None:
     stream, branch = noise(3, width), noise(3, width, dtype=dtype, seed=1)
     norm = nn.LayerNorm(width, device=DEVICE)
     norm.weight.data, norm.bias.data = noise(2, width, seed=2)
     summed = stream + branch
     with torch.no_grad():
-        found = triton_kernels.add_norm(stream, branch, norm, dtype)
-        assert torch.allclose(found.float(), norm(summed), atol=tolerance(dtype), rtol=tolerance(dtype))
-    assert found.dtype == dtype
+        output = triton_kernels.add_norm(stream, branch, norm, dtype)
+        assert torch.allclose(output.float(), norm(summed), atol=tolerance(dtype), rtol=tolerance(dtype))
+    assert output.dtype == dtype
     assert torch.equal(stream, summed)
 
 
 @here
-def test_add_norm_leaves_the_stream_alone_without_a_branch() -> None:
+def test_add_norm_without_a_branch_does_not_change_the_stream() -> None:
     stream, norm = noise(3, 16), nn.LayerNorm(16, device=DEVICE)
     before = stream.clone()
     with torch.no_grad():
@@ -104,7 +104,9 @@ def test_add_norm_leaves_the_stream_alone_without_a_branch() -> None:
 @pytest.mark.parametrize(
     ("dtype", "size", "rotary"), [(DTYPES[0], 16, True), (DTYPES[0], 12, False), (DTYPES[1], 16, True)]
 )
-def test_attend_is_attention_over_the_places_so_far(position: int, dtype: torch.dtype, size: int, rotary: bool) -> None:
+def test_attend_is_attention_over_the_positions_so_far(
+    position: int, dtype: torch.dtype, size: int, rotary: bool
+) -> None:
     shape = (2, 2, 64, size)
     qkv = noise(2, 3 * 2 * size, dtype=dtype)
     keys, values = (noise(*shape, dtype=dtype, seed=seed) for seed in (1, 2))
@@ -112,43 +114,43 @@ def test_attend_is_attention_over_the_places_so_far(position: int, dtype: torch.
     q, k, v = qkv.float().view(2, 3, 2, 1, size).unbind(1)
     if rotation is not None:
         q, k = (rotate(part, rotation[:, position : position + 1]) for part in (q, k))
-    wanted_keys, wanted_values = keys.clone(), values.clone()
-    wanted_keys[:, :, position], wanted_values[:, :, position] = k[:, :, 0].to(dtype), v[:, :, 0].to(dtype)
-    seen = (part[:, :, : position + 1].float() for part in (wanted_keys, wanted_values))
-    wanted = F.scaled_dot_product_attention(q, *seen).reshape(2, -1)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[:, :, position], expected_values[:, :, position] = k[:, :, 0].to(dtype), v[:, :, 0].to(dtype)
+    seen = (part[:, :, : position + 1].float() for part in (expected_keys, expected_values))
+    expected = F.scaled_dot_product_attention(q, *seen).reshape(2, -1)
 
-    found = triton_kernels.attend(qkv, rotation, keys, values, torch.tensor([position], device=DEVICE))
+    output = triton_kernels.attend(qkv, rotation, keys, values, torch.tensor([position], device=DEVICE))
 
-    assert found.dtype == dtype
-    assert torch.allclose(found.float(), wanted, atol=tolerance(dtype), rtol=tolerance(dtype))
-    assert torch.allclose(keys, wanted_keys, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert torch.equal(values, wanted_values)
+    assert output.dtype == dtype
+    assert torch.allclose(output.float(), expected, atol=tolerance(dtype), rtol=tolerance(dtype))
+    assert torch.allclose(keys, expected_keys, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.equal(values, expected_values)
 
 
 @here
 @pytest.mark.parametrize("codes", [32, 1000, 10000])
-def test_draw_draws_what_sampling_draws(codes: int) -> None:
-    # Of small whole numbers every sum is exact, in any order.
+def test_draw_gives_the_tokens_of_sampler_draw(codes: int) -> None:
+    # Sums of small whole numbers are exact in any order.
     probabilities = torch.randint(0, 3, (4, codes), generator=torch.manual_seed(0)).float()
     probabilities[:, -3:] = 0
     uniforms = torch.rand(4, 4, generator=torch.manual_seed(1))
     uniforms[:, 2], uniforms[:, 3] = 0.0, 1.0
     for uniform in uniforms.unbind(1):
-        found = triton_kernels.draw(probabilities.to(DEVICE), uniform.to(DEVICE))
-        assert torch.equal(found.cpu(), sampler.draw(probabilities, uniform))
+        output = triton_kernels.draw(probabilities.to(DEVICE), uniform.to(DEVICE))
+        assert torch.equal(output.cpu(), sampler.draw(probabilities, uniform))
 
 
 @here
 @pytest.mark.parametrize("rotary", [True, False])
-def test_a_fused_step_gives_the_logits_of_a_growing_cache_at_every_place(rotary: bool) -> None:
+def test_a_fused_step_gives_the_logits_of_a_plain_step(rotary: bool) -> None:
     torch.manual_seed(0)
     gpt = GPT(replace(TINY.gpt, block_size=9, rotary=rotary)).eval().to(DEVICE)
     x = noise(2, gpt.config.n_embd)
     growing, fixed = gpt.new_cache(x), StaticCache(gpt.config, 2, device=DEVICE, dtype=gpt.dtype)
     for _ in range(gpt.config.block_size):
         with torch.inference_mode():
-            wanted, found = gpt.step_from_input(x, growing), fused_step(gpt, x, fixed)
-            assert torch.allclose(found, wanted, atol=1e-5)
-            x = gpt.token_embedding(wanted.argmax(dim=1))
+            expected, output = gpt.step_from_input(x, growing), fused_step(gpt, x, fixed)
+            assert torch.allclose(output, expected, atol=1e-5)
+            x = gpt.token_embedding(expected.argmax(dim=1))
     assert torch.allclose(fixed.keys, growing.keys, atol=1e-5)
     assert fixed.position.item() == gpt.config.block_size
