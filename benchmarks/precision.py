@@ -23,7 +23,7 @@ from clip_gen import ClipGen
 from clip_gen.files import write_text_atomic
 from clip_gen.hardware import supports_float16
 from clip_gen.sampling.sampler import Sampling
-from clip_gen.worlds.shapes.grading import CANDIDATES, PROMPTS_PER_BATCH, TITLES, Evaluation, Graded
+from clip_gen.worlds.shapes.grading import CANDIDATES, PROMPTS_PER_BATCH, TITLES, Candidate, Evaluation, best_of
 from clip_gen.worlds.shapes.prompts import KINDS, cases
 
 DTYPES = {
@@ -36,12 +36,12 @@ def measure(models: dict[str, ClipGen], kind: str, prompts: int) -> dict[str, ob
     """The shares for one kind of prompt, by dtype."""
     evaluations = [Evaluation(model, prompts, 0, Sampling()) for model in models.values()]
     chosen = cases(kind, prompts, 0)
-    graded: list[tuple[Graded, ...]] = []
+    graded: list[tuple[list[Candidate], ...]] = []
     for start in range(0, prompts, PROMPTS_PER_BATCH):
         some = chosen[start : start + PROMPTS_PER_BATCH]
         graded += zip(*(evaluation.candidates(some, start, "text") for evaluation in evaluations), strict=True)
-    single = np.array([[np.mean(way.right) for way in ways] for ways in graded])
-    best = np.array([[way.right[way.best(CANDIDATES)] for way in ways] for ways in graded], np.float64)
+    single = np.array([[np.mean([candidate.right for candidate in way]) for way in ways] for ways in graded])
+    best = np.array([[best_of(way).right for way in ways] for ways in graded], np.float64)
     same = np.mean([[same_pictures(ways[0], way) for way in ways] for ways in graded], axis=0)
     return {
         "prompts": prompts,
@@ -51,8 +51,9 @@ def measure(models: dict[str, ClipGen], kind: str, prompts: int) -> dict[str, ob
     }
 
 
-def same_pictures(first: Graded, second: Graded) -> float:
-    return float(np.mean([a.tobytes() == b.tobytes() for a, b in zip(first.pictures, second.pictures, strict=True)]))
+def same_pictures(first: list[Candidate], second: list[Candidate]) -> float:
+    pairs = zip(first, second, strict=True)
+    return float(np.mean([one.picture.tobytes() == other.picture.tobytes() for one, other in pairs]))
 
 
 def compared(dtypes: Iterable[str], shares: np.ndarray) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Captions say what the scene shows, in fixed words and in others, and nothing else."""
+"""worlds/shapes/captions.py: the standard wording and random ones say what the scene shows, and nothing else."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def parsed_item(text: str) -> ItemDescription:
 
 
 def parsed(text: str) -> Description:
-    """A caption read back by its vocabulary alone."""
+    """The description that a caption states, parsed by the words in it."""
     background = found(BACKGROUND_WORDS, text)
     relation = found(RELATION_WORDS, text)
     if relation:
@@ -59,7 +59,7 @@ def descriptions(number: int) -> list[Description]:
     return drawn
 
 
-def test_the_two_fixed_wordings():
+def test_the_two_standard_wordings():
     one = Scene("white", (Item("circle", "red", "large"),))
     assert caption(describe(one)) == "a large red circle on a white background"
     two = Scene("gray", (Item("star", "blue", "small"), Item("cross", "pink", "large")), "left of")
@@ -79,43 +79,43 @@ def test_the_two_fixed_wordings():
         (Description((ItemDescription(),) * 2, "white"), "two shapes on a white background"),
     ],
 )
-def test_what_is_left_unsaid_leaves_good_english(description, words):
+def test_captions_with_unsaid_attributes_are_good_english(description, words):
     assert caption(description) == words
 
 
-def test_the_fixed_wording_states_all_that_is_said_and_nothing_else():
+def test_the_standard_wording_states_the_description_and_nothing_else():
     for description in descriptions(500):
         assert parsed(caption(description)) == description
 
 
-def test_every_other_wording_states_the_same_from_one_end_or_the_other():
+def test_random_wordings_state_the_same_in_either_order():
     rng = np.random.default_rng(7)
     for description in descriptions(2000):
         words = vary(description, rng)
         assert parsed(words) in (description, swapped(description)), words
 
 
-def test_articles_fit_their_words_in_every_wording():
+def test_articles_are_correct_in_every_wording():
     rng = np.random.default_rng(8)
     for description in descriptions(1000):
         words = vary(description, rng)
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", words), words
 
 
-def test_wordings_are_many():
+def test_random_wordings_vary():
     rng = np.random.default_rng(9)
     description = Description((CIRCLE, CROSS), "gray", "above")
     assert len({vary(description, rng) for _ in range(300)}) > 200
 
 
-def test_told_from_the_second_item_the_relation_turns_around():
+def test_swapping_the_items_reverses_the_relation():
     description = Description((CIRCLE, CROSS), "white", "above")
     assert swapped(description) == Description((CROSS, CIRCLE), "white", "below")
     assert swapped(swapped(description)) == description
     assert swapped(Description((CIRCLE,), "white")) == Description((CIRCLE,), "white")
 
 
-def test_leaving_unsaid_keeps_the_number_of_items_and_adds_nothing():
+def test_leaving_unsaid_keeps_the_number_of_items():
     full = Description((CIRCLE, CROSS), "white", "above")
     rng = np.random.default_rng(0)
     assert leave_unsaid(full, rng, chance=0) == full

@@ -1,4 +1,4 @@
-"""Shapes are drawn at the size, the place and the colour that the scene says."""
+"""worlds/shapes/rendering.py: shapes have the size, the place and the colour of the scene."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_shape_covers_its_analytic_area(shape, resolution):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_fills_its_box_and_stays_inside_it(shape):
+def test_a_shape_fills_its_bounding_square_and_stays_inside(shape):
     rows, columns = np.nonzero(coverage(shape, 0.5, 0.5, 0.4, 400) > 0.5)
     half_width = max(200 - columns.min(), columns.max() + 1 - 200) / 160
     half_height = max(200 - rows.min(), rows.max() + 1 - 200) / 160
@@ -49,7 +49,7 @@ def test_a_shape_fills_its_box_and_stays_inside_it(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape_is_its_own_mirror_image(shape):
+def test_every_shape_is_symmetric(shape):
     mask = coverage(shape, 0.5, 0.5, 0.3, 64)
     assert np.array_equal(mask, mask[:, ::-1])
 
@@ -61,7 +61,7 @@ def test_only_triangle_star_and_heart_look_different_upside_down(shape):
 
 
 @pytest.mark.parametrize("shape", ["circle", "ring", "square", "cross"])
-def test_round_and_square_shapes_survive_a_quarter_turn(shape):
+def test_round_and_square_shapes_are_the_same_after_a_quarter_turn(shape):
     mask = coverage(shape, 0.5, 0.5, 0.3, 64)
     assert np.array_equal(mask, np.rot90(mask))
 
@@ -74,7 +74,7 @@ def test_triangle_and_star_point_up_and_a_heart_down():
     assert width[width > 0][-1] < 10
 
 
-def test_edges_are_soft_and_everything_else_is_not():
+def test_only_edges_are_soft():
     mask = coverage("circle", 0.5, 0.5, 0.3, 64)
     soft = (mask > 0) & (mask < 1)
     rows, columns = np.nonzero(soft)
@@ -83,14 +83,14 @@ def test_edges_are_soft_and_everything_else_is_not():
     assert abs(distance - 0.3 * 64).max() < 1
 
 
-def test_a_shape_over_the_edge_is_cut_and_one_outside_is_not_drawn():
+def test_a_shape_across_the_edge_is_cut_and_one_outside_is_not_drawn():
     whole, cut = coverage("circle", 0.5, 0.5, 0.2, 64), coverage("circle", 0, 0.5, 0.2, 64)
     assert cut.sum() == pytest.approx(whole.sum() / 2, rel=0.01)
     assert not coverage("circle", -0.5, 0.5, 0.2, 64).any()
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_resolution_changes_nothing_but_the_grain(seed):
+def test_a_scene_looks_the_same_at_other_resolutions(seed):
     scene = sample_scene(np.random.default_rng(seed))
     shrunk = Image.fromarray(render(scene, 256)).resize((64, 64), Image.Resampling.BOX)
     difference = abs(np.int16(np.asarray(shrunk)) - render(scene, 64)).max(axis=-1)
@@ -98,7 +98,7 @@ def test_the_resolution_changes_nothing_but_the_grain(seed):
     assert difference.max() < 64
 
 
-def test_the_scene_stands_in_the_pixels():
+def test_pixels_have_the_colours_of_the_scene():
     items = (Item("circle", "red", "large", 0.25, 0.3, 0.2), Item("ring", "cyan", "large", 0.7, 0.7, 0.2))
     picture = render(Scene("brown", items, "above"), 100)
     assert picture.shape == (100, 100, 3)
@@ -110,6 +110,6 @@ def test_the_scene_stands_in_the_pixels():
     assert tuple(picture[at["rim"]]) == COLOURS["cyan"]
 
 
-def test_a_scene_renders_to_the_same_bytes_every_time():
+def test_rendering_is_deterministic():
     scene = sample_scene(np.random.default_rng(3))
     assert np.array_equal(render(scene), render(scene))

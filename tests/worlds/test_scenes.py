@@ -1,4 +1,4 @@
-"""What may stand in a scene, and where."""
+"""worlds/shapes/scenes.py: what a scene can have, and where."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ def test_held_out_pairs_never_occur_by_default():
     assert not any(item.held_out for scene in scenes(3000) for item in scene.items)
 
 
-def test_held_out_pairs_are_the_five_that_were_promised():
-    promised = "purple star, yellow heart, green cross, orange ring, cyan diamond"
-    assert {tuple(pair.split()) for pair in promised.split(", ")} == HELD_OUT
+def test_held_out_pairs_are_the_documented_five():
+    documented = "purple star, yellow heart, green cross, orange ring, cyan diamond"
+    assert {tuple(pair.split()) for pair in documented.split(", ")} == HELD_OUT
 
 
-def test_held_out_pairs_all_occur_when_they_may_and_nothing_else_when_only_they_may():
+def test_held_out_may_and_only_give_the_held_out_pairs():
     seen = {(item.colour, item.shape) for scene in scenes(3000, held_out="may") for item in scene.items}
     assert seen == set(product(COLOURS, SHAPES))
     only = {(item.colour, item.shape) for scene in scenes(200, held_out="only") for item in scene.items}
     assert only == HELD_OUT
 
 
-def test_an_unknown_rule_for_held_out_pairs_is_refused_by_its_name():
+def test_an_unknown_value_of_held_out_is_refused():
     with pytest.raises(ValueError, match=r'"sometimes".*"never", "may" or "only"'):
         sample_scene(np.random.default_rng(0), held_out="sometimes")
 
 
-def test_one_and_two_items_both_occur_and_a_count_asked_for_is_kept():
+def test_scenes_have_one_or_two_items_or_the_given_count():
     assert {len(scene.items) for scene in scenes(100)} == {1, 2}
     for count in (1, 2):
         assert {len(scene.items) for scene in scenes(100, count=count)} == {count}
 
 
-def test_every_name_of_the_world_occurs():
+def test_all_names_occur():
     drawn = scenes(1000)
     items = [item for scene in drawn for item in scene.items]
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
@@ -64,7 +64,7 @@ def test_every_name_of_the_world_occurs():
     assert {scene.relation for scene in drawn} == {None, *RELATIONS}
 
 
-def test_every_box_keeps_the_margin_and_its_size():
+def test_items_keep_the_margin_and_the_range_of_their_size():
     for scene in scenes(1000):
         for item in scene.items:
             least, most = OBJECT_SIZES[item.size]
@@ -77,7 +77,7 @@ def test_only_two_items_have_a_relation():
     assert all((scene.relation is None) == (len(scene.items) == 1) for scene in scenes(300))
 
 
-def test_the_relation_is_plain_to_see():
+def test_items_are_clearly_in_their_relation():
     for scene in scenes(1000, count=2):
         first, second = scene.items
         right, down = second.x - first.x, second.y - first.y
@@ -93,13 +93,13 @@ def test_two_items_never_look_alike():
         assert (first.shape, first.colour, first.size) != (second.shape, second.colour, second.size)
 
 
-def test_a_seed_gives_one_scene_and_another_seed_another():
+def test_a_scene_depends_on_the_seed():
     again = sample_scene(np.random.default_rng(5))
     assert sample_scene(np.random.default_rng(5)) == again
     assert sample_scene(np.random.default_rng(6)) != again
 
 
-def test_colours_can_be_told_apart_from_each_other_and_from_every_background():
+def test_colours_differ_clearly_from_each_other_and_from_backgrounds():
     def distance(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
         return float(np.linalg.norm(np.subtract(one, other)))
 

@@ -100,7 +100,7 @@ def test_clip_chooses_among_candidates_and_the_judge_grades_them(tiny_model: Cli
     assert shares["best of 16, count"] == 4
     assert 4 <= shares["best of 16, colour"] <= 6
     assert shares["best of 16, a clean picture"] == 6
-    assert [verdict for _, verdict in evaluation.best["one"]] == [True] * 4 + [False] * 2
+    assert [candidate.right for candidate in evaluation.best["one"]] == [True] * 4 + [False] * 2
 
 
 def test_an_untrained_model_is_wrong_everywhere(tiny_model: ClipGen) -> None:

@@ -9,6 +9,7 @@ import logging
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -41,21 +42,21 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Graded:
-    """The candidates of one prompt."""
+class Candidate:
+    """One of the pictures of a prompt."""
 
-    scores: Tensor  # CLIP scores
-    grades: list[dict[str, bool]]  # by the judge, for each attribute that the prompt states
-    clean: list[bool]  # whether the judge can read the picture at all
-    pictures: list[Image.Image]
+    picture: Image.Image
+    score: float  # CLIP score
+    grades: dict[str, bool]  # by the judge, for each attribute that the prompt states
+    clean: bool  # whether the judge can read the picture at all
 
     @property
-    def right(self) -> list[bool]:
-        return [all(grades.values()) for grades in self.grades]
+    def right(self) -> bool:
+        return all(self.grades.values())
 
-    def best(self, n: int) -> int:
-        """The index of the highest CLIP score among the first n."""
-        return int(self.scores[:n].argmax())
+
+def best_of(candidates: list[Candidate]) -> Candidate:
+    return max(candidates, key=attrgetter("score"))
 
 
 @functools.cache
@@ -74,7 +75,7 @@ class Evaluation:
     def __init__(self, model: ClipGen, prompts: int, seed: int, sampling: Sampling):
         self.model, self.prompts, self.seed, self.sampling = model, prompts, seed, sampling
         self.rows: dict[str, Share] = {}
-        self.best: dict[str, list[tuple[Image.Image, bool]]] = {}
+        self.best: dict[str, list[Candidate]] = {}
 
     def run(self, kinds: list[str]) -> None:
         for kind in kinds:
@@ -87,31 +88,29 @@ class Evaluation:
     def grade(self, kind: str, source: str) -> None:
         """Adds rows for one kind of prompt; source: "text", or "image" for the embeddings of matching renders."""
         began, chosen = time.perf_counter(), cases(kind, self.prompts, self.seed)
-        graded = [
-            row
-            for start in range(0, len(chosen), PROMPTS_PER_BATCH)
-            for row in self.candidates(chosen[start : start + PROMPTS_PER_BATCH], start, source)
-        ]
+        graded: list[list[Candidate]] = []
+        for start in range(0, len(chosen), PROMPTS_PER_BATCH):
+            graded += self.candidates(chosen[start : start + PROMPTS_PER_BATCH], start, source)
         name = TITLES[kind] if source == "text" else f"{TITLES[kind]}, from image embeddings"
         for n in (1, 4, CANDIDATES):
-            self._row(f"{name}, best of {n}", [row.right[row.best(n)] for row in graded])
-        self._row(f"{name}, perfect ranker of {CANDIDATES}", [any(row.right) for row in graded])
-        best = [row.grades[row.best(CANDIDATES)] for row in graded]
-        for attribute in sorted({name for grades in best for name in grades}):
-            stated = [grades[attribute] for grades in best if attribute in grades]
+            self._row(f"{name}, best of {n}", [best_of(candidates[:n]).right for candidates in graded])
+        perfect = [any(candidate.right for candidate in candidates) for candidates in graded]
+        self._row(f"{name}, perfect ranker of {CANDIDATES}", perfect)
+        best = [best_of(candidates) for candidates in graded]
+        for attribute in sorted({attribute for candidate in best for attribute in candidate.grades}):
+            stated = [candidate.grades[attribute] for candidate in best if attribute in candidate.grades]
             self._row(f"{name}, best of {CANDIDATES}, {attribute}", stated)
-        self._row(f"{name}, best of {CANDIDATES}, a clean picture", [row.clean[row.best(CANDIDATES)] for row in graded])
+        self._row(f"{name}, best of {CANDIDATES}, a clean picture", [candidate.clean for candidate in best])
         if source == "text":
-            tops = [(row, row.best(CANDIDATES)) for row in graded]
-            self.best[kind] = [(row.pictures[top], row.right[top]) for row, top in tops]
+            self.best[kind] = best
         log.info("%s: %d prompts in %.0f s", name, len(chosen), time.perf_counter() - began)
 
     def _row(self, name: str, right: list[bool]) -> None:
         self.rows[name] = Share(sum(right), len(right))
 
     @torch.inference_mode()
-    def candidates(self, chosen: list[Case], start: int, source: str) -> list[Graded]:
-        """Samples and grades the candidates of some cases; `start` is the number of the first one."""
+    def candidates(self, chosen: list[Case], start: int, source: str) -> list[list[Candidate]]:
+        """Samples and grades the candidates of each case; `start` is the number of the first case."""
         model = self.model
         condition = text = model.bridge(model.clip_encoder.encode_text([case.prompt for case in chosen]))
         if source == "image":
@@ -122,15 +121,15 @@ class Evaluation:
         condition = condition.repeat_interleave(CANDIDATES, dim=0)
         tokens = sample_tokens(model.gpt, condition, torch.cat(uniforms), self.sampling)
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
-        similarity = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1) @ text[:, :, None]
+        embeddings = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1)
+        scores = (embeddings @ text[:, :, None]).flatten().tolist()
         pictures = to_pil(images)
-        readings, rows = readings_of(pictures), []
-        for i, case in enumerate(chosen):
-            own = slice(i * CANDIDATES, (i + 1) * CANDIDATES)
-            grades = [grade(reading, case.description) for reading in readings[own]]
-            clean = [reading is not None for reading in readings[own]]
-            rows.append(Graded(similarity[i, :, 0].cpu(), grades, clean, pictures[own]))
-        return rows
+        prompts = [case.description for case in chosen for _ in range(CANDIDATES)]
+        candidates = [
+            Candidate(picture, score, grade(reading, prompt), clean=reading is not None)
+            for picture, score, reading, prompt in zip(pictures, scores, readings_of(pictures), prompts, strict=True)
+        ]
+        return [candidates[start : start + CANDIDATES] for start in range(0, len(candidates), CANDIDATES)]
 
     def _renders(self, chosen: list[Case]) -> Tensor:
         renders = [render(case.scene, self.model.config.vqgan.resolution) for case in chosen]
@@ -141,8 +140,8 @@ class Evaluation:
         """Adds a row for new renders, encoded and decoded by the VQGAN: an upper limit for the model."""
         chosen, vqgan = cases(kind, self.prompts, self.seed), self.model.vqgan
         images = torch.cat([vqgan.decode(vqgan.encode(part)) for part in self._renders(chosen).split(64)])
-        pairs = zip(readings_of(to_pil(images)), chosen, strict=True)
-        right = [satisfies(reading, case.description) for reading, case in pairs]
+        readings = readings_of(to_pil(images))
+        right = [satisfies(reading, case.description) for reading, case in zip(readings, chosen, strict=True)]
         self._row(f"{TITLES[kind]}, reconstructions", right)
 
     def table(self) -> str:
@@ -159,13 +158,13 @@ class Evaluation:
     def sheet(self) -> Image.Image:
         """The best of 16 for the first prompts of each kind; a red bar under those the judge calls wrong."""
         side, columns, gap = self.model.config.vqgan.resolution, 16, 4
-        shown = [row for best in self.best.values() for row in best[: 2 * columns]]
+        shown = [candidate for best in self.best.values() for candidate in best[: 2 * columns]]
         rows = -(-len(shown) // columns)
         sheet = Image.new("RGB", (columns * (side + gap), rows * (side + 2 * gap)), (200, 200, 200))
-        for i, (picture, right) in enumerate(shown):
+        for i, candidate in enumerate(shown):
             x, y = i % columns * (side + gap), i // columns * (side + 2 * gap)
-            sheet.paste(picture, (x, y))
-            if not right:
+            sheet.paste(candidate.picture, (x, y))
+            if not candidate.right:
                 sheet.paste((220, 0, 0), (x, y + side, x + side, y + side + gap))
         return sheet
 
