@@ -12,7 +12,7 @@ from cog import BaseRunner, Input, Path, concurrent
 from clip_gen.files import set_compile_cache_folders, shortened
 from clip_gen.serving.inputs import checked, read_inputs
 from clip_gen.serving.slots import Slots, max_prediction_seconds
-from clip_gen.serving.watchdog import worker_folder
+from clip_gen.serving.watchdog import stop_watchdog, worker_folder
 from clip_gen.validation import check_request, without_effect
 
 if TYPE_CHECKING:
@@ -30,12 +30,16 @@ class Predictor(BaseRunner):
         from clip_gen.serving.outputs import Outputs
         from clip_gen.weights.default_model import default_model
 
-        self.slots = Slots(max_prediction_seconds())
-        source, reason = default_model(weights)
-        self.models = Models(source)
+        self.outputs = Outputs(worker_folder("clip-gen-"))  # first: the server also ends if loading needs too much memory
+        try:
+            self.slots = Slots(max_prediction_seconds())
+            source, reason = default_model(weights)
+            self.models = Models(source)
+        except BaseException:
+            stop_watchdog()  # so that the server answers why its setup failed
+            raise
         # asyncio's own executor has fewer threads on a small machine.
         self.drawing = ThreadPoolExecutor(SLOTS, "drawing")
-        self.outputs = Outputs(worker_folder("clip-gen-"))
         print(f"model: {self.models.own.config.name} from {shortened(source)} on {self.models.own.device}: {reason}")
 
     # 12 slots serve 8 clients: Cog frees a slot a moment after it has sent the reply, so a client that asks again at

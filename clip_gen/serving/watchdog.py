@@ -22,6 +22,8 @@ from pathlib import Path
 SERVER = b"cog.server.http"  # in the command line of Cog's server
 GRACE = 5.0  # seconds for the server to end by itself after its worker, as after SIGTERM
 
+_watchdogs: list[subprocess.Popen] = []  # of this process
+
 
 @functools.cache
 def worker_folder(prefix: str) -> Path:
@@ -38,9 +40,15 @@ def worker_folder(prefix: str) -> Path:
         ours, _theirs = os.pipe()  # the watchdog reads the end of the pipe when this process is gone
         command = [sys.executable, "-I", "-S", __file__, str(server), str(os.getpid()), folder]
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.Popen(command, stdin=ours, start_new_session=True, **silent)
+        _watchdogs.append(subprocess.Popen(command, stdin=ours, start_new_session=True, **silent))
         os.close(ours)
     return Path(folder)
+
+
+def stop_watchdog() -> None:
+    """The server stays when this worker ends."""
+    for watchdog in _watchdogs:
+        watchdog.kill()
 
 
 def main(server: int, worker: int, folder: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,17 @@ def test_a_prediction_ends_at_the_limit_and_a_killed_worker_ends_the_server(
         assert "the worker process was killed or has crashed; ending the server" in server.log.read_text()
         wait_for(lambda: not watchdogs(server))
         assert not list(tmp_path.glob("clip-gen-*"))
+
+
+def test_a_worker_killed_while_loading_ends_the_server(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        weights = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.tar"
+        with running([SERVE], tmp_path, tmp_path, COG_WEIGHTS=weights) as server:
+            wait_for(lambda: watchdogs(server), seconds=60)
+            os.kill(worker_of(server), signal.SIGKILL)
+            assert server.process.wait(timeout=GRACE + 10) == -signal.SIGKILL
+            wait_for(lambda: not watchdogs(server))
+            assert not list(tmp_path.glob("clip-gen-*"))
 
 
 def test_a_server_of_a_nameless_user_starts_and_leaves_no_files(tiny_model_folder: Path, tmp_path: Path) -> None:
