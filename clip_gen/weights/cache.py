@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class WeightsFolder:
 
 
 class Cache:
-    """Unpacked weights by key, in $CLIP_GEN_CACHE or ~/.cache/clip-gen. Safe from several threads and processes.
+    """Unpacked weights by key, in the folder of _cache_folder. Safe from several threads and processes.
 
     To stay within max_bytes for all folders together, and to keep free_bytes of the disk free, the folders that were
     used least recently are removed.
@@ -135,14 +136,28 @@ def _gigabytes(name: str, default: float) -> float:
 
 
 def _cache_folder() -> Path:
-    """weights/ in $CLIP_GEN_CACHE or ~/.cache/clip-gen. CacheError if it cannot be written to."""
-    folder = Path(os.environ.get("CLIP_GEN_CACHE") or "~/.cache/clip-gen", "weights")
+    """weights/ in $CLIP_GEN_CACHE. Without it in ~/.cache/clip-gen, or where that cannot be written to, in a private
+    folder in the temporary folder: a container's user may have no home. CacheError if none can be written to.
+    """
+    named = os.environ.get("CLIP_GEN_CACHE")
+    folder = Path(named or "~/.cache/clip-gen")
     try:
-        folder = folder.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        return _writable(folder.expanduser())
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        if not named:
+            folder = Path(tempfile.gettempdir(), f"clip-gen-{os.getuid()}")
+            with contextlib.suppress(OSError):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                status = folder.lstat()
+                if status.st_uid == os.getuid() and status.st_mode == stat.S_IFDIR | 0o700:
+                    return _writable(folder)
         raise CacheError(
             f"{folder}: cannot be used for the weights cache ({reason_of(error)}); set CLIP_GEN_CACHE to a folder"
         ) from error
-    return folder
+
+
+def _writable(folder: Path) -> Path:
+    weights = folder / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=weights).close()
+    return weights

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterable
@@ -226,23 +227,36 @@ def test_a_url_without_etag_or_date_is_downloaded_each_time(
         assert resolve_weights(url) != resolve_weights(url)
 
 
-def test_without_a_writable_home_the_remedy_is_to_name_a_cache(
-    weights_tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No CLIP_GEN_CACHE, and a HOME that cannot be written to. Returns the temporary folder, which is empty."""
     (tmp_path / "home").write_text("a file")
+    (temporary := tmp_path / "tmp").mkdir()
     monkeypatch.delenv("CLIP_GEN_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(ModelFolderError, match=r"cannot be used for the weights cache .*; set CLIP_GEN_CACHE"):
-        resolve_weights(str(weights_tar))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    return temporary
 
 
-def test_without_any_home_the_remedy_is_to_name_a_cache(weights_tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_writable_home_the_cache_is_a_private_temporary_folder(weights_tar: Path, no_home: Path) -> None:
+    assert no_home in resolve_weights(str(weights_tar)).parents
+    assert [path.stat().st_mode & 0o777 for path in no_home.iterdir()] == [0o700]
+
+
+def test_a_user_without_a_home_has_a_private_cache_too(
+    weights_tar: Path, no_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def nobody(user: int) -> None:
         raise KeyError(user)
 
-    monkeypatch.delenv("CLIP_GEN_CACHE", raising=False)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert no_home in resolve_weights(str(weights_tar)).parents
+
+
+def test_a_cache_that_others_can_write_to_is_refused(weights_tar: Path, no_home: Path) -> None:
+    (no_home / f"clip-gen-{os.getuid()}").mkdir()
+    (no_home / f"clip-gen-{os.getuid()}").chmod(0o777)
     with pytest.raises(ModelFolderError, match="set CLIP_GEN_CACHE"):
         resolve_weights(str(weights_tar))
 
