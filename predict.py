@@ -30,7 +30,8 @@ class Predictor(BaseRunner):
         from clip_gen.serving.outputs import Outputs
         from clip_gen.weights.default_model import default_model
 
-        self.outputs = Outputs(worker_folder("clip-gen-"))  # first: the server also ends if loading needs too much memory
+        # First, so that the server also ends if loading is killed for want of memory.
+        self.outputs = Outputs(worker_folder("clip-gen-"))
         try:
             self.slots = Slots(max_prediction_seconds())
             source, reason = default_model(weights)
