@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
@@ -131,8 +131,8 @@ class RankerTrainer(Stage):
     def training_step(self, batch: Batch) -> Tensor:
         text, pictures = batch
         with torch.no_grad():
-            wanted = F.normalize(self.frozen[0](self._images(pictures[:, 0])).float(), dim=-1)
-        true, decoded, resampled, drawn = self._embed(pictures)
+            wanted = self._embed(self.frozen[0], pictures[:, :1])[0]
+        true, decoded, resampled, drawn = self._embed(self.visual, pictures)
         leads = torch.stack([true - decoded, decoded - resampled, decoded - drawn])
         nearer = F.softplus(-self.scale * (leads[:, :, None] * text).sum(dim=3)).mean(dim=(1, 2))
         moved = (2 - ((true + decoded) * wanted).sum(dim=1)).mean() / 2
@@ -143,18 +143,15 @@ class RankerTrainer(Stage):
     def validation_step(self, batch: Batch) -> None:
         """The shares of captions that are closer to their decoded picture than to the resampled and the drawn one."""
         text, pictures = batch
-        _, decoded, resampled, drawn = self._embed(pictures)
+        decoded, resampled, drawn = self._embed(self.visual, pictures[:, 1:])
         nearer = ((decoded - torch.stack([resampled, drawn])) * text[:, 0]).sum(dim=2) > 0
         shares = nearer.float().mean(dim=1)
         self.log_dict({"val_touched": shares[0], "val_drawn": shares[1]}, batch_size=len(text))
 
-    def _embed(self, pictures: Tensor) -> Tensor:
-        """(B, 4, S, S, 3) uint8 -> (4, B, E), unit length."""
-        embedded = self.visual(self._images(pictures.transpose(0, 1).flatten(0, 1))).float()
-        return F.normalize(embedded, dim=-1).view(4, len(pictures), -1)
-
-    def _images(self, pictures: Tensor) -> Tensor:
-        return for_clip(from_bytes(pictures), self.resolution)
+    def _embed(self, visual: nn.Module, pictures: Tensor) -> Tensor:
+        """(B, n, S, S, 3) uint8 -> (n, B, E), unit length."""
+        images = for_clip(from_bytes(pictures.transpose(0, 1).flatten(0, 1)), self.resolution)
+        return F.normalize(visual(images).float(), dim=-1).unflatten(0, (-1, len(pictures)))
 
     def configure_optimizers(self) -> dict[str, object]:
         return self.learning(adamw(self.visual, self.config, betas=(0.9, 0.98)))

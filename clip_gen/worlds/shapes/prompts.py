@@ -25,14 +25,9 @@ def cases(kind: str, count: int, seed: int) -> list[Case]:
 
 
 def _case(kind: str, rng: np.random.Generator) -> Case:
-    if kind == "unsaid":
-        scene = sample_scene(rng)
-        full = describe(scene)
-        description = full
-        while description == full:
-            description = leave_unsaid(full, rng, chance=0.5)
-    else:
-        count = 2 if kind == "two" else 1
-        scene = sample_scene(rng, count=count, held_out="only" if kind == "held_out" else "never")
-        description = describe(scene)
+    count = {"one": 1, "two": 2, "held_out": 1}.get(kind)
+    scene = sample_scene(rng, count=count, held_out="only" if kind == "held_out" else "never")
+    description = full = describe(scene)
+    while kind == "unsaid" and description == full:
+        description = leave_unsaid(full, rng, chance=0.5)
     return Case(caption(description), description, scene)
