@@ -33,23 +33,23 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = parser.add_subparsers(dest="format", required=True, metavar="format")
-    hfailab = formats.add_parser("hfailab", help="HFAiLab's CLIP-GEN: the COCO model")
-    hfailab.add_argument("--vqgan", type=Path, required=True, help="vqgan_coco.pt")
-    hfailab.add_argument("--gpt", type=Path, required=True, help="gpt_coco.pt")
-    hfailab.add_argument("--clip", type=Path, help="clip_vit_b32.pt, or OpenAI's ViT-B-32.pt")
-    hfailab.add_argument("--heads", type=int, help="attention heads; default: width / 64, at least 4")
-    taming = formats.add_parser("taming", help="a VQGAN of taming-transformers, to train stage 2 on")
-    taming.add_argument("--config", type=Path, required=True, help="the YAML file beside the checkpoint")
-    taming.add_argument("--checkpoint", type=Path, required=True, help="of the VQGAN, or of a model with it inside")
+    coco = formats.add_parser("hfailab", help="HFAiLab's CLIP-GEN: the COCO model")
+    coco.add_argument("--vqgan", type=Path, required=True, help="vqgan_coco.pt")
+    coco.add_argument("--gpt", type=Path, required=True, help="gpt_coco.pt")
+    coco.add_argument("--clip", type=Path, help="clip_vit_b32.pt, or OpenAI's ViT-B-32.pt")
+    coco.add_argument("--heads", type=int, help="attention heads; default: width / 64, at least 4")
+    vqgan = formats.add_parser("taming", help="a VQGAN of taming-transformers, to train stage 2 on")
+    vqgan.add_argument("--config", type=Path, required=True, help="the YAML file beside the checkpoint")
+    vqgan.add_argument("--checkpoint", type=Path, required=True, help="of the VQGAN, or of a model with it inside")
     clip = formats.add_parser("clip", help="a CLIP of OpenAI or open_clip, into an existing model folder or a new one")
     clip.add_argument("--checkpoint", type=Path, required=True, help="OpenAI's file, or a state dict")
-    for command in (hfailab, clip):
+    for command in (coco, clip):
         command.add_argument(
             "--activation",
             choices=ACTIVATIONS,
             help="activation function of the CLIP: quick_gelu (OpenAI, the default) or gelu (most models of open_clip)",
         )
-    for command in (hfailab, taming, clip):
+    for command in (coco, vqgan, clip):
         command.add_argument("--out", type=Path, required=True, help="the model folder to write")
         command.add_argument("--dtype", choices=DTYPES, help="type of the parameters on disk; default: as published")
 
