@@ -119,8 +119,9 @@ def pictures_and_texts(clip: ClipEncoder, captioned: CaptionedPictures) -> tuple
     return np.stack(pictures), torch.stack([clip.encode_text(pair) for pair in captions])
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["by its caption", "by the shorter one"])
-@pytest.mark.parametrize("place", [2, 3], ids=["resampled", "sampled"])
+@pytest.mark.parametrize(
+    ("place", "which"), [(2, 0), (3, 1)], ids=["resampled, by its caption", "sampled, by the shorter one"]
+)
 def test_pictures_with_a_fault_come_to_rank_lower(tmp_path: Path, place: int, which: int) -> None:
     """The bundled CLIP, with a pinhole in each sampled or resampled picture. The other caption's embedding is zero."""
     networks = load_networks(ROOT / "checkpoints" / "shapes")
