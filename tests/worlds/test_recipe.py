@@ -115,8 +115,7 @@ def test_an_interrupted_part_resumes_from_its_checkpoint(tmp_path: Path, caplog:
         Recipe(RECIPE, tmp_path).load_or_train("vqgan")
     record = json.loads((tmp_path / "vqgan" / "record.json").read_text())
     assert record["steps"] == 6
-    starts = [(start["from_step"], start["to_step"], start["fit"]["steps"]) for start in record["starts"]]
-    assert starts == [(0, 4, 4), (4, 6, 6)]
+    assert [(start["from_step"], start["to_step"]) for start in record["starts"]] == [(0, 4), (4, 6)]
     assert sum("vqgan 6/6" in line for line in caplog.messages) == 1
     assert not any("4/6" in line for line in caplog.messages)
 
