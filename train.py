@@ -18,7 +18,9 @@ async def train(
         description="Pictures without captions, at least 8, as a zip or tar. Over HTTP: an http, https or data URL."
     ),
     stage: str = Input(
-        description="Stages to train. vqgan makes a base.", default="both", choices=["both", "vqgan", "transformer"]
+        description="Stages to train. vqgan: stage 1 only, to be used as a base.",
+        default="both",
+        choices=["both", "vqgan", "transformer"],
     ),
     tokens: str = Input(
         description="keep: train only the decoder. learn: train new tokens. auto: keep if the base reconstructs well.",
@@ -55,10 +57,10 @@ async def train(
     ),
     adversarial_weight: float = Input(description="Weight of the discriminator's loss.", default=0.1, ge=0, le=100),
     embedding_noise: float = Input(
-        description="Maximum noise on embeddings. More noise suits looser prompts.", default=0.5, ge=0, le=10
+        description="Maximum length of the noise that is added to embeddings.", default=0.5, ge=0, le=10
     ),
     condition_dropout: float = Input(
-        description="Share of pictures without their embedding, for guidance.", default=0.1, ge=0, le=0.9
+        description="Share of samples without a condition, which guidance needs.", default=0.1, ge=0, le=0.9
     ),
     condition_blur: float = Input(
         description="Share of pictures with blurred embeddings, for vague prompts.", default=0.25, ge=0, le=0.9

@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": ("clip_gen.generate", "draw pictures of a prompt"),
     "import": ("clip_gen.weights.importers.convert", "convert published weights to a model folder"),
     "pull": ("clip_gen.weights.pull", "download published weights and convert them to a model folder"),
-    "shapes": ("clip_gen.worlds.shapes.folder", "write pictures of the demo world, with or without captions"),
+    "shapes": ("clip_gen.worlds.shapes.folder", "write pictures of shapes, with or without captions"),
     "train": ("clip_gen.training.cli", "train on pictures without captions"),
     "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model"),
     "evaluate": ("clip_gen.worlds.shapes.grading", "grade a model of shapes with the judge"),

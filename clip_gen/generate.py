@@ -26,7 +26,7 @@ SETTINGS = {
     "top_p": (1.0, "choose from the likeliest tokens that make up this share, 0 to 1; 1: from all"),
     "temperature": (1.0, "higher varies more, 0 to 10; 0: always the likeliest token"),
     "guidance": (1.0, "how hard to push towards the prompt, 0 to 20; 1: off"),
-    "seed": (None, f"same seed, same pictures, 0 to {MAX_SEED}; None: a random one"),
+    "seed": (None, f"same seed, same pictures, 0 to {MAX_SEED}"),
     "clip_rerank": (True, "return the best pictures by CLIP score; off: the first ones drawn"),
     "output_format": ("png", "file type"),
     "output_quality": (90, "of webp and jpg, 0 to 100; webp is lossless at 100"),
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             how = {"choices": OUTPUT_FORMATS}
         else:
             how = {"type": float if isinstance(value, float) else int}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{words}; default {value}", **how)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", help=f"{words}; default {'random' if value is None else value}", **how
+        )
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda if available")
 
 

@@ -60,7 +60,7 @@ def setting(default: object, description: str, **limits: object) -> Any:
 class TrainSettings:
     """The settings of a training; 0 and "" leave the choice to plan()."""
 
-    stage: str = setting("both", "Stages to train. vqgan makes a base.", choices=STAGES)
+    stage: str = setting("both", "Stages to train. vqgan: stage 1 only, to be used as a base.", choices=STAGES)
     tokens: str = setting(
         "auto",
         "keep: train only the decoder. learn: train new tokens. auto: keep if the base reconstructs well.",
@@ -81,8 +81,8 @@ class TrainSettings:
     transformer_learning_rate: float = setting(0.0, "Learning rate, stage 2. 0: default.", ge=0, le=0.1)
     perceptual_weight: float = setting(0.2, "Weight of the perceptual loss: LPIPS if pulled, else CLIP.", ge=0, le=100)
     adversarial_weight: float = setting(0.1, "Weight of the discriminator's loss.", ge=0, le=100)
-    embedding_noise: float = setting(0.5, "Maximum noise on embeddings. More noise suits looser prompts.", ge=0, le=10)
-    condition_dropout: float = setting(0.1, "Share of pictures without their embedding, for guidance.", ge=0, le=0.9)
+    embedding_noise: float = setting(0.5, "Maximum length of the noise that is added to embeddings.", ge=0, le=10)
+    condition_dropout: float = setting(0.1, "Share of samples without a condition, which guidance needs.", ge=0, le=0.9)
     condition_blur: float = setting(0.25, "Share of pictures with blurred embeddings, for vague prompts.", ge=0, le=0.9)
     mean_shift: float = setting(1.0, "Shift of prompts towards the mean of the pictures. 1: all of it.", ge=0, le=4)
     contrast_weight: float = setting(0.0, "Weight of a loss separating similar pictures; slow. 0: off.", ge=0, le=100)

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         choices=("never", "may", "only"),
         default="never",
-        help="the five colour-shape pairs of the tests: exclude (default), allow, or use no others",
+        help="the five colour-shape pairs kept from training: never (default), may be there, or only these",
     )
 
 

@@ -172,15 +172,15 @@ class Evaluation:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model folder, a training's folder, a weights tar or its URL")
     parser.add_argument("--prompts", type=int, default=500, help="prompts of each kind; default 500")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and the candidates; default 0")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of prompts; default: all")
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    words = "a new or empty folder, or that of an evaluation"
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and the candidates; default 0")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of prompts; default: all")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; default 1: off")
+    parser.add_argument("--top-p", type=float, default=1.0, help="as in generate; default 1: all tokens")
+    parser.add_argument("--top-k", type=int, default=0, help="as in generate; default 0: all tokens")
+    parser.add_argument("--temperature", type=float, default=1.0, help="as in generate; default 1")
+    words = "a new or empty folder, or that of an evaluation; default runs/evaluation"
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help=words)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda if available")
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -252,10 +252,13 @@ class Recipe:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="default: the recipe of the bundled model")
-    parser.add_argument("--work", type=Path, default=Path("runs/shapes"), help="checkpoints and encoded pictures")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where the model folder goes")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/shapes"), help="where parts are kept; default runs/shapes"
+    )
+    words = "the model folder to write or replace; default checkpoints/shapes"
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help=words)
     parser.add_argument("--devices", default="auto", help="GPUs or, on a CPU, processes that share the work")
-    words = "parts to train, after those that they need; default: all, and then the model folder is written"
+    words = "parts to train, and those that they need; the model folder is written after the ranker; default: all"
     parser.add_argument("--parts", nargs="+", choices=NEEDS, default=list(NEEDS), help=words)
 
 
