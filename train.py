@@ -134,7 +134,7 @@ async def train(
         out = folder / "out"
         replaced = {str(folder / "images"): sent_name(images), f"{out}/": "", str(out): "this training"}
         await run_training(inputs, out, replaced)
-        return TrainingOutput(weights=Path(keep(out, kept)))
+        return TrainingOutput(weights=Path(keep(out, kept, scratch)))
 
 
 INPUTS = read_inputs(train)

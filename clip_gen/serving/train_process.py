@@ -114,11 +114,22 @@ def one_training(scratch: Path) -> Iterator[tuple[Path, Path]]:
             yield Path(folder), kept
 
 
-def keep(out: Path, kept: Path) -> Path:
-    """Copies the weights and the report of a training to the folder `kept`. Returns the path of the weights."""
-    for made, name in KEPT.items():
-        with atomic_file(kept / name) as temporary:
-            shutil.copyfile(out / made, temporary)
+def keep(out: Path, kept: Path, scratch: Path) -> Path:
+    """Copies the weights and the report of a training to the folder `kept`. Returns the path of the weights.
+
+    They go to a folder in `scratch` if that fails, as on a full disk.
+    """
+    try:
+        for made, name in KEPT.items():
+            with atomic_file(kept / name) as temporary:
+                shutil.copyfile(out / made, temporary)
+    except OSError as error:
+        elsewhere = scratch / "kept"
+        if kept == elsewhere:
+            raise
+        print(f"{kept} can no longer be written to ({error.strerror}): the weights go to {elsewhere}")
+        elsewhere.mkdir(exist_ok=True)
+        return keep(out, elsewhere, scratch)
     print(f"kept: {' and '.join(str(kept / name) for name in KEPT.values())}")
     return kept / KEPT["weights.tar"]
 

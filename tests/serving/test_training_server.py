@@ -161,12 +161,23 @@ def test_without_a_writable_project_the_weights_go_to_a_temporary_folder(
         assert kept.is_dir()
         (folder / "weights.tar").write_text("weights")
         (folder / "report.html").write_text("report")
-        weights = keep(folder, kept)
+        weights = keep(folder, kept, tmp_path)
     assert not folder.exists()
     assert f"/proc cannot be written to: the weights go to {kept}" in capsys.readouterr().out
     assert weights == kept / "trained_model.tar"
     assert weights.read_text() == "weights"
     assert (kept / "trained_model.html").read_text() == "report"
+
+
+def test_weights_that_the_project_cannot_hold_go_to_a_temporary_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "weights.tar").write_text("weights")
+    (tmp_path / "report.html").write_text("report")
+    weights = keep(tmp_path, tmp_path / "gone", tmp_path)  # as a disk that has become full
+    assert weights == tmp_path / "kept" / "trained_model.tar"
+    assert weights.read_text() == "weights"
+    assert "gone can no longer be written to (No such file or directory): the weights go to" in capsys.readouterr().out
 
 
 def test_one_training_at_a_time_across_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
