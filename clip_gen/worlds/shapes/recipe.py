@@ -39,7 +39,7 @@ from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import build, check_model_folder, load_part, save_networks, save_part
 from clip_gen.worlds.clip_trainer import ClipTrainer
-from clip_gen.worlds.ranker import RankerTrainer, ranked_pictures
+from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
 from clip_gen.worlds.shapes.captions import caption, describe
 from clip_gen.worlds.shapes.pairs import (
     CHOICES,

@@ -19,7 +19,7 @@ from clip_gen.training.fit import fit
 from clip_gen.training.stage import FitConfig
 from clip_gen.weights.model_folder import load_networks
 from clip_gen.worlds import ranker
-from clip_gen.worlds.ranker import RankedPictures, RankerTrainer, ranked_pictures, resample_tokens
+from clip_gen.worlds.ranker_trainer import RankedPictures, RankerTrainer, ranked_pictures, resample_tokens
 from clip_gen.worlds.shapes.pairs import CaptionedPictures
 
 CAPTIONED = CaptionedPictures(40, 3, 16)
