@@ -1,4 +1,4 @@
-"""ranker.py: the image tower learns from generated pictures, and nothing else changes."""
+"""ranker_trainer.py: the image tower learns from generated pictures, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.training.fit import fit
 from clip_gen.training.stage import FitConfig
 from clip_gen.weights.model_folder import load_networks
-from clip_gen.worlds import ranker
+from clip_gen.worlds import ranker_trainer
 from clip_gen.worlds.ranker_trainer import RankedPictures, RankerTrainer, ranked_pictures, resample_tokens
 from clip_gen.worlds.shapes.pairs import CaptionedPictures
 
@@ -50,14 +50,14 @@ def test_an_item_has_two_captions_and_four_pictures(ranked: RankedPictures, tmp_
 def test_pictures_are_sampled_in_the_number_format_of_inference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn_in, sample = [], ranker.sample_tokens
+    drawn_in, sample = [], ranker_trainer.sample_tokens
 
     def watched(gpt: GPT, *given: object) -> Tensor:
         drawn_in.append(gpt.blocks[0].mlp.fc.weight.dtype)
         return sample(gpt, *given)
 
-    monkeypatch.setattr(ranker, "sample_tokens", watched)
-    monkeypatch.setattr(ranker, "choose_dtype", lambda wanted, device: torch.bfloat16)
+    monkeypatch.setattr(ranker_trainer, "sample_tokens", watched)
+    monkeypatch.setattr(ranker_trainer, "choose_dtype", lambda wanted, device: torch.bfloat16)
     ranked_pictures(tiny_networks(), CaptionedPictures(4, 3, 16), 3, tmp_path, "drawn")
     assert drawn_in == [torch.bfloat16]
 
@@ -65,13 +65,13 @@ def test_pictures_are_sampled_in_the_number_format_of_inference(
 def test_interrupted_sampling_resumes_after_the_last_file_with_the_same_result(
     ranked: RankedPictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranker, "FILE_SIZE", 16)
-    monkeypatch.setattr(ranker, "BATCH_SIZE", 8)
+    monkeypatch.setattr(ranker_trainer, "FILE_SIZE", 16)
+    monkeypatch.setattr(ranker_trainer, "BATCH_SIZE", 8)
     networks = tiny_networks()
     whole = ranked_pictures(networks, CAPTIONED, 3, tmp_path / "whole", "drawn")
     assert [len(part) for part in whole.pictures] == [16, 16, 8]
 
-    sample, calls = ranker.sample_tokens, []
+    sample, calls = ranker_trainer.sample_tokens, []
 
     def interrupted(*given: object) -> Tensor:
         calls.append(given)
@@ -79,7 +79,7 @@ def test_interrupted_sampling_resumes_after_the_last_file_with_the_same_result(
             raise KeyboardInterrupt
         return sample(*given)
 
-    monkeypatch.setattr(ranker, "sample_tokens", interrupted)
+    monkeypatch.setattr(ranker_trainer, "sample_tokens", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ranked_pictures(networks, CAPTIONED, 3, tmp_path / "interrupted", "drawn")
     again = ranked_pictures(networks, CAPTIONED, 3, tmp_path / "interrupted", "drawn")
