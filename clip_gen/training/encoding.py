@@ -68,10 +68,8 @@ def encode_held_back(files: PictureFiles, networks: Networks, folder: Path, max_
 
 
 def _encode_in_time(pictures: Dataset, networks: Networks, embeddings: Path, tokens: Path, max_minutes: float) -> None:
-    # Not compiled: a resumed training, which has compiled nothing, must get the same tokens.
-    with torch.compiler.set_stance("force_eager"):
-        seconds = 60 * ENCODING_TIME * max_minutes or inf
-        encode_once(pictures, {embeddings: networks.clip, tokens: networks.vqgan}, seconds)
+    seconds = 60 * ENCODING_TIME * max_minutes or inf
+    encode_once(pictures, {embeddings: networks.clip, tokens: networks.vqgan}, seconds)
 
 
 def remove_incomplete_views(folder: Path, wanted: int) -> None:
@@ -102,7 +100,8 @@ def encode_once(pictures: Dataset, networks: Mapping[Path, ClipEncoder | VQGAN],
     if not missing:
         return
     rows: dict[Path, list[np.ndarray]] = {path: [] for path in missing}
-    with on_device(*missing.values()) as device:
+    # Not compiled: a resumed training, which has compiled nothing, must get the same tokens.
+    with on_device(*missing.values()) as device, torch.compiler.set_stance("force_eager"):
         for batch in _batches_in_time(pictures, seconds, names=", ".join(path.name for path in missing)):
             for path, network in missing.items():
                 rows[path].append(_encode(network, from_bytes(batch.to(device))))

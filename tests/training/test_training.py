@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,18 @@ def test_pictures_are_encoded_in_order_once_and_read_back(tmp_path: Path) -> Non
     before = (tmp_path / "tokens.npy").stat().st_mtime_ns
     encode(networks, pictures, tmp_path)
     assert (tmp_path / "tokens.npy").stat().st_mtime_ns == before
+
+
+def test_compiled_networks_encode_uncompiled(tmp_path: Path) -> None:
+    networks, compilations = tiny_networks(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        compilations.append(graph)
+        return graph.forward
+
+    networks.vqgan.encoder.compile(backend=backend)
+    encode(networks, RenderedPictures(8, 0, 16), tmp_path)
+    assert not compilations  # a training that resumes here has compiled nothing, and gets the same tokens
 
 
 def test_tokens_of_a_large_codebook_are_stored_completely(tmp_path: Path) -> None:
