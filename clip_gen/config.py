@@ -16,6 +16,7 @@ Config = TypeVar("Config")
 ACTIVATIONS = ("quick_gelu", "gelu")  # of CLIP's transformers: OpenAI's approximation of GELU, and GELU
 RENAMED_FIELDS = {"looks_around": "neighbour_context"}  # in config files of earlier versions
 MAX_SIZE = 2**18  # of all sizes without other limits; the largest known codebook has as many codes
+MAX_NESTED = 20  # levels of lists and mappings in a YAML file
 LIMITS = {
     **dict.fromkeys(("n_layer", "vision_layers", "transformer_layers"), (1, 256)),
     "num_res_blocks": (1, 32),  # per resolution; published VQGANs have 2 or 3
@@ -146,16 +147,25 @@ def read_config(path: Path, kind: type[Config]) -> Config:
 def read_settings(path: Path) -> dict[str, object]:
     """A YAML file as plain dicts and lists; ValueError unless it is a mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it has aliases, *name, of which a few can describe more than fits into memory")
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        _check_yaml(path.read_text(encoding="utf-8"))
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: is not a YAML file of settings ({reason})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds no settings")
     return values
+
+
+def _check_yaml(text: str) -> None:
+    """ValueError for what takes the YAML parser minutes or gigabytes in a small file."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases, *name, of which a few can describe more than fits into memory")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_NESTED:
+            raise ValueError(f"it has lists or mappings more than {MAX_NESTED} levels deep")
 
 
 def has_settings(path: Path, names: Collection[str]) -> bool:
@@ -173,7 +183,7 @@ def config_of(kind: type[Config], values: dict[str, object], path: Path) -> Conf
         raise ValueError(f"{path}: has ${{...}} in it, which is not filled in here; write the value itself")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), _with_new_names(values)))
-    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from error
 

@@ -24,6 +24,11 @@ def test_missing_fields_have_their_defaults(tmp_path: Path) -> None:
     assert config.vqgan == VQGANConfig()
 
 
+def test_a_date_is_text_as_in_the_name_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: 2024-05-01\n")
+    assert read_config(tmp_path / "config.yaml", ModelConfig).name == "2024-05-01"
+
+
 def test_a_field_loads_under_its_former_name(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("gpt: {looks_around: true}\n")
     assert read_config(tmp_path / "config.yaml", ModelConfig).gpt.neighbour_context
@@ -46,6 +51,8 @@ def test_values_are_frozen_and_hashable(tmp_path: Path) -> None:
         ("gpt: {n_layer: many}", "many"),
         ("gpt: [", "config.yaml"),
         ("- 1", "config.yaml"),
+        ("name: a\nname: b", "duplicate key name"),
+        ("[" * 2**16, "more than 20 levels deep"),
     ],
 )
 def test_a_bad_file_gives_one_sentence_that_names_the_fault(tmp_path: Path, text: str, named: str) -> None:

@@ -220,9 +220,9 @@ def test_unsupported_configurations_are_refused_with_a_reason(
 
 
 STRANGE = {
-    "1": "holds no settings",
+    "1": "is not a YAML file of settings",
     "- 1": "holds no settings",
-    "words": "holds no settings",
+    "words": "has not all settings of a VQGAN",
     "model: 5": "has not all settings of a VQGAN",
     "model: {target: taming.models.vqgan.VQModel}": "has not all settings of a VQGAN",
     "model: {params: 5}": "has not all settings of a VQGAN",
