@@ -95,9 +95,11 @@ def cpus() -> int:
 def _cgroups() -> list[Path]:
     """Folders of this process's cgroup (version 2) and its parents.
 
-    In a container the path in /proc may be the host's. Then only the top folder exists.
+    In a container the path in /proc may be the host's. Then only the top folder exists. A sandbox such as gVisor may
+    have neither.
     """
-    own = [line[3:] for line in OWN_CGROUPS.read_text().splitlines() if line.startswith("0::")]
+    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []
+    own = [line[3:] for line in lines if line.startswith("0::")]
     inside = Path("".join(own).strip("/"))
     return [CGROUPS / group for group in (inside, *inside.parents)]
 

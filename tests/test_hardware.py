@@ -99,6 +99,13 @@ def test_cpus_are_limited_by_the_quotas_of_cgroups(
     assert spare_cores() == max(1, count - 1)
 
 
+def test_a_system_without_cgroups_has_no_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.hardware.CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("clip_gen.hardware.OWN_CGROUPS", tmp_path / "own")
+    assert cpus() == len(os.sched_getaffinity(0))
+    assert available_memory(torch.device("cpu")) > 0
+
+
 def test_cpus_are_limited_by_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= cpus() <= len(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5})
