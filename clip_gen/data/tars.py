@@ -126,7 +126,9 @@ class _Xz(io.RawIOBase):
         while not data:
             packed = b""
             if self._decoder.eof:
-                packed = self._decoder.unused_data or self._file.read(CHUNK)
+                packed = self._decoder.unused_data.lstrip(b"\0")  # zeros may follow a stream
+                while not packed and (piece := self._file.read(CHUNK)):
+                    packed = piece.lstrip(b"\0")
                 if not packed:
                     return 0
                 self._decoder = lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)

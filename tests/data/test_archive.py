@@ -903,7 +903,10 @@ def test_an_xz_that_requires_gigabytes_of_memory_is_refused(tmp_path: Path, out:
 def test_an_xz_of_several_streams_is_read_to_its_end(tmp_path: Path, out: Path) -> None:
     data = TEN_IN_A_TAR + bytes(1024)
     half = len(data) // 2
-    (tmp_path / "photos.tar.xz").write_bytes(lzma.compress(data[:half]) + lzma.compress(data[half:]))
+    padding = bytes(4 * 2**15)
+    (tmp_path / "photos.tar.xz").write_bytes(
+        lzma.compress(data[:half]) + padding + lzma.compress(data[half:]) + padding
+    )
     assert len(unpack(tmp_path / "photos.tar.xz", out).paths) == 10
 
 
