@@ -35,6 +35,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
     if path.is_file() and (sha256 is None or sha256_of(path).startswith(sha256)):
         return
     part = _Part(path)
+    resumed = part.size > 0
     _transfer(url, part)
     digest = sha256_of(part.path)
     with part.path.open("rb") as file:
@@ -44,6 +45,8 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
         part.remove()
         return
     part.remove()
+    if resumed:  # a power failure may have damaged the part
+        return fetch(url, path, sha256)
     what = "a web page" if is_page else f"another file (its sha256 is {digest}, wanted is {sha256})"
     raise ValueError(
         f"{url}: the server sends {what}; open the address in a browser to see why (a login, a proxy, a changed "

@@ -73,6 +73,15 @@ def test_a_complete_part_is_not_downloaded_again(tmp_path: Path) -> None:
     assert server.requests == []
 
 
+def test_a_damaged_part_is_downloaded_again_from_its_start(tmp_path: Path) -> None:
+    (tmp_path / "a.pt.part").write_bytes(bytes(len(CONTENT) // 2))
+    (tmp_path / "a.pt.part.json").write_text(f'{{"validator": "", "total": {len(CONTENT)}}}')
+    with bad_server({"a.pt": CONTENT}) as server:
+        fetch(f"{server.address}/a.pt", tmp_path / "a.pt", SHA256)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+    assert [header for _, header in server.requests] == [f"bytes={len(CONTENT) // 2}-", None]
+
+
 def test_a_part_longer_than_the_file_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.pt.part").write_bytes(CONTENT + b"more")
     (tmp_path / "a.pt.part.json").write_text('{"validator": null, "total": 1024000}')
