@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 LIMITS = Limits()
 UNPACKING = ".unpacking-"
 LOG_EVERY = 2000  # files
+STRIP = 256  # rows of a picture that are hashed at a time
 THREADS = 2  # each holds a decoded picture of up to Limits.max_pixels
 
 DUPLICATE = "a duplicate"
@@ -178,7 +179,8 @@ def _decoded(path: Path, limits: Limits) -> tuple[bytes, tuple[str, ...]]:
     if is_one_colour(picture):
         raise UnusableError(TRANSPARENT if TRANSPARENT in decoded.notes else ONE_COLOUR)
     sha256 = hashlib.sha256(b"%d %d " % picture.size)
-    sha256.update(picture.tobytes())
+    for top in range(0, picture.height, STRIP):  # in strips: the bytes of a whole picture would double its memory
+        sha256.update(picture.crop((0, top, picture.width, min(top + STRIP, picture.height))).tobytes())
     return sha256.digest(), decoded.notes
 
 
