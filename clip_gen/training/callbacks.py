@@ -52,7 +52,8 @@ class TimeLimit(Timer):
         self.from_step, self.earlier = 0, []
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
-        self.from_step, self.earlier = checkpoint["global_step"], checkpoint.get("starts", [])
+        self.earlier = checkpoint.get("starts", [])  # earlier versions saved none
+        self.from_step = checkpoint["global_step"] if self.earlier else 0
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint["starts"] = self.starts(trainer.global_step)

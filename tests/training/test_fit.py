@@ -114,6 +114,17 @@ def test_a_stage_interrupted_twice_ends_with_the_same_weights(train: Callable, t
     assert starts in ([(0, 3), (3, 7), (7, 9)], [(0, 2), (2, 6), (6, 9)]), starts
 
 
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_the_record_has_all_steps_of_a_stage_begun_by_an_earlier_version(train: Callable, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        train(tmp_path, cut=3)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    del checkpoint["starts"]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    starts = train(tmp_path).record["starts"]
+    assert [(start["from_step"], start["to_step"]) for start in starts] == [(0, 9)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_two_threads_train_the_same_compiled_transformer_every_time(tmp_path: Path) -> None:
