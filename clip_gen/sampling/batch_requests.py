@@ -36,7 +36,7 @@ class Model(Protocol):
 class Candidate:
     """One image of a request, before and after it is drawn."""
 
-    request: Request
+    request: Request | None  # None once the request has ended
     number: int
     tokens: Tensor | None = None  # (T,)
     image: Image.Image | None = None
@@ -101,6 +101,8 @@ class Request:
         if self.num_outputs is not None:
             self.best = sorted(self.best, key=lambda candidate: candidate.score, reverse=True)[: self.num_outputs]
         if self.decoded == len(self.uniforms):
+            for kept in self.best:
+                kept.request = None  # a cycle would keep the model and the images until a garbage collection
             with contextlib.suppress(InvalidStateError):  # the request has ended before
                 self.result.set_result(self.best)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections import OrderedDict
@@ -62,6 +63,7 @@ class Models:
                 return model
             if should_stop() or time.monotonic() > end:
                 raise BusyError("the server is busy with other weights; try again later")
+            gc.collect()  # the error of a failed prediction refers to its model, and to itself
             time.sleep(0.1)
         try:
             model = ClipGen.load(source)

@@ -366,6 +366,7 @@ def test_models_in_use_count_towards_the_limit(tiny_model_folder: Path, tmp_path
         await asyncio.sleep(0.1)
         assert not waiting.done()
         found = weakref.ref(model)
+        model.itself = model  # as the error of a failed prediction keeps it, until a garbage collection
         del model
         await waiting
         return found
