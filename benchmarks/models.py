@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,8 +61,8 @@ class Subject:
         """
         batcher = shared_batcher(self.device)
         threads = batcher.threads_for(self.ours.gpt) if ours else batcher.max_threads
-        batcher.thread.submit(set_threads, threads)
-        return batcher.thread.submit(work).result()
+        batcher.submit(partial(set_threads, threads))
+        return batcher.submit(work).result()
 
 
 def write_published(folder: Path, config: ModelConfig = PUBLISHED) -> Path:

@@ -7,10 +7,14 @@ batch (batch_sizes.py).
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 import torch
 
@@ -19,7 +23,7 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.batch_requests import Candidate, Request, RunningBatch, errors_to
 from clip_gen.sampling.batch_sizes import STANDARD_ROWS, max_candidates, padded_batch_size
 from clip_gen.sampling.cuda_graphs import forget_idle
-from clip_gen.sampling.sampler import Batch, Sampling
+from clip_gen.sampling.sampler import Batch, Sampling, Stopped
 
 WAIT_SECONDS = 0.02  # after the last request, before a batch that is not full starts
 MAX_WAIT_SECONDS = 0.1  # after the first request
@@ -40,11 +44,15 @@ class Batcher:
     def __init__(self, max_bytes: float):
         self.max_bytes = max_bytes
         self.max_threads = min(torch.get_num_threads(), cpus())  # for torch's work on large models
-        self.thread = ThreadPoolExecutor(1, "batcher")
+        self._calls: SimpleQueue[tuple[Callable[[], object], Future]] = SimpleQueue()  # for the thread
+        self._closed = False
         self._arrived: deque[Request] = deque()  # from other threads
         self._requests: list[Request] = []  # that have not ended, first those to be served first
         self._running: list[RunningBatch] = []
         self._sampled: list[Candidate] = []  # but not decoded
+        # Not an executor: those refuse work, and wait for all of theirs, as soon as the main thread has ended.
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
 
     def draw(self, request: Request) -> list[Candidate]:
         """The request's candidates, or the best of them, decoded.
@@ -53,11 +61,28 @@ class Batcher:
         null condition.
         """
         self._arrived.append(request)
-        self.thread.submit(self._work)
+        self.submit(self._work)
+        if self._closed:
+            request.fail(Stopped())
         try:
             return request.result.result()
         finally:
             request.result.cancel()  # matters only if this thread is interrupted, as by Ctrl-C
+
+    def submit(self, work: Callable[[], object]) -> Future:
+        """Runs `work` in the batcher's thread when no request is left."""
+        result: Future = Future()
+        self._calls.put((work, result))
+        return result
+
+    def close(self) -> None:
+        """Ends the thread within a token. Unfinished requests raise Stopped."""
+        self._closed = True
+        if self._thread.is_alive():  # a forked child has only the object
+            self.submit(int)  # wakes an idle thread
+            self._thread.join()
+        for request in [*self._requests, *self._arrived]:
+            request.fail(Stopped())
 
     def threads_for(self, gpt: GPT) -> int:
         """How many threads sample with this transformer: 1 for a small one, else max_threads.
@@ -73,9 +98,19 @@ class Batcher:
 
     # From here on: the batcher's own thread.
 
+    def _run(self) -> None:
+        while not self._closed:
+            self._call(*self._calls.get())
+
+    def _call(self, work: Callable[[], object], result: Future) -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
     def _work(self) -> None:
         """Draws until no request is left, those included that arrive meanwhile."""
-        while self._arrived or self._requests:
+        while (self._arrived or self._requests) and not self._closed:
             with errors_to(self._requests):
                 self._embed_prompts()
                 for request in self._requests:
@@ -166,12 +201,17 @@ def batch_bytes(gpt: GPT, sampling: Sampling, candidates: int) -> int:
     return candidates * (cache + logits) * sampling.passes
 
 
-_batchers: dict[tuple[int, str, int], Batcher] = {}  # by process: a forked child has none of its parent's threads
+# By process: a forked child has neither its parent's threads nor anyone to release its parent's lock.
+_locks: dict[int, threading.Lock] = {}
+_batchers: dict[tuple[int, str, int], Batcher] = {}
 
 
 def shared_batcher(device: torch.device) -> Batcher:
     """The batcher of this process and device, made on the first call with half of the free memory."""
-    key = os.getpid(), device.type, device.index or 0
-    if key not in _batchers:
-        _batchers.setdefault(key, Batcher(available_memory(device) / 2))
-    return _batchers[key]
+    process = os.getpid()
+    key = process, device.type, device.index or 0
+    with _locks.setdefault(process, threading.Lock()):
+        if key not in _batchers:
+            _batchers[key] = Batcher(available_memory(device) / 2)
+            atexit.register(_batchers[key].close)  # a thread that ends inside torch would abort the process
+        return _batchers[key]

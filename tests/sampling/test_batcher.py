@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_gen.files import ROOT
 from clip_gen.hardware import one_thread
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.kv_cache import KVCache
@@ -99,7 +101,7 @@ class HeldThread:
 
     def __enter__(self) -> None:
         held = threading.Event()
-        self.batcher.thread.submit(lambda: (held.set(), self.release.wait(10)))
+        self.batcher.submit(lambda: (held.set(), self.release.wait(10)))
         assert held.wait(10)
 
     def __exit__(self, *_: object) -> None:
@@ -322,6 +324,42 @@ def test_an_error_of_the_batcher_itself_reaches_every_caller(
     assert torch.equal(tokens(draw(batcher, model, 1)), tokens_alone(model, 1))
 
 
+def test_a_closed_batcher_ends_its_requests(model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor) -> None:
+    unfinished = [threads.submit(draw, batcher, model, number, 4000) for number in range(2)]
+    wait_until(lambda: batcher.batches)
+    batcher.close()
+    for future in [*unfinished, threads.submit(draw, batcher, model, 1)]:
+        with pytest.raises(Stopped):
+            future.result(30)
+
+
+AFTER_THE_MAIN_THREAD = """
+import threading
+import time
+from clip_gen import ClipGen
+
+model = ClipGen.load("checkpoints/shapes", "cpu")
+
+def draw(candidates):
+    print(candidates, len(model.generate("a circle", candidates, 1).images))
+
+def draw_at_the_end():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    draw(2)
+
+for _ in range(2):
+    threading.Thread(target=draw, args=(256,), daemon=True).start()
+threading.Thread(target=draw_at_the_end).start()
+"""
+
+
+def test_threads_draw_after_the_main_thread_and_daemon_threads_delay_no_exit() -> None:
+    command = [sys.executable, "-c", AFTER_THE_MAIN_THREAD]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "2 1\n")
+
+
 def test_guidance_needs_a_null_condition(batcher: Batcher) -> None:
     bare = FakeModel(GPT(replace(TINY.gpt, null_condition=False)).eval())
     with pytest.raises(ValueError, match=r"guidance is 2.0, but this model was trained without a null condition"):
@@ -454,14 +492,21 @@ def test_each_device_has_its_own_memory_budget(monkeypatch: pytest.MonkeyPatch) 
     assert shared_batcher(torch.device("cpu")) is cpu
 
 
-def test_an_idle_thread_keeps_no_reference_to_a_model(batcher: Batcher) -> None:
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_no_reference_to_a_model_stays_after_a_request(batcher: Batcher) -> None:
     model = FakeModel(GPT(TINY.gpt).eval())
     draw(batcher, model, 1)
-    held = weakref.ref(model.gpt)
+    held = weakref.ref(model)
     del model
     deadline = time.monotonic() + 10
     while held() is not None and time.monotonic() < deadline:
-        gc.collect()
         time.sleep(0.02)
     assert held() is None
 
