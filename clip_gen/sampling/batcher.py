@@ -8,6 +8,7 @@ batch (batch_sizes.py).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
@@ -175,10 +176,11 @@ class Batcher:
         with errors_to({candidate.request for candidate in candidates}):
             set_threads(model.decode_threads)
             candidates = candidates[: model.at_a_time]
-            tokens = torch.stack([candidate.tokens for candidate in candidates])
-            embeddings = torch.cat([candidate.request.embedding for candidate in candidates])
-            for candidate, decoded in zip(candidates, model.decode(tokens, embeddings), strict=True):
-                candidate.request.finish(candidate, *decoded)
+            with contextlib.suppress(Exception):
+                return decode(candidates)
+            for candidate in candidates:  # alone there may be enough memory, and others get no error
+                with errors_to([candidate.request]):
+                    decode([candidate])
 
     def _sample(self) -> None:
         """Samples a token of every candidate in a batch."""
@@ -191,6 +193,14 @@ class Batcher:
         self._requests = [request for request in self._requests if not request.result.done()]
         self._running = [running for running in self._running if running.wanted]
         self._sampled = [one for one in self._sampled if one.image is None and not one.request.result.done()]
+
+
+def decode(candidates: list[Candidate]) -> None:
+    """Decodes candidates of one model, at most at_a_time, and adds them to their requests."""
+    tokens = torch.stack([candidate.tokens for candidate in candidates])
+    embeddings = torch.cat([candidate.request.embedding for candidate in candidates])
+    for candidate, decoded in zip(candidates, candidates[0].request.model.decode(tokens, embeddings), strict=True):
+        candidate.request.finish(candidate, *decoded)
 
 
 def batch_bytes(gpt: GPT, sampling: Sampling, candidates: int) -> int:

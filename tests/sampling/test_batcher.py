@@ -313,6 +313,28 @@ def test_an_error_in_decoding_reaches_the_requests_of_that_model_only(
     assert torch.equal(tokens(finished), tokens_alone(model, 1))
 
 
+def test_an_error_in_decoding_reaches_no_request_whose_candidates_decode_alone(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_decode, damaged = model.decode, embedding(0)
+
+    def decode(tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+        if (embeddings == damaged).all(dim=1).any():
+            raise ValueError("the scores are [nan]")
+        if len(tokens) > 3:
+            raise RuntimeError("out of memory")
+        return plain_decode(tokens, embeddings)
+
+    monkeypatch.setattr(model, "decode", decode)
+    with HeldThread(batcher):
+        drawn = [threads.submit(draw, batcher, model, number) for number in range(2)]
+        wait_until_arrived(batcher, 2)
+    with pytest.raises(ValueError, match="the scores are"):
+        drawn[0].result(30)
+    assert torch.equal(tokens(drawn[1].result(30)), tokens_alone(model, 1))
+    assert torch.equal(tokens(draw(batcher, model, 2, 9)), tokens_alone(model, 2, 9))
+
+
 def test_an_error_of_the_batcher_itself_reaches_every_caller(
     model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
