@@ -7,14 +7,16 @@ import gc
 import os
 import platform
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+T = TypeVar("T")
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -114,13 +116,22 @@ def set_threads(count: int) -> int:
 
     torch.set_num_threads alone also changes the default for threads that use torch for the first time later.
     """
-    with _thread_lock(), ThreadPoolExecutor(1) as new_thread:
+    with _thread_lock():
         before = torch.get_num_threads()
         if before != count:
-            default = new_thread.submit(torch.get_num_threads).result()
+            default = _in_new_thread(torch.get_num_threads)
             torch.set_num_threads(count)
-            new_thread.submit(torch.set_num_threads, default).result()
+            _in_new_thread(partial(torch.set_num_threads, default))
     return before
+
+
+def _in_new_thread(work: Callable[[], T]) -> T:
+    results: list[T] = []
+    # Not an executor, which takes no work any more when the main thread has ended.
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 @contextmanager
