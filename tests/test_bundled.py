@@ -129,9 +129,9 @@ with ThreadPoolExecutor(2) as drawing:
 
 
 def test_a_prediction_starts_no_threads_beside_the_batchers() -> None:
-    """Beside other processes, a thread with helpers waits for whichever of them has no CPU just then.
+    """On a busy machine a thread that works with others waits for each of them after every operation.
 
-    As many outputs as make the choice of their tokens work for two threads.
+    So many outputs that choosing their tokens would be work for two threads.
     """
     code = THREADS.replace("FOLDER", repr(str(FOLDER)))
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
