@@ -28,7 +28,8 @@ async def train(
         choices=["auto", "keep", "learn"],
     ),
     base: str | None = Input(
-        description="Base model: https URL of weights, in script/train also a path. Blank: the default.", default=None
+        description="Base model: weights at an https URL or, on the command line, a path. Blank: the default.",
+        default=None,
     ),
     size: str = Input(
         description="base: fine-tune the base model. Others: train new networks of this size with the base's CLIP.",
@@ -39,7 +40,7 @@ async def train(
         description="Side of the pictures of new networks, a multiple of 16. 0: by size.", default=0, ge=0, le=1024
     ),
     codebook_size: int = Input(
-        description="Tokens of a new VQGAN, 16 or more. 0: by number of pictures.", default=0, ge=0, le=16384
+        description="Codes of a new VQGAN, 16 or more. 0: by number of pictures.", default=0, ge=0, le=16384
     ),
     vqgan_steps: int = Input(description="Steps of stage 1. 0: by number of pictures.", default=0, ge=0, le=1000000),
     transformer_steps: int = Input(
@@ -60,7 +61,7 @@ async def train(
         description="Maximum length of the noise that is added to embeddings.", default=0.5, ge=0, le=10
     ),
     condition_dropout: float = Input(
-        description="Share of samples without a condition, which guidance needs.", default=0.1, ge=0, le=0.9
+        description="Share of samples without a condition. Guidance needs more than 0.", default=0.1, ge=0, le=0.9
     ),
     condition_blur: float = Input(
         description="Share of pictures with blurred embeddings, for vague prompts.", default=0.25, ge=0, le=0.9

@@ -66,14 +66,14 @@ class TrainSettings:
         "keep: train only the decoder. learn: train new tokens. auto: keep if the base reconstructs well.",
         choices=TOKENS,
     )
-    base: str = setting("", "Base model: https URL of weights, in script/train also a path. Blank: the default.")
+    base: str = setting("", "Base model: weights at an https URL or, on the command line, a path. Blank: the default.")
     size: str = setting(
         "base",
         "base: fine-tune the base model. Others: train new networks of this size with the base's CLIP.",
         choices=("base", *MODEL_SIZES),
     )
     resolution: int = setting(0, "Side of the pictures of new networks, a multiple of 16. 0: by size.", ge=0, le=1024)
-    codebook_size: int = setting(0, "Tokens of a new VQGAN, 16 or more. 0: by number of pictures.", ge=0, le=16384)
+    codebook_size: int = setting(0, "Codes of a new VQGAN, 16 or more. 0: by number of pictures.", ge=0, le=16384)
     vqgan_steps: int = setting(0, "Steps of stage 1. 0: by number of pictures.", ge=0, le=1000000)
     transformer_steps: int = setting(0, "Maximum steps of stage 2. 0: by number of pictures.", ge=0, le=1000000)
     batch_size: int = setting(0, "Pictures per step. 0: by number of pictures and hardware.", ge=0, le=4096)
@@ -82,7 +82,9 @@ class TrainSettings:
     perceptual_weight: float = setting(0.2, "Weight of the perceptual loss: LPIPS if pulled, else CLIP.", ge=0, le=100)
     adversarial_weight: float = setting(0.1, "Weight of the discriminator's loss.", ge=0, le=100)
     embedding_noise: float = setting(0.5, "Maximum length of the noise that is added to embeddings.", ge=0, le=10)
-    condition_dropout: float = setting(0.1, "Share of samples without a condition, which guidance needs.", ge=0, le=0.9)
+    condition_dropout: float = setting(
+        0.1, "Share of samples without a condition. Guidance needs more than 0.", ge=0, le=0.9
+    )
     condition_blur: float = setting(0.25, "Share of pictures with blurred embeddings, for vague prompts.", ge=0, le=0.9)
     mean_shift: float = setting(1.0, "Shift of prompts towards the mean of the pictures. 1: all of it.", ge=0, le=4)
     contrast_weight: float = setting(0.0, "Weight of a loss separating similar pictures; slow. 0: off.", ge=0, le=100)

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mirror",
-        help="URL of a folder with files of the same names; default: $CLIP_GEN_MIRROR; $https_proxy sets a proxy",
+        help="base URL of a mirror with the same file names; default: $CLIP_GEN_MIRROR; $https_proxy sets a proxy",
     )
 
 

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         choices=("never", "may", "only"),
         default="never",
-        help="the five colour-shape pairs kept from training: never (default), may be there, or only these",
+        help="the five colour-shape pairs kept from training: leave them out (default), allow them, or draw only them",
     )
 
 

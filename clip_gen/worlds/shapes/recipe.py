@@ -258,7 +258,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = "the model folder to write or replace; default checkpoints/shapes"
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help=words)
     parser.add_argument("--devices", default="auto", help="GPUs or, on a CPU, processes that share the work")
-    words = "parts to train, and those that they need; the model folder is written after the ranker; default: all"
+    words = "parts to train, with those they need that are missing; the ranker also writes --out; default: all"
     parser.add_argument("--parts", nargs="+", choices=NEEDS, default=list(NEEDS), help=words)
 
 
