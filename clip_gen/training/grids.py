@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ GAP = 2  # pixels between images
 MIN_SIDE = 96  # pixels; smaller images are enlarged to about this
 
 
-class Grids(Callback):
+class Grids(Callback, ABC):
     """Draws `rows` on the first process, at each tenth of the steps or of the time limit and at the end.
 
     If drawing is slow some are left out: apart from the first and the last they take at most a twentieth of the time.
@@ -74,9 +75,9 @@ class Grids(Callback):
         self.drawn_at = time.monotonic()
         self.draw_seconds = self.drawn_at - began
 
+    @abstractmethod
     def rows(self, module: Stage) -> list[list[Image.Image]]:
         """Rows of images of one size, made by the network as trained so far."""
-        raise NotImplementedError
 
 
 class ReconstructionGrids(Grids):

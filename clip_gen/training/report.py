@@ -142,6 +142,7 @@ def _chart(history: list[dict], names: str) -> str:
     last, low, high = max(steps), min(values), max(values)
     across, down = (WIDTH - LEFT) / last, (HEIGHT - BOTTOM) / (high - low or 1.0)
     drawn, captions = [], []
+    # Not strict: a chart has one line or two, and there are two colours.
     for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
         places = " ".join(f"{LEFT + across * step:.1f},{6 + down * (high - value):.1f}" for step, value in points)
         drawn.append(f'<polyline fill=none stroke="{colour}" stroke-width=1.5 points="{places}"/>')
