@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mimetypes
 import os
 import runpy
 import shlex
@@ -27,6 +28,8 @@ def command_words(command: str, arguments: Sequence[str]) -> list[str]:
     """
     fields = runpy.run_path(str(ROOT / f"{command}.py"))["INPUTS"]
     options = option_parser(command, fields).parse_args(arguments)
+    if options.output == "":
+        raise InputError("-o is empty; give a name or a folder")
     os.environ.update(split_pairs(options.env, "-e"))
     texts = split_pairs(options.input, "-i")
     inputs = {name: parse_input(fields[name], text) if name in fields else text for name, text in texts.items()}
@@ -38,10 +41,12 @@ def command_words(command: str, arguments: Sequence[str]) -> list[str]:
 
 def generate_words(inputs: Mapping[str, object], fields: Mapping[str, InputField], output: str) -> list[str]:
     """The words after `python -m clip_gen` that draw. output: the files' name without number, or their folder."""
-    path = Path(output)
+    path = Path(os.path.expanduser(output))
     if path.is_dir() or output.endswith("/"):
         path = path / "output"
     output_format = FORMATS.get(path.suffix.lower())
+    if output_format is None and (mimetypes.guess_type(path.name)[0] or "").startswith("image/"):
+        raise InputError(f"-o {output}: {path.suffix} is not supported; give .png, .webp or .jpg")
     values = checked(fields, **({"output_format": output_format} if output_format else {}) | inputs)
     if output_format not in (None, values["output_format"]):
         raise InputError(f"-o {output} asks for {output_format}, but output_format is {values['output_format']}")

@@ -227,6 +227,8 @@ def test_an_unknown_name_without_a_similar_one_lists_all_inputs(refused: Refuse)
         (["-i", "prompt=\udcff\udcfe"], "which is not UTF-8 text; use a terminal or file in UTF-8"),
         (["-i", "prompt=@../no_text"], "prompt: ../no_text cannot be read ('utf-8' codec"),
         (["-i", "prompt=@~nobody-here/a"], "prompt: ~nobody-here/a cannot be read (No such file or directory)"),
+        ([*QUICK, "-o", ""], "-o is empty; give a name or a folder"),
+        ([*QUICK, "-o", "cat.gif"], "-o cat.gif: .gif is not supported; give .png, .webp or .jpg"),
         ([*QUICK, "-e", "COG_WEIGHTS=absent"], "absent"),
         ([*QUICK, "-i", "replicate_weights=absent.tar"], "absent.tar"),
     ],
