@@ -147,7 +147,7 @@ class KeepBest(EarlyStopping):
             log.warning("%s; the last weights are used instead of the best", error)
             return {}
         stage.load_state_dict(best["state_dict"])
-        return {"val_loss": round(best["val_loss"], 5), "best_step": best["step"]}
+        return {"val_loss": round(best["val_loss"], 6), "best_step": best["step"]}
 
 
 class SaveCheckpoints(Callback):
@@ -230,7 +230,7 @@ class History(Callback):
     def last_values(self, trainer: pl.Trainer) -> dict[str, float]:
         """The last value of everything that was logged, also before this start."""
         logged = {name: value for entry in read_history(self.path) for name, value in entry.items() if name != "step"}
-        return {name: round(float(value), 5) for name, value in (logged | trainer.callback_metrics).items()}
+        return {name: round(float(value), 6) for name, value in (logged | trainer.callback_metrics).items()}
 
     def _write(self, trainer: pl.Trainer, validation: bool) -> None:
         logged = {

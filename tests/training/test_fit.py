@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from clip_gen.networks.vqgan import VQGAN
 from clip_gen.training import fit as fit_module
 from clip_gen.training import progress
 from clip_gen.training import stage as stage_module
-from clip_gen.training.callbacks import read_history
+from clip_gen.training.callbacks import History, read_history
 from clip_gen.training.checkpoints import find_checkpoint, read_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless
 from clip_gen.training.encoding import encode_once, save_array
@@ -570,6 +571,15 @@ def test_the_result_of_a_validation_survives_an_interruption_after_it(
         name: whole[name] for name in ("steps", "best_step", "val_loss")
     }
     assert read_history(tmp_path / "cut" / "history.jsonl") == read_history(tmp_path / "whole" / "history.jsonl")
+
+
+def test_a_value_of_the_history_is_rounded_as_one_of_the_last_step(tmp_path: Path) -> None:
+    logged, history = {"loss": torch.tensor(3.4312752)}, History(tmp_path / "history.jsonl")
+    trainer = SimpleNamespace(callback_metrics=logged, global_step=1, is_global_zero=True)
+    last = history.last_values(trainer)
+    history._write(trainer, validation=False)
+    trainer.callback_metrics = {}
+    assert history.last_values(trainer) == last
 
 
 def test_a_truncated_line_of_the_history_is_skipped(tmp_path: Path) -> None:
