@@ -17,7 +17,8 @@ COMMANDS = {
     "pull": ("clip_gen.weights.pull", "download published weights and convert them to a model folder"),
     "shapes": ("clip_gen.worlds.shapes.folder", "write pictures of shapes, with or without captions"),
     "train": ("clip_gen.training.cli", "train on pictures without captions"),
-    "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model"),
+    "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model of shapes"),
+    "train-emoji": ("clip_gen.worlds.emoji.recipe", "train the bundled model of emoji"),
     "evaluate": ("clip_gen.worlds.shapes.grading", "grade a model of shapes with the judge"),
 }
 

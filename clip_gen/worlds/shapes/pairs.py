@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from clip_gen.networks.clip_encoder import Tokenizer
-from clip_gen.worlds.clip_trainer import UNSAID, Batch
-from clip_gen.worlds.shapes.captions import Description, describe, leave_unsaid, swapped, vary
+from clip_gen.worlds.clip_trainer import UNSAID
+from clip_gen.worlds.pairs import GROUP, PairGroup, SeededPictures
+from clip_gen.worlds.shapes.captions import Description, caption, describe, leave_unsaid, swapped, vary
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import (
     BACKGROUNDS,
@@ -31,10 +28,9 @@ from clip_gen.worlds.shapes.scenes import (
     place,
     sample_scene,
 )
-from clip_gen.worlds.shapes.spoiling import spoil, wear
+from clip_gen.worlds.shapes.spoiling import spoil
+from clip_gen.worlds.spoiling import wear
 
-TRAINING = 1203  # part of the seed: training pictures differ from those of the command `shapes`
-GROUP = 4  # pairs in a group
 ABSENT = -2  # an attribute of the second item, where there is none
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": OBJECT_SIZES}
 
@@ -48,23 +44,11 @@ CHANGES = {
 CHOICES = (len(BACKGROUNDS), 3, *2 * (len(SHAPES), len(COLOURS), len(OBJECT_SIZES)))
 
 
-class RenderedPictures(Dataset):
-    """Pictures (S, S, 3) uint8 without held-out pairs; picture i depends on the seed and i only."""
-
-    def __init__(self, count: int, seed: int, resolution: int):
-        self.count, self.seed, self.resolution = count, seed, resolution
-
-    def __len__(self) -> int:
-        return self.count
+class RenderedPictures(SeededPictures):
+    """Pictures (S, S, 3) uint8 without held-out pairs."""
 
     def __getitem__(self, index: int) -> np.ndarray:
         return render(self.scene(index, self.rng(index)), self.resolution)
-
-    def rng(self, index: int) -> np.random.Generator:
-        """The random generator of item `index`."""
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        return np.random.default_rng([TRAINING, self.seed, index])
 
     def scene(self, index: int, rng: np.random.Generator) -> Scene:
         return sample_scene(rng)
@@ -110,18 +94,8 @@ class CaptionedPictures(RenderedPictures):
         return sample_scene(rng, count=int(rng.choice([1, 2, 2])), held_out="may")
 
 
-class PairGroup(NamedTuple):
-    """A scene and near misses of it, with captions, and a spoilt picture of the scene."""
-
-    pictures: np.ndarray  # (GROUP, S, S, 3) uint8
-    captions: list[str]
-    stated: list[Description]  # what the captions say
-    shown: list[Description]  # what the pictures show
-    spoilt: np.ndarray  # (1, S, S, 3) uint8
-
-
 class CaptionedPairs(CaptionedPictures):
-    """Groups of captioned pictures; group i depends on the seed and i only."""
+    """Groups of captioned pictures."""
 
     def __getitem__(self, index: int) -> PairGroup:
         rng = self.rng(index)
@@ -135,23 +109,9 @@ class CaptionedPairs(CaptionedPictures):
         return PairGroup(pictures, captions, stated, [describe(scene) for scene in scenes], spoilt)
 
 
-class Collate:
-    """Joins groups to a batch."""
-
-    def __init__(self, context_length: int):
-        self.tokenize = Tokenizer(context_length)
-
-    def __call__(self, groups: list[PairGroup]) -> Batch:
-        pictures, captions, stated, shown, spoilt = zip(*groups, strict=True)
-        captions, stated, shown = (list(chain.from_iterable(part)) for part in (captions, stated, shown))
-        return Batch(
-            pictures=torch.from_numpy(np.concatenate(pictures)),
-            spoilt=torch.from_numpy(np.concatenate(spoilt)),
-            tokens=self.tokenize(captions),
-            is_true=fits(stated, shown),
-            stated=torch.tensor([answers(description) for description in stated]),
-            shown=torch.tensor([answers(description) for description in shown]),
-        )
+def sampled_caption(rng: np.random.Generator) -> str:
+    """The standard caption of a random scene."""
+    return caption(describe(sample_scene(rng)))
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:

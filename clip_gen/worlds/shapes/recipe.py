@@ -1,276 +1,32 @@
-"""The command `train-shapes`: trains the bundled model from nothing, part by part.
-
-    python -m clip_gen train-shapes [--config RECIPE.yaml] [--out checkpoints/shapes] [--work runs/shapes]
-
-CLIP trains on pairs of pictures and captions; the VQGAN and the transformer on pictures only; the bridge gets the mean
-embeddings; and at last CLIP's image tower is trained to rank. The work folder keeps every finished part, and an
-interrupted part resumes from its last checkpoint. With --parts several processes can train different parts in one work
-folder at the same time, as in script/train-shapes.
-"""
+"""The command `train-shapes`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 
-import numpy as np
-import pytorch_lightning as pl
-import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import nn
+from clip_gen.worlds import recipe
+from clip_gen.worlds.pairs import Collate
+from clip_gen.worlds.shapes import pairs
+from clip_gen.worlds.shapes.scenes import HELD_OUT
+from clip_gen.worlds.world import World
 
-import clip_gen
-from clip_gen.config import ModelConfig, read_config
-from clip_gen.files import claim_folder, folder_lock, sha256_of, write_text_atomic
-from clip_gen.hardware import on_device
-from clip_gen.images import from_bytes
-from clip_gen.training.datasets import EncodedPictures, Endless, enough_places, loader_with_workers
-from clip_gen.training.encoding import encode_once, find_neighbours
-from clip_gen.training.fit import Machine, fit
-from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
-from clip_gen.training.processes import wait_for
-from clip_gen.training.stage import FitConfig
-from clip_gen.training.vqgan_trainer import VQGANTrainer
-from clip_gen.weights.model_folder import build, check_model_folder, load_part, save_networks, save_part
-from clip_gen.worlds.clip_trainer import ClipTrainer
-from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
-from clip_gen.worlds.shapes.captions import caption, describe
-from clip_gen.worlds.shapes.pairs import (
-    CHOICES,
-    CaptionedPairs,
-    CaptionedPictures,
-    Collate,
-    HardPictures,
-    NearMisses,
-    RenderedPictures,
+WORLD = World(
+    name="shapes",
+    choices=pairs.CHOICES,
+    pictures=pairs.RenderedPictures,
+    vqgan_pictures=pairs.HardPictures,
+    near_misses=pairs.NearMisses,
+    captioned_pictures=pairs.CaptionedPictures,
+    captioned_pairs=pairs.CaptionedPairs,
+    collate=partial(Collate, fits=pairs.fits, stated_answers=pairs.answers, shown_answers=pairs.answers),
+    sampled_caption=pairs.sampled_caption,
+    held_out=lambda: sorted(" ".join(pair) for pair in HELD_OUT),
 )
-from clip_gen.worlds.shapes.scenes import HELD_OUT, sample_scene
-
-CONFIG = Path(clip_gen.__file__).parent / "configs" / "shapes.yaml"
-SETTINGS, RECORD = "settings.json", "record.json"  # in the folder of a part
-
-# Streams of pictures with different seeds, so that they have no picture in common.
-PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
-
-# The parts in the order of training, each with the parts that it needs.
-NEEDS = {
-    "clip": (),
-    "vqgan": (),
-    "gpt": ("clip", "vqgan"),
-    "bridge": ("clip",),
-    "ranker": ("clip", "vqgan", "gpt", "bridge"),
-}
-# The fields of ShapesConfig, beside the seed and the sizes, that a part's weights depend on.
-FIELDS = {
-    "clip": ("clip_fit",),
-    "vqgan": ("vqgan_fit",),
-    "gpt": ("gpt_fit", "encoded_pictures", "embedding_noise", "condition_dropout", "condition_blur", "contrast"),
-    "bridge": (),
-    "ranker": ("ranker_fit", "drawn_pictures"),
-}
-SHARED = ("vqgan", "gpt")  # trained by all processes; the first process alone trains the others
-
-
-@dataclass(frozen=True)
-class ShapesConfig:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    seed: int = 0
-    clip_fit: FitConfig = field(default_factory=FitConfig)
-    vqgan_fit: FitConfig = field(default_factory=FitConfig)
-    gpt_fit: FitConfig = field(default_factory=FitConfig)
-    encoded_pictures: int = 100_000
-    embedding_noise: float = 0.5
-    condition_dropout: float = 0.1
-    condition_blur: float = 0.25
-    contrast: float = 0.0
-    ranker_fit: FitConfig = field(default_factory=FitConfig)
-    drawn_pictures: int = 8000
-
-
-class Recipe:
-    """Trains the parts in a work folder."""
-
-    def __init__(self, config: ShapesConfig, work: Path, machine: Machine | None = None):
-        pl.seed_everything(config.seed)
-        self.config, self.work, self.machine = config, work, machine or Machine()
-        self.one_process = replace(self.machine, devices="1", nodes=1)
-        self.networks = build(config.model)
-        self.is_first = not rank_zero_only.rank
-
-    def load_or_train(self, name: str) -> None:
-        """Loads a part from the work folder, or trains it and saves it there."""
-        folder, record = self.work / name, self.work / name / RECORD
-        network, train = self.part(name)
-        self.check_settings(name)
-        if not record.is_file() and (self.is_first or name in SHARED):
-            with self.lock(folder):
-                if self.is_first:
-                    write_text_atomic(folder / SETTINGS, json.dumps(self.settings(name)))
-                pl.seed_everything(self.config.seed)
-                values = train(folder)
-                if self.is_first:
-                    save_part(network, self.weights(name))
-                    write_text_atomic(record, json.dumps(values))
-        wait_for(record)
-        # Also after training: the next parts must see the weights in float16, as published.
-        load_part(network, self.weights(name))
-        network.eval().requires_grad_(False)
-
-    def part(self, name: str) -> tuple[nn.Module, Callable[[Path], dict[str, object]]]:
-        """The network of a part, and the function that trains it in a folder and returns what to record."""
-        networks = self.networks
-        parts = {
-            "clip": (networks.clip, self.train_clip),
-            "vqgan": (networks.vqgan, self.train_vqgan),
-            "gpt": (networks.gpt, self.train_gpt),
-            "bridge": (networks.bridge, self.measure_bridge),
-            "ranker": (networks.clip, self.train_ranker),
-        }
-        return parts[name]
-
-    def weights(self, name: str) -> Path:
-        return self.work / name / f"{name}.safetensors"
-
-    def fingerprint(self, name: str) -> str:
-        """Identifies the weights of a finished part."""
-        return sha256_of(self.weights(name))[:12]
-
-    def lock(self, folder: Path) -> AbstractContextManager[None]:
-        """Keeps other trainings out of a part's folder; ValueError while one is using it."""
-        busy = f"{folder} is in use by another training; wait for it to end, or name another --work folder"
-        return folder_lock(folder, busy) if self.is_first else nullcontext()
-
-    def settings(self, name: str) -> dict[str, object]:
-        """Everything that determines a part's weights, as JSON values."""
-        values = asdict(self.config)
-        settings = {field: values[field] for field in ("seed", *FIELDS[name])} | {"sizes": values["model"].get(name)}
-        return json.loads(json.dumps(settings | {part: self.fingerprint(part) for part in NEEDS[name]}))
-
-    def check_settings(self, name: str) -> None:
-        """ValueError if the work folder has this part by another recipe. An unfinished part may change its steps."""
-        folder, settings = self.work / name, self.settings(name)
-        is_finished, has_begun = ((folder / file).is_file() for file in (RECORD, SETTINGS))
-        before = json.loads((folder / SETTINGS).read_text()) if has_begun else {}
-        if not is_finished:
-            for values in (before, settings):
-                values.get(f"{name}_fit", {}).pop("steps", None)
-        if (is_finished or has_begun) and before != settings:
-            raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
-
-    def pictures(self, kind: type[RenderedPictures], count: int, stream: int) -> RenderedPictures:
-        return kind(count, len(STREAMS) * self.config.seed + stream, self.config.model.vqgan.resolution)
-
-    def train_clip(self, folder: Path) -> dict[str, object]:
-        config, seed, clip = self.config.clip_fit, self.config.seed, self.networks.clip
-        seen = self.pictures(CaptionedPairs, config.steps * config.batch_size, PAIRS)
-        unseen, collate = self.pictures(CaptionedPairs, 512, UNSEEN), Collate(clip.config.context_length)
-        trainer = ClipTrainer(clip, CHOICES, config)
-        # In one process: if processes shared a batch, each caption would have fewer wrong pictures to compare with.
-        record = fit("clip", trainer, seen, unseen, folder, seed=seed, machine=self.one_process, collate=collate)
-        trainer.clear_unseen_words()
-        return record
-
-    def train_vqgan(self, folder: Path) -> dict[str, object]:
-        config = self.config.vqgan_fit
-        seen = self.pictures(HardPictures, config.steps * config.batch_size, PICTURES)
-        unseen = self.pictures(RenderedPictures, 512, UNSEEN)
-        trainer = VQGANTrainer(self.networks.vqgan.train(), config)
-        return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
-
-    def train_gpt(self, folder: Path) -> dict[str, object]:
-        config, seed, networks = self.config.gpt_fit, self.config.seed, self.networks
-        pictures = self.pictures(RenderedPictures, 1024, UNSEEN)
-        unseen = EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
-        seen = Endless(self.encoded_pictures(), seed)
-        start_from_codes(networks.gpt, networks.vqgan, seed)
-        trainer = GPTTrainer(networks.gpt.train().requires_grad_(True), config, contrast=self.config.contrast)
-        return fit("gpt", trainer, seen, unseen, folder, seed=seed, machine=self.machine)
-
-    def encoded_pictures(self) -> EncodedPictures:
-        """The pictures that the transformer trains on."""
-        config, count = self.config, self.config.encoded_pictures
-        pictures, missed = (self.pictures(kind, count, ENCODED) for kind in (RenderedPictures, NearMisses))
-        embeddings, tokens = self.encode("train", pictures, "clip", "vqgan")
-        neighbours = embeddings.with_name(f"neighbours-of-{embeddings.name}")
-        return EncodedPictures(
-            embeddings,
-            tokens,
-            noise=config.embedding_noise,
-            dropout=config.condition_dropout,
-            near_misses=self.encode("missed", missed, "clip")[0] if config.contrast else None,
-            neighbours=find_neighbours(embeddings, 0, neighbours, config.seed) if config.condition_blur else None,
-            blur=config.condition_blur,
-            places=enough_places(np.load(tokens, mmap_mode="r")),
-        )
-
-    def encode(self, name: str, pictures: RenderedPictures, *parts: str) -> list[Path]:
-        """Encodes the pictures by networks of this recipe; the file names tell for which weights."""
-        folder, count = self.work / "encoded", len(pictures)
-        paths = [folder / f"{part}-{self.fingerprint(part)}-{name}-{count}.npy" for part in parts]
-        encode_once(pictures, {path: self.part(part)[0] for path, part in zip(paths, parts, strict=True)})
-        return paths
-
-    @torch.no_grad()
-    def measure_bridge(self, folder: Path) -> dict[str, object]:
-        """The mean embeddings of 4,000 pictures and of the captions of 4,000 other scenes."""
-        bridge, clip = self.networks.bridge, self.networks.clip
-        loader = loader_with_workers(self.pictures(RenderedPictures, 4000, PICTURES), batch_size=64)
-        unseen = self.pictures(RenderedPictures, 4000, UNSEEN)
-        captions = [caption(describe(sample_scene(unseen.rng(i)))) for i in range(len(unseen))]
-        with on_device(clip) as device:
-            image = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader]).mean(dim=0)
-            text = clip.encode_text(captions).mean(dim=0)
-        bridge.image_mean.copy_(image)
-        bridge.text_mean.copy_(text)
-        return {"gap": round(float((image - text).norm()), 4)}
-
-    def train_ranker(self, folder: Path) -> dict[str, object]:
-        networks, seed = self.networks, self.config.seed
-        pictures = self.pictures(CaptionedPictures, self.config.drawn_pictures, RANKED)
-        unseen_pictures = self.pictures(CaptionedPictures, 512, UNSEEN)
-        seen = ranked_pictures(networks, pictures, pictures.seed, folder, "drawn")
-        unseen = ranked_pictures(networks, unseen_pictures, unseen_pictures.seed, folder, "unseen")
-        trainer = RankerTrainer(networks.clip, self.config.ranker_fit)
-        return fit("ranker", trainer, seen, unseen, folder, seed=seed, machine=self.one_process)
-
-    def training_record(self) -> dict[str, object]:
-        return {
-            "data": "shapes: rendered pictures; the VQGAN and the transformer saw no caption and no held-out pair",
-            "held_out": sorted(" ".join(pair) for pair in HELD_OUT),
-            "stages": {name: json.loads((self.work / name / RECORD).read_text()) for name in NEEDS},
-            "config": asdict(self.config),
-            "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
-            "python": platform.python_version(),
-        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=CONFIG, help="default: the recipe of the bundled model")
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/shapes"), help="where parts are kept; default runs/shapes"
-    )
-    words = "the model folder to write or replace; default checkpoints/shapes"
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help=words)
-    parser.add_argument("--devices", default="auto", help="GPUs or, on a CPU, processes that share the work")
-    words = "parts to train, with those they need that are missing; the ranker also writes --out; default: all"
-    parser.add_argument("--parts", nargs="+", choices=NEEDS, default=list(NEEDS), help=words)
+    recipe.add_arguments(parser, WORLD.name)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    config = read_config(arguments.config, ShapesConfig)
-    if not rank_zero_only.rank:
-        check_model_folder(arguments.out)
-        claim_folder(arguments.work, "train-shapes")
-    recipe = Recipe(config, arguments.work, Machine(arguments.devices))
-    needed = {*arguments.parts, *(part for name in arguments.parts for part in NEEDS[name])}
-    for name in NEEDS:
-        if name in needed:
-            recipe.load_or_train(name)
-    if "ranker" in needed and recipe.is_first:
-        save_networks(recipe.networks, arguments.out, recipe.training_record())
+main = recipe.main
