@@ -158,13 +158,15 @@ class Recipe:
         if (is_finished or has_begun) and before != settings:
             raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
 
-    def pictures(self, kind: type[SeededPictures], count: int, stream: int) -> SeededPictures:
-        return kind(count, len(STREAMS) * self.config.seed + stream, self.config.model.vqgan.resolution)
+    def pictures(self, kind: type[SeededPictures], count: int, stream: int, side: int | None = None) -> SeededPictures:
+        """`side` in pixels; None: the VQGAN's resolution."""
+        return kind(count, len(STREAMS) * self.config.seed + stream, side or self.config.model.vqgan.resolution)
 
     def train_clip(self, folder: Path) -> dict[str, object]:
         config, seed, clip = self.config.clip_fit, self.config.seed, self.networks.clip
-        seen = self.pictures(self.world.captioned_pairs, config.steps * config.batch_size, PAIRS)
-        unseen = self.pictures(self.world.captioned_pairs, 512, UNSEEN)
+        side, pairs = clip.config.image_resolution, self.world.captioned_pairs
+        seen = self.pictures(pairs, config.steps * config.batch_size, PAIRS, side)
+        unseen = self.pictures(pairs, 512, UNSEEN, side)
         collate = self.world.collate(clip.config.context_length)
         trainer = ClipTrainer(clip, self.world.choices, config)
         # In one process: if processes shared a batch, each caption would have fewer wrong pictures to compare with.
