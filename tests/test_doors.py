@@ -104,7 +104,8 @@ def test_torch_is_not_imported_where_inputs_are_read() -> None:
 def test_imports_of_pipeline_and_training_load_no_cog_and_change_nothing_in_torch() -> None:
     loaded = loaded_after(
         "import torch; before = (torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())\n"
-        "import clip_gen.pipeline, clip_gen.generate, clip_gen.training.cli, clip_gen.worlds.shapes.recipe\n"
+        "import clip_gen.pipeline, clip_gen.generate, clip_gen.training.cli\n"
+        "import clip_gen.worlds.shapes.recipe, clip_gen.worlds.emoji.recipe\n"
         "assert before == (torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype())"
     )
     assert "cog" not in loaded

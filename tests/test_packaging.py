@@ -59,7 +59,9 @@ def run(installed: Path, folder: Path, *commands: list[str]) -> list[tuple[int, 
 
 def test_the_package_has_the_recipes_and_the_command_but_no_model(installed: Path) -> None:
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
-    assert "clip_gen/configs/shapes.yaml" in names
+    world = [f"worlds/emoji/{name}" for name in ("drawings.zip", "words.yaml", "held_out.yaml")]
+    for name in ("configs/shapes.yaml", "configs/emoji.yaml", *world):
+        assert f"clip_gen/{name}" in names
     assert not [name for name in names if name.endswith(".safetensors")]
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"clip_gen"}
     [entry_points] = installed.glob("*.dist-info/entry_points.txt")

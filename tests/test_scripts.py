@@ -18,7 +18,7 @@ from clip_gen import ClipGen
 from clip_gen.config import write_config
 from clip_gen.files import MARK, ROOT
 from clip_gen.training.stage import FitConfig
-from clip_gen.worlds.shapes.recipe import ShapesConfig
+from clip_gen.worlds.recipe import RecipeConfig
 
 
 @pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "bench"])
@@ -75,7 +75,7 @@ def refused_to_serve(environment: dict[str, str], *words: str, status: int = 1) 
 def test_the_bundled_models_recipe_is_one_command(tmp_path: Path) -> None:
     fit = FitConfig(steps=2, batch_size=4, ema_decay=0.5)
     fits = {f"{name}_fit": fit for name in ("clip", "vqgan", "gpt", "ranker")}
-    write_config(ShapesConfig(TINY, encoded_pictures=16, drawn_pictures=8, **fits), tmp_path / "tiny.yaml")
+    write_config(RecipeConfig(model=TINY, encoded_pictures=16, drawn_pictures=8, **fits), tmp_path / "tiny.yaml")
     words = ["--config", tmp_path / "tiny.yaml", "--work", tmp_path / "work", "--out", tmp_path / "model"]
     run = subprocess.run([ROOT / "script" / "train-shapes", *words], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -89,7 +89,7 @@ def test_the_bundled_models_recipe_is_one_command(tmp_path: Path) -> None:
 def endless_recipe(folder: Path) -> Iterator[subprocess.Popen]:
     """script/train-shapes at toy size, with endless parts, in its own process group."""
     fits = {f"{name}_fit": FitConfig(steps=10**6, batch_size=4) for name in ("clip", "vqgan")}
-    write_config(ShapesConfig(TINY, **fits), folder / "endless.yaml")
+    write_config(RecipeConfig(model=TINY, **fits), folder / "endless.yaml")
     words = ["--config", folder / "endless.yaml", "--work", folder / "work", "--out", folder / "model"]
     with subprocess.Popen(
         [ROOT / "script" / "train-shapes", *words], stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -15,7 +15,6 @@ from clip_gen.worlds.shapes.pairs import (
     CHOICES,
     CaptionedPairs,
     CaptionedPictures,
-    Collate,
     HardPictures,
     NearMisses,
     RenderedPictures,
@@ -23,6 +22,7 @@ from clip_gen.worlds.shapes.pairs import (
     fits,
     near_miss,
 )
+from clip_gen.worlds.shapes.recipe import WORLD
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import BACKGROUNDS, COLOURS, HELD_OUT, SHAPES, Item, Scene, sample_scene
 from clip_gen.worlds.shapes.spoiling import spoil
@@ -90,7 +90,7 @@ def test_captions_are_true_of_their_picture_and_seldom_of_near_misses() -> None:
 
 def test_a_batch_joins_groups() -> None:
     groups = [CaptionedPairs(2, 0, 16)[i] for i in range(2)]
-    batch = Collate(32)(groups)
+    batch = WORLD.collate(32)(groups)
     assert batch.pictures.shape == (8, 16, 16, 3)
     assert batch.spoilt.shape == (2, 16, 16, 3)
     assert batch.tokens.shape == (8, 32)

@@ -1,4 +1,4 @@
-"""worlds/shapes/recipe.py and worlds/clip_trainer.py at toy size: the parts of the bundled model."""
+"""worlds/recipe.py and worlds/clip_trainer.py at toy size: the parts of the bundled model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import save_networks
 from clip_gen.worlds.clip_trainer import UNSAID, ClipTrainer, Naming, contrastive_loss
-from clip_gen.worlds.shapes.pairs import CHOICES, CaptionedPairs, Collate
-from clip_gen.worlds.shapes.recipe import NEEDS, Recipe, ShapesConfig
+from clip_gen.worlds.recipe import CONFIGS, NEEDS, Recipe, RecipeConfig
+from clip_gen.worlds.shapes.pairs import CHOICES, CaptionedPairs
+from clip_gen.worlds.shapes.recipe import WORLD
+from clip_gen.worlds.world import WORLDS, load_world
 
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
-RECIPE = ShapesConfig(
+RECIPE = RecipeConfig(
     model=TINY,
     clip_fit=FIT,
     vqgan_fit=FIT,
@@ -64,7 +66,7 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
 
 def test_a_finished_part_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     again = Recipe(RECIPE, trained.work)
-    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
+    monkeypatch.setattr("clip_gen.worlds.recipe.fit", None)
     again.load_or_train("vqgan")
     for name, tensor in load_file(trained.work / "vqgan" / "vqgan.safetensors").items():
         assert torch.equal(tensor.float(), again.networks.vqgan.state_dict()[name].float()), name
@@ -93,16 +95,36 @@ def test_parts_are_trained_after_those_that_they_need(
     assert ClipGen.load(tmp_path / "model", "cpu").config.name == TINY.name
 
 
+def test_a_recipe_of_another_world_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(RECIPE, tmp_path / "recipe.yaml")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--work", str(tmp_path / "work")]
+    assert main(["train-emoji", *words, "--out", str(tmp_path / "model")]) == 1
+    assert "recipe.yaml is a recipe of the world shapes; use train-shapes" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_an_unknown_world_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='no world is called "cats"; give shapes or emoji'):
+        Recipe(replace(RECIPE, world="cats"), tmp_path)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_recipe_of_each_world_is_valid_and_names_its_world(world: str) -> None:
+    config = read_config(CONFIGS / f"{world}.yaml", RecipeConfig)
+    config.model.check()
+    assert config.world == load_world(world).name == config.model.name == world
+
+
 def test_other_processes_wait_for_a_part_that_the_first_trains_alone(
     trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.rank_zero_only.rank", 1)
+    monkeypatch.setattr("clip_gen.worlds.recipe.rank_zero_only.rank", 1)
     again = Recipe(RECIPE, Path(shutil.copytree(trained.work, tmp_path / "work")))
     record, waited = again.work / "ranker" / "record.json", []
     kept = record.read_bytes()
     record.unlink()
-    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.fit", None)
-    monkeypatch.setattr("clip_gen.worlds.shapes.recipe.wait_for", lambda path: waited.append(path.write_bytes(kept)))
+    monkeypatch.setattr("clip_gen.worlds.recipe.fit", None)
+    monkeypatch.setattr("clip_gen.worlds.recipe.wait_for", lambda path: waited.append(path.write_bytes(kept)))
     again.load_or_train("ranker")
     assert waited
 
@@ -199,7 +221,7 @@ def test_a_part_killed_after_its_last_step_keeps_its_record(trained: Recipe, tmp
 def test_the_bundled_recipe_selects_informative_places_and_starts_from_the_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = read_config(ROOT / "clip_gen" / "configs" / "shapes.yaml", ShapesConfig)
+    whole = read_config(ROOT / "clip_gen" / "configs" / "shapes.yaml", RecipeConfig)
     whole.model.check()
     short = replace(whole.gpt_fit, steps=2, batch_size=16, compile=False)
     recipe = Recipe(replace(whole, gpt_fit=short, encoded_pictures=64), tmp_path)
@@ -278,7 +300,7 @@ def test_the_small_clip_learns(naming_only: float, monkeypatch: pytest.MonkeyPat
     trainer = ClipTrainer(encoder, CHOICES, FitConfig(steps=40, learning_rate=3e-3, warmup=5, weight_decay=0.0))
     trainer.log_dict = lambda *_, **__: None
     pairs = CaptionedPairs(8, 0, 32)
-    batch = Collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])
+    batch = WORLD.collate(TINY.clip.context_length * 2)([pairs[i] for i in range(8)])
     batch = batch._replace(tokens=batch.tokens[:, :16])
     optimizer = trainer.configure_optimizers()["optimizer"]
     losses = []
