@@ -98,7 +98,7 @@ def parse_input(field: InputField, text: str) -> object:
     if text.startswith("@"):
         text = read_text(field.name, os.path.expanduser(text[1:]))
     elif len(text) > 1 and text[0] == text[-1] == '"':
-        text = text[1:-1]  # as `cog predict` does
+        text = text[1:-1]  # as `cog run` does
     if field.kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:

@@ -28,7 +28,7 @@ from clip_gen.serving.openapi import TEMPLATE, build_schema
 from clip_gen.training.plan import TrainSettings
 from clip_gen.validation import MAX_CANDIDATES
 
-INT32_MAX = 2**31 - 1  # `cog predict -i` reads 32 bits
+INT32_MAX = 2**31 - 1  # `cog run -i` reads 32 bits
 
 
 def test_the_schema_equals_what_cogs_own_generator_wrote() -> None:
@@ -202,7 +202,9 @@ def test_the_file_that_the_server_reads_is_written_without_loading_torch() -> No
 def test_cog_yaml_agrees_with_the_code_and_the_requirements() -> None:
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "cog.yaml"))
     build = config["build"]
-    assert (config["predict"], config["train"]) == ("predict.py:Predictor", "train.py:train")
+    # Cog's command refuses both names together, and warns about `predict`.
+    assert "predict" not in config
+    assert (config["run"], config["train"]) == ("predict.py:Predictor", "train.py:train")
     assert build["sdk_version"] == importlib.metadata.version("cog")
     assert build["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     # Cog looks its own table up by an exact pin.
