@@ -211,8 +211,3 @@ def test_cog_yaml_agrees_with_the_code_and_the_requirements() -> None:
     assert any(line.startswith("torch==") for line in (ROOT / build["python_requirements"]).read_text().splitlines())
     named = [pair.partition("=")[0] for pair in config["environment"]]
     assert all(name in (ROOT / "script" / "serve").read_text() for name in named)
-
-
-def test_the_image_holds_what_the_server_needs() -> None:
-    patterns = {line.strip("/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
-    assert not {"checkpoints", "clip_gen", "predict.py", "train.py", "configs"} & patterns
