@@ -38,8 +38,9 @@ from clip_gen.images import from_bytes
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.serving.train_process import TRAIN_ENVIRONMENT
 from clip_gen.training.losses import decibels, squared_errors
+from clip_gen.worlds.grading import Evaluation
 from clip_gen.worlds.shapes.folder import write_pictures
-from clip_gen.worlds.shapes.grading import Evaluation
+from clip_gen.worlds.shapes.grading import WORLD
 from clip_gen.worlds.shapes.judge import MIN_FOREGROUND
 from clip_gen.worlds.shapes.pairs import RenderedPictures
 from clip_gen.worlds.shapes.prompts import cases
@@ -82,7 +83,7 @@ def scratch(arguments: argparse.Namespace) -> dict[str, object]:
     took, _ = train(archive, arguments.out / "trained", words)
     model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
     psnr, used = reconstructed(model, 1000)
-    evaluation = Evaluation(model, arguments.prompts, 0, Sampling())
+    evaluation = Evaluation(WORLD, model, arguments.prompts, 0, Sampling())
     evaluation.run(["one"])
     print(evaluation.table())
     evaluation.sheet().save(arguments.out / "sheet.png")

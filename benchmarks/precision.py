@@ -23,8 +23,9 @@ from clip_gen import ClipGen
 from clip_gen.files import write_text_atomic
 from clip_gen.hardware import supports_float16
 from clip_gen.sampling.sampler import Sampling
-from clip_gen.worlds.shapes.grading import CANDIDATES, PROMPTS_PER_BATCH, TITLES, Candidate, Evaluation, best_of
-from clip_gen.worlds.shapes.prompts import KINDS, cases
+from clip_gen.worlds.grading import CANDIDATES, PROMPTS_PER_BATCH, Candidate, Evaluation, best_of
+from clip_gen.worlds.shapes.grading import WORLD
+from clip_gen.worlds.shapes.prompts import KINDS, TITLES, cases
 
 DTYPES = {
     "cpu": ("float32", *(["float16"] if supports_float16() else []), "bfloat16"),
@@ -34,7 +35,7 @@ DTYPES = {
 
 def measure(models: dict[str, ClipGen], kind: str, prompts: int) -> dict[str, object]:
     """The shares for one kind of prompt, by dtype."""
-    evaluations = [Evaluation(model, prompts, 0, Sampling()) for model in models.values()]
+    evaluations = [Evaluation(WORLD, model, prompts, 0, Sampling()) for model in models.values()]
     chosen = cases(kind, prompts, 0)
     graded: list[tuple[list[Candidate], ...]] = []
     for start in range(0, prompts, PROMPTS_PER_BATCH):

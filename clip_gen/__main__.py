@@ -19,7 +19,7 @@ COMMANDS = {
     "train": ("clip_gen.training.cli", "train on pictures without captions"),
     "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model of shapes"),
     "train-emoji": ("clip_gen.worlds.emoji.recipe", "train the bundled model of emoji"),
-    "evaluate": ("clip_gen.worlds.shapes.grading", "grade a model of shapes with the judge"),
+    "evaluate": ("clip_gen.worlds.grading", "grade a model of shapes or emoji with the judge"),
 }
 
 

@@ -18,11 +18,12 @@ from clip_gen import ClipGen
 from clip_gen.files import ROOT
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.sampling.sampler import Sampling
+from clip_gen.worlds.grading import Evaluation
 from clip_gen.worlds.shapes.captions import caption, describe
-from clip_gen.worlds.shapes.grading import TITLES, Evaluation
+from clip_gen.worlds.shapes.grading import WORLD
 from clip_gen.worlds.shapes.judge import read, satisfies
 from clip_gen.worlds.shapes.pairs import swapped_attribute
-from clip_gen.worlds.shapes.prompts import cases
+from clip_gen.worlds.shapes.prompts import TITLES, cases
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import HELD_OUT, place, sample_scene
 
@@ -87,7 +88,7 @@ def test_every_best_of_16_has_the_colour_and_background_of_its_prompt(model: Cli
 @pytest.mark.parametrize(("kind", "least"), [("one", 5), ("unsaid", 4)])
 def test_the_best_of_16_is_what_the_prompt_says(model: ClipGen, kind: str, least: int) -> None:
     """Of 500 prompts 99 % are, and where they leave things out 91."""
-    evaluation = Evaluation(model, 6, seed=123, sampling=Sampling())
+    evaluation = Evaluation(WORLD, model, 6, seed=123, sampling=Sampling())
     evaluation.grade(kind, "text")
     assert evaluation.rows[f"{TITLES[kind]}, best of 16"].right >= least
 

@@ -15,7 +15,8 @@ from clip_gen.evaluation.metrics import Share
 from clip_gen.images import to_tensor
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.weights.model_folder import Networks
-from clip_gen.worlds.shapes.grading import Evaluation
+from clip_gen.worlds.grading import Evaluation
+from clip_gen.worlds.shapes.grading import WORLD
 from clip_gen.worlds.shapes.judge import read, satisfies
 from clip_gen.worlds.shapes.prompts import KINDS, cases
 from clip_gen.worlds.shapes.rendering import render
@@ -52,16 +53,36 @@ def test_the_command_writes_the_table_as_json_and_a_sheet(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.75, "guidance": 1.5}
-    options = [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["evaluate", str(tiny_model_folder), "--prompts", "3", "--out", str(tmp_path), *options]) == 0
+    options = ["--world", "shapes", "--prompts", "3", "--out", str(tmp_path)]
+    options += [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert (
+        main(
+            [
+                "evaluate",
+                str(tiny_model_folder),
+                "--world",
+                "shapes",
+                "--prompts",
+                "3",
+                "--out",
+                str(tmp_path),
+                *options,
+            ]
+        )
+        == 0
+    )
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["prompts"] == 3
     assert report["sampling"] == sampling
+    assert next(iter(report["rows"])) == "one object, renders"
+    assert {"one object, reconstructions", "two objects with a relation, from image embeddings, best of 16"} <= set(
+        report["rows"]
+    )
     for name, row in report["rows"].items():
         assert name in table
         # Attributes that a prompt leaves unsaid are not graded.
-        assert row["total"] == 3 or (row["total"] < 3 and "left unsaid, best of 16, " in name)
+        assert row["total"] == 3 or (row["total"] < 3 and "left unsaid, " in name)
     assert Image.open(tmp_path / "sheet.png").size[0] > 100
 
 
@@ -92,7 +113,7 @@ def test_clip_chooses_among_candidates_and_the_judge_grades_them(tiny_model: Cli
     model = ClipGen(
         Networks(tiny_model.config, Critic(), Painter(), tiny_model.gpt, tiny_model.bridge), tiny_model.device
     )
-    evaluation = Evaluation(model, 6, 0, Sampling())
+    evaluation = Evaluation(WORLD, model, 6, 0, Sampling())
     evaluation.grade("one", "text")
     shares = {name.removeprefix("one object, "): share.right for name, share in evaluation.rows.items()}
     whole = {"best of 1": 0, "best of 4": 0, "best of 16": 4, "perfect ranker of 16": 6}
@@ -104,7 +125,8 @@ def test_clip_chooses_among_candidates_and_the_judge_grades_them(tiny_model: Cli
 
 
 def test_an_untrained_model_is_wrong_everywhere(tiny_model: ClipGen) -> None:
-    evaluation = Evaluation(tiny_model, 3, 0, Sampling())
+    evaluation = Evaluation(WORLD, tiny_model, 3, 0, Sampling())
     evaluation.run(["one", "unsaid"])
-    assert [name for name in evaluation.rows if "reconstructions" in name] == ["one object, reconstructions"]
-    assert all(share.right == 0 for share in evaluation.rows.values())
+    reconstructions = [f"{WORLD.titles[kind]}, reconstructions" for kind in ("one", "unsaid")]
+    assert [name for name in evaluation.rows if name.endswith("reconstructions")] == reconstructions
+    assert all(share.right == 0 for name, share in evaluation.rows.items() if ", renders" not in name)

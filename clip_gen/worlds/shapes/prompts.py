@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from clip_gen.worlds.shapes.captions import Description, caption, describe, leave_unsaid
-from clip_gen.worlds.shapes.scenes import Scene, sample_scene
+from clip_gen.worlds.judged import Case
+from clip_gen.worlds.shapes.captions import caption, describe, leave_unsaid
+from clip_gen.worlds.shapes.scenes import sample_scene
 
-KINDS = ("one", "two", "held_out", "unsaid")
-
-
-@dataclass(frozen=True)
-class Case:
-    prompt: str
-    description: Description
-    scene: Scene  # a scene that fits it
+TITLES = {
+    "one": "one object",
+    "two": "two objects with a relation",
+    "held_out": "one object of a held-out pair",
+    "unsaid": "attributes left unsaid",
+}
+KINDS = tuple(TITLES)
 
 
 def cases(kind: str, count: int, seed: int) -> list[Case]:

@@ -1,0 +1,178 @@
+"""worlds/emoji/judge.py and templates.py: reads renders, also degraded ones, and refuses spoilt pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from clip_gen.worlds.emoji.captions import Description, ThingDescription, describe, swapped
+from clip_gen.worlds.emoji.drawings import COLOURS
+from clip_gen.worlds.emoji.judge import grade, read, satisfies
+from clip_gen.worlds.emoji.rendering import boxes, render, sprite
+from clip_gen.worlds.emoji.sampling import sample_scene
+from clip_gen.worlds.emoji.scenes import BACKGROUNDS, LAYOUTS, Item, Scene
+from clip_gen.worlds.emoji.spoiling import spoil
+from clip_gen.worlds.emoji.templates import natural_colours, templates
+
+CAT, DOG, APPLE = Item("cat", "noto"), Item("dog", "noto", "purple"), Item("red apple", "flat")
+PAIR = Scene("white", "left of", (CAT, DOG))
+NAME = {"name": True, "name in the top 5": True}
+
+
+def random_scenes(number: int, **options: object) -> list[Scene]:
+    return [sample_scene(np.random.default_rng([51, i]), held_out="may", **options) for i in range(number)]
+
+
+def share_right(scenes: list[Scene], change: Callable[[np.ndarray], np.ndarray], resolution: int = 64) -> float:
+    return float(np.mean([satisfies(read(change(render(scene, resolution))), describe(scene)) for scene in scenes]))
+
+
+def unchanged(picture: np.ndarray) -> np.ndarray:
+    return picture
+
+
+@pytest.mark.parametrize(("count", "resolution"), [(80, 64), (20, 128)])
+def test_renders_are_read_correctly(count: int, resolution: int) -> None:
+    """Takes some seconds once: the templates of all drawings."""
+    assert share_right(random_scenes(count), unchanged, resolution) >= 0.99
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_read(layout: str) -> None:
+    for scene in random_scenes(5, layout=layout):
+        assert satisfies(read(render(scene)), Description(describe(scene).things, describe(scene).many, layout))
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_every_background_is_read_also_with_a_slight_tint(background: str) -> None:
+    tinted = render(Scene(background, "large", (CAT,))).astype(int) + np.array([9, -9, 9])
+    assert read(tinted.clip(0, 255).astype(np.uint8)).background == background
+
+
+def noisy(picture: np.ndarray) -> np.ndarray:
+    return (picture + np.random.default_rng(3).normal(0, 12, picture.shape)).clip(0, 255).astype(np.uint8)
+
+
+def blurred(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.6)))
+
+
+def compressed(picture: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "jpeg", quality=60)
+    return np.asarray(Image.open(file))
+
+
+def shifted(picture: np.ndarray) -> np.ndarray:
+    return np.roll(picture, (1, -1), axis=(0, 1))
+
+
+@pytest.mark.parametrize("change", [noisy, blurred, compressed, shifted])
+def test_slight_faults_do_not_matter(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    assert share_right(random_scenes(40), change) >= 0.95
+
+
+def test_few_spoilt_pictures_are_read_as_what_they_were() -> None:
+    right = [
+        satisfies(read(spoil(scene, np.random.default_rng(i), 64)), describe(scene))
+        for i, scene in enumerate(random_scenes(80))
+    ]
+    assert np.mean(right) <= 0.15
+
+
+def test_a_strong_blur_litter_and_half_a_drawing_are_not_right() -> None:
+    for i, scene in enumerate(random_scenes(10, layout="large")):
+        picture, (_, top, side) = render(scene), boxes(scene, 64)[0]
+        half = picture.copy()
+        half[top + side // 2 :] = BACKGROUNDS[scene.background]
+        littered = picture.copy()
+        littered[1:7, 1:7] = np.uint8(255) - picture[0, 0] // 2
+        small = Image.fromarray(picture).resize((6, 6)).resize((64, 64), Image.Resampling.BICUBIC)
+        noise = np.random.default_rng(i).integers(0, 256, picture.shape, dtype=np.uint8)
+        for spoilt in (half, np.asarray(small), noise, np.full_like(picture, BACKGROUNDS[scene.background])):
+            assert not satisfies(read(spoilt), Description((ThingDescription(scene.items[0].name),))), scene
+        assert read(littered) is None
+
+
+def test_a_mixture_of_two_things_is_not_clear() -> None:
+    first, second = (render(Scene("white", "large", (item,))) for item in (CAT, Item("tomato", "noto")))
+    mixed = (first.astype(int) + second) // 2
+    assert not read(mixed.astype(np.uint8)).clean
+
+
+def test_templates_have_the_colours_of_recoloured_drawings() -> None:
+    table = templates(48)
+    for name, style in (("cat", "noto"), ("umbrella", "flat"), ("pig", "3d")):
+        for colour in COLOURS:
+            row = table.items.index(Item(name, style, colour))
+            true = sprite(Item(name, style, colour), 48, 1).reshape(12, 4, 12, 4, 4).mean(axis=(1, 3)) / 255
+            assert abs(table.matrix[row].reshape(4, 12, 12).transpose(1, 2, 0) - true).mean() < 0.01
+
+
+def test_a_drawing_in_the_artists_colours_has_a_colour_by_itself() -> None:
+    assert natural_colours("red apple", "flat") == {"red"}
+    assert natural_colours("panda", "noto") == frozenset()
+    apple = read(render(Scene("white", "large", (APPLE,))))
+    assert grade(apple, Description((ThingDescription("red apple", colour="red"),)))["colour"]
+    assert not grade(apple, Description((ThingDescription("red apple", colour="blue"),)))["colour"]
+    green = read(render(Scene("white", "large", (replace(APPLE, colour="green"),))))
+    assert grade(green, Description((ThingDescription("red apple", colour="green"),)))["colour"]
+    assert not grade(green, Description((ThingDescription("red apple", colour="red"),)))["colour"]
+
+
+def test_only_stated_attributes_are_graded() -> None:
+    reading = read(render(PAIR))
+    assert grade(reading, Description((ThingDescription("cat"), ThingDescription()))) == {
+        "count": True,
+        **NAME,
+        "thing": True,
+    }
+    assert grade(reading, describe(PAIR)) == {
+        "count": True,
+        "relation": True,
+        "background": True,
+        **NAME,
+        "style": True,
+        "colour": True,
+    }
+
+
+def test_a_kind_is_right_for_every_thing_of_it() -> None:
+    reading = read(render(Scene("blue", "small", (CAT,))))
+    assert grade(reading, Description((ThingDescription(kind="animal"),))) == {"count": True, "kind": True}
+    assert grade(reading, Description((ThingDescription(kind="fruit"),))) == {"count": True, "kind": False}
+
+
+def test_the_order_of_two_things_does_not_matter_but_their_relation_does() -> None:
+    reading = read(render(PAIR))
+    assert satisfies(reading, swapped(describe(PAIR)))
+    exchanged = replace(describe(PAIR), things=describe(PAIR).things[::-1])
+    assert not satisfies(reading, exchanged)
+    assert satisfies(reading, replace(exchanged, layout=None))
+    colours = Description((ThingDescription("cat", colour="purple"), ThingDescription("dog")))
+    assert not satisfies(reading, colours)
+
+
+def test_counts_and_places_are_graded() -> None:
+    three = read(render(Scene("white", "three", (CAT,) * 3)))
+    cats = Description((ThingDescription("cat"),), many=True)
+    assert satisfies(three, cats)
+    assert satisfies(three, replace(cats, layout="three"))
+    assert grade(three, replace(cats, layout="two")) == {"count": False, **NAME}
+    assert not satisfies(three, Description((ThingDescription("cat"),)))
+    corner = read(render(Scene("white", "top left", (CAT,))))
+    one = Description((ThingDescription("cat"),), layout="bottom left")
+    assert grade(corner, one) == {"count": True, "position": False, **NAME}
+    assert grade(corner, replace(one, layout="large")) == {"count": True, "size": False, **NAME}
+    assert not satisfies(corner, cats)
+
+
+def test_without_a_reading_everything_stated_is_wrong() -> None:
+    grades = grade(None, describe(PAIR))
+    assert set(grades) == set(grade(read(render(PAIR)), describe(PAIR)))
+    assert not any(grades.values())
