@@ -6,9 +6,9 @@ the background's colour, a template r - a b is linear in the background b (r: co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,10 @@ class Norms(NamedTuple):
         colours, alpha = values[..., :3], values[..., 3:]
         sums = (colours**2).sum(axis=(1, 2)), (colours * alpha).sum(axis=1), (alpha**2).sum(axis=(1, 2))
         return cls(*(pixels * part for part in sums))
+
+    @classmethod
+    def joined(cls, parts: list[Norms]) -> Norms:
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def on(self, ground: np.ndarray) -> np.ndarray:
         """(T): the sums on a background (3,)."""
@@ -95,31 +99,29 @@ class Templates:
 def templates(side: int) -> Templates:
     """The templates for squares of `side` pixels. The first call takes seconds."""
     cell = CELL if side > SIDE // 2 else CELL // 2
-    rows = [row for name in things() for style in STYLES for row in _variants(name, style, side)]
-    items, n = [item for item, _ in rows], side // cell
-    sprites = np.stack([pixels for _, pixels in rows])  # (T, side, side, 4)
-    cells = sprites.reshape(-1, n, cell, n, cell, 4).mean(axis=(2, 4))  # (T, n, n, 4)
+    n, items, matrix, energy, detail = side // cell, [], [], [], []
+    for name, style in product(things(), STYLES):
+        colours, drawn = _variants(name, style, side)
+        cells = drawn.reshape(-1, n, cell, n, cell, 4).mean(axis=(2, 4))  # (k, n, n, 4)
+        items += [Item(name, style, colour) for colour in colours]
+        matrix.append(np.moveaxis(cells, 3, 1).reshape(len(colours), -1))
+        energy.append(Norms.of(cells.reshape(len(colours), -1, 4), cell**2))
+        detail.append(Norms.of(_steps(drawn), 1))
     names = [item.name for item in items]
-    return Templates(
-        items,
-        starts=np.array([names.index(name) for name in things()]),
-        matrix=np.moveaxis(cells, 3, 1).reshape(len(items), -1),
-        cell=cell,
-        energy=Norms.of(cells.reshape(len(items), -1, 4), cell**2),
-        detail=Norms(*map(sum, zip(*(Norms.of(steps, 1) for steps in _steps(sprites)), strict=True))),
-    )
+    starts = np.array([names.index(name) for name in things()])
+    return Templates(items, starts, np.concatenate(matrix), cell, Norms.joined(energy), Norms.joined(detail))
 
 
-def _variants(name: str, style: str, side: int) -> Iterator[tuple[Item, np.ndarray]]:
-    """A drawing in the artist's colours and, if it has a dominant hue, in all others: colour times alpha, and alpha.
+def _variants(name: str, style: str, side: int) -> tuple[list[str | None], np.ndarray]:
+    """A drawing in the artist's colours (None) and, if it has a dominant hue, in all others.
 
-    The colours change as in drawings.recoloured, but at this size, where it is far quicker.
+    With (k, side, side, 4): colour times alpha, and alpha. The colours change as in drawings.recoloured, but at this
+    size, where it is far quicker.
     """
     natural = sprite(Item(name, style), side, 1) / np.float32(255)
-    yield Item(name, style), natural
     hue = dominant_hue(name, style)
     if hue is None:
-        return
+        return [None], natural[None]
     alpha = natural[..., 3:]
     lab = to_oklab((natural[..., :3] / alpha.clip(1e-3)).clip(0, 1))
     chroma = np.hypot(lab[..., 1], lab[..., 2])
@@ -127,22 +129,23 @@ def _variants(name: str, style: str, side: int) -> Iterator[tuple[Item, np.ndarr
     changed = (turn < 1.3 * HUE_WIDTH) & (chroma > MIN_CHROMA / 2)
     typical = changed & (alpha[..., 0] > 0.5) & (chroma > MIN_CHROMA)
     lightness, scale = lab[..., 0] - np.median(lab[typical][:, 0]), chroma / np.median(chroma[typical])
-    for colour, rgb in COLOURS.items():
-        target = to_oklab(np.float32(rgb) / 255)
-        moved = np.stack([lightness + target[0], target[1] * scale, target[2] * scale], axis=-1)
-        mixed = from_oklab(np.where(changed[..., None], moved, lab).clip([0, -1, -1], [1, 1, 1]))
-        yield Item(name, style, colour), np.concatenate([mixed * alpha, alpha], axis=-1, dtype=np.float32)
+    targets = to_oklab(np.float32(list(COLOURS.values())) / 255)[:, None]  # (colours, 1, 3)
+    parts = [lightness[changed] + targets[..., 0], *(scale[changed] * targets[..., axis] for axis in (1, 2))]
+    drawn = np.stack([natural] * (1 + len(COLOURS)))
+    mixed = from_oklab(np.stack(parts, axis=-1).clip([0, -1, -1], [1, 1, 1]))  # (colours, changed pixels, 3)
+    drawn[1:, changed, :3] = mixed * alpha[changed]
+    return [None, *COLOURS], drawn
 
 
-def _steps(values: np.ndarray) -> Iterator[np.ndarray]:
-    """The differences of neighbouring pixels of (T, h, w, C), across and down, each (T, n, C)."""
-    for axis in (1, 2):
-        yield np.diff(values, axis=axis).reshape(len(values), -1, values.shape[-1])
+def _steps(values: np.ndarray) -> np.ndarray:
+    """The differences of neighbouring pixels of (k, h, w, C), across and down: (k, n, C)."""
+    steps = [np.diff(values, axis=axis).reshape(len(values), -1, values.shape[-1]) for axis in (1, 2)]
+    return np.concatenate(steps, axis=1)
 
 
 def detail(pixels: np.ndarray) -> float:
     """The squared differences of neighbouring pixels of (h, w, 3), summed."""
-    return float(sum((steps**2).sum() for steps in _steps(pixels[None])))
+    return float((_steps(pixels[None]) ** 2).sum())
 
 
 def means(values: np.ndarray, size: int) -> np.ndarray:
