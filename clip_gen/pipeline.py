@@ -22,7 +22,7 @@ from clip_gen.sampling.batch_sizes import pad_rows
 from clip_gen.sampling.batcher import shared_batcher
 from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms
 from clip_gen.validation import MAX_SEED, check_request
-from clip_gen.weights.model_folder import Networks, load_networks, transformer_mismatch
+from clip_gen.weights.model_folder import VOCABULARY, Networks, load_networks, transformer_mismatch
 from clip_gen.weights.tarball import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 __all__ = ["ClipGen", "Generation", "Stopped"]
 
 GPU_BATCH = 32  # images decoded and scored together
+MAX_SUMMARY = 400  # characters of a warning that says what a model knows
 CPU_PATCH_BATCH = 4  # the same on a CPU, for images decoded in patches: twice as fast as one by one
 
 
@@ -54,6 +55,8 @@ class ClipGen:
     def __init__(self, networks: Networks, device: torch.device, warnings: Sequence[str] = ()):
         self.config = networks.config
         self.warnings = list(warnings)  # about the model
+        summary = networks.texts.get(VOCABULARY, "").partition("\n")[0]
+        self.vocabulary = "".join(filter(str.isprintable, summary))[:MAX_SUMMARY]  # the file may be a stranger's
         self.clip_encoder = networks.clip
         self.vqgan = networks.vqgan
         self.gpt = networks.gpt
@@ -161,6 +164,10 @@ class ClipGen:
         lost = self.clip_encoder.tokenize.left_out(prompt)
         if lost:
             found.append(f"the prompt is longer than this model's CLIP reads; its end is left out: {lost!r}")
+        unknown = self.clip_encoder.unknown_words(prompt)
+        if unknown:
+            known = f"; it knows {self.vocabulary} ({VOCABULARY} lists all words)" if self.vocabulary else ""
+            found.append(f"this model does not know {', '.join(map(repr, unknown))}{known}")
         if sampling.greedy:
             settings = " and ".join(f"{name} is {getattr(sampling, name):g}" for name in sampling.greedy)
             found.append(f"{settings}: all candidates would be the same picture, so one is drawn and returned")

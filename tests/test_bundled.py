@@ -26,6 +26,7 @@ from clip_gen.worlds.shapes.pairs import swapped_attribute
 from clip_gen.worlds.shapes.prompts import TITLES, cases
 from clip_gen.worlds.shapes.rendering import render
 from clip_gen.worlds.shapes.scenes import HELD_OUT, place, sample_scene
+from clip_gen.worlds.shapes.vocabulary import vocabulary
 
 FOLDER = ROOT / "checkpoints" / "shapes"
 
@@ -46,6 +47,19 @@ def test_its_training_is_on_record() -> None:
         assert record["stages"][stage]["steps"] == record["config"][f"{stage}_fit"]["steps"] > 1000
         assert record["stages"][stage]["minutes"] > 1
     assert record["versions"]["torch"].startswith("2.11.0")
+
+
+def test_its_vocabulary_is_that_of_the_world_and_its_clip_knows_every_word(model: ClipGen) -> None:
+    text = (FOLDER / "vocabulary.txt").read_text()
+    assert text == vocabulary()
+    listed = " ".join(line.partition(": ")[2] for line in text.splitlines())
+    assert model.clip_encoder.unknown_words(listed) == []
+
+
+def test_a_word_that_it_does_not_know_gives_a_warning_that_says_what_it_knows(model: ClipGen) -> None:
+    (sentence,) = model.generate("a blue zebra", candidates=1, num_outputs=1).warnings
+    assert sentence.startswith("this model does not know 'zebra'; it knows circle, square, triangle, ")
+    assert sentence.endswith("right of, above and below (vocabulary.txt lists all words)")
 
 
 def test_most_reconstructions_of_fresh_renders_are_still_right(model: ClipGen) -> None:

@@ -236,6 +236,26 @@ def test_a_truncated_prompt_gives_a_warning(tiny_model: ClipGen, caplog: pytest.
     assert tiny_model.generate("a star", candidates=1, num_outputs=1).warnings == []
 
 
+@pytest.mark.parametrize("vocabulary", ["", "circle and\x1b square; in red\n\nShapes: circle\n"])
+def test_unknown_words_give_a_warning_with_what_the_model_knows(
+    vocabulary: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    networks = replace(tiny_networks(), texts={"vocabulary.txt": vocabulary} if vocabulary else {})
+    numbers = networks.clip.tokenize.bpe.encoder
+    networks.clip.clip.token_embedding.weight[[numbers["zebra</w>"], numbers["purple</w>"]]] = 0
+    model = ClipGen(networks, torch.device("cpu"))
+    known = "; it knows circle and square; in red (vocabulary.txt lists all words)" if vocabulary else ""
+    result = model.generate("a purple zebra on a zebra", candidates=1, num_outputs=1)
+    assert result.warnings == caplog.messages == [f"this model does not know 'purple', 'zebra'{known}"]
+    assert model.generate("a cat", candidates=1, num_outputs=1).warnings == []
+
+
+def test_an_emoji_draws_the_pictures_of_its_name(tiny_model: ClipGen) -> None:
+    emoji, name = (tiny_model.generate(prompt, 2, 2, seed=0) for prompt in ("a ⭐ on 🟥", "a star on red square"))
+    assert torch.equal(emoji.tokens, name.tokens)
+    assert emoji.scores == name.scores
+
+
 def test_scores_of_nan_are_an_error() -> None:
     networks = tiny_networks()
     networks.clip.clip.text_projection.fill_(torch.nan)

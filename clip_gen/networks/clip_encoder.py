@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 
+import emoji
 import regex
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ with warnings.catch_warnings():
 # The start of the regular expression with which OpenAI's tokenizer splits a prompt. It is removed, so that a prompt
 # with the name of a control token cannot end the text.
 CONTROL_TOKENS = r"<\|startoftext\|>|<\|endoftext\|>|"
+WORD_END = "</w>"  # ends the last token of each word in OpenAI's vocabulary
 
 
 class Tokenizer:
-    """OpenAI's byte-pair encoding, truncated to the context length."""
+    """OpenAI's byte-pair encoding, truncated to the context length. Emoji are read as their names."""
 
     def __init__(self, context_length: int):
         self.bpe = _byte_pair_encoding()
@@ -39,13 +41,38 @@ class Tokenizer:
         rows = torch.zeros(len(prompts), self.context_length, dtype=torch.long)
         for row, prompt in zip(rows, prompts, strict=True):
             # Truncates the text, not the end-of-text token, whose features are the embedding.
-            kept = self.bpe.encode(prompt)[: self.context_length - 2]
+            kept = self.encode(prompt)[: self.context_length - 2]
             row[: len(kept) + 2] = torch.tensor([self.start, *kept, self.end])
         return rows
 
     def left_out(self, prompt: str) -> str:
         """The truncated end of a prompt; empty if all of it fits."""
-        return self.bpe.decode(self.bpe.encode(prompt)[self.context_length - 2 :]).strip()
+        return self.bpe.decode(self.encode(prompt)[self.context_length - 2 :]).strip()
+
+    def encode(self, prompt: str) -> list[int]:
+        """The token ids of all words, without start and end."""
+        return self.bpe.encode(with_emoji_named(prompt))
+
+    def words(self, prompt: str) -> list[tuple[str, list[int]]]:
+        """The words and punctuation of a prompt, each with its token ids."""
+        found, ids = [], []
+        for token in self.encode(prompt):
+            ids.append(token)
+            if self.bpe.decoder[token].endswith(WORD_END):
+                found.append((self.bpe.decode(ids).strip(), ids))
+                ids = []
+        return found
+
+
+def with_emoji_named(text: str) -> str:
+    """The text with each emoji replaced by its CLDR short name, for example "🐱" by "cat face".
+
+    OpenAI's vocabulary has most emoji only as pieces of their UTF-8 bytes. A CLIP learns little about these, and one
+    that was trained on captions without emoji nothing; but it knows the words of the names.
+    """
+    if text.isascii():
+        return text
+    return emoji.replace_emoji(text, lambda _, about: f" {about['en'].strip(':').replace('_', ' ')} ")
 
 
 @cache
@@ -70,6 +97,17 @@ class ClipEncoder(nn.Module):
     def train(self, mode: bool = True) -> ClipEncoder:
         """Ignores `mode`: the statistics of its batch norms must not change."""
         return super().train(False)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt, each once, with a token that this CLIP was not trained on: its embedding is zero.
+
+        OpenAI's CLIP has no such token.
+        """
+        words = [(word, ids) for word, ids in self.tokenize.words(prompt) if word[0].isalnum()]
+        tokens = sorted({token for _, ids in words for token in ids})
+        is_trained = self.clip.token_embedding.weight[tokens].any(dim=1).tolist()  # at once: a GPU answers slowly
+        untrained = {token for token, trained in zip(tokens, is_trained, strict=True) if not trained}
+        return list(dict.fromkeys(word for word, ids in words if untrained.intersection(ids)))
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:

@@ -141,7 +141,7 @@ class Training:
         """The base's networks, or new ones beside its CLIP."""
         if self.settings.size != "base":
             torch.manual_seed(self.settings.seed)
-            self.networks = model_folder.build(self.plan.model)
+            self.networks = replace(model_folder.build(self.plan.model), texts=self.networks.texts)
             model_folder.load_part(self.networks.clip, self.base / "clip.safetensors")
             model_folder.load_part(self.networks.bridge, self.base / "bridge.safetensors")
         self.networks = replace(self.networks, config=self.plan.model)

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,12 +32,15 @@ CONFIG = "config.yaml"
 TRAINING = "training.json"
 PARTS = ("clip", "vqgan", "gpt", "bridge")
 FILES = (CONFIG, TRAINING, *(f"{part}.safetensors" for part in PARTS))
+VOCABULARY = "vocabulary.txt"  # what its CLIP knows: a short list in the first line, then all words
+LICENSES = "LICENSES.md"  # of the pictures that the model was trained on
+TEXTS = (VOCABULARY, LICENSES)  # may be missing; models trained from this one keep them
 DISCRIMINATOR = "discriminator.safetensors"  # of an imported VQGAN, for fine-tuning only
 DIGESTS = "digests"  # in training.json
 # Prefixes of the tensors that identify a codebook and a transformer.
 DIGESTED = {"vqgan": "quantizer.", "gpt": "head."}
 SAMPLE = 2**18  # numbers of each tensor in a digest; all of a large one would delay loading by 0.1 s
-MAX_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26}
+MAX_TEXT_BYTES = {CONFIG: 2**16, TRAINING: 2**26, VOCABULARY: 2**20, LICENSES: 2**20}
 MAX_JSON_LISTS = 2**19  # lists and objects in training.json: each takes far more memory than its two characters
 
 
@@ -47,13 +50,14 @@ class ModelFolderError(ValueError):
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a model folder, frozen and in eval mode."""
+    """The networks of a model folder, frozen and in eval mode, and its TEXTS by file name."""
 
     config: ModelConfig
     clip: ClipEncoder
     vqgan: VQGAN
     gpt: GPT
     bridge: Bridge
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(config: ModelConfig) -> Networks:
@@ -86,7 +90,7 @@ def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh:
         if part in tensors:
             _assign(getattr(networks, part), tensors[part])
         getattr(networks, part).to(device).eval().requires_grad_(False)
-    return networks
+    return replace(networks, texts=load_texts(folder))
 
 
 def on_meta(build: Callable[[], Built], path: Path, remedy: str) -> Built:
@@ -148,6 +152,17 @@ def load_record(folder: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
     return record
+
+
+def load_texts(folder: Path) -> dict[str, str]:
+    """The TEXTS of a model folder by file name. ModelFolderError if one cannot be read."""
+    texts = {}
+    for path in (folder / name for name in TEXTS if (folder / name).is_file()):
+        try:
+            texts[path.name] = _text(path)
+        except (OSError, ValueError) as error:
+            raise ModelFolderError(f"{path}: cannot be read ({error}); copy it again, or remove it") from error
+    return texts
 
 
 def _text(path: Path) -> str:
@@ -279,7 +294,7 @@ def _type(tensor: Tensor) -> str:
 def check_model_folder(folder: Path) -> None:
     """ValueError unless the folder is new, empty, or a model folder without other files, which may be replaced."""
     made_here = has_settings(folder / CONFIG, ("clip", "vqgan", "gpt"))
-    check_replaceable(folder, "model", (*FILES, DISCRIMINATOR), made_here)
+    check_replaceable(folder, "model", (*FILES, *TEXTS, DISCRIMINATOR), made_here)
 
 
 def save_networks(networks: Networks, folder: str | Path, training: dict[str, object]) -> None:
@@ -288,6 +303,8 @@ def save_networks(networks: Networks, folder: str | Path, training: dict[str, ob
     with atomic_folder(Path(folder)) as temporary:
         for part in PARTS:
             save_part(getattr(networks, part), temporary / f"{part}.safetensors")
+        for name, text in networks.texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         write_description(temporary, networks.config, training)
 
 

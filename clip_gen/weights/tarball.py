@@ -21,7 +21,7 @@ from clip_gen.data.file_kinds import UnusableError
 from clip_gen.data.limits import CHUNK, ArchiveError, Limits, Meter, reason_of
 from clip_gen.files import atomic_file, shortened
 from clip_gen.weights.cache import Cache, CacheError, WeightsFolder
-from clip_gen.weights.model_folder import CONFIG, FILES, TRAINING, ModelFolderError, load_config
+from clip_gen.weights.model_folder import CONFIG, FILES, TEXTS, TRAINING, ModelFolderError, load_config
 from clip_gen.weights.url import PublicOnly, is_url, open_url
 
 # The published COCO model has less than 2 GiB.
@@ -42,7 +42,7 @@ def pack(folder: str | Path, path: str | Path) -> None:
     folder, path = Path(folder), Path(path)
     load_config(folder)
     with atomic_file(path) as temporary, tarfile.open(temporary, "w") as tar:
-        for name in FILES:
+        for name in (*FILES, *TEXTS):
             if (folder / name).is_file():
                 tar.add(folder / name, arcname=name)
 
@@ -177,7 +177,7 @@ def _unpack(archive: BinaryIO, folder: Path, room: Meter) -> None:
         for entry in archive_entries(archive, room):
             inside = PurePosixPath(entry.name.replace("\\", "/"))
             # Thousands of long names would fill the memory.
-            if inside.name not in FILES or len(entry.name) > MAX_NAME:
+            if inside.name not in (*FILES, *TEXTS) or len(entry.name) > MAX_NAME:
                 continue
             if entry.error is not None and entry.error.reason in (LINK, NOT_A_FILE):
                 continue

@@ -13,7 +13,7 @@ The loss is contrastive as in CLIP (arXiv 2103.00020), with four additions:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.images import for_clip, from_bytes
-from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.networks.clip_encoder import WORD_END, ClipEncoder
 from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
 
 UNSAID = -1  # an answer that a caption does not give
@@ -106,6 +106,24 @@ class ClipTrainer(Stage):
     def clear_unseen_words(self) -> None:
         """Sets the embeddings of words that were never trained to zero instead of their random start."""
         self.clip.token_embedding.weight[~self.word_seen] = 0
+
+
+@torch.no_grad()
+def fill_unseen_words(encoder: ClipEncoder, synonyms: Mapping[str, Mapping[str, float]]) -> None:
+    """Replaces zero embeddings of words that were never trained by weighted means of trained words' embeddings.
+
+    synonyms: for a word that is one token, weights of trained words that are one token each. Words with an embedding
+    keep it; those without a trained synonym stay zero, and so unknown.
+    """
+    table, numbers = encoder.clip.token_embedding.weight, encoder.tokenize.bpe.encoder
+    is_trained = table.any(dim=1).tolist()
+    for word, weights in synonyms.items():
+        known = {numbers[other + WORD_END]: weight for other, weight in weights.items()}
+        known = {token: weight for token, weight in known.items() if is_trained[token]}
+        token = numbers[word + WORD_END]
+        if known and not is_trained[token]:
+            shares = table.new_tensor(list(known.values()))
+            table[token] = shares @ table[list(known)] / shares.sum()
 
 
 def contrastive_loss(logits: Tensor, is_true: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.processes import wait_for
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
-from clip_gen.weights.model_folder import build, check_model_folder, load_part, save_networks, save_part
-from clip_gen.worlds.clip_trainer import ClipTrainer
+from clip_gen.weights.model_folder import VOCABULARY, build, check_model_folder, load_part, save_networks, save_part
+from clip_gen.worlds.clip_trainer import ClipTrainer, fill_unseen_words
 from clip_gen.worlds.pairs import SeededPictures
 from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
 from clip_gen.worlds.world import load_world
@@ -113,6 +113,8 @@ class Recipe:
         wait_for(record)
         # Also after training: the next parts must see the weights in float16, as published.
         load_part(network, self.weights(name))
+        if network is self.networks.clip:
+            fill_unseen_words(network, self.world.synonyms())
         network.eval().requires_grad_(False)
 
     def part(self, name: str) -> tuple[nn.Module, Callable[[Path], dict[str, object]]]:
@@ -276,4 +278,5 @@ def main(arguments: argparse.Namespace) -> None:
         if name in needed:
             recipe.load_or_train(name)
     if "ranker" in needed and recipe.is_first:
-        save_networks(recipe.networks, arguments.out, recipe.training_record())
+        networks = replace(recipe.networks, texts={VOCABULARY: recipe.world.vocabulary()})
+        save_networks(networks, arguments.out, recipe.training_record())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,8 @@ class World:
     collate: Callable[[int], Collate]
     sampled_caption: Callable[[np.random.Generator], str]
     held_out: Callable[[], object]  # as JSON values
+    vocabulary: Callable[[], str]  # the content of vocabulary.txt
+    synonyms: Callable[[], Mapping[str, Mapping[str, float]]] = dict  # for fill_unseen_words
 
 
 def load_world(name: str) -> World:

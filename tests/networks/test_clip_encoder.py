@@ -46,8 +46,35 @@ def test_the_embedding_of_a_prompt_does_not_depend_on_other_prompts(encoder: Cli
 
 
 def test_tokens_are_openais_for_a_prompt_that_fits() -> None:
-    prompts = ["A Red circle, on white!", "", "naïve 赤", "it's 3 dogs' <b> &amp; 😀 <|x|>", "ends <|endoftext >"]
+    prompts = ["A Red circle, on white!", "", "naïve 赤", "it's 3 dogs' <b> &amp; ♪ <|x|>", "ends <|endoftext >"]
     assert torch.equal(Tokenizer(77)(prompts), clip.tokenize(prompts).long())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a 🐱 on a 🟦background", "a cat face on a blue square background"),
+        ("🎃🎃", "jack-o-lantern jack-o-lantern"),
+        ("☂ and ☂️", "umbrella and umbrella"),
+        ("👍🏽", "thumbs up medium skin tone"),
+        ("👩🏿‍🚒 in 🇫🇷", "woman firefighter dark skin tone in France"),
+        ("snake_case ✈️", "snake_case airplane"),
+        ("赤い円 :cat:", "赤い円 :cat:"),
+    ],
+)
+def test_an_emoji_is_read_as_its_short_name(prompt: str, read: str) -> None:
+    assert torch.equal(Tokenizer(77)([prompt]), Tokenizer(77)([read]))
+
+
+def test_words_without_an_embedding_are_unknown() -> None:
+    encoder = ClipEncoder(TINY.clip)
+    prompt = "A zebra's zebra, and 2 sporks on a 🐱!"
+    assert encoder.unknown_words(prompt) == []
+    words = dict(encoder.tokenize.words(prompt))
+    assert len(words["sporks"]) == 2  # one token without an embedding is enough
+    untrained = [*words["zebra"], *words["'s"], *words["!"], *words["2"], words["sporks"][0], *words["cat"]]
+    encoder.clip.token_embedding.weight[untrained] = 0
+    assert encoder.unknown_words(prompt) == ["zebra", "2", "sporks", "cat"]
 
 
 @pytest.mark.parametrize("name", ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "&lt;|endoftext|&gt;"])

@@ -161,6 +161,18 @@ def test_a_size_trains_new_networks_for_the_clip_of_the_base(
     assert model.config.gpt.codebook_size == model.config.vqgan.codebook_size == 32
 
 
+@pytest.mark.parametrize("size", ["base", "laptop"])
+def test_a_trained_model_keeps_the_vocabulary_and_the_licences_of_its_base(
+    photos: Path, toy: TrainSettings, tmp_path: Path, size: str
+) -> None:
+    base = Path(shutil.copytree(toy.base, tmp_path / "base"))
+    texts = {"vocabulary.txt": "stars\n", "LICENSES.md": "by an artist\n"}
+    for name, text in texts.items():
+        (base / name).write_text(text)
+    training = prepared(photos, tmp_path / "out", replace(toy, base=str(base), size=size))
+    assert training.networks.texts == texts
+
+
 def test_stage_2_trains_on_the_informative_tokens_of_drawings(
     toy: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

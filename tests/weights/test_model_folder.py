@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from clip_gen.weights.model_folder import (
     PARTS,
     ModelFolderError,
     all_finite,
+    load_base,
     load_discriminator,
     load_networks,
     part_digests,
@@ -39,6 +41,22 @@ def test_a_saved_model_is_loaded_completely(folder: Path) -> None:
             found = getattr(loaded, part).state_dict()[name]
             assert found.dtype == tensor.dtype, name
             assert torch.allclose(found, tensor, rtol=1e-3, atol=1e-6), name
+
+
+def test_texts_are_saved_and_loaded_with_the_networks(tmp_path: Path) -> None:
+    texts = {"vocabulary.txt": "stars\n", "LICENSES.md": "# Künstler\n"}
+    for _ in range(2):  # the second time it replaces a folder
+        save_networks(replace(tiny_networks(), texts=texts), tmp_path / "model", {})
+    assert load_networks(tmp_path / "model").texts == load_base(tmp_path / "model").texts == texts
+    save_networks(tiny_networks(), tmp_path / "model", {})
+    assert load_networks(tmp_path / "model").texts == {}
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"word " * 2**18])
+def test_a_text_that_cannot_be_read_is_named(folder: Path, content: bytes) -> None:
+    (folder / "vocabulary.txt").write_bytes(content)
+    with pytest.raises(ModelFolderError, match=r"vocabulary\.txt: cannot be read \(.*; copy it again, or remove it"):
+        load_networks(folder)
 
 
 def test_parameters_are_float16_on_disk_and_buffers_keep_their_type(folder: Path) -> None:

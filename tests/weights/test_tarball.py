@@ -44,6 +44,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_a_tar_has_the_texts_of_its_folder(tiny_model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    for name in ("vocabulary.txt", "LICENSES.md"):
+        (folder / name).write_text(f"This is {name}.")
+    pack(folder, tmp_path / "weights.tar")
+    assert contents(resolve_weights(str(tmp_path / "weights.tar"))) == contents(folder)
+
+
 def test_an_unpacked_tar_has_the_files_of_its_folder(tiny_model_folder: Path, weights_tar: Path, cache: Path) -> None:
     with tarfile.open(weights_tar) as tar:
         assert set(tar.getnames()) == {path.name for path in tiny_model_folder.iterdir()}

@@ -8,6 +8,8 @@ from functools import partial
 from clip_gen.worlds import recipe
 from clip_gen.worlds.emoji import pairs
 from clip_gen.worlds.emoji.scenes import held_out
+from clip_gen.worlds.emoji.synonyms import synonyms
+from clip_gen.worlds.emoji.vocabulary import vocabulary
 from clip_gen.worlds.pairs import Collate
 from clip_gen.worlds.world import World
 
@@ -22,6 +24,8 @@ WORLD = World(
     collate=partial(Collate, fits=pairs.fits, stated_answers=pairs.answers, shown_answers=pairs.shown_answers),
     sampled_caption=pairs.sampled_caption,
     held_out=lambda: {kind: sorted(map(list, rows)) for kind, rows in held_out().items()},
+    vocabulary=vocabulary,
+    synonyms=synonyms,
 )
 
 

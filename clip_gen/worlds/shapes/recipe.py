@@ -9,6 +9,7 @@ from clip_gen.worlds import recipe
 from clip_gen.worlds.pairs import Collate
 from clip_gen.worlds.shapes import pairs
 from clip_gen.worlds.shapes.scenes import HELD_OUT
+from clip_gen.worlds.shapes.vocabulary import vocabulary
 from clip_gen.worlds.world import World
 
 WORLD = World(
@@ -22,6 +23,7 @@ WORLD = World(
     collate=partial(Collate, fits=pairs.fits, stated_answers=pairs.answers, shown_answers=pairs.answers),
     sampled_caption=pairs.sampled_caption,
     held_out=lambda: sorted(" ".join(pair) for pair in HELD_OUT),
+    vocabulary=vocabulary,
 )
 
 
