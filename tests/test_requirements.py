@@ -52,6 +52,14 @@ def test_all_that_setup_installs_is_pinned_to_what_is_installed() -> None:
     assert {package: importlib.metadata.version(package) for package in pinned} == pinned
 
 
+def test_the_packages_of_the_emoji_recipe_are_pinned_and_need_no_other_versions() -> None:
+    own = pins("requirements-emoji.txt")
+    others = pins("requirements.txt") | pins("requirements-dev.txt")
+    assert {"sentence-transformers", "transformers", "tokenizers", "lemminflect"} <= set(own)
+    assert {name: version for name, version in own.items() if name in others and version != others[name]} == {}
+    assert not set(own) & set(pins("requirements.txt"))
+
+
 def test_the_build_system_has_the_pinned_setuptools() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["build-system"]["requires"] == [f"setuptools=={pins('requirements.txt')['setuptools']}"]

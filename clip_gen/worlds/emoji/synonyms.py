@@ -1,8 +1,8 @@
 """Words that no caption uses, such as "kitty", and the nearest words that captions use.
 
-`python -m clip_gen.worlds.emoji.synonyms` writes synonyms.json again. It needs requirements-emoji.txt: a sentence encoder
-(all-MiniLM-L6-v2, Apache-2.0) compares words, and a dictionary tells nouns from other words. Only words that are one
-token of CLIP's vocabulary can be filled, from words that are one token too; "pussycat" and "race car" stay as they are.
+`python -m clip_gen.worlds.emoji.synonyms` writes synonyms.json again, with the packages of requirements-emoji.txt: a
+sentence encoder (all-MiniLM-L6-v2, Apache-2.0) compares words, and a dictionary tells nouns from other words. Only
+words that are one token of CLIP's vocabulary can be filled, and only from such words: "pussycat" cannot.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def find_synonyms(
 ) -> dict[str, Weights]:
     """The entries of synonyms.json for those of the words that have one.
 
-    embed: unit-length embeddings (n, E) of n texts. lemmas: the dictionary forms of a word by part of speech (NOUN, ADJ);
-    none for a word that is in no dictionary, as names and most abbreviations.
+    embed: unit-length embeddings (n, E) of n texts. lemmas: the dictionary forms of a word by part of speech (NOUN,
+    ADJ); none for a word that is in no dictionary, as names and most abbreviations.
     """
     forms = {word: lemmas(word) for word in words}
     forms = {word: lemma for word, lemma in forms.items() if "ADJ" in lemma or "NOUN" in lemma}

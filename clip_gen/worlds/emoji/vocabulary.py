@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from itertools import chain
 
-from clip_gen.worlds.emoji.captions import BACKGROUND_WORDS, LAYOUT_WORDS, NOUNS, OPENINGS, SETTINGS, STYLE_WORDS, STYLED
+from clip_gen.worlds.emoji.captions import (
+    BACKGROUND_WORDS,
+    LAYOUT_WORDS,
+    NOUNS,
+    OPENINGS,
+    SETTINGS,
+    STYLE_WORDS,
+    STYLED,
+)
 from clip_gen.worlds.emoji.drawings import COLOURS
 from clip_gen.worlds.emoji.scenes import BACKGROUNDS
 from clip_gen.worlds.emoji.synonyms import synonyms
@@ -18,7 +26,7 @@ def vocabulary() -> str:
     """The content of vocabulary.txt."""
     summary = (
         f"{len(things())} things such as {enumerated(WELL_KNOWN)}; in {enumerated(list(COLOURS))}; on backgrounds in "
-        f"{len(BACKGROUNDS)} colours; in {len(STYLE_WORDS)} styles; one, two with a relation, or two to four of the same"
+        f"{len(BACKGROUNDS)} colours; in {len(STYLE_WORDS)} styles; one, two with a relation, or up to four of the same"
     )
     backgrounds = [BACKGROUND_WORDS.get(name, (name,)) for name in BACKGROUNDS]
     lists = {
