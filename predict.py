@@ -1,4 +1,4 @@
-"""Cog's predictor: a prompt in, its best pictures out."""
+"""Cog's predictor: a prompt or a picture in, the best pictures out."""
 
 import asyncio
 import contextvars
@@ -49,7 +49,18 @@ class Predictor(BaseRunner):
     @concurrent(max=12)
     async def run(
         self,
-        prompt: str = Input(description="What to draw.", min_length=1, max_length=1000),
+        prompt: str = Input(
+            description="What to draw. With weights: a red circle:2 | a blue star:0.5", default="", max_length=1000
+        ),
+        image: Path | None = Input(
+            description="A picture to draw variations of, or to mix with the prompt.", default=None, accept="image/*"
+        ),
+        image_weight: float = Input(
+            description="Share of the image beside a prompt. 0: the prompt alone.", default=0.5, ge=0, le=1
+        ),
+        negative_prompt: str = Input(
+            description="What the pictures should not show. Guidance of 1 becomes 3.", default="", max_length=1000
+        ),
         num_outputs: int = Input(description="Number of pictures to return, best first.", default=4, ge=1, le=64),
         candidates: int = Input(description="Number of pictures to draw and choose from.", default=16, ge=1, le=256),
         clip_rerank: bool = Input(description="Return the best by CLIP score. Off: the first ones.", default=True),
@@ -81,6 +92,9 @@ class Predictor(BaseRunner):
             inputs = checked(
                 INPUTS,
                 prompt=prompt,
+                image=image,
+                image_weight=image_weight,
+                negative_prompt=negative_prompt,
                 num_outputs=num_outputs,
                 candidates=candidates,
                 clip_rerank=clip_rerank,
@@ -120,8 +134,12 @@ class Predictor(BaseRunner):
             # In this prediction's context, so that its logs have what is logged.
             in_context = functools.partial(contextvars.copy_context().run, generate)
             result = await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
-            drawn = {"candidates": result.candidates, "model": model.config.name}
-            metadata = settings | drawn if output_metadata else None
+            metadata = None
+            if output_metadata:
+                from clip_gen.generate import description  # imports torch, as in setup
+
+                written = settings | {"output_format": output_format, "output_quality": output_quality}
+                metadata = await asyncio.to_thread(description, model, result, written)
             files = await asyncio.to_thread(self.outputs.save, result, metadata, output_format, output_quality)
         finally:
             stop.set()  # a cancelled prediction ends at its next token, or its download within a second

@@ -24,8 +24,20 @@ OUTPUT_FORMATS = ("png", "webp", "jpg")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+REDUCING_GAP = 3.0  # a picture is first reduced to this multiple of its final size, which is fast; the rest is bicubic
 EXIF_IMAGE_DESCRIPTION = 0x010E
 FULL_COLOUR_QUALITY = 90  # lowest quality of JPEGs whose colours are saved at full resolution
+
+
+def resized_square(
+    picture: Image.Image, resolution: int, share: float = 1.0, x: float = 0.5, y: float = 0.5
+) -> Image.Image:
+    """A square with this share of the shorter side, resized to S x S; x and y in [0, 1] say where."""
+    side = max(1, round(min(picture.size) * share))
+    left, top = round((picture.width - side) * x), round((picture.height - side) * y)
+    box = (left, top, left + side, top + side)
+    # Not Lanczos, which overshoots at hard edges. Reducing first is several times faster on photographs.
+    return picture.resize((resolution, resolution), Image.Resampling.BICUBIC, box, REDUCING_GAP)
 
 
 def to_tensor(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:

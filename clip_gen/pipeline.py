@@ -1,4 +1,4 @@
-"""From a prompt to ranked images."""
+"""From a prompt, a picture or both to ranked images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from clip_gen.hardware import choose_device, choose_dtype, one_thread, tensor_float32
-from clip_gen.images import to_pil
+from clip_gen.images import resized_square, to_pil, to_tensor
+from clip_gen.networks.mixing import embed_prompt, slerp
+from clip_gen.prompts import parse_prompt
 from clip_gen.sampling.batch_requests import Request
 from clip_gen.sampling.batch_sizes import pad_rows
 from clip_gen.sampling.batcher import shared_batcher
+from clip_gen.sampling.condition import Condition, open_picture
 from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms
 from clip_gen.validation import MAX_SEED, check_request
-from clip_gen.weights.model_folder import VOCABULARY, Networks, load_networks, transformer_mismatch
+from clip_gen.weights.model_folder import VOCABULARY, Networks, folder_sha256, load_networks, transformer_mismatch
 from clip_gen.weights.tarball import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 __all__ = ["ClipGen", "Generation", "Stopped"]
 
 GPU_BATCH = 32  # images decoded and scored together
+NEGATIVE_GUIDANCE = 3.0  # with a negative prompt, if guidance is left at 1
 MAX_SUMMARY = 400  # characters of a warning that says what a model knows
 CPU_PATCH_BATCH = 4  # the same on a CPU, for images decoded in patches: twice as fast as one by one
 
@@ -39,16 +43,19 @@ class Generation:
     """The images of one prompt, best first."""
 
     images: list[Image.Image]
-    scores: list[float]  # cosine of each image's CLIP embedding with the prompt's, which the bridge has moved
+    # Cosine of each image's CLIP embedding with the prompt's, which the bridge has moved, or with that of prompt and
+    # picture mixed. With a negative prompt: minus the cosine with its embedding.
+    scores: list[float]
     tokens: Tensor  # (num_outputs, T) int64, on the CPU
     seed: int
+    guidance: float
     candidates: int  # drawn; without clip_rerank as many as are returned
     metrics: dict[str, float]  # queue_seconds, sampling_seconds, tokens_per_second, rows_in_batch
     warnings: list[str] = field(default_factory=list)  # about this prompt, its settings and the model
 
 
 class ClipGen:
-    """A loaded model folder: text in, pictures out."""
+    """A loaded model folder: text or a picture in, pictures out."""
 
     source: WeightsFolder | None = None  # keeps its files, because the weights are memory-mapped from them
 
@@ -88,6 +95,11 @@ class ClipGen:
         return model
 
     @cached_property
+    def sha256(self) -> str | None:
+        """Of the model folder's files that make a difference, see `folder_sha256`. None for networks from elsewhere."""
+        return self.source and folder_sha256(self.source.path)
+
+    @cached_property
     def at_a_time(self) -> int:
         """How many images are decoded and scored together. The number is fixed on a CPU, so that the bytes and the
         score of an image do not depend on the others in its batch. To be read first in the thread that decodes.
@@ -115,7 +127,7 @@ class ClipGen:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str = "",
         candidates: int = 16,
         num_outputs: int = 4,
         top_k: int = 0,
@@ -125,8 +137,15 @@ class ClipGen:
         seed: int | None = None,
         clip_rerank: bool = True,
         should_stop: Callable[[], bool] | None = None,
+        *,
+        image: str | Path | Image.Image | None = None,
+        image_weight: float = 0.5,
+        negative_prompt: str = "",
     ) -> Generation:
         """Draws `candidates` images of the prompt and returns the best `num_outputs` by CLIP score, best first.
+
+        image: a picture or its file, to draw variations of, or to mix with the prompt; image_weight: its share then.
+        negative_prompt: what not to show; guidance pushes away from it, and if guidance is 1 it becomes 3.
 
         Candidate i of a seed is the same image whatever the number of candidates. Without clip_rerank the first
         candidates are returned in their order. With settings that always take the likeliest token one is returned,
@@ -134,7 +153,11 @@ class ClipGen:
         ValueError for a value out of its range. Thread-safe.
         """
         numbers = {"temperature": temperature, "top_p": top_p, "guidance": guidance}
-        check_request(prompt, candidates, num_outputs, seed, clip_rerank, top_k=top_k, **numbers)
+        steering = {"image_weight": image_weight, "negative_prompt": negative_prompt}
+        check_request(prompt, candidates, num_outputs, seed, clip_rerank, image, top_k=top_k, **numbers, **steering)
+        raised = bool(negative_prompt) and guidance == 1
+        if raised:
+            numbers["guidance"] = NEGATIVE_GUIDANCE
         # Python's own numbers, because torch takes no Fraction.
         sampling = Sampling(top_k=int(top_k), **{name: float(value) for name, value in numbers.items()})
         if sampling.greedy:
@@ -142,37 +165,49 @@ class ClipGen:
         elif not clip_rerank:
             candidates = num_outputs  # the others would not be returned
         seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-        warnings = self.warnings_about(prompt, sampling)
+        condition = Condition(prompt, None if image is None else open_picture(image), **steering)
+        warnings = self.warnings_about(condition, sampling)
+        if raised:
+            warnings.append(
+                f"guidance is 1, with which a negative prompt does little: it is {NEGATIVE_GUIDANCE:g} here"
+            )
         for sentence in warnings:
             log.warning(sentence)
         uniforms = candidate_uniforms(seed, range(candidates), self.config.gpt.block_size)
-        request = Request(self, prompt, uniforms, sampling, num_outputs if clip_rerank else None, should_stop)
+        request = Request(self, condition, uniforms, sampling, num_outputs if clip_rerank else None, should_stop)
         best = shared_batcher(self.device).draw(request)
         return Generation(
             images=[candidate.image for candidate in best],
             scores=[candidate.score for candidate in best],
             tokens=torch.from_numpy(np.stack([candidate.tokens.cpu().numpy() for candidate in best])),
             seed=seed,
+            guidance=sampling.guidance,
             candidates=candidates,
             metrics=request.metrics,
             warnings=self.warnings + warnings,
         )
 
-    def warnings_about(self, prompt: str, sampling: Sampling) -> list[str]:
-        """Warnings about this prompt and these settings."""
+    def warnings_about(self, condition: Condition, sampling: Sampling) -> list[str]:
+        """Warnings about what is asked for and these settings."""
         found = []
-        lost = self.clip_encoder.tokenize.left_out(prompt)
-        if lost:
-            found.append(f"the prompt is longer than this model's CLIP reads; its end is left out: {lost!r}")
-        unknown = self.clip_encoder.unknown_words(prompt)
-        if unknown:
-            known = f"; it knows {self.vocabulary} ({VOCABULARY} lists all words)" if self.vocabulary else ""
-            found.append(f"this model does not know {', '.join(map(repr, unknown))}{known}")
+        for name in filter(vars(condition).get, ("prompt", "negative_prompt")):
+            for part in parse_prompt(getattr(condition, name), name):
+                found += self._warnings_about_words(part.text, name.replace("_", " "))
         if sampling.greedy:
             settings = " and ".join(f"{name} is {getattr(sampling, name):g}" for name in sampling.greedy)
             found.append(f"{settings}: all candidates would be the same picture, so one is drawn and returned")
         elif sampling.top_k >= self.config.gpt.codebook_size:
             found.append(f"top_k is {sampling.top_k}, which does nothing: this model has no more tokens")
+        return found
+
+    def _warnings_about_words(self, text: str, name: str) -> list[str]:
+        """Warnings about the words of a prompt without weights, or of a part of one with weights."""
+        found = []
+        if lost := self.clip_encoder.tokenize.left_out(text):
+            found.append(f"the {name} is longer than this model's CLIP reads; its end is left out: {lost!r}")
+        if unknown := self.clip_encoder.unknown_words(text):
+            known = f"; it knows {self.vocabulary} ({VOCABULARY} lists all words)" if self.vocabulary else ""
+            found.append(f"this model does not know {', '.join(map(repr, unknown))}{known}")
         return found
 
     @property
@@ -181,22 +216,40 @@ class ClipGen:
         return 1 if self.config.vqgan.patch > 1 else shared_batcher(self.device).max_threads
 
     def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
-        """Images and scores of at most at_a_time candidates: tokens (n, T), their prompts' embeddings (n, E)."""
+        """Images and scores of at most at_a_time candidates, as decode_and_score has them, of tokens (n, T)."""
         count = len(tokens)
         if self.device.type == "cpu":
             tokens, embeddings = (pad_rows(part, self.at_a_time) for part in (tokens, embeddings))
         images, scores = self.decode_and_score(tokens, embeddings)
         return list(zip(to_pil(images[:count]), scores[:count], strict=True))
 
+    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """The embeddings (1, E) of what to show, and of what not to show if that is given.
+
+        Images are drawn from them and scored against them.
+        """
+        negative = self.embed_prompt(condition.negative_prompt) if condition.negative_prompt else None
+        if condition.picture is None:
+            return self.embed_prompt(condition.prompt), negative
+        picture = self.embed_picture(condition.picture)
+        if not condition.prompt:
+            return picture, negative
+        return slerp(self.embed_prompt(condition.prompt), picture, condition.image_weight), negative
+
     def embed_prompt(self, prompt: str) -> Tensor:
-        """A prompt's embedding (1, E), moved by the bridge. Images are drawn from it and scored against it."""
-        return self.bridge(self.clip_encoder.encode_text([prompt]))
+        """A prompt's embedding (1, E), moved by the bridge."""
+        return embed_prompt(self.clip_encoder, self.bridge, prompt)
+
+    def embed_picture(self, picture: Image.Image) -> Tensor:
+        """A picture's embedding (1, E), of its central square at the model's own size, as in training."""
+        square = resized_square(picture, self.config.vqgan.resolution)
+        return self.clip_encoder.encode_image(to_tensor([square]).to(self.device))
 
     @torch.inference_mode()
     def decode_and_score(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, list[float]]:
-        """The images (B, 3, S, S) of tokens (B, T), and the cosines of their CLIP embeddings with the prompts'.
+        """The images (B, 3, S, S) of tokens (B, T), and the products of their CLIP embeddings with `embedding`.
 
-        embedding: (B, E), or (1, E) for one prompt. ValueError for a cosine that is not finite.
+        embedding: (B, E), or (1, E) for all. ValueError for a product that is not finite.
         """
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
             images = self.vqgan.decode(tokens)

@@ -7,8 +7,11 @@ import unicodedata
 from collections.abc import Mapping
 from numbers import Integral, Real
 
+from clip_gen.prompts import parse_prompt
+
 MAX_CANDIDATES = 256  # repeated in predict.py, since Cog needs a literal
 MAX_SEED = 2**31 - 1
+SAY_WHAT = "say what to draw, for example: a large red circle"
 
 # Emoji outside Unicode's category So, and the keycap that makes emoji of # and *.
 OTHER_EMOJI = "‼⁉↔◻◼◽◾⤴⤵〰\u20e3"
@@ -17,10 +20,24 @@ BLANK = "\u115f\u1160\u3164\uffa0\u2800\ufffc\ufffd"
 
 
 def check_request(
-    prompt: str, candidates: int, num_outputs: int, seed: int | None, clip_rerank: bool, **others: object
+    prompt: str,
+    candidates: int,
+    num_outputs: int,
+    seed: int | None,
+    clip_rerank: bool,
+    image: object = None,
+    image_weight: float = 0.5,
+    negative_prompt: str = "",
+    **others: object,
 ) -> None:
     """ValueError with the value and the remedy. others: the inputs of check_sampling; further ones are ignored."""
-    check_prompt(prompt)
+    if prompt == "" and image is None:
+        raise ValueError(f"there is neither a prompt nor an image; {SAY_WHAT}, or give a picture as image")
+    if prompt != "":
+        check_prompt(prompt)
+    if negative_prompt != "":
+        check_prompt(negative_prompt, "negative_prompt", "say what the pictures should not show, or leave it out")
+    check_number("image_weight", image_weight, 0, 1, "0: the prompt alone, 1: the image alone")
     if not isinstance(clip_rerank, bool):
         raise ValueError(f"clip_rerank is {clip_rerank!r}; give True or False")
     check_number("candidates", candidates, 1, MAX_CANDIDATES, whole=True)
@@ -49,6 +66,10 @@ def without_effect(values: Mapping[str, object], defaults: Mapping[str, object])
     warnings = []
     if "output_quality" in changed and values["output_format"] == "png":
         warnings.append(f"output_quality is {values['output_quality']}, which does nothing: png is always lossless")
+    if "image_weight" in changed and not (values["prompt"] and values["image"]):
+        warnings.append(
+            f"image_weight is {values['image_weight']:g}, which does nothing without both a prompt and an image"
+        )
     if "candidates" in changed and not values["clip_rerank"] and values["candidates"] != values["num_outputs"]:
         warnings.append(
             f"candidates is {values['candidates']}, which does nothing without clip_rerank: "
@@ -57,17 +78,17 @@ def without_effect(values: Mapping[str, object], defaults: Mapping[str, object])
     return warnings
 
 
-def check_prompt(prompt: str) -> None:
-    """ValueError for a prompt without a letter, a digit or an emoji, and for invalid Unicode."""
-    remedy = "say what to draw, for example: a large red circle"
+def check_prompt(prompt: str, name: str = "prompt", remedy: str = SAY_WHAT) -> None:
+    """ValueError for a part without a letter, a digit or an emoji, for a malformed weight and for invalid Unicode."""
     if not isinstance(prompt, str):
-        raise ValueError(f"prompt is {prompt!r}; {remedy}")
+        raise ValueError(f"{name} is {prompt!r}; {remedy}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"prompt is {prompt!r}, which is not UTF-8 text; use a terminal or file in UTF-8") from error
-    if not any(map(_is_visible, prompt)):
-        raise ValueError(f"prompt is {prompt!r}, without a letter, a digit or an emoji; {remedy}")
+        raise ValueError(f"{name} is {prompt!r}, which is not UTF-8 text; use a terminal or file in UTF-8") from error
+    for part in parse_prompt(prompt, name):
+        if not any(map(_is_visible, part.text)):
+            raise ValueError(f"{name} is {part.text!r}, without a letter, a digit or an emoji; {remedy}")
 
 
 def _is_visible(character: str) -> bool:

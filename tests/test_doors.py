@@ -36,7 +36,7 @@ LAYERS = [
     ["pipeline"],
     ["sampling", "weights"],
     ["networks", "data"],
-    ["config", "hardware", "files", "images", "validation"],
+    ["config", "hardware", "files", "images", "validation", "prompts"],
 ]
 
 

@@ -164,7 +164,13 @@ def test_generate_does_not_change_torchs_global_state(tiny_model: ClipGen) -> No
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"prompt": ""}, "prompt is '', without a letter, a digit or an emoji; say what to draw"),
+        ({"prompt": ""}, "there is neither a prompt nor an image; say what to draw, .* or give a picture as image"),
+        ({"prompt": "a star | ?"}, r"prompt is '\?', without a letter, a digit or an emoji; say what to draw"),
+        ({"negative_prompt": " "}, "negative_prompt is ' ', without a letter.*; say what the pictures should not show"),
+        ({"negative_prompt": "a: b | c"}, "negative_prompt has the part 'a: b', whose weight is 'b'"),
+        ({"image_weight": 1.5}, "image_weight is 1.5; give a number, 0 to 1"),
+        ({"image": "nowhere.png"}, r"image is 'nowhere\.png', which cannot be read \(No such file"),
+        ({"image": __file__}, "image cannot be used: a text file; give a picture, such as a JPEG or PNG file"),
         ({"prompt": " \n"}, "say what to draw"),
         ({"prompt": "\u200b\x07\u3164 ...!\ufffd"}, "without a letter, a digit or an emoji; say what to draw"),
         ({"prompt": 5}, "prompt is 5; say what to draw"),

@@ -49,6 +49,11 @@ def load_picture(path: Path, wanted_side: int | None = None) -> Image.Image:
     return decode(path, wanted_side=wanted_side).image
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A copy of an open image, as `decode` gives it. UnusableError for 32-bit pixels that are not from 0 to 1."""
+    return _upright_rgb(image.copy(), "")[0]
+
+
 def decode(
     path: Path,
     min_side: int = 1,

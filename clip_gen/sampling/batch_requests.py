@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_gen.networks.gpt import GPT
+from clip_gen.sampling.condition import Condition
 from clip_gen.sampling.sampler import Batch, Sampling, Stopped
 
 
@@ -23,13 +24,13 @@ class Model(Protocol):
 
     gpt: GPT
     at_a_time: int  # the number of candidates that `decode` takes
-    decode_threads: int  # of the CPU, to embed prompts and to decode
+    decode_threads: int  # of the CPU, to embed conditions and to decode
 
-    def embed_prompt(self, prompt: str) -> Tensor:
-        """The embedding, (1, E)."""
+    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """The embeddings (1, E) of what to show and of what not to show, if that is given."""
 
     def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
-        """Images and scores of candidates: tokens (n, T), and the embeddings (n, E) of their prompts."""
+        """Images and scores of candidates: tokens (n, T), and what their embeddings are multiplied with, (n, E)."""
 
 
 @dataclass(eq=False)
@@ -45,14 +46,14 @@ class Candidate:
 
 @dataclass(eq=False)
 class Request:
-    """Candidates of one prompt; candidate i is drawn with the random numbers uniforms[i], (T,).
+    """Candidates of one condition; candidate i is drawn with the random numbers uniforms[i], (T,).
 
     num_outputs: how many of the best are kept, best first; None: all, in their order. should_stop: called before every
     token; the request ends with Stopped once it returns True.
     """
 
     model: Model
-    prompt: str
+    condition: Condition
     uniforms: Tensor
     sampling: Sampling
     num_outputs: int | None = None
@@ -61,6 +62,7 @@ class Request:
     asked_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0  # when its first batch started
     embedding: Tensor | None = None  # (1, E)
+    negative: Tensor | None = None  # (1, E), if the condition says what not to show
     started: int = 0  # candidates that are in a batch or were
     decoded: int = 0
     best: list[Candidate] = field(default_factory=list)  # of the decoded ones
@@ -84,8 +86,14 @@ class Request:
             "rows_in_batch": round(sum(rows) / len(rows), 2),
         }
 
+    @property
+    def ranked_by(self) -> Tensor:
+        """(1, E), whose product with the embedding of an image is its score."""
+        return self.embedding if self.negative is None else self.embedding - self.negative
+
     def can_share_batch(self, other: Request) -> bool:
-        return self.model.gpt is other.model.gpt and self.sampling == other.sampling
+        alike = self.sampling == other.sampling and (self.negative is None) == (other.negative is None)
+        return self.model.gpt is other.model.gpt and alike
 
     def start(self, count: int) -> list[Candidate]:
         """The next `count` waiting candidates, or fewer if no more are left."""
@@ -137,7 +145,10 @@ class RunningBatch:
         embedding = torch.cat([candidate.request.embedding for candidate in candidates])
         uniforms = torch.stack([candidate.request.uniforms[candidate.number] for candidate in candidates])
         first = candidates[0].request
-        self.batch = Batch(first.model.gpt, embedding, uniforms, first.sampling)
+        negative = None
+        if first.negative is not None:
+            negative = torch.cat([candidate.request.negative for candidate in candidates])
+        self.batch = Batch(first.model.gpt, embedding, uniforms, first.sampling, negative)
 
     @property
     def wanted(self) -> bool:

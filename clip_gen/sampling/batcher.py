@@ -58,8 +58,8 @@ class Batcher:
     def draw(self, request: Request) -> list[Candidate]:
         """The request's candidates, or the best of them, decoded.
 
-        Raises Stopped, within a token, once should_stop returns True; ValueError for guidance with a model that has no
-        null condition.
+        Raises Stopped, within a token, once should_stop returns True; ValueError for guidance without a negative
+        embedding with a model that has no null condition.
         """
         self._arrived.append(request)
         self.submit(self._work)
@@ -113,7 +113,7 @@ class Batcher:
         """Draws until no request is left, those included that arrive meanwhile."""
         while (self._arrived or self._requests) and not self._closed:
             with errors_to(self._requests):
-                self._embed_prompts()
+                self._embed_conditions()
                 for request in self._requests:
                     request.check_stop()
                 self._start_batches()
@@ -123,13 +123,13 @@ class Batcher:
             if self._requests and not self._running and not self._sampled:
                 time.sleep(POLL_SECONDS)  # more requests may join the next batch
 
-    def _embed_prompts(self) -> None:
+    def _embed_conditions(self) -> None:
         while self._arrived:
             request = self._arrived.popleft()
             self._requests.append(request)
             with errors_to([request]):
                 set_threads(request.model.decode_threads)
-                request.embedding = request.model.embed_prompt(request.prompt)
+                request.embedding, request.negative = request.model.embed(request.condition)
 
     def _start_batches(self) -> None:
         """Starts batches while candidates wait and memory allows, first come, first served."""
@@ -198,7 +198,7 @@ class Batcher:
 def decode(candidates: list[Candidate]) -> None:
     """Decodes candidates of one model, at most at_a_time, and adds them to their requests."""
     tokens = torch.stack([candidate.tokens for candidate in candidates])
-    embeddings = torch.cat([candidate.request.embedding for candidate in candidates])
+    embeddings = torch.cat([candidate.request.ranked_by for candidate in candidates])
     for candidate, decoded in zip(candidates, candidates[0].request.model.decode(tokens, embeddings), strict=True):
         candidate.request.finish(candidate, *decoded)
 

@@ -52,7 +52,10 @@ def candidate_uniforms(seed: int, candidates: range, length: int) -> Tensor:
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance on logits (B, V), arXiv 2207.12598. 1 gives the conditional logits."""
+    """Classifier-free guidance on logits (B, V), arXiv 2207.12598. 1 gives the conditional logits.
+
+    unconditional: of the null condition or of what should not be shown.
+    """
     return unconditional + guidance * (conditional - unconditional)
 
 
@@ -115,13 +118,23 @@ class GrowingSteps:
 class Batch:
     """Candidates sampled together. Call `step`, which samples a token of each, until `done`; then read `tokens` (B, T).
 
-    embedding: (B, E), one row per candidate. uniforms: (B, T) in [0, 1), the random numbers. recorded: use CUDA graphs;
-    None: if on a GPU. ValueError for guidance with a model that has no null condition.
+    embedding: (B, E), one row per candidate. uniforms: (B, T) in [0, 1), the random numbers. negative: (B, E), replaces
+    the null condition in guidance. recorded: use CUDA graphs; None: if on a GPU. ValueError for guidance without
+    `negative` with a model that has no null condition.
     """
 
     @torch.inference_mode()
-    def __init__(self, gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling, recorded: bool | None = None):
-        check_guidance(gpt, sampling)
+    def __init__(
+        self,
+        gpt: GPT,
+        embedding: Tensor,
+        uniforms: Tensor,
+        sampling: Sampling,
+        negative: Tensor | None = None,
+        recorded: bool | None = None,
+    ):
+        if negative is None:
+            check_guidance(gpt, sampling)
         device = embedding.device
         self.gpt, self.sampling, self.uniforms, self.length = gpt, sampling, uniforms.to(device), 0
         self.tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
@@ -130,8 +143,10 @@ class Batch:
         rows = padded_batch_size(gpt, len(uniforms), self.passes)
         embedding = pad_rows(embedding, rows)
         prefixes = [gpt.prefix(embedding)]
-        if self.passes == 2:
+        if self.passes == 2 and negative is None:
             prefixes.append(gpt.prefix(embedding, torch.ones(rows, dtype=torch.bool, device=device)))
+        elif self.passes == 2:
+            prefixes.append(gpt.prefix(pad_rows(negative, rows)))
         self.width = rows if recorded else len(uniforms)
         prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
         self.steps = RecordedSteps(gpt, prefix) if recorded else GrowingSteps(gpt, prefix, rows * self.passes)
@@ -158,7 +173,7 @@ def check_guidance(gpt: GPT, sampling: Sampling) -> None:
     if sampling.passes > 1 and gpt.null_condition is None:
         raise ValueError(
             f"guidance is {sampling.guidance}, but this model was trained without a null condition to push away from; "
-            "leave guidance at 1, or fine-tune the model, which adds one"
+            "leave guidance at 1, give a negative_prompt, or fine-tune the model, which adds one"
         )
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
@@ -24,13 +23,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.data.decoding import load_picture
 from clip_gen.hardware import release_memory, spare_cores
+from clip_gen.images import REDUCING_GAP, resized_square
 from clip_gen.networks.bridge import add_noise
 
 MAX_HELD_BACK = 512  # pictures
 ORDER_STREAM, AUGMENT_STREAM = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
 NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
 MAX_SAMPLED = 2000  # images that enough_places looks at
-REDUCING_GAP = 3.0  # a picture is first reduced to this multiple of its final size, which is fast; the rest is bicubic
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent ends
 MAX_GROUND_NOISE = 12  # levels of 255 by which a plain background may vary, as after JPEG compression
 
@@ -102,15 +101,9 @@ class PictureFiles(Dataset):
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
 
     def _square(self, index: int, share: float, x: float, y: float) -> np.ndarray:
-        """A square with this share of the shorter side, resized to S x S; x and y in [0, 1] say where."""
         # Large JPEGs are decoded at the smallest scale that would be reduced here.
         picture = load_picture(self.paths[index], ceil(REDUCING_GAP * self.resolution / self.crop))
-        side = max(1, round(min(picture.size) * share))
-        left, top = round((picture.width - side) * x), round((picture.height - side) * y)
-        box = (left, top, left + side, top + side)
-        size = (self.resolution, self.resolution)
-        # Not Lanczos, which overshoots at hard edges. Reducing first is several times faster on photographs.
-        return np.array(picture.resize(size, Image.Resampling.BICUBIC, box, REDUCING_GAP))
+        return np.array(resized_square(picture, self.resolution, share, x, y))
 
 
 def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch import Tensor
 from clip_gen.files import atomic_file
 from clip_gen.images import from_bytes, to_pil
 from clip_gen.networks.gpt import GPT
+from clip_gen.networks.mixing import embed_prompt
 from clip_gen.sampling.cuda_graphs import forget
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.datasets import EncodedPictures, PictureFiles
@@ -109,8 +110,8 @@ class SampleGrids(Grids):
         _, tokens, _, embeddings, _ = zip(*(self.pictures[i] for i in range(count)), strict=True)
         conditions = [torch.stack(embeddings).to(module.device)]
         if self.prompts:
-            texts = self.networks.bridge.to(module.device)(self.networks.clip.encode_text(self.prompts))
-            conditions += [text.expand(COLUMNS, -1) for text in texts]
+            clip, bridge = self.networks.clip, self.networks.bridge.to(module.device)
+            conditions += [embed_prompt(clip, bridge, prompt).expand(COLUMNS, -1) for prompt in self.prompts]
         try:
             rows = [torch.stack(tokens).to(module.device), *(self._sample(module.gpt, one) for one in conditions)]
         finally:

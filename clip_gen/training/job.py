@@ -27,6 +27,7 @@ from clip_gen.data.archive import check_outside
 from clip_gen.files import folder_lock, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
+from clip_gen.prompts import parse_prompt, split_prompts
 from clip_gen.training import folder as training_folder
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, loader_with_workers, split_pictures
@@ -251,9 +252,10 @@ class Training:
         return self.settings.stage == "transformer" or self.stage_record("vqgan")["tokens_kept"]
 
     def sample_prompts(self) -> list[str]:
-        prompts = [prompt.strip() for prompt in self.settings.sample_prompts.split("|") if prompt.strip()]
-        for prompt in prompts if self.is_first else ():
-            if lost := self.networks.clip.tokenize.left_out(prompt):
+        prompts = split_prompts(self.settings.sample_prompts)
+        parts = [part for prompt in prompts for part in parse_prompt(prompt, "a sample prompt")]
+        for part in parts if self.is_first else ():
+            if lost := self.networks.clip.tokenize.left_out(part.text):
                 log.warning("a sample prompt is longer than CLIP reads; its end is left out: %r", lost)
         return prompts
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
+from clip_gen.prompts import parse_prompt, split_prompts
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss
 
@@ -92,7 +93,7 @@ class TrainSettings:
     crop: bool = setting(True, "Train on random crops too.")
     flip: bool = setting(True, "Train on mirrored pictures too. Turn it off for text and faces.")
     shift: bool = setting(False, "Move drawings and logos over their plain background.")
-    sample_prompts: str = setting("", "Prompts drawn for the report, separated by |.", max_length=2000)
+    sample_prompts: str = setting("", "Prompts drawn for the report, one a line.", max_length=2000)
     precision: str = setting("auto", "auto: bfloat16 if supported.", choices=PRECISIONS)
     max_minutes: float = setting(0.0, "Time limit, after which weights are saved. 0: none.", ge=0)
     seed: int = setting(0, "The same seed and number of CPU threads give the same weights.", ge=0, le=2147483647)
@@ -101,6 +102,8 @@ class TrainSettings:
         """Raises ValueError with the value and the remedy."""
         for spec in fields(self):
             check_limits(spec.name, getattr(self, spec.name), spec.metadata)
+        for prompt in split_prompts(self.sample_prompts):
+            parse_prompt(prompt, "a sample prompt")
         if 0 < self.codebook_size < MIN_CODES:
             raise ValueError(f"codebook_size is {self.codebook_size}; give {MIN_CODES} or more, or 0 for the usual one")
         is_new = self.size != "base"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clip_gen.config import ModelConfig, has_settings, read_config, write_config
-from clip_gen.files import atomic_file, atomic_folder, check_replaceable
+from clip_gen.files import atomic_file, atomic_folder, check_replaceable, sha256_of
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.discriminator import build_discriminator, discriminator_layers
@@ -196,6 +196,12 @@ def _section(record: dict[str, object], name: str) -> dict[str, object]:
     """A JSON object in a JSON object; empty if there is none."""
     section = record.get(name)
     return section if isinstance(section, dict) else {}
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 of what `sha256sum config.yaml {clip,vqgan,gpt,bridge}.safetensors` prints in the folder."""
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in FILES if name != TRAINING]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def part_digests(folder: Path) -> dict[str, str]:

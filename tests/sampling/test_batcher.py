@@ -26,9 +26,11 @@ from clip_gen.files import ROOT
 from clip_gen.hardware import one_thread
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.kv_cache import KVCache
+from clip_gen.sampling import sampler
 from clip_gen.sampling.batch_requests import Request
 from clip_gen.sampling.batch_sizes import STANDARD_ROWS, max_candidates
 from clip_gen.sampling.batcher import MIN_PRODUCT_FOR_THREADS, Batcher, batch_bytes, shared_batcher
+from clip_gen.sampling.condition import Condition
 from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms, sample_tokens
 
 LENGTH = TINY.gpt.block_size
@@ -48,8 +50,9 @@ class FakeModel:
         self.gpt = gpt
         self.decoded: list[list[float]] = []  # for each call of decode: the first number of each embedding
 
-    def embed_prompt(self, prompt: str) -> Tensor:
-        return embedding(int(prompt))
+    def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        negative = condition.negative_prompt
+        return embedding(int(condition.prompt)), embedding(int(negative)) if negative else None
 
     def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
         self.decoded.append(embeddings[:, 0].tolist())
@@ -80,7 +83,7 @@ def tokens_alone(model: FakeModel, number: int, candidates: int = 2, sampling: S
 
 def request(model: FakeModel, number: int, candidates: int = 2, *settings: object, **named: object) -> Request:
     uniforms = candidate_uniforms(number, range(candidates), model.gpt.config.block_size)
-    return Request(model, str(number), uniforms, *(settings or [PLAIN]), **named)
+    return Request(model, Condition(str(number)), uniforms, *(settings or [PLAIN]), **named)
 
 
 def draw(batcher: Batcher, *settings: object, **named: object) -> Request:
@@ -162,11 +165,11 @@ def test_a_batch_waits_for_more_requests_but_not_forever(
 def test_a_batch_waits_until_all_prompts_are_embedded(
     model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slowly(prompt: str) -> Tensor:
+    def slowly(condition: Condition) -> tuple[Tensor, None]:
         time.sleep(0.15)  # longer than MAX_WAIT_SECONDS
-        return embedding(int(prompt))
+        return embedding(int(condition.prompt)), None
 
-    monkeypatch.setattr(model, "embed_prompt", slowly)
+    monkeypatch.setattr(model, "embed", slowly)
     with HeldThread(batcher):
         drawn = [threads.submit(draw, batcher, model, number) for number in range(3)]
         wait_until_arrived(batcher, 3)
@@ -234,7 +237,7 @@ def test_running_batches_fit_into_the_memory_budget(
         wait_until_arrived(batcher, 3)
     for future in drawn:
         finished = future.result(30)
-        assert torch.equal(tokens(finished), tokens_alone(model, int(finished.prompt), full))
+        assert torch.equal(tokens(finished), tokens_alone(model, int(finished.condition.prompt), full))
     assert max(running) == batches
 
 
@@ -266,7 +269,7 @@ def test_an_error_in_should_stop_or_the_prompt_ends_one_request_only(
             threads.submit(draw, batcher, model, 1, should_stop=broken),
             threads.submit(draw, batcher, model, 2),
             threads.submit(draw, batcher, model, 3, should_stop=lambda: sys.exit("exit 3")),
-            threads.submit(batcher.draw, Request(model, "not a number", torch.zeros(1, LENGTH), PLAIN)),
+            threads.submit(batcher.draw, Request(model, Condition("not a number"), torch.zeros(1, LENGTH), PLAIN)),
         ]
         wait_until_arrived(batcher, 4)
     for future, error, message in (
@@ -388,6 +391,36 @@ def test_guidance_needs_a_null_condition(batcher: Batcher) -> None:
         draw(batcher, bare, 1, 2, Sampling(guidance=2.0))
 
 
+def test_a_negative_embedding_takes_the_place_of_the_null_condition(batcher: Batcher) -> None:
+    bare, guided = FakeModel(GPT(replace(TINY.gpt, null_condition=False)).eval()), Sampling(guidance=2.0)
+    asked = Request(bare, Condition("1", negative_prompt="2"), candidate_uniforms(1, range(3), LENGTH), guided)
+    batcher.draw(asked)
+    first = [bare.gpt(embedding(number), torch.zeros(1, 0, dtype=torch.long))[:, 0] for number in (1, 2)]
+    logits = first[1] + 2 * (first[0] - first[1])
+    assert torch.equal(tokens(asked)[:, 0], sampler.draw(logits.softmax(1).expand(3, -1), asked.uniforms[:, 0]))
+    # So it counts against candidates when they are ranked.
+    assert torch.equal(torch.tensor(bare.decoded[0][0]), (embedding(1) - embedding(2))[0, 0])
+
+
+def test_requests_with_and_without_a_negative_embedding_do_not_affect_each_other(
+    model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
+) -> None:
+    def asked(number: int) -> Request:
+        condition = Condition(str(number), negative_prompt=str(number + 50) if number % 2 else "")
+        uniforms = candidate_uniforms(number, range(3), LENGTH)
+        return Request(model, condition, uniforms, Sampling(guidance=2.0))
+
+    def drawn(request: Request) -> list[list[int]]:
+        batcher.draw(request)
+        return tokens(request).tolist()
+
+    alone = [drawn(asked(number)) for number in range(8)]
+    with HeldThread(batcher):
+        together = [threads.submit(drawn, asked(number)) for number in range(8)]
+        wait_until_arrived(batcher, 8)
+    assert [future.result(30) for future in together] == alone
+
+
 def test_candidates_of_several_requests_are_decoded_together(
     model: FakeModel, batcher: Batcher, threads: ThreadPoolExecutor
 ) -> None:
@@ -461,9 +494,9 @@ def test_small_models_sample_on_one_thread_and_large_ones_on_all(threads: Thread
 @pytest.mark.usefixtures("two_cpus")
 def test_prompts_and_pictures_use_the_threads_that_their_model_wants(batcher: Batcher) -> None:
     class Counting(FakeModel):
-        def embed_prompt(self, prompt: str) -> Tensor:
+        def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
             used.append(torch.get_num_threads())
-            return super().embed_prompt(prompt)
+            return super().embed(condition)
 
         def decode(self, *given: Tensor) -> list[tuple[Image.Image, float]]:
             used.append(torch.get_num_threads())

@@ -22,6 +22,7 @@ from clip_gen.sampling import sampler as sampling_module
 from clip_gen.sampling.batch_requests import Request
 from clip_gen.sampling.batch_sizes import max_candidates, padded_batch_size
 from clip_gen.sampling.batcher import Batcher, batch_bytes
+from clip_gen.sampling.condition import Condition
 from clip_gen.sampling.sampler import Batch, Sampling, candidate_uniforms
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
@@ -42,7 +43,7 @@ def new_batch(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling
     device = gpt.head.weight.device
     embedding = F.normalize(torch.randn(rows, gpt.config.embed_dim, generator=torch.manual_seed(seed)), dim=-1)
     uniforms = candidate_uniforms(seed, range(rows), gpt.config.block_size)
-    return Batch(gpt, embedding.to(device), uniforms, sampling or Sampling(), recorded)
+    return Batch(gpt, embedding.to(device), uniforms, sampling or Sampling(), recorded=recorded)
 
 
 def sample_all(batch: Batch) -> Tensor:
@@ -120,8 +121,8 @@ def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pyt
     class Model:
         at_a_time, decode_threads = 16, 1
 
-        def embed_prompt(self, prompt: str) -> Tensor:
-            return F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1)
+        def embed(self, condition: Condition) -> tuple[Tensor, None]:
+            return F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1), None
 
         def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
             return [(Image.new("L", (1, 1)), 0.0)] * len(tokens)
@@ -134,7 +135,7 @@ def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pyt
     for candidates in (1, 40, 1, 20, 40):
         for guidance in (1.0, 2.0):
             uniforms = candidate_uniforms(1, range(candidates), gpt.config.block_size)
-            batcher.draw(Request(model, "a star", uniforms, Sampling(guidance=guidance)))
+            batcher.draw(Request(model, Condition("a star"), uniforms, Sampling(guidance=guidance)))
     held = sum(recording.nbytes for idle in cuda_graphs._idle[gpt].values() for recording in idle)
     assert held <= 2 * most  # the last one used, with guidance
 

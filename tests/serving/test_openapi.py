@@ -143,7 +143,7 @@ def test_defaults_and_limits_fit_their_inputs(fields: dict) -> None:
         if not field.required:
             assert field.convert(info.default) == info.default
         # Cog takes `seed: int = Input(default=None)` for required.
-        assert not field.required or field.name in ("prompt", "images")
+        assert not field.required or field.name == "images"
         assert info.choices is None or all(isinstance(choice, field.kind) for choice in info.choices)
         assert info.ge is None or info.le is None or info.ge <= info.le
         assert field.kind is not int or (abs(info.ge) <= INT32_MAX and abs(info.le) <= INT32_MAX)
@@ -183,12 +183,24 @@ def test_train_has_the_descriptions_limits_and_defaults_of_train_settings() -> N
 def test_inputs_of_predict_are_ordered_and_described() -> None:
     properties = build_schema()["components"]["schemas"]["Input"]["properties"]
     assert list(properties) == [
-        *("prompt", "num_outputs", "candidates", "clip_rerank", "top_k", "top_p", "temperature", "guidance"),
+        *(
+            "prompt",
+            "image",
+            "image_weight",
+            "negative_prompt",
+            "num_outputs",
+            "candidates",
+            "clip_rerank",
+            "top_k",
+            "top_p",
+            "temperature",
+            "guidance",
+        ),
         *("seed", "output_format", "output_quality", "output_metadata", "replicate_weights"),
     ]
     assert all(one["description"] for one in properties.values())
     assert properties["candidates"]["maximum"] == MAX_CANDIDATES
-    assert [one["x-order"] for one in properties.values()] == list(range(13))
+    assert [one["x-order"] for one in properties.values()] == list(range(16))
     assert properties["seed"]["maximum"] == 2**31 - 1
 
 

@@ -38,6 +38,7 @@ from predict import Predictor
 
 QUICK = {
     **{"prompt": "a large red circle", "num_outputs": 2, "candidates": 4, "clip_rerank": True, "seed": 7},
+    **{"image": None, "image_weight": 0.5, "negative_prompt": ""},
     **{"top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0},
     **{"output_format": "png", "output_quality": 90, "output_metadata": True, "replicate_weights": None},
 }
@@ -89,8 +90,9 @@ def test_a_missing_model_folder_is_named_with_the_remedy(tmp_path: Path) -> None
         ({"seed": float(2**70)}, f"seed is {2**70}; give a whole number, 0 to 2147483647"),
         ({"output_format": "gif"}, 'output_format is "gif"; give one of png, webp, jpg'),
         ({"output_quality": 101}, "output_quality is 101; give a whole number, 0 to 100"),
-        ({"prompt": ""}, 'prompt is ""; give 1 to 1000 characters'),
-        ({"prompt": "x" * 1001}, f'prompt is "{"x" * 97}..."; give 1 to 1000 characters'),
+        ({"prompt": "x" * 1001}, f'prompt is "{"x" * 97}..."; give 0 to 1000 characters'),
+        ({"image": "/etc/hostname"}, 'image is "/etc/hostname"; give a file'),
+        ({"image_weight": 1.5}, "image_weight is 1.5; give a number, 0 to 1"),
         ({"clip_rerank": "yes"}, 'clip_rerank is "yes"; give true or false'),
         ({"replicate_weights": 5}, "replicate_weights is 5; give text"),
     ],

@@ -10,6 +10,8 @@ test_watchdog.py.
 from __future__ import annotations
 
 import base64
+import hashlib
+import io
 import json
 import os
 import re
@@ -160,6 +162,25 @@ def test_a_whole_float_is_accepted_as_an_int(server: Server) -> None:
     assert same(server.pictures(**QUICK | {"num_outputs": 2.0, "seed": 7.0}), server.pictures(**QUICK))
 
 
+def test_an_image_is_a_prompt_and_may_be_mixed_with_one(server: Server) -> None:
+    pixels = io.BytesIO()
+    Image.radial_gradient("L").save(pixels, "png")
+    image = {"image": "data:image/png;base64," + base64.b64encode(pixels.getvalue()).decode()}
+    variations = server.pictures(**QUICK | image | {"prompt": ""})
+    plain = server.pictures(**QUICK)
+    assert not same(variations, plain)
+    assert same(server.pictures(**QUICK | image | {"image_weight": 1}), variations)
+    assert same(server.pictures(**QUICK | image | {"image_weight": 0}), plain)
+    assert variations[0].text["image_sha256"] == hashlib.sha256(pixels.getvalue()).hexdigest()
+    assert "image" not in variations[0].text
+
+
+def test_a_negative_prompt_raises_guidance_and_the_logs_say_so(server: Server) -> None:
+    reply = server.predict(**QUICK, negative_prompt="red:2 | blue")
+    assert "guidance is 1, with which a negative prompt does little: it is 3 here" in reply["logs"]
+    assert decoded(reply["output"][0]).text["guidance"] == "3.0"
+
+
 # Invalid requests
 
 
@@ -167,7 +188,9 @@ def test_a_whole_float_is_accepted_as_an_int(server: Server) -> None:
     ("inputs", "message"),
     [
         ({"prompt": 5}, '5 is not of type "string"'),
-        ({"prompt": ""}, '"" is shorter than 1 character'),
+        ({"prompt": "x" * 1001}, "is longer than 1000 characters"),
+        ({"image": None}, 'null is not of type "string"'),
+        ({"image_weight": 2}, "2 is greater than the maximum of 1"),
         ({"num_outputs": 65}, "65 is greater than the maximum of 64"),
         ({"num_outputs": 2.5}, '2.5 is not of type "integer"'),
         ({"candidates": 257}, "257 is greater than the maximum of 256"),
@@ -189,10 +212,6 @@ def test_an_input_outside_its_limits_is_a_422_that_names_it(server: Server, inpu
     assert message in detail["msg"]
 
 
-def test_a_missing_prompt_is_a_422(server: Server) -> None:
-    assert [one["msg"] for one in server.refused(seed=7)] == ["Field required"]
-
-
 def test_all_wrong_inputs_are_listed(server: Server) -> None:
     details = server.refused(prompt=PROMPT, num_outputs=0, candidates=0, top_p=2)
     assert {one["loc"][-1] for one in details} == {"num_outputs", "candidates", "top_p"}
@@ -203,6 +222,13 @@ def test_all_wrong_inputs_are_listed(server: Server) -> None:
     [
         ({"num_outputs": 5}, "num_outputs is 5, more than the 4 candidates"),
         ({"prompt": " \n"}, "say what to draw"),
+        (
+            {"prompt": ""},
+            "there is neither a prompt nor an image; say what to draw, for example: a large red circle, or",
+        ),
+        ({"prompt": "a star:2 | a: red"}, "prompt has the part 'a: red', whose weight is 'red'; give a number, 0 to"),
+        ({"image": "/etc/hostname"}, 'image is "/etc/hostname"; give a file'),
+        ({"image": "data:image/png;base64,aGVsbG8="}, "image cannot be used: "),
         ({"replicate_weights": "/etc/hostname"}, REFUSALS["any"]),
         ({"replicate_weights": "absent.tar"}, REFUSALS["any"]),
     ],
@@ -219,7 +245,7 @@ def test_contradicting_values_fail_with_a_sentence(server: Server, inputs: dict,
         ({"seed": 2**70}, "give a whole number, 0 to 2147483647"),
         ({"output_format": "gif"}, 'output_format is "gif"; give one of png, webp, jpg'),
         ({"output_quality": 101}, "output_quality is 101; give a whole number, 0 to 100"),
-        ({"prompt": ""}, 'prompt is ""; give 1 to 1000 characters'),
+        ({"prompt": ""}, "there is neither a prompt nor an image"),
         ({"prompt": None}, "prompt is missing"),
     ],
 )
