@@ -21,7 +21,7 @@ from clip_gen.training.stage import FitConfig
 from clip_gen.worlds.recipe import RecipeConfig
 
 
-@pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "bench"])
+@pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "train-emoji", "bench"])
 def test_a_script_works_through_a_link_and_with_cdpath(tmp_path: Path, name: str) -> None:
     (tmp_path / "script").mkdir()
     (link := tmp_path / "script" / name).symlink_to(ROOT / "script" / name)
@@ -72,15 +72,17 @@ def refused_to_serve(environment: dict[str, str], *words: str, status: int = 1) 
 
 
 @pytest.mark.slow
-def test_the_bundled_models_recipe_is_one_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "prompt"), [("shapes", "a red circle"), ("emoji", "a cat")])
+def test_a_bundled_models_recipe_is_one_command(tmp_path: Path, world: str, prompt: str) -> None:
     fit = FitConfig(steps=2, batch_size=4, ema_decay=0.5)
     fits = {f"{name}_fit": fit for name in ("clip", "vqgan", "gpt", "ranker")}
-    write_config(RecipeConfig(model=TINY, encoded_pictures=16, drawn_pictures=8, **fits), tmp_path / "tiny.yaml")
+    recipe = RecipeConfig(world, TINY, encoded_pictures=16, drawn_pictures=8, **fits)
+    write_config(recipe, tmp_path / "tiny.yaml")
     words = ["--config", tmp_path / "tiny.yaml", "--work", tmp_path / "work", "--out", tmp_path / "model"]
-    run = subprocess.run([ROOT / "script" / "train-shapes", *words], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([ROOT / "script" / f"train-{world}", *words], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     model = ClipGen.load(tmp_path / "model", "cpu")
-    assert len(model.generate("a red circle", candidates=1, num_outputs=1).images) == 1
+    assert len(model.generate(prompt, candidates=1, num_outputs=1).images) == 1
     for name in ("clip", "vqgan", "gpt", "ranker"):
         assert f"{name} 2/2" in run.stderr
 

@@ -37,7 +37,15 @@ from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.processes import wait_for
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
-from clip_gen.weights.model_folder import VOCABULARY, build, check_model_folder, load_part, save_networks, save_part
+from clip_gen.weights.model_folder import (
+    LICENSES,
+    VOCABULARY,
+    build,
+    check_model_folder,
+    load_part,
+    save_networks,
+    save_part,
+)
 from clip_gen.worlds.clip_trainer import ClipTrainer, fill_unseen_words
 from clip_gen.worlds.pairs import SeededPictures
 from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
@@ -241,6 +249,12 @@ class Recipe:
         trainer = RankerTrainer(networks.clip, self.config.ranker_fit)
         return fit("ranker", trainer, seen, unseen, folder, seed=seed, machine=self.one_process)
 
+    def texts(self) -> dict[str, str]:
+        """The texts of the model folder."""
+        licenses = self.world.licenses
+        texts = {VOCABULARY: self.world.vocabulary()}
+        return texts | ({LICENSES: licenses.read_text(encoding="utf-8")} if licenses else {})
+
     def training_record(self) -> dict[str, object]:
         return {
             "data": f"{self.world.name}: the VQGAN and the transformer saw no caption and no held-out combination",
@@ -278,5 +292,5 @@ def main(arguments: argparse.Namespace) -> None:
         if name in needed:
             recipe.load_or_train(name)
     if "ranker" in needed and recipe.is_first:
-        networks = replace(recipe.networks, texts={VOCABULARY: recipe.world.vocabulary()})
+        networks = replace(recipe.networks, texts=recipe.texts())
         save_networks(networks, arguments.out, recipe.training_record())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class World:
     held_out: Callable[[], object]  # as JSON values
     vocabulary: Callable[[], str]  # the content of vocabulary.txt
     synonyms: Callable[[], Mapping[str, Mapping[str, float]]] = dict  # for fill_unseen_words
+    licenses: Path | None = None  # names the artists and licences of the world's pictures
 
 
 def load_world(name: str) -> World:

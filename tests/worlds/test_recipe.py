@@ -21,9 +21,12 @@ from clip_gen.config import read_config, write_config
 from clip_gen.files import MARK, ROOT, folder_lock
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.job import Training
+from clip_gen.training.plan import TrainSettings
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import save_networks
+from clip_gen.weights.tarball import open_weights
 from clip_gen.worlds.clip_trainer import UNSAID, ClipTrainer, Naming, contrastive_loss
 from clip_gen.worlds.recipe import CONFIGS, NEEDS, Recipe, RecipeConfig
 from clip_gen.worlds.shapes.pairs import CHOICES, CaptionedPairs
@@ -62,6 +65,7 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
         assert [(start["from_step"], start["to_step"]) for start in record["stages"][part]["starts"]] == [(0, 6)]
         assert record["config"][f"{part}_fit"]["steps"] == 6
     assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
+    assert not (tmp_path / "model" / "LICENSES.md").exists()
 
 
 def test_a_finished_part_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +117,34 @@ def test_the_recipe_of_each_world_is_valid_and_names_its_world(world: str) -> No
     config = read_config(CONFIGS / f"{world}.yaml", RecipeConfig)
     config.model.check()
     assert config.world == load_world(world).name == config.model.name == world
+
+
+def test_a_model_of_emoji_and_the_tar_of_a_model_fine_tuned_from_it_name_the_artists(
+    trained: Recipe, photos: Path, tmp_path: Path
+) -> None:
+    write_config(replace(RECIPE, world="emoji"), tmp_path / "recipe.yaml")
+    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
+    (work / MARK).write_text("train-emoji\n")
+    for part in NEEDS:  # as if trained on emoji, which takes a minute
+        settings = trained.settings(part) | {"world": "emoji"}
+        (work / part / "settings.json").write_text(json.dumps(settings))
+    folders = ["--work", str(work), "--out", str(tmp_path / "model")]
+    assert main(["train-emoji", "--config", str(tmp_path / "recipe.yaml"), *folders]) == 0
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert {name: len(rows) for name, rows in record["held_out"].items()} == {
+        **{"backgrounds": 60, "colours": 60, "styles": 30, "relations": 60}
+    }
+    licenses = (tmp_path / "model" / "LICENSES.md").read_bytes()
+    assert licenses == load_world("emoji").licenses.read_bytes()
+    for package in ("@iconify-json/noto 1.2.9", "@iconify-json/twemoji 1.2.5", "@lobehub/fluent-emoji-3d 1.1.0"):
+        assert package in licenses.decode()
+
+    settings = TrainSettings(base=str(tmp_path / "model"), vqgan_steps=1, transformer_steps=1)
+    tar = Training(photos, tmp_path / "tuned", settings).run()
+    unpacked = open_weights(tar)
+    assert (unpacked.path / "LICENSES.md").read_bytes() == licenses
+    assert len(ClipGen.load(unpacked.path, "cpu").generate("a cat", candidates=1, num_outputs=1).images) == 1
+    unpacked.close()
 
 
 def test_other_processes_wait_for_a_part_that_the_first_trains_alone(

@@ -19,6 +19,7 @@ from clip_gen.weights.importers import hfailab, openai_clip, taming
 from clip_gen.weights.importers.reader import origin, read_checkpoint
 from clip_gen.weights.model_folder import (
     CONFIG,
+    LICENSES,
     check_model_folder,
     load_config,
     load_record,
@@ -126,6 +127,7 @@ def import_clip(checkpoint: Path, out: Path, dtype: torch.dtype | None = None, a
     record["imported"] = (before if isinstance(before, dict) else {}) | _origins({"clip": checkpoint}, "openai")
     # The bridge has the mean embeddings of the previous CLIP.
     kept = [path for path in out.glob("*.safetensors") if old == new or path.name != "bridge.safetensors"]
+    kept += out.glob(LICENSES)
     _write(out, config, {"clip": tensors}, record, kept)
 
 

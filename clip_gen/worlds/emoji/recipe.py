@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 from clip_gen.worlds import recipe
 from clip_gen.worlds.emoji import pairs
@@ -26,6 +27,7 @@ WORLD = World(
     held_out=lambda: {kind: sorted(map(list, rows)) for kind, rows in held_out().items()},
     vocabulary=vocabulary,
     synonyms=synonyms,
+    licenses=Path(__file__).parent / "LICENSES.md",
 )
 
 
