@@ -21,7 +21,7 @@ from clip_gen.training.stage import FitConfig
 from clip_gen.worlds.recipe import RecipeConfig
 
 
-@pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "train-emoji", "bench"])
+@pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "train-emoji", "bench", "pack-drawings"])
 def test_a_script_works_through_a_link_and_with_cdpath(tmp_path: Path, name: str) -> None:
     (tmp_path / "script").mkdir()
     (link := tmp_path / "script" / name).symlink_to(ROOT / "script" / name)

@@ -21,6 +21,7 @@ from clip_gen.worlds.emoji.drawings import (
     recoloured,
     to_oklab,
 )
+from clip_gen.worlds.emoji.packing import slug
 from clip_gen.worlds.emoji.words import kinds, plural, things, with_article
 
 
@@ -87,6 +88,13 @@ def test_every_thing_has_a_drawing_of_each_artist() -> None:
         assert 0.1 < (pixels[..., 3] > 128).mean() < 1, name
         different.add(pixels.tobytes())
     assert len(different) == len(things())
+
+
+def test_the_packages_of_the_drawings_have_a_name_for_each_thing() -> None:
+    assert [slug(name) for name in ("woman’s boot", "1st place medal", "jack-o-lantern", "Christmas tree")] == [
+        "womans-boot", "1st-place-medal", "jack-o-lantern", "christmas-tree"
+    ]  # fmt: skip
+    assert len({slug(name) for name in things()}) == len(things())
 
 
 def test_oklab_and_back_gives_the_same_colours() -> None:
