@@ -58,6 +58,20 @@ def test_an_unpacked_tar_has_the_files_of_its_folder(tiny_model_folder: Path, we
     assert contents(resolve_weights(str(weights_tar))) == contents(tiny_model_folder)
 
 
+def test_a_tar_has_the_licences_of_its_folder_and_a_lone_file_of_them_is_no_model(
+    tiny_model_folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+    (folder / "LICENSES.md").write_text("by Ada")
+    pack(folder, tmp_path / "weights.tar")
+    assert contents(resolve_weights(tmp_path / "weights.tar")) == contents(folder)
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        tar.add(folder / "LICENSES.md", "LICENSES.md")
+        for path in tiny_model_folder.iterdir():
+            tar.add(path, f"inside/{path.name}")
+    assert contents(resolve_weights(tmp_path / "other.tar")) == contents(tiny_model_folder)
+
+
 PACKING = """
 import sys, time
 from pathlib import Path

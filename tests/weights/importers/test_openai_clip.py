@@ -104,6 +104,14 @@ def test_the_activation_is_saved_in_the_config(
     check_embeddings(ours, theirs)
 
 
+def test_another_clip_leaves_the_licences_in_the_folder(tmp_path: Path) -> None:
+    torch.save(clip_state(VIT), tmp_path / "clip.pt")
+    assert import_clip(tmp_path) == 0
+    (tmp_path / "out" / "LICENSES.md").write_text("by Ada")
+    assert import_clip(tmp_path) == 0
+    assert (tmp_path / "out" / "LICENSES.md").read_text() == "by Ada"
+
+
 def test_an_old_config_without_activation_means_quick_gelu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(clip_state(VIT), tmp_path / "clip.pt")
     assert import_clip(tmp_path) == 0
