@@ -70,7 +70,8 @@ def best_of(candidates: list[Candidate]) -> Candidate:
 
 @functools.cache
 def readers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(spare_cores())
+    """One thread each: after a fork, torch's other threads are gone."""
+    return ProcessPoolExecutor(spare_cores(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 class Evaluation:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from clip_gen.worlds.emoji.judge import Reading, grade, read
+from clip_gen.worlds.emoji.judge_network import WEIGHTS, renamed
 from clip_gen.worlds.emoji.prompts import TITLES, cases
 from clip_gen.worlds.emoji.rendering import render
 from clip_gen.worlds.judged import JudgedWorld
 
+JUDGES = ("templates", "network") if WEIGHTS.is_file() else ("templates",)
 
-def read_alone(picture: np.ndarray) -> tuple[Reading | None]:
-    return (read(picture),)
+
+def readings(picture: np.ndarray) -> tuple[Reading | None, ...]:
+    """Of each judge."""
+    reading = read(picture)
+    return (reading, renamed(reading, picture)) if "network" in JUDGES else (reading,)
 
 
 def is_clean(reading: Reading | None) -> bool:
     return reading is not None and reading.clean
 
 
-WORLD = JudgedWorld(TITLES, cases, render, ("templates",), read_alone, grade, is_clean)
+WORLD = JudgedWorld(TITLES, cases, render, JUDGES, readings, grade, is_clean)

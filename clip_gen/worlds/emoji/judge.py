@@ -72,7 +72,7 @@ class Reading:
 
 def read(picture: np.ndarray) -> Reading | None:
     """Reads a square picture (S, S, 3) uint8, best of 64 px or more; None without a known background and layout."""
-    pixels = _resized(picture)
+    pixels = resized(picture)
     ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]]), axis=0)
     distances = np.linalg.norm(np.float32(list(BACKGROUNDS.values())) / 255 - ground, axis=1)
     if distances.min() > MAX_GROUND_ERROR:
@@ -85,7 +85,7 @@ def read(picture: np.ndarray) -> Reading | None:
     return Reading(list(BACKGROUNDS)[distances.argmin()], layout, tuple(found))
 
 
-def _resized(picture: np.ndarray) -> np.ndarray:
+def resized(picture: np.ndarray) -> np.ndarray:
     """(64, 64, 3) float32 in [0, 1]."""
     assert picture.dtype == np.uint8, picture.dtype
     assert picture.shape == (len(picture), len(picture), 3), picture.shape
