@@ -82,6 +82,23 @@ def for_clip(images: Tensor, resolution: int) -> Tensor:
     return (unit - mean) / std
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `save_image` wrote into a file, as texts; empty for other pictures. ValueError for what is no picture."""
+    try:
+        with Image.open(path, formats=("png", "webp", "jpeg")) as picture:
+            if isinstance(picture, PngImagePlugin.PngImageFile):
+                return {name: str(value) for name, value in picture.text.items()}
+            description = picture.getexif().get(EXIF_IMAGE_DESCRIPTION)
+    except OSError as error:  # PIL raises one for everything that it cannot read
+        reason = error.strerror or "no PNG, WebP or JPEG file"
+        raise ValueError(f"{path}: cannot be read ({reason}); give a picture that this program drew") from error
+    try:
+        found = json.loads(str(description))
+    except ValueError:
+        found = None
+    return {name: str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
 def save_image(
     image: Image.Image,
     path: Path,

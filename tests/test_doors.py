@@ -33,7 +33,7 @@ DOORS = {
 LAYERS = [
     ["predict", "train", "__main__"],
     ["serving", "training.cli", "evaluation", "worlds"],
-    ["generate", "training"],
+    ["generate", "info", "training"],
     ["pipeline"],
     ["sampling", "weights"],
     ["networks", "data"],
