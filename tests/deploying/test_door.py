@@ -232,7 +232,19 @@ def test_trainings_pass_where_they_are_wanted_with_pictures_from_listed_addresse
     assert "images (photos.zip)" in reply["error"]
 
 
-def test_the_log_has_a_line_of_json_for_each_request_without_the_token(door: Door, tmp_path: Path) -> None:
+def test_the_log_of_the_server_is_json_with_the_ids_of_predictions(server: Server, door: Door) -> None:
+    """The format in docs/deploy.md."""
+    assert door.ask("PUT", "/predictions/logged", {"input": QUICK})[0] == 200
+    wait_for(lambda: '"Prediction worker completed","prediction_id":"logged"' in server.log.read_text())
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert all({"timestamp", "level", "fields", "target"} == set(line) for line in lines)
+    fields = [line["fields"] for line in lines if line["fields"].get("prediction_id") == "logged"]
+    assert fields[0]["message"] == "Starting prediction"
+    assert {"message": "seed: 7", "prediction_id": "logged", "source": "Stdout"} in fields
+    assert fields[-1]["predict_time"] > 0
+
+
+def test_the_log_of_the_proxy_has_a_line_of_json_for_each_request_without_the_token(tmp_path: Path) -> None:
     with open_door(tmp_path / "door", predictions=9) as other:
         other.ask("POST", '/predictions?"', {"input": QUICK})
     text = (tmp_path / "door" / "log").read_text()

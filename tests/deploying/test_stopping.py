@@ -72,7 +72,7 @@ def wait_for_a_reply(server: Server) -> tuple[threading.Thread, list]:
 def test_a_killed_worker_fails_all_predictions_and_ends_the_server(
     image: Path, slow: str, hooks: Receiver, tmp_path: Path
 ) -> None:
-    with contained(image, tmp_path, COG_WEIGHTS=slow) as server:
+    with contained(image, tmp_path, COG_WEIGHTS=slow, LOG_FORMAT="console") as server:
         assert probe(server, "livenessProbe")
         assert probe(server, "readinessProbe")
         start(server, hooks, "asynchronous")
@@ -87,6 +87,9 @@ def test_a_killed_worker_fails_all_predictions_and_ends_the_server(
             (200, "failed", "Worker crashed")
         ]
         assert server.process.wait(timeout=20) == -signal.SIGKILL
+        text = server.log.read_text()
+        assert "Server ready" in text
+        assert not [line for line in text.splitlines() if line.startswith("{")]
         assert (hooks.messages[-1]["status"], hooks.messages[-1]["error"]) == ("failed", "Worker crashed")
 
 
