@@ -136,7 +136,7 @@ class Predictor(BaseRunner):
             result = await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
             metadata = None
             if output_metadata:
-                from clip_gen.generate import description  # imports torch, as in setup
+                from clip_gen.picture_files import description  # imports torch, as in setup
 
                 written = settings | {"output_format": output_format, "output_quality": output_quality}
                 metadata = await asyncio.to_thread(description, model, result, written)

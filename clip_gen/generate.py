@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from clip_gen.files import PARTIAL, check_writable, sha256_of, shortened
-from clip_gen.images import OUTPUT_FORMATS, save_image
-from clip_gen.pipeline import ClipGen, Generation
+from clip_gen.files import shortened
+from clip_gen.images import OUTPUT_FORMATS
+from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
+from clip_gen.pipeline import ClipGen
+from clip_gen.prompts_file import Line, draw_lines, read_prompts
 from clip_gen.sampling.condition import open_picture
 from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
 from clip_gen.weights.default_model import default_model
@@ -46,6 +44,9 @@ PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default="", help='what to draw; with weights: "a red circle:2 | a star:1"')
+    parser.add_argument(
+        "--prompts-file", type=Path, help="draw each line of a text, CSV or JSONL file; finished ones are skipped"
+    )
     parser.add_argument("--model", help="a model folder, a training's folder, a weights tar or its URL")
     parser.add_argument("--out", default=".", help="folder for the pictures; default: the current one")
     parser.add_argument("--name", help="write NAME.0.png, NAME.1.png, ...; default: 0.png, 1.png, ...")
@@ -65,19 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
-    settings = checked_settings(arguments)
+    folder, start = Path(arguments.out), f"{arguments.name}." if arguments.name else ""
+    if arguments.prompts_file:
+        lines = read_lines(arguments)
+        draw_lines(load_model(arguments), lines, folder, start, arguments.overwrite)
+        return
+    settings = checked_settings(given_settings(arguments))
     output_format, quality = settings["output_format"], settings["output_quality"]
-    start = f"{arguments.name}." if arguments.name else ""
     names = [f"{start}{i}.{output_format}" for i in range(settings["num_outputs"])]
-    check_folder(Path(arguments.out), names, arguments.overwrite)
-    weights, reason = arguments.model, "the command names it"
-    if not weights:
-        weights, reason = default_model(os.environ.get("COG_WEIGHTS"))
-    model = ClipGen.load(weights, arguments.device)
-    log.info("model: %s from %s on %s: %s", model.config.name, shortened(weights), model.device, reason)
-    result = model.generate(**{name: value for name, value in settings.items() if not name.startswith("output_")})
+    check_folder(folder, names, arguments.overwrite)
+    model = load_model(arguments)
+    result = model.generate(**drawing_settings(settings))
     # Identical candidates are drawn once, so there may be fewer pictures than names.
-    paths = [Path(arguments.out, name) for name in names[: len(result.images)]]
+    paths = [folder / name for name in names[: len(result.images)]]
     metadata = description(model, result, settings) if settings["output_metadata"] else None
     write_pictures(result, paths, metadata, output_format, quality)
     for path, score in zip(paths, result.scores, strict=True):
@@ -85,67 +86,43 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"seed {result.seed}, model {model.config.name}, {time.monotonic() - started:.1f} seconds")
 
 
-def checked_settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """The prompt and the settings; ValueError if one is out of range."""
+def load_model(arguments: argparse.Namespace) -> ClipGen:
+    weights, reason = arguments.model, "the command names it"
+    if not weights:
+        weights, reason = default_model(os.environ.get("COG_WEIGHTS"))
+    model = ClipGen.load(weights, arguments.device)
+    log.info("model: %s from %s on %s: %s", model.config.name, shortened(weights), model.device, reason)
+    return model
+
+
+def read_lines(arguments: argparse.Namespace) -> list[Line]:
+    """The lines of --prompts-file; the command's own settings apply where a line has none. ValueError for a bad one."""
+    kinds = {"prompt": str} | {name: KINDS.get(name) or type(default) for name, default in DEFAULTS.items()}
+    lines = []
+    for number, values in read_prompts(arguments.prompts_file, kinds):
+        try:
+            lines.append(Line(number, checked_settings(given_settings(arguments) | values)))
+        except ValueError as error:
+            raise ValueError(f"{arguments.prompts_file} line {number}: {error}") from error
+    if not lines:
+        raise ValueError(f"{arguments.prompts_file}: holds no prompts")
+    return lines
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """The prompt and the settings of the command, with defaults."""
     given = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
-    settings = DEFAULTS | PRESETS.get(arguments.preset, {}) | given | {"prompt": arguments.prompt}
+    return DEFAULTS | PRESETS.get(arguments.preset, {}) | given | {"prompt": arguments.prompt}
+
+
+def checked_settings(settings: dict[str, object]) -> dict[str, object]:
+    """The same settings; ValueError if one is out of range."""
     check_number("output_quality", settings["output_quality"], 0, 100, whole=True)
+    if settings["output_format"] not in OUTPUT_FORMATS:
+        raise ValueError(f"output_format is {settings['output_format']!r}; give one of {', '.join(OUTPUT_FORMATS)}")
     check_request(**settings)
     if settings["image"] is not None:
         open_picture(settings["image"])  # an unusable one is refused before the model is loaded
     for sentence in without_effect(settings, DEFAULTS):
         log.warning(sentence)
     return settings
-
-
-def description(model: ClipGen, result: Generation, settings: Mapping[str, object]) -> dict[str, object]:
-    """What is written into the files of a result: the settings, and what else it takes to draw the pictures again.
-
-    Of an image prompt only the hash, because its name may be private. Settings without a value are left out.
-    """
-    image = settings["image"]
-    hidden = (
-        ("image", "output_metadata") if image and settings["prompt"] else ("image", "output_metadata", "image_weight")
-    )
-    found = {name: value for name, value in settings.items() if name not in hidden} | {
-        "image_sha256": image and sha256_of(image),
-        "candidates": result.candidates,
-        "num_outputs": len(result.images),
-        "guidance": result.guidance,
-        "seed": result.seed,
-        "model": model.config.name,
-        "model_sha256": model.sha256,
-        "device": model.device.type,
-        "dtype": str(model.gpt.cache_dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-    }
-    return {name: value for name, value in found.items() if value not in (None, "")}
-
-
-def write_pictures(
-    result: Generation, paths: Sequence[Path], metadata: dict[str, object] | None, output_format: str, quality: int
-) -> None:
-    """Writes all pictures or none, with number and score unless metadata is None. OSError if one cannot be written."""
-    folder = paths[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as temporary:
-            for number, (path, image, score) in enumerate(zip(paths, result.images, result.scores, strict=True)):
-                about = None if metadata is None else metadata | {"number": number, "score": round(score, 4)}
-                save_image(image, Path(temporary, path.name), output_format, quality, about)
-            for path in paths:
-                os.replace(Path(temporary, path.name), path)
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written to ({error.strerror or error})") from error
-
-
-def check_folder(folder: Path, names: list[str], overwrite: bool) -> None:
-    """ValueError if the folder cannot be written to, or has files of these names and overwrite is False."""
-    check_writable(folder)
-    for path in (folder / name for name in names):
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise ValueError(
-                f"{path} exists already and is not a plain file; move it, or choose another folder or name"
-            )
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists already; give --overwrite, or name another folder with --out")

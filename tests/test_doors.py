@@ -33,7 +33,7 @@ DOORS = {
 LAYERS = [
     ["predict", "train", "__main__"],
     ["serving", "training.cli", "evaluation", "worlds"],
-    ["generate", "info", "training"],
+    ["generate", "info", "interpolate", "prompts_file", "picture_files", "training"],
     ["pipeline"],
     ["sampling", "weights"],
     ["networks", "data"],

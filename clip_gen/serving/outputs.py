@@ -7,7 +7,7 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
-from clip_gen.generate import write_pictures
+from clip_gen.picture_files import write_pictures
 from clip_gen.pipeline import Generation
 
 

@@ -155,7 +155,7 @@ def test_pictures_that_cannot_all_be_written_leave_the_folder_as_it_was(
         save_image(image, path, *settings)
 
     (folder / "output.1.png").write_text("earlier")
-    monkeypatch.setattr("clip_gen.generate.save_image", save)
+    monkeypatch.setattr("clip_gen.picture_files.save_image", save)
     assert main(QUICK) == 1
     assert capsys.readouterr().err.endswith("generate: .: cannot be written to (No space left on device)\n")
     assert files(folder) == ["output.1.png"]

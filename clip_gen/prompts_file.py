@@ -1,0 +1,147 @@
+"""Many prompts from a file: `python -m clip_gen generate --prompts-file prompts.txt`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_gen.files import sha256_of, write_text_atomic
+from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
+from clip_gen.pipeline import ClipGen, Generation
+
+MANIFEST = "manifest.jsonl"
+AT_ONCE = 8  # lines drawn together; their candidates share batches
+
+
+@dataclass(frozen=True)
+class Line:
+    number: int  # in the file, from 1
+    settings: dict[str, object]  # with `prompt`
+
+    def key(self, model: ClipGen) -> str:
+        """The same for a line that draws the same again, or with another random seed if it names none."""
+        image = self.settings["image"]
+        asked = self.settings | {"image": image and sha256_of(image), "line": self.number, "model": model.sha256}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def names(self, start: str) -> list[str]:
+        count, suffix = self.settings["num_outputs"], self.settings["output_format"]
+        return [f"{start}{self.number:04}.{i}.{suffix}" for i in range(count)]
+
+
+def read_prompts(path: Path, kinds: Mapping[str, type]) -> Iterator[tuple[int, dict[str, object]]]:
+    """The numbers of the lines that are not blank, and their settings.
+
+    A .csv file has a header with `prompt` and names of settings, a .jsonl file an object of them in each line; in other
+    files a line is a prompt. kinds: the settings and their types. ValueError with the line for what does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"{path}: cannot be read ({reason}); give a text, CSV or JSONL file in UTF-8") from error
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        rows = csv.DictReader(text.splitlines(keepends=True))
+        numbered = ((rows.line_num, {name: cell for name, cell in row.items() if cell}) for row in rows)
+    else:
+        numbered = ((number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+    for number, line in numbered:
+        try:
+            values = json.loads(line) if suffix == ".jsonl" else {"prompt": line} if isinstance(line, str) else line
+            if not isinstance(values, dict):
+                raise ValueError(f'{values!r} is no object such as {{"prompt": "a star", "seed": 7}}')
+            settings = {name: _typed(name, value, kinds) for name, value in values.items() if value is not None}
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from error
+        yield number, settings
+
+
+def draw_lines(model: ClipGen, lines: Sequence[Line], folder: Path, start: str, overwrite: bool) -> None:
+    """Draws all lines whose pictures are not there yet, and writes them and the manifest.
+
+    start: of the files' names. ValueError if files have these names and are of other prompts, unless overwrite.
+    """
+    records = _read_manifest(folder)
+    there = Counter(record["key"] for record in records if (folder / record["file"]).is_file())
+    finished = {record["key"] for record in records if there[record["key"]] == record["num_outputs"]}
+    waiting = [line for line in lines if line.key(model) not in finished]
+    names = {name for line in waiting for name in line.names(start)}
+    check_folder(folder, sorted(names), overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / MANIFEST, _as_lines(record for record in records if record["file"] not in names))
+    print(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
+    stop, writing = threading.Event(), threading.Lock()
+
+    def draw(line: Line) -> str:
+        result = model.generate(**drawing_settings(line.settings), should_stop=stop.is_set)
+        records = _write(line, model, result, [folder / name for name in line.names(start)])
+        with writing, (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
+            manifest.write(_as_lines(records))
+        return f"{folder / records[0]['file']}  score {result.scores[0]:.4f}  {line.settings['prompt']}"
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        drawing = {pool.submit(draw, line): line for line in waiting}
+        try:
+            for done in as_completed(drawing):
+                print(done.result(), flush=True)
+        except ValueError as error:
+            raise ValueError(f"line {drawing[done].number}: {error}") from error
+        finally:  # of an error or Ctrl-C; does nothing after the last line
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _write(line: Line, model: ClipGen, result: Generation, paths: Sequence[Path]) -> list[dict[str, object]]:
+    """Writes the pictures of a line. Returns their records, which have what a picture's metadata has."""
+    about, paths = description(model, result, line.settings), paths[: len(result.images)]
+    metadata = about if line.settings["output_metadata"] else None
+    write_pictures(result, paths, metadata, line.settings["output_format"], line.settings["output_quality"])
+    numbered = enumerate(zip(paths, result.scores, strict=True))
+    own = [{"file": path.name, "number": number, "score": round(score, 4)} for number, (path, score) in numbered]
+    return [one | {"line": line.number, "key": line.key(model)} | about for one in own]
+
+
+def _as_lines(records: Iterable[Mapping[str, object]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _typed(name: str, value: object, kinds: Mapping[str, type]) -> object:
+    """A setting in its type; texts of numbers and of true and false are converted."""
+    if name is None:
+        raise ValueError("it has more cells than the header")
+    if name not in kinds:
+        raise ValueError(f"there is no setting {name!r}; the settings are {', '.join(kinds)}")
+    kind = kinds[name]
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{name} is {value!r}; give true or false")
+        return value.lower() == "true"
+    try:
+        return kind(value)
+    except ValueError as error:
+        noun = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {value!r}; give {noun}") from error
+
+
+def _read_manifest(folder: Path) -> list[dict[str, object]]:
+    """The records of pictures that are there. A line that was cut off when the process was killed is left out."""
+    records = []
+    if (folder / MANIFEST).is_file():
+        for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and {"file", "key", "num_outputs"} <= record.keys():
+                records.append(record)
+    return records
