@@ -76,7 +76,7 @@ def open_door(
         (folder / name).write_text(text)
     environment = {**os.environ, "DOOR_TOKEN": TOKEN, **settings}
     with (folder / "log").open("w") as log:
-        command = ["nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)]
+        command = ["nginx", "-e", "stderr", "-c", str(folder / "nginx.conf"), "-p", str(folder)]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         wait_for(lambda: process.poll() is None and _listens(port), seconds=30)

@@ -38,6 +38,7 @@ def test_the_package_and_all_models_stay_in(path: str) -> None:
     assert not is_ignored(path)
 
 
+@pytest.mark.slow
 def test_the_files_of_the_image_are_enough_to_train_and_draw(
     image: Path, photos: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from webhooks import Receiver, receiver
 
 from clip_gen.files import ROOT
 
-pytestmark = CONTAINER
+pytestmark = [CONTAINER, pytest.mark.slow]  # each waits for a server with a slow model to start
 MANIFEST = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text()))
 [MODEL] = MANIFEST[0]["spec"]["template"]["spec"]["containers"]
 LONG = {"prompt": "a star", "candidates": 32, "num_outputs": 1}
