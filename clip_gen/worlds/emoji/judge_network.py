@@ -3,10 +3,14 @@
 The templates of judge.py know the very drawings that the model was trained on. This network has not seen them, so it
 tells whether a drawing shows the thing at all. It only gives the names; the rest of a reading is that of judge.py.
 
-    python -m clip_gen.worlds.emoji.judge_network DRAWINGS [--steps 3000]
+    python -m clip_gen.worlds.emoji.judge_network DRAWINGS [--steps 900]
 
 trains it on DRAWINGS/ARTIST/NAME.png, RGBA pictures of the things in words.yaml, and prints how often it names the
-world's own drawings right.
+world's own drawings right. judge_network.safetensors took about a minute on one core: 900 steps with 1,389 drawings of
+noto-v1 (Apache-2.0), EmojiTwo (CC BY 4.0), FxEmojis (CC BY 4.0), Fluent Emoji Flat (MIT) and Streamline Emojis
+(CC BY 4.0). It names 69 % of the world's noto drawings right (86 % in the first five), 63 % (80 %) of the flat ones
+and 95 % (99 %) of the 3D ones, whose artist also drew Fluent Emoji Flat.
+It hardly notices faults: of 60 scenes it named all things right in 82 % of the renders, and in 42 % of the spoilt ones.
 """
 
 from __future__ import annotations
@@ -164,7 +168,7 @@ def accuracy(trained: NameNetwork, style: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m clip_gen.worlds.emoji.judge_network")
     parser.add_argument("drawings", type=Path, help="a folder with ARTIST/NAME.png")
-    parser.add_argument("--steps", type=int, default=3000, help="batches of 128 views; default 3000")
+    parser.add_argument("--steps", type=int, default=900, help="batches of 128 views; default 900")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
     trained = train(*read_drawings(arguments.drawings), arguments.steps)
