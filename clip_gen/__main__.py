@@ -13,6 +13,7 @@ from clip_gen.files import set_compile_cache_folders
 # Each module has add_arguments(parser) and main(arguments). It is imported only for its command: torch is slow.
 COMMANDS = {
     "generate": ("clip_gen.generate", "draw pictures of a prompt"),
+    "interpolate": ("clip_gen.interpolate", "draw pictures that turn one prompt into another"),
     "info": ("clip_gen.info", "print the command that draws a picture again"),
     "import": ("clip_gen.weights.importers.convert", "convert published weights to a model folder"),
     "pull": ("clip_gen.weights.pull", "download published weights and convert them to a model folder"),

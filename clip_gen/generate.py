@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from clip_gen.files import shortened
@@ -47,12 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts-file", type=Path, help="draw each line of a text, CSV or JSONL file; finished ones are skipped"
     )
+    parser.add_argument("--name", help="write NAME.0.png, NAME.1.png, ...; default: 0.png, 1.png, ...")
+    parser.add_argument("--preset", choices=PRESETS, help="settings for a known model; other options override them")
+    add_settings(parser, DEFAULTS)
+
+
+def add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, object]) -> None:
+    """The options for model, folder and device, and those for the settings in `defaults`, which the help names."""
     parser.add_argument("--model", help="a model folder, a training's folder, a weights tar or its URL")
     parser.add_argument("--out", default=".", help="folder for the pictures; default: the current one")
-    parser.add_argument("--name", help="write NAME.0.png, NAME.1.png, ...; default: 0.png, 1.png, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument("--preset", choices=PRESETS, help="settings for a known model; other options override them")
-    for name, (value, words) in SETTINGS.items():
+    for name, value in defaults.items():
         if isinstance(value, bool):
             how = {"action": argparse.BooleanOptionalAction}
         elif name == "output_format":
@@ -60,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             how = {"type": KINDS.get(name) or type(value)}
         default = {"image": "", "negative_prompt": "", "seed": "; default random"}.get(name, f"; default {value}")
-        parser.add_argument(f"--{name.replace('_', '-')}", help=words + default, **how)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=SETTINGS[name][1] + default, **how)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda if available")
 
 

@@ -40,6 +40,17 @@ def parse_prompt(prompt: str, name: str = "prompt") -> list[Part]:
     return [Part(part.text, part.weight / total) for part in parts if part.weight]
 
 
+def mixed_prompt(start: str, end: str, share: float) -> str:
+    """A prompt with weights between two prompts, of which `end` has this share, 0 to 1."""
+    shares = {"the first prompt": (start, 1 - share), "the last prompt": (end, share)}
+    parts = [
+        f"{_escaped(part.text)}:{part.weight * own:.6f}"
+        for name, (prompt, own) in shares.items()
+        for part in parse_prompt(prompt, name)
+    ]
+    return " | ".join(parts)
+
+
 def split_prompts(text: str) -> list[str]:
     """Prompts on lines of their own. On a single line without weights, `|` separates them too."""
     prompts = text.strip().splitlines()
@@ -65,6 +76,11 @@ def _parse_part(text: str, name: str) -> Part:
 def _has_weight(text: str) -> bool:
     weighted = WEIGHTED.fullmatch(text)
     return bool(weighted and NUMBER.fullmatch(weighted[2]))
+
+
+def _escaped(text: str) -> str:
+    end = " " if text.endswith("\\") else ""  # a backslash would escape the colon of the weight
+    return text.replace("|", r"\|").replace(":", r"\:") + end
 
 
 def _unescaped(text: str) -> str:
