@@ -79,6 +79,7 @@ class Predictor(BaseRunner):
         output_quality: int = Input(
             description="Quality of webp and jpg. png is always lossless, webp at 100.", default=90, ge=0, le=100
         ),
+        output_grid: bool = Input(description="Return a contact sheet of all pictures first.", default=False),
         output_metadata: bool = Input(description="Write the prompt and the settings into each file.", default=True),
         replicate_weights: str | None = Input(
             description="https URL of a weights tar. Leave blank for the server's model.", default=None
@@ -105,6 +106,7 @@ class Predictor(BaseRunner):
                 seed=seed,
                 output_format=output_format,
                 output_quality=output_quality,
+                output_grid=output_grid,
                 output_metadata=output_metadata,
                 replicate_weights=replicate_weights,
                 **unknown,
@@ -117,6 +119,7 @@ class Predictor(BaseRunner):
         self,
         output_format: str,
         output_quality: int,
+        output_grid: bool,
         output_metadata: bool,
         replicate_weights: str | None,
         **settings: object,
@@ -140,17 +143,18 @@ class Predictor(BaseRunner):
 
                 written = settings | {"output_format": output_format, "output_quality": output_quality}
                 metadata = await asyncio.to_thread(description, model, result, written)
-            files = await asyncio.to_thread(self.outputs.save, result, metadata, output_format, output_quality)
+            saving = self.outputs.save, result, metadata, output_format, output_quality, output_grid
+            files = await asyncio.to_thread(*saving)
         finally:
             stop.set()  # a cancelled prediction ends at its next token, or its download within a second
-        self._record(result, len(files), model.config.name)
+        self._record(result, model.config.name)
         return [Path(file) for file in files]
 
-    def _record(self, result: "Generation", count: int, model: str) -> None:
+    def _record(self, result: "Generation", model: str) -> None:
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
-        metrics = {"image_output_count": count, "candidates": result.candidates, "seed": result.seed, "model": model}
-        metrics |= {"best_score": max(scores), "scores": scores} | result.metrics
+        metrics = {"image_output_count": len(scores), "candidates": result.candidates, "seed": result.seed}
+        metrics |= {"model": model, "best_score": max(scores), "scores": scores} | result.metrics
         for name, value in metrics.items():
             self.record_metric(name, value)
 

@@ -35,6 +35,7 @@ SETTINGS = {
     "clip_rerank": (True, "return the best pictures by CLIP score; off: the first ones drawn"),
     "output_format": ("png", "file type"),
     "output_quality": (90, "of webp and jpg, 0 to 100; webp is lossless at 100"),
+    "output_grid": (False, "write a contact sheet of all pictures too, as grid.png"),
     "output_metadata": (True, "write the prompt and the settings into each file"),
 }
 KINDS = {"image": Path, "seed": int}  # of settings whose default is None
@@ -80,13 +81,16 @@ def main(arguments: argparse.Namespace) -> None:
     settings = checked_settings(given_settings(arguments))
     output_format, quality = settings["output_format"], settings["output_quality"]
     names = [f"{start}{i}.{output_format}" for i in range(settings["num_outputs"])]
-    check_folder(folder, names, arguments.overwrite)
+    sheet = folder / f"{start}grid.{output_format}" if settings["output_grid"] else None
+    check_folder(folder, [*names, *([sheet.name] if sheet else [])], arguments.overwrite)
     model = load_model(arguments)
     result = model.generate(**drawing_settings(settings))
     # Identical candidates are drawn once, so there may be fewer pictures than names.
     paths = [folder / name for name in names[: len(result.images)]]
     metadata = description(model, result, settings) if settings["output_metadata"] else None
-    write_pictures(result, paths, metadata, output_format, quality)
+    write_pictures(result, paths, metadata, output_format, quality, sheet)
+    if sheet:
+        print(sheet)
     for path, score in zip(paths, result.scores, strict=True):
         print(f"{path}  score {score:.4f}")
     print(f"seed {result.seed}, model {model.config.name}, {time.monotonic() - started:.1f} seconds")

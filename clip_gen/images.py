@@ -6,6 +6,7 @@ Images are (B, 3, S, S) float32 in [-1, 1], except for CLIP, which has its own n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ OUTPUT_FORMATS = ("png", "webp", "jpg")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+SHEET_GAP = 4  # pixels between the pictures of a contact sheet and around them
 REDUCING_GAP = 3.0  # a picture is first reduced to this multiple of its final size, which is fast; the rest is bicubic
 EXIF_IMAGE_DESCRIPTION = 0x010E
 FULL_COLOUR_QUALITY = 90  # lowest quality of JPEGs whose colours are saved at full resolution
@@ -80,6 +82,17 @@ def for_clip(images: Tensor, resolution: int) -> Tensor:
     mean = unit.new_tensor(CLIP_MEAN).view(1, 3, 1, 1)
     std = unit.new_tensor(CLIP_STD).view(1, 3, 1, 1)
     return (unit - mean) / std
+
+
+def contact_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size on a white sheet, in rows, as many rows as columns or one less."""
+    width, height = (side + SHEET_GAP for side in pictures[0].size)
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width + SHEET_GAP, rows * height + SHEET_GAP), (255, 255, 255))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width + SHEET_GAP, i // columns * height + SHEET_GAP))
+    return sheet
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from clip_gen.files import PARTIAL, check_writable, sha256_of
-from clip_gen.images import save_image
+from clip_gen.images import contact_sheet, save_image
 from clip_gen.pipeline import ClipGen, Generation
 
 
@@ -25,9 +25,7 @@ def description(model: ClipGen, result: Generation, settings: Mapping[str, objec
     Of an image prompt only the hash, because its name may be private. Settings without a value are left out.
     """
     image = settings["image"]
-    hidden = (
-        ("image", "output_metadata") if image and settings["prompt"] else ("image", "output_metadata", "image_weight")
-    )
+    hidden = {"image", "output_metadata", "output_grid"} | (set() if image and settings["prompt"] else {"image_weight"})
     found = {name: value for name, value in settings.items() if name not in hidden} | {
         "image_sha256": image and sha256_of(image),
         "candidates": result.candidates,
@@ -44,9 +42,17 @@ def description(model: ClipGen, result: Generation, settings: Mapping[str, objec
 
 
 def write_pictures(
-    result: Generation, paths: Sequence[Path], metadata: dict[str, object] | None, output_format: str, quality: int
+    result: Generation,
+    paths: Sequence[Path],
+    metadata: dict[str, object] | None,
+    output_format: str,
+    quality: int,
+    sheet: Path | None = None,
 ) -> None:
-    """Writes all pictures or none, with number and score unless metadata is None. OSError if one cannot be written."""
+    """Writes all pictures or none, with number and score unless metadata is None. OSError if one cannot be written.
+
+    sheet: where to write a contact sheet of them, in the same folder.
+    """
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -54,7 +60,9 @@ def write_pictures(
             for number, (path, image, score) in enumerate(zip(paths, result.images, result.scores, strict=True)):
                 about = None if metadata is None else metadata | {"number": number, "score": round(score, 4)}
                 save_image(image, Path(temporary, path.name), output_format, quality, about)
-            for path in paths:
+            if sheet:
+                save_image(contact_sheet(result.images), Path(temporary, sheet.name), output_format, quality, metadata)
+            for path in [*paths, *filter(None, [sheet])]:
                 os.replace(Path(temporary, path.name), path)
     except OSError as error:
         raise OSError(f"{folder}: cannot be written to ({error.strerror or error})") from error

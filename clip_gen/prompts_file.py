@@ -32,8 +32,9 @@ class Line:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def names(self, start: str) -> list[str]:
-        count, suffix = self.settings["num_outputs"], self.settings["output_format"]
-        return [f"{start}{self.number:04}.{i}.{suffix}" for i in range(count)]
+        """Of the pictures, best first, and last of their contact sheet if there is one."""
+        numbers = [*range(self.settings["num_outputs"]), *(["grid"] if self.settings["output_grid"] else [])]
+        return [f"{start}{self.number:04}.{number}.{self.settings['output_format']}" for number in numbers]
 
 
 def read_prompts(path: Path, kinds: Mapping[str, type]) -> Iterator[tuple[int, dict[str, object]]]:
@@ -101,9 +102,9 @@ def draw_lines(model: ClipGen, lines: Sequence[Line], folder: Path, start: str, 
 
 def _write(line: Line, model: ClipGen, result: Generation, paths: Sequence[Path]) -> list[dict[str, object]]:
     """Writes the pictures of a line. Returns their records, which have what a picture's metadata has."""
-    about, paths = description(model, result, line.settings), paths[: len(result.images)]
-    metadata = about if line.settings["output_metadata"] else None
-    write_pictures(result, paths, metadata, line.settings["output_format"], line.settings["output_quality"])
+    about, sheet = description(model, result, line.settings), paths[-1] if line.settings["output_grid"] else None
+    metadata, paths = about if line.settings["output_metadata"] else None, paths[: len(result.images)]
+    write_pictures(result, paths, metadata, line.settings["output_format"], line.settings["output_quality"], sheet)
     numbered = enumerate(zip(paths, result.scores, strict=True))
     own = [{"file": path.name, "number": number, "score": round(score, 4)} for number, (path, score) in numbered]
     return [one | {"line": line.number, "key": line.key(model)} | about for one in own]

@@ -11,7 +11,7 @@ import torch
 from clip.clip import _transform
 from PIL import Image
 
-from clip_gen.images import CLIP_STD, for_clip, save_image, to_pil, to_tensor
+from clip_gen.images import CLIP_STD, contact_sheet, for_clip, save_image, to_pil, to_tensor
 
 
 def photo(side: int, seed: int = 0) -> Image.Image:
@@ -75,6 +75,16 @@ def test_metadata_in_any_script_is_saved(tmp_path: Path) -> None:
         path = tmp_path / f"a.{output_format}"
         save_image(photo(8), path, output_format, metadata=metadata)
         assert json.loads(Image.open(path).getexif()[0x010E]) == metadata
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (7, 3, 3)])
+def test_a_contact_sheet_has_all_pictures_in_rows(count: int, columns: int, rows: int) -> None:
+    sheet = contact_sheet([Image.new("RGB", (8, 6), (i, 0, 0)) for i in range(count)])
+    assert sheet.size == (12 * columns + 4, 10 * rows + 4)
+    for i in range(count):
+        left, top = 4 + 12 * (i % columns), 4 + 10 * (i // columns)
+        assert sheet.crop((left, top, left + 8, top + 6)).getcolors() == [(48, (i, 0, 0))]
+    assert sheet.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_lower_quality_gives_smaller_files(tmp_path: Path) -> None:

@@ -104,6 +104,22 @@ def test_generate_leaves_metadata_out_and_draws_one_of_identical_pictures(
     assert "temperature is 0: all candidates would be the same picture" in caplog.text
 
 
+def test_a_contact_sheet_is_written_beside_the_pictures(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "a star", "--model", str(tiny_model_folder), "--out", str(tmp_path), "--output-grid"]
+    assert main([*words, "--output-format", "webp", "--name", "cat"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"cat.{i}.webp" for i in range(4)), "cat.grid.webp"]
+    assert Image.open(tmp_path / "cat.grid.webp").size == (44, 44)
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'cat.grid.webp'}\n")
+    (tmp_path / "prompts.txt").write_text("a star")
+    assert main(["generate", *words[2:], "--prompts-file", str(tmp_path / "prompts.txt"), "--temperature=0"]) == 0
+    assert {"0001.0.png", "0001.grid.png"} <= {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "grid.png").touch()
+    assert main(words) == 1
+    assert "grid.png exists already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -23,14 +23,23 @@ class Outputs:
         self._folders: deque[Path] = deque()
 
     def save(
-        self, generation: Generation, metadata: dict[str, object] | None, output_format: str, quality: int
+        self,
+        generation: Generation,
+        metadata: dict[str, object] | None,
+        output_format: str,
+        quality: int,
+        grid: bool = False,
     ) -> list[Path]:
-        """Writes out-0, out-1, ..., best first; all of them or none. metadata: goes into each file with its score."""
+        """Writes out-0, out-1, ..., best first; all of them or none. metadata: goes into each file with its score.
+
+        grid: also a contact sheet, out-grid, which comes first.
+        """
         self.root.mkdir(parents=True, exist_ok=True)  # an idle server's folder may have been cleaned up
         folder = Path(tempfile.mkdtemp(dir=self.root))
         self._folders.append(folder)
         if len(self._folders) > self._kept:
             shutil.rmtree(self._folders.popleft(), ignore_errors=True)
         paths = [folder / f"out-{i}.{output_format}" for i in range(len(generation.images))]
-        write_pictures(generation, paths, metadata, output_format, quality)
-        return paths
+        sheet = folder / f"out-grid.{output_format}" if grid else None
+        write_pictures(generation, paths, metadata, output_format, quality, sheet)
+        return [sheet, *paths] if sheet else paths

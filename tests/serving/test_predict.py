@@ -40,7 +40,13 @@ QUICK = {
     **{"prompt": "a large red circle", "num_outputs": 2, "candidates": 4, "clip_rerank": True, "seed": 7},
     **{"image": None, "image_weight": 0.5, "negative_prompt": ""},
     **{"top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0},
-    **{"output_format": "png", "output_quality": 90, "output_metadata": True, "replicate_weights": None},
+    **{
+        "output_format": "png",
+        "output_quality": 90,
+        "output_grid": False,
+        "output_metadata": True,
+        "replicate_weights": None,
+    },
 }
 
 
@@ -103,6 +109,18 @@ def test_an_invalid_input_that_cog_accepts_is_refused(
     with pytest.raises(InputError) as error:
         predict(predictor, **inputs)
     assert str(error.value) == sentence
+
+
+def test_a_contact_sheet_comes_first_and_counts_as_no_picture(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: dict[str, object] = {}
+    monkeypatch.setattr(predictor, "record_metric", recorded.__setitem__)
+    paths = predict(predictor, output_grid=True)
+    assert [path.name for path in paths] == ["out-grid.png", "out-0.png", "out-1.png"]
+    sheet, first = Image.open(paths[0]), Image.open(paths[1])
+    assert sheet.crop((4, 4, 20, 20)).tobytes() == first.tobytes()
+    assert recorded["image_output_count"] == 2
 
 
 def test_whole_floats_are_accepted_as_ints_and_ints_as_floats(predictor: Predictor) -> None:
