@@ -30,7 +30,7 @@ function isObject(value) {
     return typeof value === 'object' && value !== null && !Array.isArray(value);
 }
 
-// Why this body may not pass, or nothing. inputs: the names that the server knows.
+// Why this body may not pass, or nothing. inputs: those that the server knows, from its schema.
 function fault(body, pathId, inputs) {
     if (!isObject(body) || !isObject(body.input)) {
         return 'the body must be an object with the inputs in "input"';
@@ -39,9 +39,10 @@ function fault(body, pathId, inputs) {
     if (unknown.length) {
         return `the body may have ${FIELDS.join(', ')} and nothing else`;
     }
-    const other = Object.keys(body.input).filter((name) => inputs.indexOf(name) < 0);
+    const given = Object.keys(body.input);
+    const other = given.filter((name) => !Object.prototype.hasOwnProperty.call(inputs, name));
     if (other.length) {
-        return `there is no input ${JSON.stringify(other[0])}; the inputs are ${inputs.join(', ')}`;
+        return `there is no input ${JSON.stringify(other[0])}; the inputs are ${Object.keys(inputs).sort().join(', ')}`;
     }
     if (body.id !== undefined && !(typeof body.id === 'string' && ID.test(body.id))) {
         return 'an id has 1 to 64 letters, digits, - and _';
@@ -52,8 +53,11 @@ function fault(body, pathId, inputs) {
     if (body.webhook !== undefined && !isListed(body.webhook, 'DOOR_WEBHOOKS')) {
         return 'this webhook is not allowed; the server has a list of allowed ones';
     }
-    if (body.input.images !== undefined && !isListed(body.input.images, 'DOOR_IMAGES')) {
-        return 'images may not come from there; the server has a list of allowed addresses';
+    // Cog downloads inputs that are files from any address. A data URL contacts none.
+    const isAllowed = (value) => isListed(value, 'DOOR_IMAGES') || (typeof value === 'string' && /^data:/.test(value));
+    const files = given.filter((name) => inputs[name].format === 'uri' && !isAllowed(body.input[name]));
+    if (files.length) {
+        return `${files[0]} may not come from there; send a data URL, or one from the server's list of addresses`;
     }
 }
 
@@ -89,7 +93,7 @@ async function check(r) {
             return answer(r, 503, 'the server is not ready; try again later');
         }
         const schemas = JSON.parse(schema.responseText).components.schemas;
-        const inputs = Object.keys(schemas[kind === 'trainings' ? 'TrainingInput' : 'Input'].properties).sort();
+        const inputs = schemas[kind === 'trainings' ? 'TrainingInput' : 'Input'].properties;
         const body = parsed(r.requestText);
         const why = fault(body, id, inputs);
         if (why) {
