@@ -63,7 +63,8 @@ def test_the_package_has_the_recipes_and_the_command_but_no_model(installed: Pat
     world = [f"worlds/emoji/{name}" for name in files]
     for name in ("configs/shapes.yaml", "configs/emoji.yaml", *world):
         assert f"clip_gen/{name}" in names
-    assert not [name for name in names if name.endswith(".safetensors")]
+    weights = {name for name in names if name.endswith(".safetensors")}
+    assert weights == {"clip_gen/worlds/emoji/judge_network.safetensors"}
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"clip_gen"}
     [entry_points] = installed.glob("*.dist-info/entry_points.txt")
     assert "clip-gen = clip_gen.__main__:main" in entry_points.read_text()
