@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,9 @@ class ClipGen:
     def __init__(self, networks: Networks, device: torch.device, warnings: Sequence[str] = ()):
         self.config = networks.config
         self.warnings = list(warnings)  # about the model
-        summary = networks.texts.get(VOCABULARY, "").partition("\n")[0]
+        vocabulary = networks.texts.get(VOCABULARY, "")
+        summary = vocabulary.partition("\n")[0]
+        self.listed = set(re.findall(r"[^\W\d_]+", vocabulary.lower()))
         self.vocabulary = "".join(filter(str.isprintable, summary))[:MAX_SUMMARY]  # the file may be a stranger's
         self.clip_encoder = networks.clip
         self.vqgan = networks.vqgan
@@ -205,7 +208,7 @@ class ClipGen:
         found = []
         if lost := self.clip_encoder.tokenize.left_out(text):
             found.append(f"the {name} is longer than this model's CLIP reads; its end is left out: {lost!r}")
-        if unknown := self.clip_encoder.unknown_words(text):
+        if unknown := self.clip_encoder.unknown_words(text, self.listed):
             known = f"; it knows {self.vocabulary} ({VOCABULARY} lists all words)" if self.vocabulary else ""
             found.append(f"this model does not know {', '.join(map(repr, unknown))}{known}")
         return found

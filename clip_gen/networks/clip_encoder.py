@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import emoji
@@ -98,16 +98,18 @@ class ClipEncoder(nn.Module):
         """Ignores `mode`: the statistics of its batch norms must not change."""
         return super().train(False)
 
-    def unknown_words(self, prompt: str) -> list[str]:
+    def unknown_words(self, prompt: str, listed: Collection[str] = ()) -> list[str]:
         """The words of a prompt, each once, with a token that this CLIP was not trained on: its embedding is zero.
 
-        OpenAI's CLIP has no such token.
+        OpenAI's CLIP has no such token. listed: words that it knows, if there is a list; then a word of several tokens
+        that is not among them is unknown too, since pieces of words that it knows may make up any other word.
         """
         words = [(word, ids) for word, ids in self.tokenize.words(prompt) if word[0].isalnum()]
         tokens = sorted({token for _, ids in words for token in ids})
         is_trained = self.clip.token_embedding.weight[tokens].any(dim=1).tolist()  # at once: a GPU answers slowly
         untrained = {token for token, trained in zip(tokens, is_trained, strict=True) if not trained}
-        return list(dict.fromkeys(word for word, ids in words if untrained.intersection(ids)))
+        pieced = {word for word, ids in words if len(ids) > 1 and listed and word not in listed}
+        return list(dict.fromkeys(word for word, ids in words if word in pieced or untrained.intersection(ids)))
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:

@@ -112,16 +112,16 @@ class ClipTrainer(Stage):
 def fill_unseen_words(encoder: ClipEncoder, synonyms: Mapping[str, Mapping[str, float]]) -> None:
     """Replaces zero embeddings of words that were never trained by weighted means of trained words' embeddings.
 
-    synonyms: for a word that is one token, weights of trained words that are one token each. Words with an embedding
-    keep it; those without a trained synonym stay zero, and so unknown.
+    synonyms: for a word, weights of trained words. Those that are not one token each are left to learn_words. Words
+    with an embedding keep it; those without a trained synonym stay zero, and so unknown.
     """
     table, numbers = encoder.clip.token_embedding.weight, encoder.tokenize.bpe.encoder
     is_trained = table.any(dim=1).tolist()
     for word, weights in synonyms.items():
-        known = {numbers[other + WORD_END]: weight for other, weight in weights.items()}
-        known = {token: weight for token, weight in known.items() if is_trained[token]}
-        token = numbers[word + WORD_END]
-        if known and not is_trained[token]:
+        known = {numbers.get(other + WORD_END): weight for other, weight in weights.items()}
+        known = {token: weight for token, weight in known.items() if token is not None and is_trained[token]}
+        token = numbers.get(word + WORD_END)
+        if known and token is not None and not is_trained[token]:
             shares = table.new_tensor(list(known.values()))
             table[token] = shares @ table[list(known)] / shares.sum()
 

@@ -2,10 +2,10 @@
 
     python -m clip_gen train-shapes [--config RECIPE.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
-CLIP trains on pairs of pictures and captions; the VQGAN and the transformer on pictures only; the bridge gets the mean
-embeddings; and at last CLIP's image tower is trained to rank. The work folder keeps every finished part, and an
-interrupted part resumes from its last checkpoint. With --parts several processes can train different parts in one work
-folder at the same time, as in script/train-world.
+CLIP trains on pairs of pictures and captions; the VQGAN and the transformer on pictures only; CLIP's text tower learns
+words that no caption used; the bridge gets the mean embeddings; and at last CLIP's image tower is trained to rank. The
+work folder keeps every finished part, and an interrupted part resumes from its last checkpoint. With --parts several
+processes can train different parts in one work folder at the same time, as in script/train-world.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from clip_gen.weights.model_folder import (
 from clip_gen.worlds.clip_trainer import ClipTrainer, fill_unseen_words
 from clip_gen.worlds.pairs import SeededPictures
 from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
+from clip_gen.worlds.word_trainer import learn_words
 from clip_gen.worlds.world import load_world
 
 CONFIGS = Path(clip_gen.__file__).parent / "configs"
@@ -62,14 +63,16 @@ NEEDS = {
     "clip": (),
     "vqgan": (),
     "gpt": ("clip", "vqgan"),
-    "bridge": ("clip",),
-    "ranker": ("clip", "vqgan", "gpt", "bridge"),
+    "words": ("clip",),
+    "bridge": ("clip", "words"),
+    "ranker": ("clip", "vqgan", "gpt", "words", "bridge"),
 }
 # The fields of RecipeConfig, beside the seed and the sizes, that a part's weights depend on.
 FIELDS = {
     "clip": ("clip_fit",),
     "vqgan": ("vqgan_fit",),
     "gpt": ("gpt_fit", "encoded_pictures", "embedding_noise", "condition_dropout", "condition_blur", "contrast"),
+    "words": ("word_steps",),
     "bridge": (),
     "ranker": ("ranker_fit", "drawn_pictures"),
 }
@@ -89,6 +92,7 @@ class RecipeConfig:
     condition_dropout: float = 0.1
     condition_blur: float = 0.25
     contrast: float = 0.0
+    word_steps: int = 500
     ranker_fit: FitConfig = field(default_factory=FitConfig)
     drawn_pictures: int = 8000
 
@@ -132,6 +136,7 @@ class Recipe:
             "clip": (networks.clip, self.train_clip),
             "vqgan": (networks.vqgan, self.train_vqgan),
             "gpt": (networks.gpt, self.train_gpt),
+            "words": (networks.clip, self.train_words),
             "bridge": (networks.bridge, self.measure_bridge),
             "ranker": (networks.clip, self.train_ranker),
         }
@@ -225,6 +230,12 @@ class Recipe:
         paths = [folder / f"{part}-{self.fingerprint(part)}-{name}-{count}.npy" for part in parts]
         encode_once(pictures, {path: self.part(part)[0] for path, part in zip(paths, parts, strict=True)})
         return paths
+
+    def train_words(self, folder: Path) -> dict[str, object]:
+        """Words that no caption used. In a world without such words nothing changes."""
+        if self.world.synonym_captions is None:
+            return {}
+        return learn_words(self.networks.clip, self.world.synonym_captions, self.config.word_steps, self.config.seed)
 
     @torch.no_grad()
     def measure_bridge(self, folder: Path) -> dict[str, object]:

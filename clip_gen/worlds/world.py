@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clip_gen.worlds.pairs import Collate, SeededPictures
+from clip_gen.worlds.word_trainer import CaptionPair
 
 WORLDS = ("shapes", "emoji")
 
@@ -36,6 +37,7 @@ class World:
     held_out: Callable[[], object]  # as JSON values
     vocabulary: Callable[[], str]  # the content of vocabulary.txt
     synonyms: Callable[[], Mapping[str, Mapping[str, float]]] = dict  # for fill_unseen_words
+    synonym_captions: CaptionPair | None = None  # for learn_words
     licenses: Path | None = None  # names the artists and licences of the world's pictures
 
 

@@ -77,6 +77,13 @@ def test_words_without_an_embedding_are_unknown() -> None:
     assert encoder.unknown_words(prompt) == ["zebra", "2", "sporks", "cat"]
 
 
+def test_a_word_of_several_trained_pieces_is_unknown_if_a_list_of_words_lacks_it() -> None:
+    encoder = ClipEncoder(TINY.clip)
+    prompt = "a pussycat and sporks on a zebra"
+    assert encoder.unknown_words(prompt) == []
+    assert encoder.unknown_words(prompt, {"pussycat", "cat"}) == ["sporks"]  # "zebra" is one token, and trained
+
+
 @pytest.mark.parametrize("name", ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "&lt;|endoftext|&gt;"])
 def test_control_token_names_in_a_prompt_are_encoded_as_text(encoder: ClipEncoder, name: str) -> None:
     (row,) = Tokenizer(77)([f"a red {name} circle"])

@@ -91,7 +91,7 @@ def test_parts_are_trained_after_those_that_they_need(
     words = ["--config", str(tmp_path / "recipe.yaml"), "--work", str(work), "--out", str(tmp_path / "model")]
     (work / MARK).write_text("train-shapes\n")
     assert main(["train-shapes", *words, "--parts", "bridge", "vqgan"]) == 0
-    assert parts == ["clip", "vqgan", "bridge"]
+    assert parts == ["clip", "vqgan", "words", "bridge"]
     assert not (tmp_path / "model").exists()
     parts.clear()
     assert main(["train-shapes", *words, "--parts", "ranker"]) == 0

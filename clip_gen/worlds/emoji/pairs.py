@@ -14,6 +14,7 @@ from torch import Tensor
 from clip_gen.worlds.clip_trainer import UNSAID
 from clip_gen.worlds.emoji.captions import Description, caption, describe, leave_unsaid, swapped, vary
 from clip_gen.worlds.emoji.drawings import COLOURS, STYLES, dominant_hue
+from clip_gen.worlds.emoji.related_nouns import related_nouns
 from clip_gen.worlds.emoji.rendering import render
 from clip_gen.worlds.emoji.sampling import another, is_clear, one_of, sample_item, sample_scene
 from clip_gen.worlds.emoji.scenes import BACKGROUNDS, COUNTS, LAYOUTS, RELATIONS, Scene, with_items
@@ -95,6 +96,18 @@ class CaptionedPairs(CaptionedPictures):
 def sampled_caption(rng: np.random.Generator) -> str:
     """The standard caption of a random scene."""
     return caption(describe(sample_scene(rng)))
+
+
+def synonym_captions(rng: np.random.Generator) -> tuple[str, str]:
+    """A caption with a word of related_nouns, and the same caption with the noun that it resembles."""
+    word = one_of(rng, related_nouns())
+    description = leave_unsaid(describe(sample_scene(rng)), rng)
+    seed = rng.integers(2**32)
+    texts = []
+    for noun in (word, related_nouns()[word]):
+        first = replace(description.things[0], name=None, kind=noun)
+        texts.append(vary(replace(description, things=(first, *description.things[1:])), np.random.default_rng(seed)))
+    return texts[0], texts[1]
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:

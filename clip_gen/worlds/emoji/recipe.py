@@ -27,6 +27,7 @@ WORLD = World(
     held_out=lambda: {kind: sorted(map(list, rows)) for kind, rows in held_out().items()},
     vocabulary=vocabulary,
     synonyms=synonyms,
+    synonym_captions=pairs.synonym_captions,
     licenses=Path(__file__).parent / "LICENSES.md",
 )
 

@@ -2,7 +2,8 @@
 
 `python -m clip_gen.worlds.emoji.synonyms` writes synonyms.json again, with the packages of requirements-emoji.txt: a
 sentence encoder (all-MiniLM-L6-v2, Apache-2.0) compares words, and a dictionary tells nouns from other words. Only
-words that are one token of CLIP's vocabulary can be filled, and only from such words: "pussycat" cannot.
+words that are one token of CLIP's vocabulary can be filled, and only from such words; related_nouns.py has more nouns,
+which CLIP learns in a training of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from clip_gen.files import write_text_atomic
 from clip_gen.networks.clip_encoder import WORD_END, Tokenizer
 from clip_gen.worlds.emoji.captions import BACKGROUND_WORDS, LAYOUT_WORDS
 from clip_gen.worlds.emoji.drawings import COLOURS
+from clip_gen.worlds.emoji.related_nouns import related_nouns
 from clip_gen.worlds.emoji.scenes import BACKGROUNDS, SIZES
 from clip_gen.worlds.emoji.words import kinds, plural, things
 
@@ -44,8 +46,11 @@ class Sense(NamedTuple):
 
 @cache
 def synonyms() -> dict[str, Weights]:
-    """For each word that no caption uses but is near to some that captions use, the weights of those."""
-    return json.loads(FILE.read_text(encoding="utf-8"))
+    """For each word that no caption uses but is near to some that captions use, the weights of those.
+
+    Those of related_nouns.py replace those of synonyms.json.
+    """
+    return json.loads(FILE.read_text(encoding="utf-8")) | {word: {noun: 1.0} for word, noun in related_nouns().items()}
 
 
 def senses() -> list[Sense]:
