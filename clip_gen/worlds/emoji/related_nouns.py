@@ -71,6 +71,7 @@ def read_wordnet(folder: Path) -> WordNet:
     for fields in _lines(folder / "data.noun"):
         count = int(fields[3], 16)
         words, rest = fields[4 : 4 + 2 * count : 2], fields[5 + 2 * count :]
+        # Not strict: pointers have four fields each, and a gloss follows the last one.
         above = tuple(id_ for symbol, id_ in zip(rest[::4], rest[1::4], strict=False) if symbol in ("@", "@i"))
         synsets[fields[0]] = Synset(int(fields[1]), tuple(word.replace("_", " ") for word in words), above)
     for fields in _lines(folder / "index.noun"):
