@@ -35,9 +35,9 @@ from benchmarks.models import BUNDLED
 from clip_gen import ClipGen
 from clip_gen.files import ROOT
 from clip_gen.images import from_bytes
+from clip_gen.metrics.reconstruction import decibels, squared_errors
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.serving.train_process import TRAIN_ENVIRONMENT
-from clip_gen.training.losses import decibels, squared_errors
 from clip_gen.worlds.grading import Evaluation
 from clip_gen.worlds.shapes.folder import write_pictures
 from clip_gen.worlds.shapes.grading import WORLD

@@ -21,6 +21,8 @@ DOORS = {
     "vector_quantize_pytorch": ["clip_gen/networks/quantizers.py"],
     "safetensors": ["clip_gen/weights/model_folder.py", "clip_gen/weights/importers/reader.py"],
     "pytorch_lightning": ["clip_gen/training/", "clip_gen/worlds/"],
+    "torchmetrics": ["clip_gen/metrics/"],
+    "torch_fidelity": ["clip_gen/metrics/features.py"],
     "triton": ["clip_gen/sampling/triton_kernels.py"],
     "tqdm": ["clip_gen/weights/download.py", "clip_gen/training/progress.py"],
     "_pi_heif": ["clip_gen/data/decoding.py"],
@@ -35,7 +37,7 @@ LAYERS = [
     ["serving", "training.cli", "evaluation", "worlds"],
     ["generate", "info", "interpolate", "prompts_file", "picture_files", "training"],
     ["pipeline"],
-    ["sampling", "weights"],
+    ["sampling", "weights", "metrics"],
     ["networks", "data"],
     ["config", "hardware", "files", "images", "validation", "prompts"],
 ]

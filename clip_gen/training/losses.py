@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clip_gen.metrics.reconstruction import decibels, squared_errors
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.networks.vqgan import VQGAN
@@ -13,11 +14,6 @@ from clip_gen.networks.vqgan import VQGAN
 # Pictures whose mean colour has a lower squared error count as plain. It is a standard deviation of 2.5 levels of 255,
 # more than JPEG artefacts cause.
 MAX_PLAIN_ERROR = 4e-4
-
-
-def squared_errors(images: Tensor, targets: Tensor) -> Tensor:
-    """The mean squared error of each of `images` (B, 3, S, S) in [-1, 1], (B,)."""
-    return (images.float() - targets).square().mean(dim=(1, 2, 3))
 
 
 def reconstruction_errors(vqgan: VQGAN, images: Tensor) -> Tensor:
@@ -32,11 +28,6 @@ def mean_decibels(errors: Tensor) -> Tensor:
     """
     varied = errors[1] >= MAX_PLAIN_ERROR
     return decibels(errors[:, varied | ~varied.any()].mean(dim=1))
-
-
-def decibels(errors: Tensor) -> Tensor:
-    """The PSNR in dB of mean squared errors, for the range [-1, 1]; at most 106 dB."""
-    return 10 * torch.log10(4 / errors.clamp(min=1e-10))
 
 
 def perceptual_distance(network: FrozenLPIPS | ClipEncoder, images: Tensor, targets: Tensor) -> Tensor:

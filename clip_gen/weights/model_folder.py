@@ -212,7 +212,7 @@ def part_digests(folder: Path) -> dict[str, str]:
         if not path.is_file():
             continue
         digest = hashlib.sha256()
-        for name, tensor in sorted(_tensors(path).items()):
+        for name, tensor in sorted(read_tensors(path).items()):
             if name.startswith(prefix):
                 digest.update(tensor.flatten()[:SAMPLE].view(torch.uint8).numpy())
         digests[part] = digest.hexdigest()
@@ -225,7 +225,7 @@ def load_discriminator(folder: Path) -> nn.Module | None:
     if not os.path.lexists(path):
         return None
     try:
-        tensors = _tensors(path)
+        tensors = read_tensors(path)
         layers, channels = discriminator_layers(tensors), max(1, len(tensors["main.0.weight"]))
         tensors = read_part(on_meta(lambda: build_discriminator(channels, layers), path, "copy it again"), path)
     except (LookupError, TypeError, ModelFolderError) as error:
@@ -245,7 +245,7 @@ def load_part(network: nn.Module, path: Path) -> None:
 def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
     """The file's tensors, memory-mapped. ModelFolderError unless names and shapes fit and all numbers are finite."""
     _check_file(path)
-    tensors = _tensors(path)
+    tensors = read_tensors(path)
     problem = _mismatch(network.state_dict(), tensors)
     if problem:
         raise ModelFolderError(f"{path}: {problem}; it belongs to another {CONFIG} than the one beside it")
@@ -263,7 +263,7 @@ def _check_file(path: Path) -> None:
         )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, memory-mapped; ModelFolderError if it is damaged."""
     try:
         return load_file(path)

@@ -16,6 +16,7 @@ from clip_gen.files import checkpoints_folder, folder_lock
 from clip_gen.weights.download import fetch
 from clip_gen.weights.importers import openai_clip
 from clip_gen.weights.importers.convert import DTYPES, import_clip, import_hfailab
+from clip_gen.weights.importers.inception import check_inception_folder, import_inception
 from clip_gen.weights.importers.lpips import check_lpips_folder, import_lpips
 from clip_gen.weights.model_folder import check_model_folder
 
@@ -52,17 +53,23 @@ LPIPS = {
         "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",  # of the file in the repository
     ),
 }
+INCEPTION = Published(
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
 # Disk space that is needed while both the downloads and the converted folder exist.
 COCO_BYTES = 5_000_000_000
 CLIP_BYTES = 2_000_000_000
 LPIPS_BYTES = 700_000_000
+INCEPTION_BYTES = 250_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["coco", "clip", "lpips"],
-        help="coco: HFAiLab's model of photographs and its CLIP; clip: one of OpenAI's; lpips: for training stage 1",
+        choices=["coco", "clip", "lpips", "inception"],
+        help="coco: HFAiLab's model of photographs and its CLIP; clip: one of OpenAI's; lpips: for training stage 1; "
+        "inception: for FID as published",
     )
     parser.add_argument("name", nargs="?", help=f"name of the CLIP: {', '.join(CLIPS)}".replace("%", "%%"))
     parser.add_argument("--out", type=Path, help="the folder to write; default: checkpoints/<name>")
@@ -83,6 +90,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.what} takes no name, and {arguments.name} was given; leave it out")
     elif arguments.what == "coco":
         pull_coco(out or CHECKPOINTS / "coco", mirror, dtype)
+    elif arguments.what == "inception":
+        pull_inception(out or CHECKPOINTS / "inception", mirror)
     else:
         pull_lpips(out or CHECKPOINTS / "lpips", mirror, dtype)
 
@@ -111,6 +120,13 @@ def pull_lpips(out: Path, mirror: str | None = None, dtype: torch.dtype | None =
     with pulled(LPIPS, out, mirror, LPIPS_BYTES) as files:
         urls = {part: file.url for part, file in LPIPS.items()}
         import_lpips(files["vgg"], files["linear"], out, urls, dtype or torch.float16)
+
+
+def pull_inception(out: Path, mirror: str | None = None) -> None:
+    """Downloads InceptionV3 in the weights of the original FID to one folder."""
+    check_inception_folder(out)
+    with pulled({"inception": INCEPTION}, out, mirror, INCEPTION_BYTES) as files:
+        import_inception(files["inception"], out, INCEPTION.url)
 
 
 @contextmanager

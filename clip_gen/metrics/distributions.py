@@ -1,0 +1,66 @@
+"""Distances between the distributions of two sets of pictures, given as features (N, D) and (M, D); 0: the same.
+
+Figures with different features do not compare, nor do FIDs of sets of different sizes: FID is biased upwards by about
+1/N, so that a small set looks worse (arXiv 1911.07023). KID has no such bias, and CMMD's is small.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as published
+SIGMA, SCALE = 10.0, 1000.0  # of CMMD, as published
+BLOCK = 2048  # rows of a matrix of kernels that are computed together
+
+
+class _Features(nn.Identity):
+    """Stands where torchmetrics wants a network: the pictures are features already."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.num_features = dim
+
+
+def fid(real: Tensor, generated: Tensor) -> float:
+    """Fréchet distance between Gaussians with the sets' means and covariances, arXiv 1706.08500."""
+    metric = FrechetInceptionDistance(_Features(real.shape[1])).set_dtype(torch.float64)
+    for features, is_real in ((real, True), (generated, False)):
+        for part in features.double().split(BLOCK):
+            metric.update(part, real=is_real)
+    return float(metric.compute())
+
+
+def kid(real: Tensor, generated: Tensor, seed: int = 0) -> float:
+    """Squared maximum mean discrepancy with a cubic kernel, the mean over random subsets, arXiv 1801.01401.
+
+    Unbiased, so that it may be below 0. Usually printed times 1,000.
+    """
+    size = min(SUBSET_SIZE, len(real), len(generated))
+    subsets = 1 if size == len(real) == len(generated) else SUBSETS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps the features, which are kept anyway
+        metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=size)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return float(metric.compute()[0])
+
+
+def cmmd(real: Tensor, generated: Tensor) -> float:
+    """Squared maximum mean discrepancy of CLIP embeddings with a Gaussian kernel, times 1,000, arXiv 2401.09603."""
+    within = _mean_kernel(real, real) + _mean_kernel(generated, generated)
+    return SCALE * (within - 2 * _mean_kernel(real, generated))
+
+
+def _mean_kernel(first: Tensor, second: Tensor) -> float:
+    """In double precision: the kernels are all close to 1, and what counts are their differences."""
+    second = second.double()
+    blocks = (torch.cdist(part.double(), second).square() for part in first.split(BLOCK))
+    total = sum(torch.exp(squared / (-2 * SIGMA**2)).sum() for squared in blocks)
+    return float(total) / (len(first) * len(second))
