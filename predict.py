@@ -4,8 +4,9 @@ import asyncio
 import contextvars
 import functools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cog import BaseRunner, Input, Path, concurrent
 
@@ -17,6 +18,8 @@ from clip_gen.validation import check_request, without_effect
 
 if TYPE_CHECKING:
     from clip_gen.pipeline import Generation
+
+T = TypeVar("T")
 
 
 class Predictor(BaseRunner):
@@ -79,6 +82,9 @@ class Predictor(BaseRunner):
         output_quality: int = Input(
             description="Quality of webp and jpg. png is always lossless, webp at 100.", default=90, ge=0, le=100
         ),
+        output_size: str = Input(
+            description="Size of the pictures. 1x: the model's own.", default="1x", choices=["1x", "2x", "4x"]
+        ),
         output_grid: bool = Input(description="Return a contact sheet of all pictures first.", default=False),
         output_metadata: bool = Input(description="Write the prompt and the settings into each file.", default=True),
         replicate_weights: str | None = Input(
@@ -106,6 +112,7 @@ class Predictor(BaseRunner):
                 seed=seed,
                 output_format=output_format,
                 output_quality=output_quality,
+                output_size=output_size,
                 output_grid=output_grid,
                 output_metadata=output_metadata,
                 replicate_weights=replicate_weights,
@@ -119,6 +126,7 @@ class Predictor(BaseRunner):
         self,
         output_format: str,
         output_quality: int,
+        output_size: str,
         output_grid: bool,
         output_metadata: bool,
         replicate_weights: str | None,
@@ -134,21 +142,26 @@ class Predictor(BaseRunner):
             for sentence in model.warnings:
                 print(f"warning: {sentence}")
             generate = functools.partial(model.generate, **settings, should_stop=stop.is_set)
-            # In this prediction's context, so that its logs have what is logged.
-            in_context = functools.partial(contextvars.copy_context().run, generate)
-            result = await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
+            result = await self._in_thread(generate)
+            from clip_gen.enlarging import enlarger  # imports torch, as in setup
+            from clip_gen.picture_files import description
+
+            outputs = {"output_format": output_format, "output_quality": output_quality, "output_size": output_size}
             metadata = None
             if output_metadata:
-                from clip_gen.picture_files import description  # imports torch, as in setup
-
-                written = settings | {"output_format": output_format, "output_quality": output_quality}
-                metadata = await asyncio.to_thread(description, model, result, written)
-            saving = self.outputs.save, result, metadata, output_format, output_quality, output_grid
-            files = await asyncio.to_thread(*saving)
+                metadata = await asyncio.to_thread(description, model, result, settings | outputs)
+            enlarge = await self._in_thread(enlarger, output_size, model.device, stop.is_set)
+            saving = self.outputs.save, result, metadata, output_format, output_quality, output_grid, enlarge
+            files = await self._in_thread(*saving)
         finally:
             stop.set()  # a cancelled prediction ends at its next token, or its download within a second
         self._record(result, model.config.name)
         return [Path(file) for file in files]
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """What the function returns, called in this prediction's context, so that its logs have what is logged."""
+        in_context = functools.partial(contextvars.copy_context().run, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
 
     def _record(self, result: "Generation", model: str) -> None:
         scores = [round(score, 4) for score in result.scores]

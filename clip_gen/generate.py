@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from clip_gen.enlarging import OUTPUT_SIZES, enlarger
 from clip_gen.files import shortened
 from clip_gen.images import OUTPUT_FORMATS
 from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
@@ -35,10 +36,12 @@ SETTINGS = {
     "clip_rerank": (True, "return the best pictures by CLIP score; off: the first ones drawn"),
     "output_format": ("png", "file type"),
     "output_quality": (90, "of webp and jpg, 0 to 100; webp is lossless at 100"),
+    "output_size": ("1x", "size of the pictures; 1x: the model's own"),
     "output_grid": (False, "write a contact sheet of all pictures too, as grid.png"),
     "output_metadata": (True, "write the prompt and the settings into each file"),
 }
 KINDS = {"image": Path, "seed": int}  # of settings whose default is None
+CHOICES = {"output_format": OUTPUT_FORMATS, "output_size": OUTPUT_SIZES}
 DEFAULTS = {name: default for name, (default, _) in SETTINGS.items()}
 # Settings of HFAiLab's demo of the published COCO model.
 PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0.95}}
@@ -62,8 +65,8 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, object]
     for name, value in defaults.items():
         if isinstance(value, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        elif name == "output_format":
-            how = {"choices": OUTPUT_FORMATS}
+        elif name in CHOICES:
+            how = {"choices": CHOICES[name]}
         else:
             how = {"type": KINDS.get(name) or type(value)}
         default = {"image": "", "negative_prompt": "", "seed": "; default random"}.get(name, f"; default {value}")
@@ -88,7 +91,8 @@ def main(arguments: argparse.Namespace) -> None:
     # Identical candidates are drawn once, so there may be fewer pictures than names.
     paths = [folder / name for name in names[: len(result.images)]]
     metadata = description(model, result, settings) if settings["output_metadata"] else None
-    write_pictures(result, paths, metadata, output_format, quality, sheet)
+    enlarge = enlarger(settings["output_size"], model.device)
+    write_pictures(result, paths, metadata, output_format, quality, sheet, enlarge)
     if sheet:
         print(sheet)
     for path, score in zip(paths, result.scores, strict=True):
@@ -128,8 +132,9 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
 def checked_settings(settings: dict[str, object]) -> dict[str, object]:
     """The same settings; ValueError if one is out of range."""
     check_number("output_quality", settings["output_quality"], 0, 100, whole=True)
-    if settings["output_format"] not in OUTPUT_FORMATS:
-        raise ValueError(f"output_format is {settings['output_format']!r}; give one of {', '.join(OUTPUT_FORMATS)}")
+    for name, choices in CHOICES.items():
+        if settings[name] not in choices:
+            raise ValueError(f"{name} is {settings[name]!r}; give one of {', '.join(choices)}")
     check_request(**settings)
     if settings["image"] is not None:
         open_picture(settings["image"])  # an unusable one is refused before the model is loaded

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from clip_gen.enlarging import LANCZOS
 from clip_gen.files import checkpoints_folder
 from clip_gen.generate import DEFAULTS
 from clip_gen.images import read_metadata
@@ -27,6 +28,11 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"model: {found['model']}, sha256 {found.get('model_sha256', 'not recorded')}{hint}")
     if "image_sha256" in found:
         print(f"image: sha256 {found['image_sha256']}; put its file in place of IMAGE")
+    if "upscaler" in found:
+        by = (
+            "Lanczos interpolation" if found["upscaler"] == LANCZOS else f"the upscaler with sha256 {found['upscaler']}"
+        )
+        print(f"enlarged to {found['output_size']} by {by}")
     if "number" in found:
         print(f"this picture: number {found['number']} of {found['num_outputs']}, score {found['score']}")
     if "torch" in found:

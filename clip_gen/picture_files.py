@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from clip_gen.enlarging import upscaler_name
 from clip_gen.files import PARTIAL, check_writable, sha256_of
 from clip_gen.images import contact_sheet, save_image
 from clip_gen.pipeline import ClipGen, Generation
@@ -26,8 +28,10 @@ def description(model: ClipGen, result: Generation, settings: Mapping[str, objec
     """
     image = settings["image"]
     hidden = {"image", "output_metadata", "output_grid"} | (set() if image and settings["prompt"] else {"image_weight"})
+    hidden |= {"output_size"} if settings["output_size"] == "1x" else set()
     found = {name: value for name, value in settings.items() if name not in hidden} | {
         "image_sha256": image and sha256_of(image),
+        "upscaler": upscaler_name(settings["output_size"]),
         "candidates": result.candidates,
         "num_outputs": len(result.images),
         "guidance": result.guidance,
@@ -48,10 +52,11 @@ def write_pictures(
     output_format: str,
     quality: int,
     sheet: Path | None = None,
+    enlarge: Callable[[Image.Image], Image.Image] = lambda image: image,
 ) -> None:
     """Writes all pictures or none, with number and score unless metadata is None. OSError if one cannot be written.
 
-    sheet: where to write a contact sheet of them, in the same folder.
+    sheet: where to write a contact sheet of them, at the model's size, in the same folder. enlarge: of `enlarger`.
     """
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +64,7 @@ def write_pictures(
         with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as temporary:
             for number, (path, image, score) in enumerate(zip(paths, result.images, result.scores, strict=True)):
                 about = None if metadata is None else metadata | {"number": number, "score": round(score, 4)}
-                save_image(image, Path(temporary, path.name), output_format, quality, about)
+                save_image(enlarge(image), Path(temporary, path.name), output_format, quality, about)
             if sheet:
                 save_image(contact_sheet(result.images), Path(temporary, sheet.name), output_format, quality, metadata)
             for path in [*paths, *filter(None, [sheet])]:

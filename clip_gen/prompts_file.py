@@ -7,11 +7,12 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from clip_gen.enlarging import enlarger
 from clip_gen.files import sha256_of, write_text_atomic
 from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen, Generation
@@ -83,7 +84,8 @@ def draw_lines(model: ClipGen, lines: Sequence[Line], folder: Path, start: str, 
 
     def draw(line: Line) -> str:
         result = model.generate(**drawing_settings(line.settings), should_stop=stop.is_set)
-        records = _write(line, model, result, [folder / name for name in line.names(start)])
+        paths = [folder / name for name in line.names(start)]
+        records = _write(line, model, result, paths, stop.is_set)
         with writing, (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
             manifest.write(_as_lines(records))
         return f"{folder / records[0]['file']}  score {result.scores[0]:.4f}  {line.settings['prompt']}"
@@ -100,11 +102,15 @@ def draw_lines(model: ClipGen, lines: Sequence[Line], folder: Path, start: str, 
             pool.shutdown(cancel_futures=True)
 
 
-def _write(line: Line, model: ClipGen, result: Generation, paths: Sequence[Path]) -> list[dict[str, object]]:
+def _write(
+    line: Line, model: ClipGen, result: Generation, paths: Sequence[Path], should_stop: Callable[[], bool]
+) -> list[dict[str, object]]:
     """Writes the pictures of a line. Returns their records, which have what a picture's metadata has."""
     about, sheet = description(model, result, line.settings), paths[-1] if line.settings["output_grid"] else None
     metadata, paths = about if line.settings["output_metadata"] else None, paths[: len(result.images)]
-    write_pictures(result, paths, metadata, line.settings["output_format"], line.settings["output_quality"], sheet)
+    output_format, quality, size = (line.settings[f"output_{name}"] for name in ("format", "quality", "size"))
+    enlarge = enlarger(size, model.device, should_stop)
+    write_pictures(result, paths, metadata, output_format, quality, sheet, enlarge)
     numbered = enumerate(zip(paths, result.scores, strict=True))
     own = [{"file": path.name, "number": number, "score": round(score, 4)} for number, (path, score) in numbered]
     return [one | {"line": line.number, "key": line.key(model)} | about for one in own]

@@ -102,10 +102,11 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _bundled_model() -> Iterator[None]:
-    """Whatever was pulled into checkpoints/, tests draw with the bundled model and train without LPIPS."""
+    """Whatever was pulled into checkpoints/, tests use the bundled model, and neither LPIPS nor an upscaler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COG_WEIGHTS", "checkpoints/shapes")
         patch.setenv("CLIP_GEN_LPIPS", "nowhere")
+        patch.setenv("CLIP_GEN_UPSCALER", "nowhere")
         yield
 
 

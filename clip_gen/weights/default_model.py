@@ -1,4 +1,4 @@
-"""The model to load when a request names none, and the files with the weights of LPIPS and InceptionV3."""
+"""The model to load when a request names none, and the files of LPIPS, InceptionV3 and the upscaler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from clip_gen.files import ROOT
-from clip_gen.weights.importers import inception, lpips
+from clip_gen.weights.importers import inception, lpips, upscaler
 from clip_gen.weights.model_folder import CONFIG
 from clip_gen.weights.pull import CHECKPOINTS, pull_coco
 from clip_gen.weights.url import is_url
@@ -52,3 +52,8 @@ def lpips_weights() -> Path:
 def inception_weights() -> Path:
     """The file with InceptionV3's weights, which may not exist: in $CLIP_GEN_INCEPTION, or where `pull` writes it."""
     return ROOT / (os.environ.get("CLIP_GEN_INCEPTION") or CHECKPOINTS / "inception") / inception.WEIGHTS
+
+
+def upscaler_weights() -> Path:
+    """The file with the upscaler's weights, which may not exist: in $CLIP_GEN_UPSCALER, or where `pull` writes it."""
+    return ROOT / (os.environ.get("CLIP_GEN_UPSCALER") or CHECKPOINTS / "upscaler") / upscaler.WEIGHTS

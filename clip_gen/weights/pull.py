@@ -18,6 +18,7 @@ from clip_gen.weights.importers import openai_clip
 from clip_gen.weights.importers.convert import DTYPES, import_clip, import_hfailab
 from clip_gen.weights.importers.inception import check_inception_folder, import_inception
 from clip_gen.weights.importers.lpips import check_lpips_folder, import_lpips
+from clip_gen.weights.importers.upscaler import check_upscaler_folder, import_upscaler
 from clip_gen.weights.model_folder import check_model_folder
 
 CHECKPOINTS = checkpoints_folder()
@@ -57,19 +58,24 @@ INCEPTION = Published(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 )
+UPSCALER = Published(
+    "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth",
+    "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",  # by several projects that download it
+)
 # Disk space that is needed while both the downloads and the converted folder exist.
 COCO_BYTES = 5_000_000_000
 CLIP_BYTES = 2_000_000_000
 LPIPS_BYTES = 700_000_000
 INCEPTION_BYTES = 250_000_000
+UPSCALER_BYTES = 200_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
-        choices=["coco", "clip", "lpips", "inception"],
+        choices=["coco", "clip", "lpips", "inception", "upscaler"],
         help="coco: HFAiLab's model of photographs and its CLIP; clip: one of OpenAI's; lpips: for training stage 1; "
-        "inception: for FID as published",
+        "inception: for FID as published; upscaler: Real-ESRGAN, for larger pictures",
     )
     parser.add_argument("name", nargs="?", help=f"name of the CLIP: {', '.join(CLIPS)}".replace("%", "%%"))
     parser.add_argument("--out", type=Path, help="the folder to write; default: checkpoints/<name>")
@@ -92,8 +98,10 @@ def main(arguments: argparse.Namespace) -> None:
         pull_coco(out or CHECKPOINTS / "coco", mirror, dtype)
     elif arguments.what == "inception":
         pull_inception(out or CHECKPOINTS / "inception", mirror)
-    else:
+    elif arguments.what == "lpips":
         pull_lpips(out or CHECKPOINTS / "lpips", mirror, dtype)
+    else:
+        pull_upscaler(out or CHECKPOINTS / "upscaler", mirror, dtype)
 
 
 def pull_clip(name: str | None, out: Path | None, mirror: str | None, dtype: torch.dtype | None) -> None:
@@ -127,6 +135,13 @@ def pull_inception(out: Path, mirror: str | None = None) -> None:
     check_inception_folder(out)
     with pulled({"inception": INCEPTION}, out, mirror, INCEPTION_BYTES) as files:
         import_inception(files["inception"], out, INCEPTION.url)
+
+
+def pull_upscaler(out: Path, mirror: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """Downloads Real-ESRGAN to one folder, for output_size."""
+    check_upscaler_folder(out)
+    with pulled({"upscaler": UPSCALER}, out, mirror, UPSCALER_BYTES) as files:
+        import_upscaler(files["upscaler"], out, UPSCALER.url, dtype)
 
 
 @contextmanager

@@ -196,11 +196,19 @@ def test_inputs_of_predict_are_ordered_and_described() -> None:
             "temperature",
             "guidance",
         ),
-        *("seed", "output_format", "output_quality", "output_grid", "output_metadata", "replicate_weights"),
+        *(
+            "seed",
+            "output_format",
+            "output_quality",
+            "output_size",
+            "output_grid",
+            "output_metadata",
+            "replicate_weights",
+        ),
     ]
     assert all(one["description"] for one in properties.values())
     assert properties["candidates"]["maximum"] == MAX_CANDIDATES
-    assert [one["x-order"] for one in properties.values()] == list(range(17))
+    assert [one["x-order"] for one in properties.values()] == list(range(18))
     assert properties["seed"]["maximum"] == 2**31 - 1
 
 

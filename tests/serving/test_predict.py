@@ -43,6 +43,7 @@ QUICK = {
     **{
         "output_format": "png",
         "output_quality": 90,
+        "output_size": "1x",
         "output_grid": False,
         "output_metadata": True,
         "replicate_weights": None,
@@ -121,6 +122,14 @@ def test_a_contact_sheet_comes_first_and_counts_as_no_picture(
     sheet, first = Image.open(paths[0]), Image.open(paths[1])
     assert sheet.crop((4, 4, 20, 20)).tobytes() == first.tobytes()
     assert recorded["image_output_count"] == 2
+
+
+def test_output_size_enlarges_the_pictures(predictor: Predictor) -> None:
+    own, large = ([Image.open(path) for path in predict(predictor, output_size=size)] for size in ("1x", "4x"))
+    assert [picture.size for picture in large] == [(64, 64)] * 2
+    for small, big in zip(own, large, strict=True):
+        assert big.tobytes() == small.resize((64, 64), Image.Resampling.LANCZOS).tobytes()
+        assert big.text["output_size"] == "4x"
 
 
 def test_whole_floats_are_accepted_as_ints_and_ints_as_floats(predictor: Predictor) -> None:

@@ -16,6 +16,7 @@ from bad_server import BadServer, bad_server
 from importer_files import VIT, clip_state, hfailab_files
 from safetensors.torch import load_file
 from torchvision.models import VGG16_Weights
+from upscaler_files import upscaler_bytes, upscaler_state
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
@@ -50,6 +51,8 @@ def _small(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_pulled_models_are_saved_where_predictions_find_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert default_model.COCO == pull.CHECKPOINTS / "coco" == ROOT / "checkpoints" / "coco"
+    monkeypatch.delenv("CLIP_GEN_UPSCALER", raising=False)
+    assert default_model.upscaler_weights().parent == ROOT / "checkpoints" / "upscaler"
 
 
 def test_pull_coco_makes_a_folder_that_predicts_and_leaves_nothing_else(
@@ -210,6 +213,42 @@ def test_a_vgg_is_downloaded_again_only_if_its_sha256_differs(lpips_server: BadS
     assert [path for path, _ in lpips_server.requests] == ["/vgg.pth", f"/{name}", "/vgg.pth"]
 
 
+@pytest.fixture
+def upscaler_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
+    """Has a small version of the upscaler's file, with its SHA-256."""
+    published = pull.UPSCALER
+    with bad_server({published.name: upscaler_bytes()}) as server:
+        sha256 = hashlib.sha256(server.files[published.name]).hexdigest()
+        monkeypatch.setattr(pull, "UPSCALER", replace(published, sha256=sha256))
+        yield server
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pull_upscaler_makes_a_folder_with_its_origin_and_resumes(
+    dtype: str, upscaler_server: BadServer, tmp_path: Path
+) -> None:
+    upscaler_server.plan = ["drop", 500, "truncate"]
+    assert main(["pull", "upscaler", "--mirror", upscaler_server.address, "--dtype", dtype]) == 0
+    [folder] = (tmp_path / "checkpoints").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["upscaler.json", "upscaler.safetensors"]
+    wanted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in upscaler_state().items()}
+    tensors = load_file(folder / "upscaler.safetensors")
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
+    record = json.loads((folder / "upscaler.json").read_text())["imported"]["upscaler"]
+    assert (record["sha256"], record["url"]) == (pull.UPSCALER.sha256, pull.UPSCALER.url)
+    assert any(requested_range for _, requested_range in upscaler_server.requests)  # resumed
+
+
+def test_an_upscaler_with_another_sha256_is_refused(
+    upscaler_server: BadServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upscaler_server.plan = ["wrong"]
+    assert main(["pull", "upscaler", "--mirror", upscaler_server.address]) == 1
+    assert "its sha256 is" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints" / "upscaler").exists()
+
+
 def test_lpips_and_a_model_do_not_replace_each_other(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,7 +271,7 @@ def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
         known = "not published" if file.sha256 is None else file.url.split("/")[-2]
         assert known in row
-    for file in pull.LPIPS.values():
+    for file in [*pull.LPIPS.values(), pull.UPSCALER]:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
         assert f"`{file.sha256}`" in row
 

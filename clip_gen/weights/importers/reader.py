@@ -26,7 +26,7 @@ from clip_gen.weights.importers.state_dict import Checkpoint
 
 log = logging.getLogger(__name__)
 
-WRAPPERS = ("state_dict", "model")  # keys of the state dict in checkpoints of Lightning and HFAiLab
+WRAPPERS = ("state_dict", "model", "params_ema")  # keys of the state dict: Lightning, HFAiLab, Real-ESRGAN
 PREFIXES = ("module.", "_orig_mod.", "model.")  # added by DataParallel, torch.compile and Lightning
 AVERAGES = "model_ema."  # prefix of moving averages, whose names are the parameters' without dots
 COUNTERS = ("decay", "num_updates")  # among the averages, but not averages
