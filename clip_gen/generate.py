@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clip_gen.enlarging import OUTPUT_SIZES, enlarger
 from clip_gen.files import shortened
+from clip_gen.hardware import own_share
 from clip_gen.images import OUTPUT_FORMATS
 from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen
@@ -79,7 +80,8 @@ def main(arguments: argparse.Namespace) -> None:
     folder, start = Path(arguments.out), f"{arguments.name}." if arguments.name else ""
     if arguments.prompts_file:
         lines = read_lines(arguments)
-        draw_lines(load_model(arguments), lines, folder, start, arguments.overwrite)
+        share = own_share()
+        draw_lines(load_model(arguments), lines, folder, start, arguments.overwrite, share)
         return
     settings = checked_settings(given_settings(arguments))
     output_format, quality = settings["output_format"], settings["output_quality"]

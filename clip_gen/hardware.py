@@ -31,6 +31,20 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def own_share() -> tuple[int, int]:
+    """This process's number and how many share the work, if torchrun started it; else (0, 1).
+
+    The process sees one GPU from then on, so call this before CUDA is used.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    if len(names) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[int(os.environ["LOCAL_RANK"]) % len(names)]
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """The type of the transformer's matrices. None: $CLIP_GEN_DTYPE, or auto if that is not set.
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from clip_gen.enlarging import enlarger
-from clip_gen.files import sha256_of, write_text_atomic
+from clip_gen.files import sha256_of
 from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen, Generation
 
 MANIFEST = "manifest.jsonl"
-AT_ONCE = 8  # lines drawn together; their candidates share batches
+AT_ONCE, ROWS = 8, 64  # lines drawn together, or more if they have fewer candidates than these together
 
 
 @dataclass(frozen=True)
@@ -66,40 +70,81 @@ def read_prompts(path: Path, kinds: Mapping[str, type]) -> Iterator[tuple[int, d
         yield number, settings
 
 
-def draw_lines(model: ClipGen, lines: Sequence[Line], folder: Path, start: str, overwrite: bool) -> None:
+def draw_lines(
+    model: ClipGen,
+    lines: Sequence[Line],
+    folder: Path,
+    start: str = "",
+    overwrite: bool = False,
+    share: tuple[int, int] = (0, 1),
+    say: Callable[[str], None] = partial(print, flush=True),
+) -> None:
     """Draws all lines whose pictures are not there yet, and writes them and the manifest.
 
-    start: of the files' names. ValueError if files have these names and are of other prompts, unless overwrite.
+    start: of the files' names. share: the number of this process and how many there are; each draws its part of the
+    lines. say: gets a sentence for each line. ValueError if files have these names and are of other prompts, unless
+    overwrite.
     """
-    records = _read_manifest(folder)
-    there = Counter(record["key"] for record in records if (folder / record["file"]).is_file())
-    finished = {record["key"] for record in records if there[record["key"]] == record["num_outputs"]}
-    waiting = [line for line in lines if line.key(model) not in finished]
+    lines = lines[share[0] :: share[1]]
+    waiting = undrawn_lines(model, lines, folder)
     names = {name for line in waiting for name in line.names(start)}
     check_folder(folder, sorted(names), overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(folder / MANIFEST, _as_lines(record for record in records if record["file"] not in names))
-    print(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
+    _forget(folder / MANIFEST, names)
+    say(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
     stop, writing = threading.Event(), threading.Lock()
 
     def draw(line: Line) -> str:
         result = model.generate(**drawing_settings(line.settings), should_stop=stop.is_set)
         paths = [folder / name for name in line.names(start)]
         records = _write(line, model, result, paths, stop.is_set)
-        with writing, (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
+        with writing, _locked(folder / MANIFEST) as manifest:
             manifest.write(_as_lines(records))
         return f"{folder / records[0]['file']}  score {result.scores[0]:.4f}  {line.settings['prompt']}"
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(_at_once(waiting)) as pool:
         drawing = {pool.submit(draw, line): line for line in waiting}
         try:
             for done in as_completed(drawing):
-                print(done.result(), flush=True)
+                say(done.result())
         except ValueError as error:
             raise ValueError(f"line {drawing[done].number}: {error}") from error
         finally:  # of an error or Ctrl-C; does nothing after the last line
             stop.set()
             pool.shutdown(cancel_futures=True)
+
+
+def undrawn_lines(model: ClipGen, lines: Sequence[Line], folder: Path) -> list[Line]:
+    """The lines without all their pictures in the folder."""
+    records = _read_manifest(folder)
+    there = Counter(record["key"] for record in records if (folder / record["file"]).is_file())
+    finished = {record["key"] for record in records if there[record["key"]] == record["num_outputs"]}
+    return [line for line in lines if line.key(model) not in finished]
+
+
+def _at_once(lines: Sequence[Line]) -> int:
+    """How many lines to draw together: their candidates fill the batches."""
+    fewest = min((line.settings["candidates"] for line in lines), default=1)
+    return max(AT_ONCE, -(-ROWS // fewest))
+
+
+@contextmanager
+def _locked(manifest: Path) -> Iterator[IO[str]]:
+    """The manifest, to append to, while no other process does."""
+    with manifest.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _forget(manifest: Path, names: Collection[str]) -> None:
+    """Removes the records of files of these names. In place, because other processes may be waiting for the lock."""
+    with _locked(manifest) as file:
+        records = _read_manifest(manifest.parent)
+        kept = _as_lines(record for record in records if record["file"] not in names)
+        file.seek(0)
+        if file.read() != kept:
+            file.truncate(0)
+            file.write(kept)
 
 
 def _write(

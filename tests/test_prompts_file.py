@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from clip_gen import pipeline
 from clip_gen.__main__ import main
+from clip_gen.hardware import own_share
 from clip_gen.sampling.batch_requests import Batch
 
 
@@ -155,3 +157,31 @@ def test_a_file_that_cannot_be_read_is_one_sentence(
     assert "photo.txt: cannot be read (it is not UTF-8 text); give a text, CSV or JSONL" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "absent.txt")]) == 1
     assert "absent.txt: cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+def test_processes_of_torchrun_share_the_lines_and_the_manifest(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "prompts.txt", "\n".join(f"a star number {i}" for i in range(5)))
+    assert main([*words[:3], "--out", str(tmp_path / "alone"), *words[5:], path]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, there in (("1", ["0002", "0004"]), ("0", ["0001", "0002", "0003", "0004", "0005"])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main([*words, path]) == 0
+        assert sorted(records(tmp_path)) == [f"{number}.0.png" for number in there]
+    for name in records(tmp_path):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_each_process_of_torchrun_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_share() == (0, 1)
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert own_share() == (5, 8)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert own_share() == (5, 8)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
