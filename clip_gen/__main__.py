@@ -21,7 +21,10 @@ COMMANDS = {
     "train": ("clip_gen.training.cli", "train on pictures without captions"),
     "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model of shapes"),
     "train-emoji": ("clip_gen.worlds.emoji.recipe", "train the bundled model of emoji"),
-    "evaluate": ("clip_gen.worlds.grading", "grade a model of shapes or emoji with the judge"),
+    "evaluate": (
+        "clip_gen.evaluation.cli",
+        "measure a model on any pictures, or with a world's judges",
+    ),
 }
 
 
@@ -35,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         for name, (module, what) in COMMANDS.items():
-            command = commands.add_parser(name, help=what, description=what.capitalize() + ".")
+            options = {"help": what, "description": f"{what.capitalize()}."}
+            command = commands.add_parser(name, conflict_handler="resolve", **options)  # evaluate replaces an option
             if words[:1] == [name]:
                 importlib.import_module(module).add_arguments(command)
         chosen = parser.parse_args(words)

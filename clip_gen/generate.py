@@ -79,7 +79,7 @@ def main(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     folder, start = Path(arguments.out), f"{arguments.name}." if arguments.name else ""
     if arguments.prompts_file:
-        lines = read_lines(arguments)
+        lines = read_lines(arguments.prompts_file, given_settings(arguments))
         share = own_share()
         draw_lines(load_model(arguments), lines, folder, start, arguments.overwrite, share)
         return
@@ -111,17 +111,20 @@ def load_model(arguments: argparse.Namespace) -> ClipGen:
     return model
 
 
-def read_lines(arguments: argparse.Namespace) -> list[Line]:
-    """The lines of --prompts-file; the command's own settings apply where a line has none. ValueError for a bad one."""
+def read_lines(path: Path, settings: Mapping[str, object], fixed: Mapping[str, object] | None = None) -> list[Line]:
+    """The lines of a file of prompts. ValueError for a bad one.
+
+    settings: apply where a line has none. fixed: apply whatever a line has.
+    """
     kinds = {"prompt": str} | {name: KINDS.get(name) or type(default) for name, default in DEFAULTS.items()}
     lines = []
-    for number, values in read_prompts(arguments.prompts_file, kinds):
+    for number, values in read_prompts(path, kinds):
         try:
-            lines.append(Line(number, checked_settings(given_settings(arguments) | values)))
+            lines.append(Line(number, checked_settings({**settings, **values, **(fixed or {})})))
         except ValueError as error:
-            raise ValueError(f"{arguments.prompts_file} line {number}: {error}") from error
+            raise ValueError(f"{path} line {number}: {error}") from error
     if not lines:
-        raise ValueError(f"{arguments.prompts_file}: holds no prompts")
+        raise ValueError(f"{path}: holds no prompts")
     return lines
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -77,7 +76,7 @@ def draw_lines(
     start: str = "",
     overwrite: bool = False,
     share: tuple[int, int] = (0, 1),
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = print,
 ) -> None:
     """Draws all lines whose pictures are not there yet, and writes them and the manifest.
 

@@ -1,1 +1,1 @@
-"""How good a model is, in numbers with intervals."""
+"""How good a model is, in numbers with intervals: the command `evaluate`."""

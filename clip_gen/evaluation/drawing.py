@@ -1,0 +1,86 @@
+"""Draws the pictures of an evaluation into files, so that a killed run resumes and processes can share the work."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from clip_gen.generate import DEFAULTS, read_lines
+from clip_gen.pipeline import ClipGen
+from clip_gen.prompts_file import Line, draw_lines, undrawn_lines
+
+log = logging.getLogger(__name__)
+
+LOG_SECONDS = 30.0
+FIXED = {"num_outputs": 1, "output_format": "png", "output_grid": False}
+WAIT_SECONDS = 1.0  # between two looks for what other processes have drawn
+
+
+def prompt_lines(path: Path, settings: Mapping[str, object]) -> list[Line]:
+    """A line for each prompt of a file as `generate` reads it. settings: candidates, seed and sampling; the nth prompt
+    has the seed plus n. ValueError for a line that cannot be used.
+    """
+    found = read_lines(path, DEFAULTS | dict(settings) | {"seed": None}, FIXED)
+    for line in found:
+        if not line.settings["prompt"]:
+            raise ValueError(f"{path} line {line.number}: has no prompt; give one")
+    if len(found) < 2:
+        raise ValueError(f"{path}: holds one prompt; give at least 2")
+    return [_with_seed(line, settings["seed"] + i) for i, line in enumerate(found)]
+
+
+def picture_lines(paths: Sequence[Path], settings: Mapping[str, object]) -> list[Line]:
+    """A line for each picture: what the model draws from its embedding. Seeds as in prompt_lines."""
+    values = DEFAULTS | dict(settings) | FIXED | {"prompt": ""}
+    return [Line(i + 1, values | {"image": path, "seed": settings["seed"] + i}) for i, path in enumerate(paths)]
+
+
+def _with_seed(line: Line, seed: int) -> Line:
+    given = line.settings["seed"]
+    return Line(line.number, line.settings | {"seed": seed if given is None else given})
+
+
+def draw(model: ClipGen, lines: Sequence[Line], folder: Path, what: str, share: tuple[int, int]) -> list[Path]:
+    """Draws this process's share of the lines; the first process waits for all of them. The files in their order."""
+    progress = _Progress(what, len(lines[share[0] :: share[1]]))
+    with _without_warnings():
+        draw_lines(model, lines, folder, overwrite=True, share=share, say=progress)
+    while share[0] == 0 and share[1] > 1 and undrawn_lines(model, lines, folder):
+        time.sleep(WAIT_SECONDS)
+    return [folder / line.names("")[0] for line in lines]
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """The pipeline would warn of unknown words for each of many prompts."""
+    pipeline = logging.getLogger("clip_gen.pipeline")
+    before = pipeline.level
+    pipeline.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        pipeline.setLevel(before)
+
+
+class _Progress:
+    """Logs every half minute how many lines are drawn, and how long the others take."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        self.began = self.logged = time.monotonic()
+
+    def __call__(self, sentence: str) -> None:
+        if sentence.endswith("were drawn before"):
+            self.total -= int(sentence.split()[0])
+            log.info("%s: %s", self.what, sentence)
+            return
+        self.done += 1
+        now = time.monotonic()
+        if now - self.logged >= LOG_SECONDS or self.done == self.total:
+            speed = self.done / (now - self.began)
+            left = (self.total - self.done) / speed / 60
+            log.info("%s: %d of %d, %.2f a second, %.1f min left", self.what, self.done, self.total, speed, left)
+            self.logged = now
