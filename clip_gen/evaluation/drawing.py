@@ -15,7 +15,7 @@ from clip_gen.prompts_file import Line, draw_lines, undrawn_lines
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
-FIXED = {"num_outputs": 1, "output_format": "png", "output_grid": False}
+FIXED = {"num_outputs": 1, "output_format": "png", "output_grid": False, "output_size": "1x"}
 WAIT_SECONDS = 1.0  # between two looks for what other processes have drawn
 
 
