@@ -64,6 +64,12 @@ class Predictor(BaseRunner):
         negative_prompt: str = Input(
             description="What the pictures should not show. Guidance of 1 becomes 3.", default="", max_length=1000
         ),
+        init_image: Path | None = Input(
+            description="A picture to redraw where mask is white.", default=None, accept="image/*"
+        ),
+        mask: Path | None = Input(
+            description="A picture of init_image's shape: white is redrawn.", default=None, accept="image/*"
+        ),
         num_outputs: int = Input(description="Number of pictures to return, best first.", default=4, ge=1, le=64),
         candidates: int = Input(description="Number of pictures to draw and choose from.", default=16, ge=1, le=256),
         clip_rerank: bool = Input(description="Return the best by CLIP score. Off: the first ones.", default=True),
@@ -102,6 +108,8 @@ class Predictor(BaseRunner):
                 image=image,
                 image_weight=image_weight,
                 negative_prompt=negative_prompt,
+                init_image=init_image,
+                mask=mask,
                 num_outputs=num_outputs,
                 candidates=candidates,
                 clip_rerank=clip_rerank,
@@ -164,6 +172,8 @@ class Predictor(BaseRunner):
         return await asyncio.get_running_loop().run_in_executor(self.drawing, in_context)
 
     def _record(self, result: "Generation", model: str) -> None:
+        for sentence in result.notes:
+            print(sentence)
         scores = [round(score, 4) for score in result.scores]
         print(f"seed: {result.seed}\nscores: {scores}")
         metrics = {"image_output_count": len(scores), "candidates": result.candidates, "seed": result.seed}

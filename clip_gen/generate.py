@@ -13,7 +13,7 @@ from clip_gen.enlarging import OUTPUT_SIZES, enlarger
 from clip_gen.files import shortened
 from clip_gen.hardware import own_share
 from clip_gen.images import OUTPUT_FORMATS
-from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
+from clip_gen.picture_files import INPUT_PICTURES, check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen
 from clip_gen.prompts_file import Line, draw_lines, read_prompts
 from clip_gen.sampling.condition import open_picture
@@ -27,6 +27,8 @@ SETTINGS = {
     "image": (None, "a picture's file, to draw variations of, or to mix with the prompt"),
     "image_weight": (0.5, "share of the image beside a prompt, 0 to 1"),
     "negative_prompt": ("", "what the pictures should not show"),
+    "init_image": (None, "a picture's file, to redraw where the mask is white"),
+    "mask": (None, "a picture's file, of init_image's shape: white is redrawn"),
     "candidates": (16, f"pictures to draw and choose from, 1 to {MAX_CANDIDATES}"),
     "num_outputs": (4, "pictures to write, best first, 1 to the number of candidates"),
     "top_k": (0, "choose from the k likeliest tokens; 0: from all"),
@@ -41,7 +43,7 @@ SETTINGS = {
     "output_grid": (False, "write a contact sheet of all pictures too, as grid.png"),
     "output_metadata": (True, "write the prompt and the settings into each file"),
 }
-KINDS = {"image": Path, "seed": int}  # of settings whose default is None
+KINDS = {**dict.fromkeys(INPUT_PICTURES, Path), "seed": int}  # of settings whose default is None
 CHOICES = {"output_format": OUTPUT_FORMATS, "output_size": OUTPUT_SIZES}
 DEFAULTS = {name: default for name, (default, _) in SETTINGS.items()}
 # Settings of HFAiLab's demo of the published COCO model.
@@ -70,7 +72,7 @@ def add_settings(parser: argparse.ArgumentParser, defaults: Mapping[str, object]
             how = {"choices": CHOICES[name]}
         else:
             how = {"type": KINDS.get(name) or type(value)}
-        default = {"image": "", "negative_prompt": "", "seed": "; default random"}.get(name, f"; default {value}")
+        default = "; default random" if name == "seed" else "" if value in (None, "") else f"; default {value}"
         parser.add_argument(f"--{name.replace('_', '-')}", help=SETTINGS[name][1] + default, **how)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda if available")
 
@@ -141,8 +143,9 @@ def checked_settings(settings: dict[str, object]) -> dict[str, object]:
         if settings[name] not in choices:
             raise ValueError(f"{name} is {settings[name]!r}; give one of {', '.join(choices)}")
     check_request(**settings)
-    if settings["image"] is not None:
-        open_picture(settings["image"])  # an unusable one is refused before the model is loaded
+    for name in INPUT_PICTURES:
+        if settings[name] is not None:
+            open_picture(settings[name], name)  # an unusable one is refused before the model is loaded
     for sentence in without_effect(settings, DEFAULTS):
         log.warning(sentence)
     return settings

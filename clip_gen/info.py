@@ -11,6 +11,7 @@ from clip_gen.enlarging import LANCZOS
 from clip_gen.files import checkpoints_folder
 from clip_gen.generate import DEFAULTS
 from clip_gen.images import read_metadata
+from clip_gen.picture_files import INPUT_PICTURES
 from clip_gen.weights.model_folder import CONFIG, ModelFolderError, folder_sha256, load_config
 
 
@@ -26,8 +27,9 @@ def main(arguments: argparse.Namespace) -> None:
     print(shell_command(found, str(folder or "MODEL")))
     hint = "" if folder else "; put its folder, tar or URL in place of MODEL"
     print(f"model: {found['model']}, sha256 {found.get('model_sha256', 'not recorded')}{hint}")
-    if "image_sha256" in found:
-        print(f"image: sha256 {found['image_sha256']}; put its file in place of IMAGE")
+    for name in INPUT_PICTURES:
+        if f"{name}_sha256" in found:
+            print(f"{name}: sha256 {found[f'{name}_sha256']}; put its file in place of {name.upper()}")
     if "upscaler" in found:
         by = (
             "Lanczos interpolation" if found["upscaler"] == LANCZOS else f"the upscaler with sha256 {found['upscaler']}"
@@ -42,7 +44,8 @@ def main(arguments: argparse.Namespace) -> None:
 def shell_command(found: Mapping[str, str], model: str) -> str:
     """The command that draws the pictures of these settings."""
     words = ["python", "-m", "clip_gen", "generate", f"--model={model}"]
-    words += ["--image=IMAGE"] if "image_sha256" in found else []
+    pictures = [name for name in INPUT_PICTURES if f"{name}_sha256" in found]
+    words += [f"--{name.replace('_', '-')}={name.upper()}" for name in pictures]
     for name, default in DEFAULTS.items():
         option, value = name.replace("_", "-"), found.get(name)
         if isinstance(default, bool) and value:

@@ -15,6 +15,8 @@ from clip_gen.files import PARTIAL, check_writable, sha256_of
 from clip_gen.images import contact_sheet, save_image
 from clip_gen.pipeline import ClipGen, Generation
 
+INPUT_PICTURES = ("image", "init_image", "mask")  # settings that are picture files
+
 
 def drawing_settings(settings: Mapping[str, object]) -> dict[str, object]:
     """The arguments of ClipGen.generate among the settings."""
@@ -24,13 +26,14 @@ def drawing_settings(settings: Mapping[str, object]) -> dict[str, object]:
 def description(model: ClipGen, result: Generation, settings: Mapping[str, object]) -> dict[str, object]:
     """What is written into the files of a result: the settings, and what else it takes to draw the pictures again.
 
-    Of an image prompt only the hash, because its name may be private. Settings without a value are left out.
+    Of pictures only the hashes, because their names may be private. Settings without a value are left out.
     """
-    image = settings["image"]
-    hidden = {"image", "output_metadata", "output_grid"} | (set() if image and settings["prompt"] else {"image_weight"})
+    hidden = {*INPUT_PICTURES, "output_metadata", "output_grid"}
+    hidden |= set() if settings["image"] and settings["prompt"] else {"image_weight"}
     hidden |= {"output_size"} if settings["output_size"] == "1x" else set()
+    given = {name: settings[name] for name in INPUT_PICTURES if settings[name]}
     found = {name: value for name, value in settings.items() if name not in hidden} | {
-        "image_sha256": image and sha256_of(image),
+        **{f"{name}_sha256": sha256_of(path) for name, path in given.items()},
         "upscaler": upscaler_name(settings["output_size"]),
         "candidates": result.candidates,
         "num_outputs": len(result.images),

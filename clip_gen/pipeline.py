@@ -24,6 +24,7 @@ from clip_gen.sampling.batch_requests import Request
 from clip_gen.sampling.batch_sizes import pad_rows
 from clip_gen.sampling.batcher import shared_batcher
 from clip_gen.sampling.condition import Condition, open_picture
+from clip_gen.sampling.inpainting import Inpainting, read_inpainting
 from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms
 from clip_gen.validation import MAX_SEED, check_request
 from clip_gen.weights.model_folder import VOCABULARY, Networks, folder_sha256, load_networks, transformer_mismatch
@@ -45,7 +46,8 @@ class Generation:
 
     images: list[Image.Image]
     # Cosine of each image's CLIP embedding with the prompt's, which the bridge has moved, or with that of prompt and
-    # picture mixed. With a negative prompt: minus the cosine with its embedding.
+    # picture mixed. With a negative prompt: minus the cosine with its embedding. With a mask: plus the mean
+    # log-likelihood of the kept tokens that follow a sampled one.
     scores: list[float]
     tokens: Tensor  # (num_outputs, T) int64, on the CPU
     seed: int
@@ -53,6 +55,7 @@ class Generation:
     candidates: int  # drawn; without clip_rerank as many as are returned
     metrics: dict[str, float]  # queue_seconds, sampling_seconds, tokens_per_second, rows_in_batch
     warnings: list[str] = field(default_factory=list)  # about this prompt, its settings and the model
+    notes: list[str] = field(default_factory=list)  # what was done to init_image
 
 
 class ClipGen:
@@ -144,11 +147,15 @@ class ClipGen:
         image: str | Path | Image.Image | None = None,
         image_weight: float = 0.5,
         negative_prompt: str = "",
+        init_image: str | Path | Image.Image | None = None,
+        mask: str | Path | Image.Image | None = None,
     ) -> Generation:
         """Draws `candidates` images of the prompt and returns the best `num_outputs` by CLIP score, best first.
 
         image: a picture or its file, to draw variations of, or to mix with the prompt; image_weight: its share then.
         negative_prompt: what not to show; guidance pushes away from it, and if guidance is 1 it becomes 3.
+        init_image, mask: a picture, and one of the same shape that is white where the first is redrawn; see
+        docs/prompts.md. The prompt says what the whole picture shows.
 
         Candidate i of a seed is the same image whatever the number of candidates. Without clip_rerank the first
         candidates are returned in their order. With settings that always take the likeliest token one is returned,
@@ -157,7 +164,8 @@ class ClipGen:
         """
         numbers = {"temperature": temperature, "top_p": top_p, "guidance": guidance}
         steering = {"image_weight": image_weight, "negative_prompt": negative_prompt}
-        check_request(prompt, candidates, num_outputs, seed, clip_rerank, image, top_k=top_k, **numbers, **steering)
+        others = numbers | steering | {"top_k": top_k, "init_image": init_image, "mask": mask}
+        check_request(prompt, candidates, num_outputs, seed, clip_rerank, image, **others)
         raised = bool(negative_prompt) and guidance == 1
         if raised:
             numbers["guidance"] = NEGATIVE_GUIDANCE
@@ -176,8 +184,13 @@ class ClipGen:
             )
         for sentence in warnings:
             log.warning(sentence)
+        inpainting = None
+        if init_image is not None:
+            inpainting = read_inpainting(init_image, mask, self.config.vqgan.resolution, self.device)
+            log.info(inpainting.note)
         uniforms = candidate_uniforms(seed, range(candidates), self.config.gpt.block_size)
-        request = Request(self, condition, uniforms, sampling, num_outputs if clip_rerank else None, should_stop)
+        best_only = num_outputs if clip_rerank else None
+        request = Request(self, condition, uniforms, sampling, best_only, should_stop, inpainting)
         best = shared_batcher(self.device).draw(request)
         return Generation(
             images=[candidate.image for candidate in best],
@@ -188,6 +201,7 @@ class ClipGen:
             candidates=candidates,
             metrics=request.metrics,
             warnings=self.warnings + warnings,
+            notes=[inpainting.note] if inpainting else [],
         )
 
     def warnings_about(self, condition: Condition, sampling: Sampling) -> list[str]:
@@ -218,13 +232,20 @@ class ClipGen:
         """CPU threads to decode with. For small images starting several costs more than it saves."""
         return 1 if self.config.vqgan.patch > 1 else shared_batcher(self.device).max_threads
 
-    def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+    def decode(
+        self, tokens: Tensor, embeddings: Tensor, inpaintings: Sequence[Inpainting | None] = ()
+    ) -> list[tuple[Image.Image, float]]:
         """Images and scores of at most at_a_time candidates, as decode_and_score has them, of tokens (n, T)."""
         count = len(tokens)
         if self.device.type == "cpu":
             tokens, embeddings = (pad_rows(part, self.at_a_time) for part in (tokens, embeddings))
-        images, scores = self.decode_and_score(tokens, embeddings)
+        images, scores = self.decode_and_score(tokens, embeddings, inpaintings)
         return list(zip(to_pil(images[:count]), scores[:count], strict=True))
+
+    def kept_tokens(self, inpainting: Inpainting) -> Tensor:
+        """The tokens (T,) of a picture, and -1 for those that its mask redraws."""
+        tokens = self.vqgan.encode(inpainting.picture[None])[0]
+        return tokens.masked_fill(inpainting.redrawn_tokens(self.config.vqgan), -1)
 
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """The embeddings (1, E) of what to show, and of what not to show if that is given.
@@ -249,13 +270,19 @@ class ClipGen:
         return self.clip_encoder.encode_image(to_tensor([square]).to(self.device))
 
     @torch.inference_mode()
-    def decode_and_score(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, list[float]]:
+    def decode_and_score(
+        self, tokens: Tensor, embedding: Tensor, inpaintings: Sequence[Inpainting | None] = ()
+    ) -> tuple[Tensor, list[float]]:
         """The images (B, 3, S, S) of tokens (B, T), and the products of their CLIP embeddings with `embedding`.
 
-        embedding: (B, E), or (1, E) for all. ValueError for a product that is not finite.
+        embedding: (B, E), or (1, E) for all. inpaintings: the pictures that the first images are pasted into, None for
+        whole images. ValueError for a product that is not finite.
         """
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
             images = self.vqgan.decode(tokens)
+            for image, inpainting in zip(images, inpaintings, strict=False):
+                if inpainting is not None:
+                    image.copy_(inpainting.paste(image))
             scores = (self.clip_encoder.encode_image(images) * embedding).sum(dim=1).tolist()
         if not all(map(math.isfinite, scores)):
             raise ValueError(f"the scores are {scores[:4]}: the weights of this model's CLIP or VQGAN are damaged")

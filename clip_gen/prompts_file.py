@@ -17,7 +17,7 @@ from typing import IO
 
 from clip_gen.enlarging import enlarger
 from clip_gen.files import sha256_of
-from clip_gen.picture_files import check_folder, description, drawing_settings, write_pictures
+from clip_gen.picture_files import INPUT_PICTURES, check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen, Generation
 
 MANIFEST = "manifest.jsonl"
@@ -31,8 +31,8 @@ class Line:
 
     def key(self, model: ClipGen) -> str:
         """The same for a line that draws the same again, or with another random seed if it names none."""
-        image = self.settings["image"]
-        asked = self.settings | {"image": image and sha256_of(image), "line": self.number, "model": model.sha256}
+        pictures = {name: self.settings[name] and sha256_of(self.settings[name]) for name in INPUT_PICTURES}
+        asked = self.settings | pictures | {"line": self.number, "model": model.sha256}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def names(self, start: str) -> list[str]:

@@ -28,6 +28,8 @@ def check_request(
     image: object = None,
     image_weight: float = 0.5,
     negative_prompt: str = "",
+    init_image: object = None,
+    mask: object = None,
     **others: object,
 ) -> None:
     """ValueError with the value and the remedy. others: the inputs of check_sampling; further ones are ignored."""
@@ -37,6 +39,13 @@ def check_request(
         check_prompt(prompt)
     if negative_prompt != "":
         check_prompt(negative_prompt, "negative_prompt", "say what the pictures should not show, or leave it out")
+    if init_image is None and mask is not None:
+        raise ValueError("mask is given without init_image; give the picture to redraw as init_image")
+    if init_image is not None and mask is None:
+        raise ValueError(
+            "init_image is given without mask; give a picture that is white where to redraw as mask, "
+            "or use image for variations of the whole picture"
+        )
     check_number("image_weight", image_weight, 0, 1, "0: the prompt alone, 1: the image alone")
     if not isinstance(clip_rerank, bool):
         raise ValueError(f"clip_rerank is {clip_rerank!r}; give True or False")

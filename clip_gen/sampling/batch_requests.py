@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.condition import Condition
+from clip_gen.sampling.inpainting import Inpainting
 from clip_gen.sampling.sampler import Batch, Sampling, Stopped
 
 
@@ -29,8 +30,16 @@ class Model(Protocol):
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """The embeddings (1, E) of what to show and of what not to show, if that is given."""
 
-    def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
-        """Images and scores of candidates: tokens (n, T), and what their embeddings are multiplied with, (n, E)."""
+    def kept_tokens(self, inpainting: Inpainting) -> Tensor:
+        """The tokens (T,) of a picture, and -1 for those to sample."""
+
+    def decode(
+        self, tokens: Tensor, embeddings: Tensor, inpaintings: Sequence[Inpainting | None]
+    ) -> list[tuple[Image.Image, float]]:
+        """Images and scores of candidates: tokens (n, T), and what their embeddings are multiplied with, (n, E).
+
+        inpaintings: the pictures that candidates are pasted into, None for whole pictures.
+        """
 
 
 @dataclass(eq=False)
@@ -40,6 +49,7 @@ class Candidate:
     request: Request | None  # None once the request has ended
     number: int
     tokens: Tensor | None = None  # (T,)
+    likelihood: float = 0.0  # mean log-likelihood of the kept tokens that follow a sampled one
     image: Image.Image | None = None
     score: float = 0.0
 
@@ -49,7 +59,7 @@ class Request:
     """Candidates of one condition; candidate i is drawn with the random numbers uniforms[i], (T,).
 
     num_outputs: how many of the best are kept, best first; None: all, in their order. should_stop: called before every
-    token; the request ends with Stopped once it returns True.
+    token; the request ends with Stopped once it returns True. inpainting: the picture to redraw a part of, if any.
     """
 
     model: Model
@@ -58,11 +68,13 @@ class Request:
     sampling: Sampling
     num_outputs: int | None = None
     should_stop: Callable[[], bool] | None = None
+    inpainting: Inpainting | None = None
     result: Future[list[Candidate]] = field(default_factory=Future)
     asked_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0  # when its first batch started
     embedding: Tensor | None = None  # (1, E)
     negative: Tensor | None = None  # (1, E), if the condition says what not to show
+    kept: Tensor | None = None  # (T,) with an inpainting: the picture's tokens, and -1 for those to sample
     started: int = 0  # candidates that are in a batch or were
     decoded: int = 0
     best: list[Candidate] = field(default_factory=list)  # of the decoded ones
@@ -103,7 +115,7 @@ class Request:
 
     def finish(self, candidate: Candidate, image: Image.Image, score: float) -> None:
         """Adds a decoded candidate. Ends the request if it is the last one."""
-        candidate.image, candidate.score = image, score
+        candidate.image, candidate.score = image, score + candidate.likelihood
         self.decoded += 1
         self.best.append(candidate)
         if self.num_outputs is not None:
@@ -148,7 +160,12 @@ class RunningBatch:
         negative = None
         if first.negative is not None:
             negative = torch.cat([candidate.request.negative for candidate in candidates])
-        self.batch = Batch(first.model.gpt, embedding, uniforms, first.sampling, negative)
+        kept = None
+        if any(request.kept is not None for request in self.requests):
+            all_sampled = torch.full((uniforms.shape[1],), -1, device=embedding.device)
+            rows = [candidate.request.kept for candidate in candidates]
+            kept = torch.stack([all_sampled if row is None else row for row in rows])
+        self.batch = Batch(first.model.gpt, embedding, uniforms, first.sampling, negative, kept)
 
     @property
     def wanted(self) -> bool:
@@ -163,4 +180,7 @@ class RunningBatch:
             request.batches.append((len(self.candidates), time.monotonic() - self.started_at))
         for candidate, tokens in zip(self.candidates, self.batch.tokens, strict=True):
             candidate.tokens = tokens
+        if self.batch.kept is not None:
+            for candidate, likelihood in zip(self.candidates, self.batch.kept.likelihood.tolist(), strict=True):
+                candidate.likelihood = likelihood
         return self.candidates

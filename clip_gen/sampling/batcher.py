@@ -130,6 +130,8 @@ class Batcher:
             with errors_to([request]):
                 set_threads(request.model.decode_threads)
                 request.embedding, request.negative = request.model.embed(request.condition)
+                if request.inpainting is not None:
+                    request.kept = request.model.kept_tokens(request.inpainting)
 
     def _start_batches(self) -> None:
         """Starts batches while candidates wait and memory allows, first come, first served."""
@@ -199,8 +201,10 @@ def decode(candidates: list[Candidate]) -> None:
     """Decodes candidates of one model, at most at_a_time, and adds them to their requests."""
     tokens = torch.stack([candidate.tokens for candidate in candidates])
     embeddings = torch.cat([candidate.request.ranked_by for candidate in candidates])
-    for candidate, decoded in zip(candidates, candidates[0].request.model.decode(tokens, embeddings), strict=True):
-        candidate.request.finish(candidate, *decoded)
+    inpaintings = [candidate.request.inpainting for candidate in candidates]
+    decoded = candidates[0].request.model.decode(tokens, embeddings, inpaintings)
+    for candidate, image_and_score in zip(candidates, decoded, strict=True):
+        candidate.request.finish(candidate, *image_and_score)
 
 
 def batch_bytes(gpt: GPT, sampling: Sampling, candidates: int) -> int:

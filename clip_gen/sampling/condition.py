@@ -24,14 +24,14 @@ class Condition:
     negative_prompt: str = ""
 
 
-def open_picture(image: str | Path | Image.Image) -> Image.Image:
-    """A picture, or the picture in a file, as upright RGB. ValueError for a file that cannot be used."""
+def open_picture(image: str | Path | Image.Image, name: str = "image") -> Image.Image:
+    """A picture, or the picture in a file, as upright RGB. ValueError with the input's name for an unusable file."""
     if isinstance(image, Image.Image):
         return as_rgb(image)
     try:
         with _decoding:
             return load_picture(Path(image))
     except UnusableError as error:
-        raise ValueError(f"image cannot be used: {error}; give a picture, such as a JPEG or PNG file") from error
+        raise ValueError(f"{name} cannot be used: {error}; give a picture, such as a JPEG or PNG file") from error
     except OSError as error:
-        raise ValueError(f"image is {str(image)!r}, which cannot be read ({error.strerror})") from error
+        raise ValueError(f"{name} is {str(image)!r}, which cannot be read ({error.strerror})") from error

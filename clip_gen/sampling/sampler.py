@@ -119,8 +119,9 @@ class Batch:
     """Candidates sampled together. Call `step`, which samples a token of each, until `done`; then read `tokens` (B, T).
 
     embedding: (B, E), one row per candidate. uniforms: (B, T) in [0, 1), the random numbers. negative: (B, E), replaces
-    the null condition in guidance. recorded: use CUDA graphs; None: if on a GPU. ValueError for guidance without
-    `negative` with a model that has no null condition.
+    the null condition in guidance. kept: (B, T), tokens that are taken as they are, and -1 where one is sampled.
+    recorded: use CUDA graphs; None: if on a GPU. ValueError for guidance without `negative` with a model that has no
+    null condition.
     """
 
     @torch.inference_mode()
@@ -131,11 +132,13 @@ class Batch:
         uniforms: Tensor,
         sampling: Sampling,
         negative: Tensor | None = None,
+        kept: Tensor | None = None,
         recorded: bool | None = None,
     ):
         if negative is None:
             check_guidance(gpt, sampling)
         device = embedding.device
+        self.kept = None if kept is None else KeptTokens(kept.to(device))
         self.gpt, self.sampling, self.uniforms, self.length = gpt, sampling, uniforms.to(device), 0
         self.tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
         recorded = device.type == "cuda" if recorded is None else recorded
@@ -164,8 +167,29 @@ class Batch:
             last = last.repeat(self.passes)
         logits = [rows[: len(self.tokens)].float() for rows in self.steps(last).chunk(self.passes)]
         chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
-        self.tokens[:, t] = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
+        drawn = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
+        self.tokens[:, t] = drawn if self.kept is None else self.kept.replace(drawn, logits[0], t)
         self.length += 1
+
+
+class KeptTokens:
+    """Tokens (B, T) of a batch that are taken as they are, -1 where one is sampled, and how likely they are."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens, self.are_kept = tokens, tokens >= 0
+        self.follow = self.are_kept & ((~self.are_kept).cumsum(dim=1) > 0)  # a sampled token
+        self.sums = torch.zeros(len(tokens), device=tokens.device)
+
+    def replace(self, drawn: Tensor, logits: Tensor, t: int) -> Tensor:
+        """The tokens (B,) at position t: the kept ones, elsewhere the drawn ones; logits: (B, V), without guidance."""
+        likelihoods = logits.log_softmax(dim=1).gather(1, self.tokens[:, t, None].clamp(min=0))[:, 0]
+        self.sums += torch.where(self.follow[:, t], likelihoods, 0.0)
+        return torch.where(self.are_kept[:, t], self.tokens[:, t], drawn)
+
+    @property
+    def likelihood(self) -> Tensor:
+        """The mean log-likelihood, in nats, of the kept tokens that follow a sampled one, (B,); 0 if there are none."""
+        return self.sums / self.follow.sum(dim=1).clamp(min=1)
 
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -41,6 +41,10 @@ def embedding(number: int) -> Tensor:
     return F.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(number)), dim=-1)
 
 
+class FakeInpainting(NamedTuple):
+    kept: Tensor  # (T,)
+
+
 class FakeModel:
     """A transformer without CLIP and VQGAN: prompts are numbers, and the score of an image is its first token."""
 
@@ -54,7 +58,10 @@ class FakeModel:
         negative = condition.negative_prompt
         return embedding(int(condition.prompt)), embedding(int(negative)) if negative else None
 
-    def decode(self, tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+    def kept_tokens(self, inpainting: FakeInpainting) -> Tensor:
+        return inpainting.kept
+
+    def decode(self, tokens: Tensor, embeddings: Tensor, _: object) -> list[tuple[Image.Image, float]]:
         self.decoded.append(embeddings[:, 0].tolist())
         return [(Image.new("L", (1, 1)), float(first)) for first in tokens[:, 0]]
 
@@ -321,12 +328,12 @@ def test_an_error_in_decoding_reaches_no_request_whose_candidates_decode_alone(
 ) -> None:
     plain_decode, damaged = model.decode, embedding(0)
 
-    def decode(tokens: Tensor, embeddings: Tensor) -> list[tuple[Image.Image, float]]:
+    def decode(tokens: Tensor, embeddings: Tensor, _: object) -> list[tuple[Image.Image, float]]:
         if (embeddings == damaged).all(dim=1).any():
             raise ValueError("the scores are [nan]")
         if len(tokens) > 3:
             raise RuntimeError("out of memory")
-        return plain_decode(tokens, embeddings)
+        return plain_decode(tokens, embeddings, _)
 
     monkeypatch.setattr(model, "decode", decode)
     with HeldThread(batcher):

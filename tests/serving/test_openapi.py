@@ -188,6 +188,8 @@ def test_inputs_of_predict_are_ordered_and_described() -> None:
             "image",
             "image_weight",
             "negative_prompt",
+            "init_image",
+            "mask",
             "num_outputs",
             "candidates",
             "clip_rerank",
@@ -208,7 +210,7 @@ def test_inputs_of_predict_are_ordered_and_described() -> None:
     ]
     assert all(one["description"] for one in properties.values())
     assert properties["candidates"]["maximum"] == MAX_CANDIDATES
-    assert [one["x-order"] for one in properties.values()] == list(range(18))
+    assert [one["x-order"] for one in properties.values()] == list(range(20))
     assert properties["seed"]["maximum"] == 2**31 - 1
 
 

@@ -38,7 +38,7 @@ from predict import Predictor
 
 QUICK = {
     **{"prompt": "a large red circle", "num_outputs": 2, "candidates": 4, "clip_rerank": True, "seed": 7},
-    **{"image": None, "image_weight": 0.5, "negative_prompt": ""},
+    **{"image": None, "image_weight": 0.5, "negative_prompt": "", "init_image": None, "mask": None},
     **{"top_k": 0, "top_p": 1.0, "temperature": 1.0, "guidance": 1.0},
     **{
         "output_format": "png",
