@@ -77,9 +77,9 @@ def test_images_and_scores_do_not_depend_on_other_requests(
     prompts: list[int] = []  # how many in each call of decode
     decode = tiny_model.decode
 
-    def watched(tokens: torch.Tensor, embeddings: torch.Tensor) -> list[tuple[Image.Image, float]]:
+    def watched(tokens: torch.Tensor, embeddings: torch.Tensor, *more: object) -> list[tuple[Image.Image, float]]:
         prompts.append(len(embeddings.unique(dim=0)))
-        return decode(tokens, embeddings)
+        return decode(tokens, embeddings, *more)
 
     monkeypatch.setattr(tiny_model, "decode", watched)
 
