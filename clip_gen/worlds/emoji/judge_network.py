@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from clip_gen.weights.model_folder import load_part, save_part
 from clip_gen.worlds.emoji.drawings import STYLES
 from clip_gen.worlds.emoji.judge import TOP, Reading, resized, squares
-from clip_gen.worlds.emoji.rendering import sprite
+from clip_gen.worlds.emoji.rendering import OUTLINE, centred, sprite
 from clip_gen.worlds.emoji.scenes import BACKGROUNDS, Item
 from clip_gen.worlds.emoji.words import things
 
@@ -86,28 +86,20 @@ def renamed(reading: Reading | None, picture: np.ndarray) -> Reading | None:
 
 
 def read_drawings(folder: Path) -> tuple[Tensor, Tensor]:
-    """All drawings, (N, 4, 32, 32) float32 of colour times alpha and alpha in [0, 1], and the numbers of their names.
+    """All drawings without outlines, (N, 4, 32, 32) float32 of colour times alpha and alpha in [0, 1], and the numbers
+    of their names.
 
     ValueError if there are none.
     """
     paths = [(path, number) for number, name in enumerate(things()) for path in sorted(folder.glob(f"*/{name}.png"))]
     if not paths:
         raise ValueError(f"{folder}: has no ARTIST/NAME.png of a thing in words.yaml")
-    drawings = torch.stack([fitted(Image.open(path).convert("RGBA")) for path, _ in paths])
-    return drawings, torch.tensor([number for _, number in paths])
-
-
-def fitted(image: Image.Image) -> Tensor:
-    """An RGBA drawing in the middle of a square that it touches, (4, 32, 32)."""
-    image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()).convert("RGBa")
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    square = Image.new("RGBa", (SIDE, SIDE))
-    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
-    return torch.tensor(np.asarray(square)).permute(2, 0, 1) / 255
+    drawings = np.stack([centred(Image.open(path).convert("RGBA"), SIDE, OUTLINE) for path, _ in paths])
+    return torch.from_numpy(drawings).permute(0, 3, 1, 2) / 255, torch.tensor([number for _, number in paths])
 
 
 def varied(drawings: Tensor) -> Tensor:
-    """Random views of drawings on random backgrounds, as offsets from these, (B, 3, 32, 32).
+    """Random views of drawings with outlines on random backgrounds, as offsets from these, (B, 3, 32, 32).
 
     Turned, shifted, stretched and mirrored a little; in other colours, blurred and noisy.
     """
@@ -127,6 +119,8 @@ def varied(drawings: Tensor) -> Tensor:
     mixes[: count // 2] = torch.rand(count // 2, 3, 3).softmax(dim=2) + 0.3 * torch.randn(count // 2, 3, 3)
     colours = torch.einsum("bij,bjhw->bihw", mixes, colours)
     colours = torch.minimum(colours.clamp(min=0), alpha)
+    outlined = F.max_pool2d(alpha, 2 * OUTLINE + 1, stride=1, padding=OUTLINE)
+    colours, alpha = colours + outlined - alpha, outlined
     ground = torch.rand(count, 3, 1, 1)
     palette = torch.tensor(list(BACKGROUNDS.values())) / 255
     named = palette[torch.randint(len(palette), (count,))][..., None, None]

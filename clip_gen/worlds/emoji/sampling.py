@@ -14,7 +14,7 @@ from clip_gen.worlds.emoji.words import things
 # How often each layout is sampled. A large drawing has three times the tokens of a small one.
 SHARES = {"large": 0.48, "small": 0.05}
 SHARES |= dict.fromkeys(CORNERS, 0.11 / 4) | dict.fromkeys(RELATIONS, 0.25 / 4) | dict.fromkeys(COUNTS, 0.11 / 3)
-RECOLOURED = 0.35  # share of the drawings with a dominant hue that get another colour
+RECOLOURED = 0.3  # share of the drawings with a dominant hue that get another colour
 
 
 def sample_scene(rng: np.random.Generator, *, layout: str | None = None, held_out: str = "never") -> Scene:

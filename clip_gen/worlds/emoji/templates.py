@@ -23,7 +23,7 @@ from clip_gen.worlds.emoji.drawings import (
     from_oklab,
     to_oklab,
 )
-from clip_gen.worlds.emoji.rendering import sprite
+from clip_gen.worlds.emoji.rendering import OUTLINE, bare_sprite, outlined
 from clip_gen.worlds.emoji.scenes import GRID, Item
 from clip_gen.worlds.emoji.words import things
 
@@ -118,10 +118,11 @@ def _variants(name: str, style: str, side: int) -> tuple[list[str | None], np.nd
     With (k, side, side, 4): colour times alpha, and alpha. The colours change as in drawings.recoloured, but at this
     size, where it is far quicker.
     """
-    natural = sprite(Item(name, style), side, 1) / np.float32(255)
-    hue = dominant_hue(name, style)
+    bare = bare_sprite(Item(name, style), side, 1)
+    outline = outlined(bare, OUTLINE) / np.float32(255) - bare / np.float32(255)
+    natural, hue = bare / np.float32(255), dominant_hue(name, style)
     if hue is None:
-        return [None], natural[None]
+        return [None], (natural + outline)[None]
     alpha = natural[..., 3:]
     lab = to_oklab((natural[..., :3] / alpha.clip(1e-3)).clip(0, 1))
     chroma = np.hypot(lab[..., 1], lab[..., 2])
@@ -134,7 +135,7 @@ def _variants(name: str, style: str, side: int) -> tuple[list[str | None], np.nd
     drawn = np.stack([natural] * (1 + len(COLOURS)))
     mixed = from_oklab(np.stack(parts, axis=-1).clip([0, -1, -1], [1, 1, 1]))  # (colours, changed pixels, 3)
     drawn[1:, changed, :3] = mixed * alpha[changed]
-    return [None, *COLOURS], drawn
+    return [None, *COLOURS], drawn + outline
 
 
 def _steps(values: np.ndarray) -> np.ndarray:

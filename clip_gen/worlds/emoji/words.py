@@ -11,6 +11,7 @@ import yaml
 # Plurals that no rule below makes.
 PLURALS = {"mouse": "mice", "die": "dice", "wolf": "wolves", "knife": "knives", "leaf": "leaves", "loaf": "loaves"}
 PLURALS |= {"tomato": "tomatoes", "potato": "potatoes", "cactus": "cacti", "fungus": "fungi", "child": "children"}
+PLURALS |= {"ox": "oxen", "snowman": "snowmen"}
 PLURALS |= {word: word for word in ("sheep", "fish", "deer", "squid", "shrimp", "goldfish", "blowfish", "pufferfish")}
 
 # Nouns that take no article and have no other plural.
@@ -25,7 +26,7 @@ WITHOUT_ARTICLE = frozenset(
     """.replace("\n", " ").split(",")
 )
 VOWELS = "aeiou"
-CONSONANT_SOUNDS = ("unicorn",)  # begin with a vowel, and take "a"
+CONSONANT_SOUNDS, VOWEL_SOUNDS = ("unicorn",), ("hour",)  # take "a" and "an" in spite of their first letter
 
 
 class Thing(NamedTuple):
@@ -74,4 +75,5 @@ def with_article(phrase: str, noun: str) -> str:
     """The phrase, whose noun is given, with "a" or "an", or with nothing if the noun takes no article."""
     if noun in WITHOUT_ARTICLE:
         return phrase
-    return ("an " if phrase[0].lower() in VOWELS and not phrase.startswith(CONSONANT_SOUNDS) else "a ") + phrase
+    begins_with_vowel = phrase[0].lower() in VOWELS and not phrase.startswith(CONSONANT_SOUNDS)
+    return ("an " if begins_with_vowel or phrase.startswith(VOWEL_SOUNDS) else "a ") + phrase
