@@ -28,7 +28,7 @@ def random_scenes(number: int, **options: object) -> list[Scene]:
     return [sample_scene(np.random.default_rng([51, i]), held_out="may", **options) for i in range(number)]
 
 
-def share_right(scenes: list[Scene], change: Callable[[np.ndarray], np.ndarray], resolution: int = 64) -> float:
+def share_right(scenes: list[Scene], change: Callable[[np.ndarray], np.ndarray], resolution: int = 128) -> float:
     return float(np.mean([satisfies(read(change(render(scene, resolution))), describe(scene)) for scene in scenes]))
 
 
@@ -36,16 +36,16 @@ def unchanged(picture: np.ndarray) -> np.ndarray:
     return picture
 
 
-@pytest.mark.parametrize(("count", "resolution"), [(80, 64), (20, 128)])
-def test_renders_are_read_correctly(count: int, resolution: int) -> None:
-    """Takes some seconds once: the templates of all drawings."""
-    assert share_right(random_scenes(count), unchanged, resolution) >= 0.99
+@pytest.mark.parametrize(("count", "resolution", "least"), [(80, 128, 0.99), (40, 64, 0.95)])
+def test_renders_are_read_correctly(count: int, resolution: int, least: float) -> None:
+    """Takes some seconds once: the templates of all drawings. They are those of pictures of 128 pixels."""
+    assert share_right(random_scenes(count), unchanged, resolution) >= least
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read(layout: str) -> None:
     for scene in random_scenes(5, layout=layout):
-        assert satisfies(read(render(scene)), Description(describe(scene).things, describe(scene).many, layout))
+        assert satisfies(read(render(scene, 128)), Description(describe(scene).things, describe(scene).many, layout))
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
@@ -59,7 +59,7 @@ def noisy(picture: np.ndarray) -> np.ndarray:
 
 
 def blurred(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.6)))
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.2)))
 
 
 def compressed(picture: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ def compressed(picture: np.ndarray) -> np.ndarray:
 
 
 def shifted(picture: np.ndarray) -> np.ndarray:
-    return np.roll(picture, (1, -1), axis=(0, 1))
+    return np.roll(picture, (2, -2), axis=(0, 1))
 
 
 @pytest.mark.parametrize("change", [noisy, blurred, compressed, shifted])
@@ -79,20 +79,20 @@ def test_slight_faults_do_not_matter(change: Callable[[np.ndarray], np.ndarray])
 
 def test_few_spoilt_pictures_are_read_as_what_they_were() -> None:
     right = [
-        satisfies(read(spoil(scene, np.random.default_rng(i), 64)), describe(scene))
+        satisfies(read(spoil(scene, np.random.default_rng(i), 128)), describe(scene))
         for i, scene in enumerate(random_scenes(80))
     ]
-    assert np.mean(right) <= 0.15
+    assert np.mean(right) <= 0.2
 
 
 def test_a_strong_blur_litter_and_half_a_drawing_are_not_right() -> None:
     for i, scene in enumerate(random_scenes(10, layout="large")):
-        picture, (_, top, side) = render(scene), boxes(scene, 64)[0]
+        picture, (_, top, side) = render(scene, 128), boxes(scene, 128)[0]
         half = picture.copy()
         half[top + side // 2 :] = BACKGROUNDS[scene.background]
         littered = picture.copy()
-        littered[1:7, 1:7] = np.uint8(255) - picture[0, 0] // 2
-        small = Image.fromarray(picture).resize((6, 6)).resize((64, 64), Image.Resampling.BICUBIC)
+        littered[2:14, 2:14] = np.uint8(255) - picture[0, 0] // 2
+        small = Image.fromarray(picture).resize((6, 6)).resize((128, 128), Image.Resampling.BICUBIC)
         noise = np.random.default_rng(i).integers(0, 256, picture.shape, dtype=np.uint8)
         for spoilt in (half, np.asarray(small), noise, np.full_like(picture, BACKGROUNDS[scene.background])):
             assert not satisfies(read(spoilt), Description((ThingDescription(scene.items[0].name),))), scene
@@ -110,23 +110,23 @@ def test_templates_have_the_colours_of_recoloured_drawings() -> None:
     for name, style in (("cat", "noto"), ("umbrella", "flat"), ("pig", "3d")):
         for colour in COLOURS:
             row = table.items.index(Item(name, style, colour))
-            true = sprite(Item(name, style, colour), 48, 1).reshape(12, 4, 12, 4, 4).mean(axis=(1, 3)) / 255
+            true = sprite(Item(name, style, colour), 96, 2).reshape(12, 8, 12, 8, 4).mean(axis=(1, 3)) / 255
             assert abs(table.matrix[row].reshape(4, 12, 12).transpose(1, 2, 0) - true).mean() < 0.01
 
 
 def test_a_drawing_in_the_artists_colours_has_a_colour_by_itself() -> None:
     assert natural_colours("red apple", "flat") == {"red"}
     assert natural_colours("panda", "noto") == frozenset()
-    apple = read(render(Scene("white", "large", (APPLE,))))
+    apple = read(render(Scene("white", "large", (APPLE,)), 128))
     assert grade(apple, Description((ThingDescription("red apple", colour="red"),)))["colour"]
     assert not grade(apple, Description((ThingDescription("red apple", colour="blue"),)))["colour"]
-    green = read(render(Scene("white", "large", (replace(APPLE, colour="green"),))))
+    green = read(render(Scene("white", "large", (replace(APPLE, colour="green"),)), 128))
     assert grade(green, Description((ThingDescription("red apple", colour="green"),)))["colour"]
     assert not grade(green, Description((ThingDescription("red apple", colour="red"),)))["colour"]
 
 
 def test_only_stated_attributes_are_graded() -> None:
-    reading = read(render(PAIR))
+    reading = read(render(PAIR, 128))
     assert grade(reading, Description((ThingDescription("cat"), ThingDescription()))) == {
         "count": True,
         **NAME,
@@ -143,13 +143,13 @@ def test_only_stated_attributes_are_graded() -> None:
 
 
 def test_a_kind_is_right_for_every_thing_of_it() -> None:
-    reading = read(render(Scene("blue", "small", (CAT,))))
+    reading = read(render(Scene("blue", "small", (CAT,)), 128))
     assert grade(reading, Description((ThingDescription(kind="animal"),))) == {"count": True, "kind": True}
     assert grade(reading, Description((ThingDescription(kind="fruit"),))) == {"count": True, "kind": False}
 
 
 def test_the_order_of_two_things_does_not_matter_but_their_relation_does() -> None:
-    reading = read(render(PAIR))
+    reading = read(render(PAIR, 128))
     assert satisfies(reading, swapped(describe(PAIR)))
     exchanged = replace(describe(PAIR), things=describe(PAIR).things[::-1])
     assert not satisfies(reading, exchanged)
@@ -159,13 +159,13 @@ def test_the_order_of_two_things_does_not_matter_but_their_relation_does() -> No
 
 
 def test_counts_and_places_are_graded() -> None:
-    three = read(render(Scene("white", "three", (CAT,) * 3)))
+    three = read(render(Scene("white", "three", (CAT,) * 3), 128))
     cats = Description((ThingDescription("cat"),), many=True)
     assert satisfies(three, cats)
     assert satisfies(three, replace(cats, layout="three"))
     assert grade(three, replace(cats, layout="two")) == {"count": False, **NAME}
     assert not satisfies(three, Description((ThingDescription("cat"),)))
-    corner = read(render(Scene("white", "top left", (CAT,))))
+    corner = read(render(Scene("white", "top left", (CAT,)), 128))
     one = Description((ThingDescription("cat"),), layout="bottom left")
     assert grade(corner, one) == {"count": True, "position": False, **NAME}
     assert grade(corner, replace(one, layout="large")) == {"count": True, "size": False, **NAME}
@@ -174,5 +174,5 @@ def test_counts_and_places_are_graded() -> None:
 
 def test_without_a_reading_everything_stated_is_wrong() -> None:
     grades = grade(None, describe(PAIR))
-    assert set(grades) == set(grade(read(render(PAIR)), describe(PAIR)))
+    assert set(grades) == set(grade(read(render(PAIR, 128)), describe(PAIR)))
     assert not any(grades.values())

@@ -51,7 +51,7 @@ TOP_NAMES = f"name in the top {TOP}"
 MAX_GROUND_ERROR = 0.16  # distance of a background from the palette's colour
 MAX_OUTSIDE = 0.2  # share of a picture's squared distance from the background outside the squares of its layout
 MAX_LITTER = 0.18  # mean distance from the background in any 4 x 4 pixels outside the squares
-MAX_ERROR = 0.3  # squared error of the best template, relative to its squared distance from the background
+MAX_ERROR = 0.2  # squared error of the best template, relative to its squared distance from the background
 MAX_DAMAGE = 0.35  # error of the mean of any 4 x 4 pixels
 MIN_DETAIL = 0.15  # squared differences of neighbouring pixels, relative to the template's; less is a blur
 

@@ -118,9 +118,13 @@ def _variants(name: str, style: str, side: int) -> tuple[list[str | None], np.nd
     With (k, side, side, 4): colour times alpha, and alpha. The colours change as in drawings.recoloured, but at this
     size, where it is far quicker.
     """
-    bare = bare_sprite(Item(name, style), side, 1)
-    outline = outlined(bare, OUTLINE) / np.float32(255) - bare / np.float32(255)
-    natural, hue = bare / np.float32(255), dominant_hue(name, style)
+    # As the model's pictures, of twice the size, look when they are reduced.
+    bare = bare_sprite(Item(name, style), 2 * side, 2)
+    natural, whole = (
+        drawn.reshape(side, 2, side, 2, 4).mean(axis=(1, 3), dtype=np.float32) / 255
+        for drawn in (bare, outlined(bare, 2 * OUTLINE))
+    )
+    outline, hue = whole - natural, dominant_hue(name, style)
     if hue is None:
         return [None], (natural + outline)[None]
     alpha = natural[..., 3:]
