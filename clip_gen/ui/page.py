@@ -1,0 +1,245 @@
+"""The page: its components, and what happens when they are used."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gradio as gr
+
+from clip_gen.generate import checked_settings
+from clip_gen.picture_files import drawing_settings
+from clip_gen.pipeline import Stopped
+from clip_gen.ui.controls import ADVANCED, FIRST, as_settings, as_values, component, read_fields
+from clip_gen.ui.history import SETTINGS, Drawing, History
+from clip_gen.ui.models import Models, examples, model_choices
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 0.25  # seconds between two updates while drawing
+MAX_DRAWINGS = 4  # at the same time, in several tabs
+MAX_SHOWN = 60  # earlier drawings
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+
+
+class Page:
+    """The components of the page, and the functions that its events call."""
+
+    def __init__(self, models: Models, history: History, model: str):
+        self.models, self.history, self.start = models, history, model
+        self.fields = read_fields()
+        self.threads = ThreadPoolExecutor(MAX_DRAWINGS, "drawing")
+        self.stops: dict[str, threading.Event] = {}  # of the drawing that runs in each tab
+        with gr.Blocks(title="CLIP-GEN", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
+            self.chosen, self.number = gr.State(None), gr.State(0)  # name of the drawing that is shown; picture in it
+            self.listed = gr.State([])  # names of the earlier drawings
+            gr.HTML("<h1>CLIP-GEN</h1>", padding=False)
+            with gr.Row(elem_id="layout"):
+                with gr.Column(elem_id="ask"):
+                    self._build_question()
+                with gr.Column(elem_id="results"):
+                    self._build_results()
+                with gr.Column(elem_id="settings"):
+                    self._build_settings()
+            self._connect()
+
+    def _build_question(self) -> None:
+        self.model = gr.Dropdown(
+            label="Model", allow_custom_value=True, elem_id="model", info="or type a folder, a weights tar or its URL"
+        )
+        self.prompt = component(self.fields["prompt"])
+        with gr.Row():
+            self.draw_button = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
+            self.cancel_button = gr.Button("Cancel", variant="stop", elem_id="cancel", interactive=False, min_width=90)
+        self.status = gr.HTML(said(""), elem_id="status", padding=False)
+        self.examples = gr.Dataset(
+            label="Examples", components=[gr.Textbox(visible=False)], samples=[], elem_id="examples"
+        )
+        with gr.Accordion("What this model knows", open=False, elem_id="known"):
+            self.known = gr.Markdown()
+
+    def _build_results(self) -> None:
+        gr.HTML("<h2>Pictures, best first</h2>", padding=False)
+        self.preview = gr.Image(
+            label="So far", visible=False, interactive=False, buttons=[], elem_id="preview", height=260
+        )
+        gallery = {"show_label": False, "object_fit": "contain", "interactive": False, "height": "auto"}
+        buttons = ["download", "fullscreen"]
+        self.gallery = gr.Gallery(columns=4, fit_columns=False, buttons=buttons, elem_id="pictures", **gallery)
+        with gr.Column(visible=False, variant="panel", elem_id="picture") as self.panel:
+            self.details = gr.HTML(padding=False)
+            with gr.Row():
+                self.vary = gr.Button("Variations of it", size="sm", elem_id="vary", min_width=130)
+                self.save = gr.DownloadButton("Download picture", size="sm", elem_id="save", min_width=130)
+                self.save_settings = gr.DownloadButton(
+                    "Download settings", size="sm", elem_id="save-settings", min_width=130
+                )
+                self.save_sheet = gr.DownloadButton("Contact sheet", size="sm", visible=False, min_width=100)
+            with gr.Accordion("The command that draws it again", open=False):
+                self.command = gr.Textbox(
+                    show_label=False, lines=2, interactive=False, buttons=["copy"], elem_id="command", container=False
+                )
+        with gr.Accordion("Earlier drawings", elem_id="history"):
+            self.past = gr.Gallery(
+                columns=6, fit_columns=False, allow_preview=False, buttons=[], elem_id="past", **gallery
+            )
+            self.remove = gr.Button("Remove the drawing shown above", size="sm", elem_id="remove", interactive=False)
+
+    def _build_settings(self) -> None:
+        with gr.Accordion("Draw from a picture", open=False, elem_id="from-picture") as self.from_picture:
+            self.image = gr.Image(
+                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image: upload or paste",
+                height=220, buttons=[], elem_id="image",
+            )  # fmt: skip
+            image_weight = component(self.fields["image_weight"])
+        controls = {"prompt": self.prompt, "image": self.image, "image_weight": image_weight}
+        controls |= {name: component(self.fields[name]) for name in ("negative_prompt", *FIRST)}
+        with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
+            for title, names in ADVANCED.items():
+                gr.Markdown(f"### {title}")
+                controls |= {name: component(self.fields[name]) for name in names}
+        self.controls = controls
+
+    def _connect(self) -> None:
+        """Says which function an event calls."""
+        inputs = [self.model, *self.controls.values()]
+        shown = [self.gallery, self.chosen, self.number, self.panel, self.details, self.save, self.save_settings]
+        shown += [self.save_sheet, self.command, self.remove]
+        buttons = [self.status, self.preview, self.draw_button, self.cancel_button]
+        drawn = [*buttons, *shown, self.past, self.listed]
+        gr.on([self.draw_button.click, self.prompt.submit], self.draw, inputs, drawn, show_progress="hidden")
+        self.cancel_button.click(self.cancel, None, self.status, queue=False)
+        self.gallery.select(self.choose, self.chosen, shown[1:], show_progress="hidden")
+        varied = [self.image, self.prompt, self.controls["seed"], self.from_picture]
+        self.vary.click(self.use_as_image, [self.chosen, self.number], varied).then(
+            self.draw, inputs, drawn, show_progress="hidden"
+        )
+        self.past.select(self.show_past, self.listed, [*shown, self.status, self.model, *self.controls.values()])
+        self.remove.click(self.remove_shown, self.chosen, [*shown, self.past, self.listed, self.status])
+        self.examples.click(lambda sample: sample[0], self.examples, self.prompt)
+        about_model = [self.examples, self.known, self.status]
+        self.model.change(self.describe_model, self.model, about_model)
+        self.blocks.load(self.open, None, [self.model, self.past, self.listed, *shown])
+
+    def open(self) -> dict[gr.components.Component, object]:
+        """The page after it was loaded: the models, the earlier drawings, and the last of them."""
+        last = next(iter(self.history.drawings()), None)
+        choices = model_choices()
+        return {self.model: gr.Dropdown(choices=choices, value=self.start), **self._history(), **self._shown(last)}
+
+    def describe_model(self, name: str) -> dict[gr.components.Component, object]:
+        """Examples of what a model knows. Loads it, if it is not loaded."""
+        try:
+            model = self.models.get(name)
+        except (ValueError, OSError) as error:
+            return {self.status: said(str(error), problem=True), self.examples: gr.Dataset(samples=[]), self.known: ""}
+        known = f"{model.vocabulary}." if model.vocabulary else "It has no vocabulary.txt that says it."
+        samples = [[prompt] for prompt in examples(model)]
+        return {self.examples: gr.Dataset(samples=samples), self.known: known, self.status: said("")}
+
+    async def draw(
+        self, request: gr.Request, model: str, *values: object
+    ) -> AsyncIterator[dict[gr.components.Component, object]]:
+        """Draws, and meanwhile shows the progress. A reload of the page ends it, like a click on Cancel."""
+        stop = self.stops[request.session_hash] = threading.Event()
+        started = time.monotonic()
+        job = self.threads.submit(self._draw, model, values, stop)
+        busy = {self.draw_button: gr.Button(interactive=False), self.cancel_button: gr.Button(interactive=True)}
+        try:
+            while not job.done():
+                yield {self.status: said(f"Drawing, {time.monotonic() - started:.0f} s"), **busy}
+                await asyncio.sleep(INTERVAL)
+            drawing = job.result()
+            text = f"Drawn in {time.monotonic() - started:.1f} s with seed {drawing.settings['seed']}"
+            end = {self.status: said(text, drawing.settings["warnings"]), **self._history(), **self._shown(drawing)}
+        except Stopped:
+            end = {self.status: said("Cancelled")}
+        except (ValueError, OSError) as error:
+            end = {self.status: said(str(error), problem=True)}
+        finally:
+            stop.set()
+        yield end | {
+            self.draw_button: gr.Button(interactive=True),
+            self.cancel_button: gr.Button(interactive=False),
+            self.preview: gr.Image(visible=False),
+        }
+
+    def _draw(self, name: str, values: Sequence[object], stop: threading.Event) -> Drawing:
+        settings = checked_settings(as_settings(self.fields, list(self.controls), values))
+        model = self.models.get(name)
+        result = model.generate(**drawing_settings(settings), should_stop=stop.is_set)
+        return self.history.add(model, name, result, settings)
+
+    def cancel(self, request: gr.Request) -> str:
+        if stop := self.stops.get(request.session_hash):
+            stop.set()
+        return said("Cancelling")
+
+    def choose(self, name: str, event: gr.SelectData) -> dict[gr.components.Component, object]:
+        """The picture that was clicked."""
+        shown = self._shown(self.history.find(name), event.index)
+        shown.pop(self.gallery)
+        return shown
+
+    def use_as_image(self, name: str, number: int) -> tuple[object, ...]:
+        """The picture as the image prompt, alone and with a new seed."""
+        drawing = self.history.find(name)
+        picture = str(drawing.pictures[number]) if drawing else None
+        return picture, "", None, gr.Accordion(open=True)
+
+    def show_past(self, names: list[str], event: gr.SelectData) -> dict[gr.components.Component, object]:
+        """An earlier drawing with its settings. Its image prompt was not kept."""
+        drawing = self.history.find(names[event.index])
+        if drawing is None:
+            return {self.status: said("This drawing was removed from the history", problem=True)}
+        values = as_values(self.fields, list(self.controls), drawing.settings)
+        lost = ["Its image prompt was not kept: give it again"] if "image_sha256" in drawing.settings else []
+        settings = dict(zip(self.controls.values(), values, strict=True))
+        model = {self.model: drawing.settings["weights"]}
+        return {**settings, **model, **self._shown(drawing), self.status: said("An earlier drawing", lost)}
+
+    def remove_shown(self, name: str) -> dict[gr.components.Component, object]:
+        if drawing := self.history.find(name):
+            self.history.remove(drawing.name)
+        return {**self._shown(None), **self._history(), self.status: said("Removed")}
+
+    def _history(self) -> dict[gr.components.Component, object]:
+        drawings = self.history.drawings()[:MAX_SHOWN]
+        pictures = [(str(drawing.pictures[0]), drawing.title) for drawing in drawings]
+        return {self.past: pictures, self.listed: [drawing.name for drawing in drawings]}
+
+    def _shown(self, drawing: Drawing | None, number: int = 0) -> dict[gr.components.Component, object]:
+        """The pictures of a drawing, and what can be done with one of them."""
+        if drawing is None:
+            return {self.gallery: None, self.chosen: None, self.panel: gr.Column(visible=False), self.remove: off()}
+        pictures, captions = list(map(str, drawing.pictures)), drawing.captions()
+        title = f"Picture {number + 1} of {len(pictures)}: {captions[number]}"
+        return {
+            self.gallery: gr.Gallery(list(zip(pictures, captions, strict=True)), selected_index=None),
+            self.chosen: drawing.name,
+            self.number: number,
+            self.panel: gr.Column(visible=True),
+            self.details: f"<p><b>{title}</b><br>{html.escape(drawing.title)}</p>",
+            self.save: gr.DownloadButton(value=pictures[number]),
+            self.save_settings: gr.DownloadButton(value=str(drawing.folder / SETTINGS)),
+            self.save_sheet: gr.DownloadButton(value=drawing.sheet and str(drawing.sheet), visible=bool(drawing.sheet)),
+            self.command: drawing.settings["command"],
+            self.remove: gr.Button(interactive=True),
+        }
+
+
+def off() -> gr.Button:
+    return gr.Button(interactive=False)
+
+
+def said(text: str, warnings: Sequence[str] = (), problem: bool = False) -> str:
+    """A sentence that a screen reader reads when it changes."""
+    lines = [f'<p class="{"problem" if problem else "said"}">{html.escape(text)}</p>']
+    lines += [f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings]
+    return f'<div role="status" aria-live="polite">{"".join(lines)}</div>'

@@ -1,0 +1,232 @@
+"""The page of script/ui in a real browser."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import PHONE, Browser, browser, headers, missing, page_server
+from PIL import Image
+from selenium.webdriver.common.keys import Keys
+
+from clip_gen.files import ROOT
+from clip_gen.images import read_metadata
+from predict import INPUTS
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"the tests of the page need {missing()}")
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("drawings")
+
+
+@pytest.fixture(scope="module")
+def address(tiny_model_folder: Path, history: Path) -> Iterator[str]:
+    with page_server("--model", str(tiny_model_folder), "--history", str(history)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def window(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(address, downloads=tmp_path_factory.mktemp("downloads")) as found:
+        yield found
+
+
+@pytest.fixture
+def page(window: Browser) -> Browser:
+    """The page, just loaded."""
+    window.load()
+    return window
+
+
+def drawn(page: Browser, prompt: str, history: Path) -> dict[str, object]:
+    """The settings of a drawing that the page has just made."""
+    before = set(history.iterdir())
+    page.fill("#prompt textarea", prompt + Keys.ENTER)
+    page.wait(lambda: set(history.iterdir()) - before)
+    page.status("Drawn in")
+    [folder] = set(history.iterdir()) - before
+    return json.loads((folder / "settings.json").read_text()) | {"folder": folder}
+
+
+def test_a_prompt_and_enter_draw_pictures_best_first_with_score_and_seed(page: Browser, history: Path) -> None:
+    page.fill("#seed input", "7")
+    found = drawn(page, "a red circle", history)
+    assert (found["prompt"], found["seed"], found["candidates"]) == ("a red circle", 7, 16)
+    assert found["scores"] == sorted(found["scores"], reverse=True)
+    captions = [element.text for element in page.all("#pictures .caption-label")]
+    assert captions == [f"{score:.3f} · seed 7" for score in found["scores"]]
+    for number, name in enumerate(found["files"]):
+        metadata = read_metadata(found["folder"] / name)
+        assert (metadata["prompt"], metadata["number"], metadata["seed"]) == ("a red circle", str(number), "7")
+
+
+def test_nothing_is_asked_of_other_servers_and_the_console_is_empty(page: Browser, address: str, history: Path) -> None:
+    drawn(page, "a blue star", history)
+    asked = page.requests()
+    assert len(asked) > 20
+    assert {url for url in asked if not url.startswith((f"{address}/", "data:", "blob:"))} == set()
+    assert page.driver.get_log("browser") == []
+    assert "default-src 'self'" in headers(address)["content-security-policy"]
+
+
+def test_every_input_of_the_predictor_has_a_control(page: Browser) -> None:
+    page.click("#from-picture button")
+    page.click("#advanced button")
+    page.one("#top_k")
+    for name in set(INPUTS) - {"replicate_weights"}:  # it has the choice of a model
+        page.one(f"#{name}")
+
+
+def test_earlier_drawings_survive_a_reload_and_bring_their_settings_back(page: Browser, history: Path) -> None:
+    page.fill("#seed input", "11")
+    page.fill("#negative_prompt textarea", "red")
+    found = drawn(page, "a green cross", history)
+    drawn(page, "a pink heart", history)
+    page.load()
+    page.wait(lambda: len(page.all("#past .thumbnail-item")) > 1)
+    assert page.value("#prompt textarea") == ""
+    page.click("#past .thumbnail-item", 1)
+    page.status("An earlier drawing")
+    page.wait(lambda: page.value("#prompt textarea") == "a green cross")
+    assert (page.value("#seed input"), page.value("#negative_prompt textarea")) == ("11", "red")
+    page.click("#picture button", -1)
+    assert page.value("#command textarea") == found["command"]
+
+
+def test_a_removed_drawing_is_gone(page: Browser, history: Path) -> None:
+    found = drawn(page, "an orange ring", history)
+    page.click("#remove")
+    page.status("Removed")
+    assert not found["folder"].exists()
+
+
+def test_a_click_on_a_picture_and_on_variations_draws_from_it(page: Browser, history: Path) -> None:
+    found, before = drawn(page, "a star", history), set(history.iterdir())
+    page.click("#pictures .thumbnail-item", 2)
+    page.wait(lambda: page.text("#picture").startswith("Picture 3 of 4"))
+    page.click("#vary")
+    page.wait(lambda: set(history.iterdir()) - before)
+    page.status("Drawn in")
+    [folder] = set(history.iterdir()) - before
+    varied = json.loads((folder / "settings.json").read_text())
+    assert varied["image_sha256"] == hashlib.sha256((found["folder"] / "2.png").read_bytes()).hexdigest()
+    assert "prompt" not in varied
+    assert varied["seed"] != found["seed"]
+
+
+def test_picture_and_settings_can_be_downloaded(window: Browser, page: Browser, history: Path) -> None:
+    found = drawn(page, "a square", history)
+    page.click("#pictures .thumbnail-item", 1)
+    page.wait(lambda: page.text("#picture").startswith("Picture 2 of 4"))
+    for button, name in (("#save", "1.png"), ("#save-settings", "settings.json")):
+        page.click(button)
+        folder = Path(page.downloads)
+        page.wait(lambda name=name, folder=folder: (folder / name).is_file())
+        assert (folder / name).read_bytes() == (found["folder"] / name).read_bytes()
+        (folder / name).unlink()
+
+
+def test_an_uploaded_picture_is_drawn_from_and_its_exif_goes_nowhere(
+    page: Browser, history: Path, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "SecretCam"
+    Image.radial_gradient("L").convert("RGB").save(tmp_path / "alice.jpg", exif=exif)
+    page.click("#from-picture button")
+    page.one("#image")
+    page.driver.find_element("css selector", "#image input[type=file]").send_keys(str(tmp_path / "alice.jpg"))
+    page.wait(lambda: page.all("#image img"))
+    found = drawn(page, "", history)
+    assert found["image_sha256"] == hashlib.sha256((tmp_path / "alice.jpg").read_bytes()).hexdigest()
+    written = b"".join(path.read_bytes() for path in found["folder"].iterdir())
+    assert not [word for word in (b"Secret", b"alice") if word in written]
+
+
+def test_a_request_that_cannot_be_drawn_says_why(page: Browser, history: Path) -> None:
+    before = set(history.iterdir())
+    page.click("#draw")
+    page.status("there is neither a prompt nor an image")
+    page.fill("#num_outputs input[type=number]", "20")
+    page.fill("#prompt textarea", "a star\n")
+    page.status("num_outputs is 20, more than the 16 candidates")
+    assert set(history.iterdir()) == before
+
+
+def test_cancel_ends_a_drawing_and_the_next_one_works(page: Browser, history: Path) -> None:
+    page.fill("#model input", str(ROOT / "checkpoints" / "shapes") + Keys.ENTER)
+    page.wait(lambda: "a large red circle on a white background" in page.text("#examples"))
+    page.fill("#candidates input[type=number]", "256")
+    before = set(history.iterdir())
+    page.fill("#prompt textarea", "a red circle\n")
+    page.status("Drawing")
+    page.click("#cancel")
+    page.status("Cancelled")
+    page.wait(page.one("#draw").is_enabled)
+    assert set(history.iterdir()) == before
+    page.fill("#candidates input[type=number]", "4")
+    assert drawn(page, "a red circle", history)["model"] == "shapes"
+
+
+def test_models_can_be_chosen_and_their_examples_fill_the_prompt(page: Browser) -> None:
+    page.click("#model input")
+    page.wait(lambda: page.all("[role=listbox] [role=option]"))
+    [shapes] = [one for one in page.all("[role=option]") if one.text.startswith("shapes (bundled)")]
+    shapes.click()
+    page.wait(lambda: "a large red circle on a white background" in page.text("#examples"))
+    page.click("#examples button", 1)
+    page.wait(lambda: page.value("#prompt textarea") == "a small blue star on a black background")
+    page.click("#known button")
+    assert "circle, square, triangle" in page.text("#known")
+    page.fill("#model input", "nowhere" + Keys.ENTER)
+    page.status("nowhere")
+
+
+def test_the_page_works_by_keyboard(page: Browser, history: Path) -> None:
+    """Tab and Enter alone: from the prompt to the button, and to a picture."""
+    drawn(page, "a star", history)
+    before, prompt = set(history.iterdir()), page.one("#prompt textarea")
+    prompt.click()
+    assert tabbed(page, lambda: page.driver.switch_to.active_element.get_attribute("id") == "draw")
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    page.wait(lambda: set(history.iterdir()) - before)
+    page.status("Drawn in")
+    assert tabbed(page, lambda: page.driver.switch_to.active_element.get_attribute("aria-label") == "Thumbnail 2 of 4")
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    page.wait(lambda: page.text("#picture").startswith("Picture 2 of 4"))
+    assert tabbed(page, lambda: page.driver.switch_to.active_element.get_attribute("id") == "vary")
+
+
+def tabbed(page: Browser, done: object) -> bool:
+    """Whether something gets the focus after at most 40 times Tab."""
+    for _ in range(40):
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        if done():
+            return True
+    return False
+
+
+def test_a_phone_shows_the_pictures_before_the_settings_and_nothing_is_cut_off(address: str, history: Path) -> None:
+    with browser(address, PHONE) as phone:
+        drawn(phone, "a star", history)
+        assert phone.driver.execute_script("return document.documentElement.scrollWidth") <= PHONE[0]
+        heights = [phone.one(f"#{name}").rect["y"] for name in ("prompt", "draw", "pictures", "num_outputs")]
+        assert heights == sorted(heights)
+        for name in ("prompt", "draw", "pictures", "candidates", "history"):
+            rect = phone.one(f"#{name}").rect
+            assert rect["x"] >= 0
+            assert rect["x"] + rect["width"] <= PHONE[0]
+        phone.click("#pictures .thumbnail-item", 1)
+        phone.wait(lambda: phone.text("#picture").startswith("Picture 2 of 4"))
+
+
+def test_a_port_in_use_is_reported_in_one_sentence(address: str, tiny_model_folder: Path) -> None:
+    words = ["--port", address.rpartition(":")[2], "--model", str(tiny_model_folder)]
+    run = subprocess.run([ROOT / "script" / "ui", *words], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr == f"script/ui: port {words[1]} is in use; give another one, as in script/ui --port 7861\n"
