@@ -24,7 +24,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from clip_gen.files import ROOT
 
 PACKAGES = ROOT / ".ui-packages"
-SECONDS = 90  # that a test waits for what the page shows, on a busy machine
+SECONDS = 240  # that a test waits for what the page shows, on a busy machine
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
@@ -48,7 +48,7 @@ def page_server(*options: str) -> Iterator[str]:
             yield re.search(r"http://127\.0\.0\.1:\d+", said)[0]
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(SECONDS)
 
 
 class Browser:
@@ -61,6 +61,7 @@ class Browser:
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         self.driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+        self.driver.command_executor.client_config.timeout = SECONDS
         self.address, self.downloads = address, downloads
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

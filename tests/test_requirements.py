@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 
 from clip_gen.files import ROOT
@@ -58,6 +59,21 @@ def test_the_packages_of_the_emoji_recipe_are_pinned_and_need_no_other_versions(
     assert {"sentence-transformers", "transformers", "tokenizers", "lemminflect"} <= set(own)
     assert {name: version for name, version in own.items() if name in others and version != others[name]} == {}
     assert not set(own) & set(pins("requirements.txt"))
+
+
+def test_the_packages_of_the_page_are_pinned_with_their_dependencies_and_change_none() -> None:
+    own, image, tests = pins("requirements-ui.txt"), pins("requirements.txt"), pins("requirements-dev.txt")
+    assert not set(own) & set(image)
+    assert {name: version for name, version in own.items() if tests.get(name, version) != version} == {}
+    folder = str(ROOT / ".ui-packages")
+    installed = {normalised(one.name): one for one in importlib.metadata.distributions(path=[folder])}
+    if not installed:
+        pytest.skip("Gradio is not installed: script/ui --help does it")
+    assert {name: one.version for name, one in installed.items()} == own
+    needed = [Requirement(text) for one in installed.values() for text in one.requires or []]
+    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    everything = own | image | tests
+    assert all(one.specifier.contains(everything[normalised(one.name)]) for one in needed)
 
 
 def test_the_build_system_has_the_pinned_setuptools() -> None:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image, ImageChops
 
 from clip_gen.files import ROOT
+from clip_gen.images import resized_square
+from clip_gen.picture_files import INPUT_PICTURES
 from clip_gen.serving.inputs import InputField, checked
 
-# Inputs that the page has a place of its own for, and `replicate_weights`, for which it has the choice of a model.
-OWN_PLACE = ("prompt", "image", "replicate_weights")
 FIRST = ("num_outputs", "candidates", "seed")
 ADVANCED = {
     "Choice of tokens": ("guidance", "temperature", "top_k", "top_p", "clip_rerank"),
@@ -20,6 +21,8 @@ ADVANCED = {
 }
 STEPS = {"temperature": 0.05, "guidance": 0.1}  # of sliders; others 1 or 0.01
 LABELS = {"num_outputs": "Pictures", "clip_rerank": "Choose by CLIP score"}  # others: the input's name
+CANVAS = 384  # pixels of the square on which a mask is painted
+BRUSH = "#ff00ff"
 TYPED = ("seed", "top_k")  # numbers with a range too large for a slider
 
 
@@ -50,13 +53,51 @@ def component(field: InputField) -> gr.components.Component:
     return gr.Slider(info.ge, info.le, step=step, buttons=[], **common)
 
 
-def as_settings(fields: Mapping[str, InputField], names: Sequence[str], values: Sequence[object]) -> dict[str, object]:
-    """The settings of a request for the values of components. InputError lists all problems."""
+def as_settings(
+    fields: Mapping[str, InputField], names: Sequence[str], values: Sequence[object], folder: Path
+) -> dict[str, object]:
+    """The settings of a request for the values of components. InputError lists all problems.
+
+    folder: where to write the mask that was painted.
+    """
     given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    given = {name: Path(value) if name == "image" else value for name, value in given.items()}
+    given["mask"] = painted(given.pop("mask", None), folder / "mask.png") if "init_image" in given else None
+    given |= {name: Path(given[name]) for name in INPUT_PICTURES if given.get(name)}
     settings = checked(fields, **given)
     settings.pop("replicate_weights")
     return settings
+
+
+def painted(editor: Mapping[str, object] | None, path: Path) -> Path | None:
+    """Writes the mask of an ImageEditor's value: white where a layer is painted. None if nothing is."""
+    mask = None
+    for layer in (editor or {}).get("layers", ()):
+        opacity = layer.convert("RGBA").getchannel("A").point(lambda level: 255 * (level > 0))
+        mask = opacity if mask is None else ImageChops.lighter(mask, opacity)
+    if mask is None or not mask.getbbox():
+        return None
+    mask.save(path)
+    return path
+
+
+def canvas(picture: Image.Image, mask: Image.Image | None = None) -> dict[str, object]:
+    """The value of an ImageEditor that shows the central square of a picture, with a mask painted on it."""
+    shown = resized_square(picture, CANVAS)
+    layer = Image.new("RGBA", shown.size)
+    if mask:
+        layer.paste(BRUSH, mask=mask.resize(shown.size, Image.Resampling.NEAREST).convert("L"))
+    composite = Image.alpha_composite(shown.convert("RGBA"), layer)
+    return {"background": shown, "layers": [layer] if mask else [], "composite": composite}
+
+
+def half_mask(half: str) -> Image.Image:
+    """A mask of the `upper`, `lower`, `left` or `right` half, or of `all`."""
+    middle = CANVAS // 2
+    boxes = {"upper": (0, 0, CANVAS, middle), "lower": (0, middle, CANVAS, CANVAS), "all": (0, 0, CANVAS, CANVAS)}
+    boxes |= {"left": (0, 0, middle, CANVAS), "right": (middle, 0, CANVAS, CANVAS)}
+    mask = Image.new("L", (CANVAS, CANVAS))
+    mask.paste(255, boxes[half])
+    return mask
 
 
 def as_values(fields: Mapping[str, InputField], names: Sequence[str], settings: Mapping[str, object]) -> list[object]:

@@ -6,18 +6,22 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from clip_gen.enlarging import enlarger
 from clip_gen.files import write_text_atomic
+from clip_gen.images import resized_square
 from clip_gen.info import shell_command
-from clip_gen.picture_files import description, write_pictures
+from clip_gen.picture_files import INPUT_PICTURES, description, write_pictures
 from clip_gen.pipeline import ClipGen, Generation
+from clip_gen.sampling.condition import open_picture
 
 SETTINGS = "settings.json"
+Stop = Callable[[], bool]
 NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")  # of a drawing's folder
 
 
@@ -44,8 +48,26 @@ class Drawing:
     def title(self) -> str:
         return str(self.settings.get("prompt") or "variations of a picture")
 
+    def input_picture(self, name: str) -> Path | None:
+        """The kept square of `image`, `init_image` or `mask`."""
+        path = self.folder / f"{name}.png"
+        return path if path.is_file() else None
+
     def captions(self) -> list[str]:
         return [f"{score:.3f} · seed {self.settings['seed']}" for score in self.settings["scores"]]
+
+
+def keep_input_pictures(settings: Mapping[str, object], folder: Path, resolution: int) -> dict[str, object]:
+    """The settings with the central squares of their pictures, at the model's own size, in the folder.
+
+    The model sees nothing else of a picture. So the drawing can be repeated, and neither a photograph's EXIF nor its
+    margins are kept.
+    """
+    kept = {}
+    for name in (name for name in INPUT_PICTURES if settings[name]):
+        kept[name] = folder / f"{name}.png"
+        resized_square(open_picture(settings[name], name), resolution).save(kept[name])
+    return {**settings, **kept}
 
 
 class History:
@@ -54,24 +76,35 @@ class History:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def add(self, model: ClipGen, name: str, result: Generation, settings: Mapping[str, object]) -> Drawing:
-        """Writes the pictures and settings.json. name: of the model. OSError if they cannot be written."""
+    @contextmanager
+    def new_folder(self) -> Iterator[Path]:
+        """A folder for a drawing, which is removed if the drawing fails. OSError if there can be none."""
         folder = self.folder / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-        output_format, quality = settings["output_format"], settings["output_quality"]
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def add(
+        self, folder: Path, model: ClipGen, name: str, result: Generation, settings: Mapping[str, object], stop: Stop
+    ) -> Drawing:
+        """Writes the pictures and settings.json. name: of the model. OSError if they cannot be written."""
+        output_format, about = settings["output_format"], description(model, result, settings)
         paths = [folder / f"{i}.{output_format}" for i in range(len(result.images))]
-        about = description(model, result, settings)
         write_pictures(
             result,
             paths,
             about if settings["output_metadata"] else None,
             output_format,
-            quality,
+            settings["output_quality"],
             folder / f"grid.{output_format}" if settings["output_grid"] else None,
-            enlarger(settings["output_size"], model.device),
+            enlarger(settings["output_size"], model.device, stop),
         )
-        about |= {"weights": name, "scores": [round(score, 4) for score in result.scores]}
-        about |= {"files": [path.name for path in paths], "warnings": result.warnings}
-        about["command"] = shell_command({key: str(value) for key, value in about.items()}, name)
+        command = shell_command({key: str(value) for key, value in about.items()}, name)
+        about |= {"weights": name, "scores": [round(score, 4) for score in result.scores], "command": command}
+        about |= {"files": [path.name for path in paths], "warnings": [*result.warnings, *result.notes]}
         write_text_atomic(folder / SETTINGS, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
         return Drawing(folder, about)
 

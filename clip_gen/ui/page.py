@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import html
 import logging
 import threading
@@ -16,14 +17,27 @@ import gradio as gr
 from clip_gen.generate import checked_settings
 from clip_gen.picture_files import drawing_settings
 from clip_gen.pipeline import Stopped
-from clip_gen.ui.controls import ADVANCED, FIRST, as_settings, as_values, component, read_fields
-from clip_gen.ui.history import SETTINGS, Drawing, History
+from clip_gen.sampling.condition import open_picture
+from clip_gen.ui.controls import (
+    ADVANCED,
+    BRUSH,
+    CANVAS,
+    FIRST,
+    as_settings,
+    as_values,
+    canvas,
+    component,
+    half_mask,
+    read_fields,
+)
+from clip_gen.ui.history import SETTINGS, Drawing, History, keep_input_pictures
 from clip_gen.ui.models import Models, examples, model_choices
 
 log = logging.getLogger(__name__)
 
 INTERVAL = 0.25  # seconds between two updates while drawing
 MAX_DRAWINGS = 4  # at the same time, in several tabs
+HALVES = ("upper", "lower", "left", "right", "all")
 MAX_SHOWN = 60  # earlier drawings
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
@@ -76,6 +90,7 @@ class Page:
             self.details = gr.HTML(padding=False)
             with gr.Row():
                 self.vary = gr.Button("Variations of it", size="sm", elem_id="vary", min_width=130)
+                self.paint = gr.Button("Redraw a part of it", size="sm", elem_id="paint", min_width=130)
                 self.save = gr.DownloadButton("Download picture", size="sm", elem_id="save", min_width=130)
                 self.save_settings = gr.DownloadButton(
                     "Download settings", size="sm", elem_id="save-settings", min_width=130
@@ -99,12 +114,38 @@ class Page:
             )  # fmt: skip
             image_weight = component(self.fields["image_weight"])
         controls = {"prompt": self.prompt, "image": self.image, "image_weight": image_weight}
+        controls |= self._build_mask()
         controls |= {name: component(self.fields[name]) for name in ("negative_prompt", *FIRST)}
         with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
             for title, names in ADVANCED.items():
                 gr.Markdown(f"### {title}")
                 controls |= {name: component(self.fields[name]) for name in names}
         self.controls = controls
+
+    def _build_mask(self) -> dict[str, gr.components.Component]:
+        with gr.Accordion("Redraw a part of a picture", open=False, elem_id="redraw") as self.redraw:
+            gr.Markdown("The prompt says what the *whole* picture shows. Paint over what to redraw, or choose a part.")
+            picture = gr.Image(
+                type="filepath",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                label="Init image: upload or paste",
+                height=220,
+                buttons=[],
+                elem_id="init_image",
+            )
+            brush = gr.Brush(default_size=30, colors=[BRUSH], color_mode="fixed")
+            options = {"sources": (), "transforms": (), "layers": False, "brush": brush, "buttons": []}
+            self.editor = gr.ImageEditor(
+                type="pil", label="Mask", canvas_size=(CANVAS, CANVAS), visible=False, elem_id="mask", **options
+            )
+            with gr.Row(visible=False) as self.halves:
+                for half in HALVES:
+                    button = gr.Button(half.capitalize(), size="sm", min_width=60, elem_id=f"mask-{half}")
+                    button.click(functools.partial(self.paint_half, half), picture, self.editor)
+        changed = [picture.upload, picture.input, picture.clear]  # by the user
+        gr.on(changed, self.show_canvas, picture, [self.editor, self.halves])
+        return {"init_image": picture, "mask": self.editor}
 
     def _connect(self) -> None:
         """Says which function an event calls."""
@@ -120,7 +161,13 @@ class Page:
         self.vary.click(self.use_as_image, [self.chosen, self.number], varied).then(
             self.draw, inputs, drawn, show_progress="hidden"
         )
-        self.past.select(self.show_past, self.listed, [*shown, self.status, self.model, *self.controls.values()])
+        painted = [self.controls["init_image"], self.redraw, self.editor, self.halves]
+        self.paint.click(self.use_as_init_image, [self.chosen, self.number], painted)
+        self.past.select(
+            self.show_past,
+            self.listed,
+            [*shown, self.status, self.model, self.redraw, self.halves, *self.controls.values()],
+        )
         self.remove.click(self.remove_shown, self.chosen, [*shown, self.past, self.listed, self.status])
         self.examples.click(lambda sample: sample[0], self.examples, self.prompt)
         about_model = [self.examples, self.known, self.status]
@@ -171,10 +218,12 @@ class Page:
         }
 
     def _draw(self, name: str, values: Sequence[object], stop: threading.Event) -> Drawing:
-        settings = checked_settings(as_settings(self.fields, list(self.controls), values))
-        model = self.models.get(name)
-        result = model.generate(**drawing_settings(settings), should_stop=stop.is_set)
-        return self.history.add(model, name, result, settings)
+        with self.history.new_folder() as folder:
+            settings = checked_settings(as_settings(self.fields, list(self.controls), values, folder))
+            model = self.models.get(name)
+            settings = keep_input_pictures(settings, folder, model.config.vqgan.resolution)
+            result = model.generate(**drawing_settings(settings), should_stop=stop.is_set)
+            return self.history.add(folder, model, name, result, settings, stop.is_set)
 
     def cancel(self, request: gr.Request) -> str:
         if stop := self.stops.get(request.session_hash):
@@ -193,16 +242,42 @@ class Page:
         picture = str(drawing.pictures[number]) if drawing else None
         return picture, "", None, gr.Accordion(open=True)
 
+    def use_as_init_image(self, name: str, number: int) -> tuple[object, ...]:
+        """The picture as the one to redraw."""
+        drawing = self.history.find(name)
+        picture = str(drawing.pictures[number]) if drawing else None
+        return picture, gr.Accordion(open=True), *self.show_canvas(picture)
+
+    def show_canvas(self, picture: str | None) -> tuple[object, ...]:
+        """The canvas for the mask with the picture to redraw."""
+        if picture is None:
+            return gr.ImageEditor(value=None, visible=False), gr.Row(visible=False)
+        return gr.ImageEditor(canvas(open_picture(picture)), visible=True), gr.Row(visible=True)
+
+    def paint_half(self, half: str, picture: str | None) -> dict[str, object] | None:
+        return canvas(open_picture(picture), half_mask(half)) if picture else None
+
     def show_past(self, names: list[str], event: gr.SelectData) -> dict[gr.components.Component, object]:
-        """An earlier drawing with its settings. Its image prompt was not kept."""
+        """An earlier drawing with its settings and input pictures."""
         drawing = self.history.find(names[event.index])
         if drawing is None:
             return {self.status: said("This drawing was removed from the history", problem=True)}
         values = as_values(self.fields, list(self.controls), drawing.settings)
-        lost = ["Its image prompt was not kept: give it again"] if "image_sha256" in drawing.settings else []
         settings = dict(zip(self.controls.values(), values, strict=True))
+        for name in ("image", "init_image"):
+            path = drawing.input_picture(name)
+            settings[self.controls[name]] = path and str(path)
+        settings |= self._painted(drawing)
         model = {self.model: drawing.settings["weights"]}
-        return {**settings, **model, **self._shown(drawing), self.status: said("An earlier drawing", lost)}
+        return {**settings, **model, **self._shown(drawing), self.status: said("An earlier drawing")}
+
+    def _painted(self, drawing: Drawing) -> dict[gr.components.Component, object]:
+        """The canvas with the mask of a drawing."""
+        picture, mask = drawing.input_picture("init_image"), drawing.input_picture("mask")
+        value = canvas(open_picture(picture), open_picture(mask)) if picture and mask else None
+        has_mask = value is not None
+        shown = {self.halves: gr.Row(visible=has_mask), self.redraw: gr.Accordion(open=has_mask)}
+        return {self.editor: gr.ImageEditor(value, visible=has_mask), **shown}
 
     def remove_shown(self, name: str) -> dict[gr.components.Component, object]:
         if drawing := self.history.find(name):
