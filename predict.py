@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import functools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +28,7 @@ class Predictor(BaseRunner):
 
     async def setup(self, weights: str | None = None) -> None:
         """Loads the model. weights: COG_WEIGHTS, the name of a folder or a tar, or a URL."""
+        started = time.monotonic()
         set_compile_cache_folders()
         # Imported here: torch takes seconds, and script/serve reads the inputs below without it.
         from clip_gen.serving.model_cache import Models
@@ -38,13 +40,16 @@ class Predictor(BaseRunner):
         try:
             self.slots = Slots(max_prediction_seconds())
             source, reason = default_model(weights)
+            print(f"loading {shortened(source)}: {reason}", flush=True)
             self.models = Models(source)
         except BaseException:
             stop_watchdog()  # so that the server answers why its setup failed
             raise
         # asyncio's own executor has fewer threads on a small machine.
         self.drawing = ThreadPoolExecutor(SLOTS, "drawing")
-        print(f"model: {self.models.own.config.name} from {shortened(source)} on {self.models.own.device}: {reason}")
+        model, seconds = self.models.own, time.monotonic() - started
+        print(f"model: {model.config.name} from {shortened(source)} on {model.device}: {reason}")
+        print(f"loaded: {model.loaded}; the setup took {seconds:.1f} seconds")
 
     # 12 slots serve 8 clients: Cog frees a slot a moment after it has sent the reply, so a client that asks again at
     # once may need a second slot. Cog 0.23.1 also answers 409 when two requests take a slot at the same time, because
@@ -149,11 +154,12 @@ class Predictor(BaseRunner):
                 print(f"model: {model.config.name} from {shortened(replicate_weights)}: replicate_weights names it")
             for sentence in model.warnings:
                 print(f"warning: {sentence}")
-            generate = functools.partial(model.generate, **settings, should_stop=stop.is_set)
-            result = await self._in_thread(generate)
             from clip_gen.enlarging import enlarger  # imports torch, as in setup
             from clip_gen.picture_files import description
+            from clip_gen.progress_bar import ProgressLog
 
+            watched = {"should_stop": stop.is_set, "on_progress": ProgressLog()}
+            result = await self._in_thread(functools.partial(model.generate, **settings, **watched))
             outputs = {"output_format": output_format, "output_quality": output_quality, "output_size": output_size}
             metadata = None
             if output_metadata:

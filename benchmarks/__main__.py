@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import busy_machine, contact_sheet, masks, own_pictures, precision, published_size, speed
+from benchmarks import busy_machine, contact_sheet, masks, own_pictures, precision, previews, published_size, speed
 
 BENCHMARKS = {
     "speed": (speed.main, "sampling, decoding, loading, predictions and requests beside a plain reference"),
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "precision": (precision.main, "picture quality with weights in float16 and bfloat16"),
     "own-pictures": (own_pictures.main, "quality and memory of trainings on your own pictures"),
     "masks": (masks.main, "one of two objects replaced by another, under a mask"),
+    "previews": (previews.main, "how much progress and previews slow down drawing"),
     "published-size": (published_size.main, "seconds and memory of the published model's size"),
 }
 

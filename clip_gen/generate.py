@@ -15,6 +15,7 @@ from clip_gen.hardware import own_share
 from clip_gen.images import OUTPUT_FORMATS
 from clip_gen.picture_files import INPUT_PICTURES, check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen
+from clip_gen.progress_bar import LiveBar
 from clip_gen.prompts_file import Line, draw_lines, read_prompts
 from clip_gen.sampling.condition import open_picture
 from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
@@ -91,7 +92,8 @@ def main(arguments: argparse.Namespace) -> None:
     sheet = folder / f"{start}grid.{output_format}" if settings["output_grid"] else None
     check_folder(folder, [*names, *([sheet.name] if sheet else [])], arguments.overwrite)
     model = load_model(arguments)
-    result = model.generate(**drawing_settings(settings))
+    with LiveBar() as bar:
+        result = model.generate(**drawing_settings(settings), on_progress=bar.listener())
     # Identical candidates are drawn once, so there may be fewer pictures than names.
     paths = [folder / name for name in names[: len(result.images)]]
     metadata = description(model, result, settings) if settings["output_metadata"] else None
@@ -110,6 +112,7 @@ def load_model(arguments: argparse.Namespace) -> ClipGen:
         weights, reason = default_model(os.environ.get("COG_WEIGHTS"))
     model = ClipGen.load(weights, arguments.device)
     log.info("model: %s from %s on %s: %s", model.config.name, shortened(weights), model.device, reason)
+    log.info("loaded: %s", model.loaded)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from clip_gen.generate import DEFAULTS, add_settings, checked_settings, load_mod
 from clip_gen.images import save_image
 from clip_gen.picture_files import check_folder, description, drawing_settings
 from clip_gen.pipeline import ClipGen, Generation
+from clip_gen.progress_bar import LiveBar
 from clip_gen.prompts import mixed_prompt
 from clip_gen.validation import check_number
 
@@ -46,8 +48,9 @@ def main(arguments: argparse.Namespace) -> None:
     folder, names = Path(arguments.out), [f"{i:04}.png" for i in range(len(frames))]
     check_folder(folder, [*names, ANIMATION], arguments.overwrite)
     model = load_model(arguments)
-    first = model.generate(**drawing_settings(frames[0]))
-    results = [first, *draw(model, [frame | {"seed": first.seed} for frame in frames[1:]])]
+    with LiveBar(len(frames)) as bar:
+        first = model.generate(**drawing_settings(frames[0]), on_progress=bar.listener())
+        results = [first, *draw(model, [frame | {"seed": first.seed} for frame in frames[1:]], bar)]
     best = int(np.sum([result.scores for result in results], axis=0).argmax())
     folder.mkdir(parents=True, exist_ok=True)
     for name, frame, result in zip(names, frames, results, strict=True):
@@ -57,11 +60,12 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{folder / ANIMATION}  {len(frames)} frames, {folder / names[0]} to {names[-1]}; seed {first.seed}")
 
 
-def draw(model: ClipGen, frames: Sequence[dict[str, object]]) -> list[Generation]:
+def draw(model: ClipGen, frames: Sequence[dict[str, object]], bar: LiveBar) -> list[Generation]:
     """The results of frames, in their order. An error or Ctrl-C ends all of them within a token."""
     stop = threading.Event()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        drawing = [pool.submit(model.generate, **drawing_settings(one), should_stop=stop.is_set) for one in frames]
+        watched = functools.partial(model.generate, should_stop=stop.is_set)
+        drawing = [pool.submit(watched, **drawing_settings(one), on_progress=bar.listener()) for one in frames]
         try:
             return [one.result() for one in drawing]
         finally:

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from clip_gen.hardware import choose_device, choose_dtype, one_thread, tensor_float32
 from clip_gen.images import resized_square, to_pil, to_tensor
@@ -25,6 +27,7 @@ from clip_gen.sampling.batch_sizes import pad_rows
 from clip_gen.sampling.batcher import shared_batcher
 from clip_gen.sampling.condition import Condition, open_picture
 from clip_gen.sampling.inpainting import Inpainting, read_inpainting
+from clip_gen.sampling.progress import Listener, Progress, fill_unsampled
 from clip_gen.sampling.sampler import Sampling, Stopped, candidate_uniforms
 from clip_gen.validation import MAX_SEED, check_request
 from clip_gen.weights.model_folder import VOCABULARY, Networks, folder_sha256, load_networks, transformer_mismatch
@@ -32,7 +35,7 @@ from clip_gen.weights.tarball import WeightsFolder, open_weights
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ClipGen", "Generation", "Stopped"]
+__all__ = ["ClipGen", "Generation", "Progress", "Stopped"]
 
 GPU_BATCH = 32  # images decoded and scored together
 NEGATIVE_GUIDANCE = 3.0  # with a negative prompt, if guidance is left at 1
@@ -62,6 +65,7 @@ class ClipGen:
     """A loaded model folder: text or a picture in, pictures out."""
 
     source: WeightsFolder | None = None  # keeps its files, because the weights are memory-mapped from them
+    loaded = "networks from elsewhere"  # or the parts with their sizes, and the seconds it took to load them
 
     def __init__(self, networks: Networks, device: torch.device, warnings: Sequence[str] = ()):
         self.config = networks.config
@@ -85,7 +89,7 @@ class ClipGen:
         dtype: of the transformer's matrices: float32, bfloat16, on an x86 CPU also float16, or auto for the fastest on
         this hardware. Default: CLIP_GEN_DTYPE, else auto.
         """
-        chosen = choose_device(device)
+        started, chosen = time.monotonic(), choose_device(device)
         source = weights if isinstance(weights, WeightsFolder) else open_weights(weights)
         with one_thread():
             networks = load_networks(source.path, chosen)
@@ -98,6 +102,9 @@ class ClipGen:
             log.warning("%s: %s", source.path, problem)
         model = cls(networks, chosen, [f"this model: {problem}"] if problem else [])
         model.source = source
+        parts = ("clip", "vqgan", "gpt")
+        sizes = [f"{part} {(source.path / f'{part}.safetensors').stat().st_size / 1e6:.1f} MB" for part in parts]
+        model.loaded = f"{', '.join(sizes)} in {time.monotonic() - started:.1f} seconds"
         return model
 
     @cached_property
@@ -149,6 +156,9 @@ class ClipGen:
         negative_prompt: str = "",
         init_image: str | Path | Image.Image | None = None,
         mask: str | Path | Image.Image | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        progress_seconds: float = 0.5,
+        previews: bool = False,
     ) -> Generation:
         """Draws `candidates` images of the prompt and returns the best `num_outputs` by CLIP score, best first.
 
@@ -156,6 +166,8 @@ class ClipGen:
         negative_prompt: what not to show; guidance pushes away from it, and if guidance is 1 it becomes 3.
         init_image, mask: a picture, and one of the same shape that is white where the first is redrawn; see
         docs/prompts.md. The prompt says what the whole picture shows.
+        on_progress: called in this thread with the progress, at most every progress_seconds, and once at the end;
+        previews: with a picture too, of the best candidate so far, gray where it is not drawn yet.
 
         Candidate i of a seed is the same image whatever the number of candidates. Without clip_rerank the first
         candidates are returned in their order. With settings that always take the likeliest token one is returned,
@@ -190,8 +202,11 @@ class ClipGen:
             log.info(inpainting.note)
         uniforms = candidate_uniforms(seed, range(candidates), self.config.gpt.block_size)
         best_only = num_outputs if clip_rerank else None
-        request = Request(self, condition, uniforms, sampling, best_only, should_stop, inpainting)
+        listener = None if on_progress is None else Listener(on_progress, progress_seconds, previews)
+        request = Request(self, condition, uniforms, sampling, best_only, should_stop, inpainting, listener)
         best = shared_batcher(self.device).draw(request)
+        if on_progress is not None:
+            on_progress(request.progress(uniforms.numel(), best[0].image if previews else None))
         return Generation(
             images=[candidate.image for candidate in best],
             scores=[candidate.score for candidate in best],
@@ -246,6 +261,23 @@ class ClipGen:
         """The tokens (T,) of a picture, and -1 for those that its mask redraws."""
         tokens = self.vqgan.encode(inpainting.picture[None])[0]
         return tokens.masked_fill(inpainting.redrawn_tokens(self.config.vqgan), -1)
+
+    @torch.inference_mode()
+    def preview(
+        self, tokens: Tensor, embedding: Tensor, inpainting: Inpainting | None = None
+    ) -> list[tuple[Image.Image, float]]:
+        """As `decode`, of unfinished candidates: tokens (n, T), -1 where there is none yet, which becomes gray.
+
+        The scores are those of the pictures as decoded with a fill, see fill_unsampled.
+        """
+        config = self.config.vqgan
+        filled = fill_unsampled(tokens, config.grid)
+        images, scores = self.decode_and_score(filled, embedding, [inpainting] * len(tokens))
+        missing = (tokens < 0).unflatten(1, (config.grid, config.grid))[:, None].float()
+        images = images * (1 - F.interpolate(missing, scale_factor=config.resolution // config.grid))
+        if inpainting is not None:
+            images = torch.stack([inpainting.paste(image) for image in images])
+        return list(zip(to_pil(images), scores, strict=True))
 
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """The embeddings (1, E) of what to show, and of what not to show if that is given.

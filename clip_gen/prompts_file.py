@@ -19,6 +19,7 @@ from clip_gen.enlarging import enlarger
 from clip_gen.files import sha256_of
 from clip_gen.picture_files import INPUT_PICTURES, check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen, Generation
+from clip_gen.progress_bar import LiveBar
 
 MANIFEST = "manifest.jsonl"
 AT_ONCE, ROWS = 8, 64  # lines drawn together, or more if they have fewer candidates than these together
@@ -91,21 +92,23 @@ def draw_lines(
     folder.mkdir(parents=True, exist_ok=True)
     _forget(folder / MANIFEST, names)
     say(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
-    stop, writing = threading.Event(), threading.Lock()
+    stop, writing, bar = threading.Event(), threading.Lock(), LiveBar(len(waiting))
 
     def draw(line: Line) -> str:
-        result = model.generate(**drawing_settings(line.settings), should_stop=stop.is_set)
+        settings = drawing_settings(line.settings)
+        result = model.generate(**settings, should_stop=stop.is_set, on_progress=bar.listener())
         paths = [folder / name for name in line.names(start)]
         records = _write(line, model, result, paths, stop.is_set)
         with writing, _locked(folder / MANIFEST) as manifest:
             manifest.write(_as_lines(records))
         return f"{folder / records[0]['file']}  score {result.scores[0]:.4f}  {line.settings['prompt']}"
 
-    with ThreadPoolExecutor(_at_once(waiting)) as pool:
+    with bar, ThreadPoolExecutor(_at_once(waiting)) as pool:
         drawing = {pool.submit(draw, line): line for line in waiting}
         try:
             for done in as_completed(drawing):
-                say(done.result())
+                with bar.hidden():
+                    say(done.result())
         except ValueError as error:
             raise ValueError(f"line {drawing[done].number}: {error}") from error
         finally:  # of an error or Ctrl-C; does nothing after the last line

@@ -17,6 +17,7 @@ from torch import Tensor
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.condition import Condition
 from clip_gen.sampling.inpainting import Inpainting
+from clip_gen.sampling.progress import Listener, Progress
 from clip_gen.sampling.sampler import Batch, Sampling, Stopped
 
 
@@ -41,6 +42,11 @@ class Model(Protocol):
         inpaintings: the pictures that candidates are pasted into, None for whole pictures.
         """
 
+    def preview(
+        self, tokens: Tensor, embedding: Tensor, inpainting: Inpainting | None
+    ) -> list[tuple[Image.Image, float]]:
+        """Images and scores of unfinished candidates: tokens (n, T), -1 where there is none yet; embedding (1, E)."""
+
 
 @dataclass(eq=False)
 class Candidate:
@@ -60,6 +66,7 @@ class Request:
 
     num_outputs: how many of the best are kept, best first; None: all, in their order. should_stop: called before every
     token; the request ends with Stopped once it returns True. inpainting: the picture to redraw a part of, if any.
+    listener: hears how far the request is.
     """
 
     model: Model
@@ -69,6 +76,7 @@ class Request:
     num_outputs: int | None = None
     should_stop: Callable[[], bool] | None = None
     inpainting: Inpainting | None = None
+    listener: Listener | None = None
     result: Future[list[Candidate]] = field(default_factory=Future)
     asked_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0  # when its first batch started
@@ -126,6 +134,10 @@ class Request:
             with contextlib.suppress(InvalidStateError):  # the request has ended before
                 self.result.set_result(self.best)
 
+    def progress(self, tokens: int, preview: Image.Image | None = None) -> Progress:
+        """The progress of a request whose candidates have so many tokens together."""
+        return Progress(tokens, self.uniforms.numel(), time.monotonic() - self.started_at, preview)
+
     def fail(self, error: BaseException) -> None:
         with contextlib.suppress(InvalidStateError):
             self.result.set_exception(error)
@@ -152,6 +164,7 @@ class RunningBatch:
     def __init__(self, candidates: list[Candidate]):
         self.candidates, self.started_at = candidates, time.monotonic()
         self.requests = {candidate.request for candidate in candidates}
+        self._rows: dict[Request, list[int]] = {}  # of its candidates, the one that the last preview showed first
         for request in self.requests:
             request.started_at = request.started_at or self.started_at
         embedding = torch.cat([candidate.request.embedding for candidate in candidates])
@@ -184,3 +197,29 @@ class RunningBatch:
             for candidate, likelihood in zip(self.candidates, self.batch.kept.likelihood.tolist(), strict=True):
                 candidate.likelihood = likelihood
         return self.candidates
+
+    def tokens_of(self, request: Request) -> int:
+        """How many tokens the candidates of a request have together, those of its earlier batches included."""
+        rows = len(self._rows_of(request))
+        return (request.started - rows) * self.batch.tokens.shape[1] + rows * self.batch.length
+
+    def preview(self, request: Request) -> Image.Image:
+        """The best finished candidate of a request; before one is finished, the better of two unfinished ones.
+
+        These are the last preview's and the next one in turn. Without ranking it is the first candidate.
+        """
+        if request.best:
+            return request.best[0].image
+        rows = self._rows_of(request)
+        compared = rows[: 1 if request.num_outputs is None else 2]
+        tokens = self.batch.tokens[compared]
+        kept = -1 if self.batch.kept is None else self.batch.kept.tokens[compared, self.batch.length :]
+        tokens[:, self.batch.length :] = kept
+        pictures = request.model.preview(tokens, request.ranked_by, request.inpainting)
+        better, (image, _) = max(zip(compared, pictures, strict=True), key=lambda pair: pair[1][1])
+        self._rows[request] = [better, *rows[2:], *(row for row in compared if row != better)]
+        return image
+
+    def _rows_of(self, request: Request) -> list[int]:
+        rows = (row for row, candidate in enumerate(self.candidates) if candidate.request is request)
+        return self._rows.get(request) or self._rows.setdefault(request, list(rows))

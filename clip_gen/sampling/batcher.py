@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 
 import torch
+from PIL import Image
 
 from clip_gen.hardware import available_memory, cpus, set_threads
 from clip_gen.networks.gpt import GPT
@@ -29,6 +30,7 @@ from clip_gen.sampling.sampler import Batch, Sampling, Stopped
 WAIT_SECONDS = 0.02  # after the last request, before a batch that is not full starts
 MAX_WAIT_SECONDS = 0.1  # after the first request
 POLL_SECONDS = 0.002
+PREVIEW_SHARE = 0.05  # of the time, at most, goes into previews
 # Multiply-adds in a transformer's largest product with STANDARD_ROWS rows, from which several threads are used. Threads
 # wait for each other after every operation: for milliseconds if other processes use the CPUs. Below this (width 512,
 # say) two threads are hardly faster than one on an idle machine, and far slower on a busy one.
@@ -51,6 +53,7 @@ class Batcher:
         self._requests: list[Request] = []  # that have not ended, first those to be served first
         self._running: list[RunningBatch] = []
         self._sampled: list[Candidate] = []  # but not decoded
+        self._last_preview = 0.0, 0.0  # when it ended and how many seconds it took
         # Not an executor: those refuse work, and wait for all of theirs, as soon as the main thread has ended.
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -66,6 +69,8 @@ class Batcher:
         if self._closed:
             request.fail(Stopped())
         try:
+            if request.listener is not None:
+                request.listener.listen(request.result)
             return request.result.result()
         finally:
             request.result.cancel()  # matters only if this thread is interrupted, as by Ctrl-C
@@ -119,6 +124,7 @@ class Batcher:
                 self._start_batches()
                 self._decode()
                 self._sample()
+                self._report()
             self._drop_ended()
             if self._requests and not self._running and not self._sampled:
                 time.sleep(POLL_SECONDS)  # more requests may join the next batch
@@ -190,6 +196,25 @@ class Batcher:
             set_threads(self.threads_for(running.batch.gpt))
             with errors_to(running.requests):
                 self._sampled += running.step()
+
+    def _report(self) -> None:
+        """Tells those who listen how far their requests are."""
+        for running in self._running:
+            for request in running.requests:
+                if request.listener is not None and request.listener.due and not request.result.done():
+                    with errors_to([request]):
+                        preview = self._preview(running, request) if request.listener.previews else None
+                        request.listener.report(request.progress(running.tokens_of(request), preview))
+
+    def _preview(self, running: RunningBatch, request: Request) -> Image.Image | None:
+        """A picture of an unfinished request; None if previews have used up their share of the time."""
+        started, (ended, seconds) = time.monotonic(), self._last_preview
+        if started - max(ended, running.started_at) < seconds / PREVIEW_SHARE:
+            return None
+        set_threads(request.model.decode_threads)
+        preview = running.preview(request)
+        self._last_preview = time.monotonic(), time.monotonic() - started
+        return preview
 
     def _drop_ended(self) -> None:
         self._requests = [request for request in self._requests if not request.result.done()]

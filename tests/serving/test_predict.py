@@ -10,6 +10,7 @@ import asyncio
 import base64
 import gc
 import os
+import re
 import shutil
 import socket
 import tarfile
@@ -70,7 +71,11 @@ def predict(predictor: Predictor, **inputs: object) -> list[Path]:
 
 def test_the_log_says_which_model_runs(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asyncio.run(Predictor().setup(str(tiny_model_folder)))
-    assert f"model: tiny from {tiny_model_folder} on cpu: COG_WEIGHTS names it" in capsys.readouterr().out
+    loading, model, loaded = capsys.readouterr().out.splitlines()
+    assert loading == f"loading {tiny_model_folder}: COG_WEIGHTS names it"
+    assert model == f"model: tiny from {tiny_model_folder} on cpu: COG_WEIGHTS names it"
+    megabytes = r"clip \d\.\d MB, vqgan \d\.\d MB, gpt \d\.\d MB"
+    assert re.fullmatch(rf"loaded: {megabytes} in \d+\.\d seconds; the setup took \d+\.\d seconds", loaded)
 
 
 def test_the_log_contains_the_random_seed(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:

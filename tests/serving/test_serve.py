@@ -328,10 +328,29 @@ def test_warnings_about_a_prediction_are_in_its_own_logs(server: Server) -> None
     with ThreadPoolExecutor(2) as pool:
         long, short = pool.map(lambda prompt: server.predict(**QUICK | {"prompt": prompt})["logs"], prompts)
     assert "the prompt is longer than this model's CLIP reads; its end is left out: 'blue star'\n" in long
-    assert re.fullmatch(r"seed: 7\nscores: .*\n", short)
+    assert re.fullmatch(r"100%\|#{10}\| 64/64 tokens \[.*\]\nseed: 7\nscores: .*\n", short)
     idle = server.predict(**QUICK | {"clip_rerank": False}, output_quality=50)["logs"]
     assert "warning: output_quality is 50, which does nothing: png is always lossless\n" in idle
     assert "warning: candidates is 4, which does nothing without clip_rerank: 2 are drawn\n" in idle
+
+
+def test_simultaneous_predictions_log_their_own_progress(server: Server, files: Path) -> None:
+    """In whole lines: percent, tokens of all tokens, time, time left and speed."""
+    line = r" *(\d+)%\|[#\d ]{{10}}\| (\d+)/{tokens} tokens \[\d\d:\d\d<[\d:?]+, +[\d.?]+ tokens/s\]"
+    inputs = {"replicate_weights": str(files / "slow"), "num_outputs": 1, "prompt": PROMPT}
+
+    def logged(candidates: int) -> list[str]:
+        return server.predict(**inputs, candidates=candidates)["logs"].splitlines()
+
+    with ThreadPoolExecutor(3) as pool:
+        for candidates, lines in zip((96, 97, 98), pool.map(logged, (96, 97, 98)), strict=True):
+            found = [re.fullmatch(line.format(tokens=1024 * candidates), one) for one in lines if "%|" in one]
+            assert len(found) > 1
+            assert all(found), lines
+            percents = [int(one[1]) for one in found]
+            assert percents == [round(100 * int(one[2]) / (1024 * candidates)) for one in found]
+            assert percents == sorted(set(percents))
+            assert percents[-1] == 100
 
 
 def test_identical_candidates_are_drawn_once_and_the_logs_say_so(server: Server) -> None:

@@ -1,0 +1,78 @@
+"""Progress for people: a live line on a terminal, and a few lines in the log of a prediction."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from clip_gen.sampling.progress import Progress
+
+LOG_SECONDS, LOG_SHARE = 1.0, 0.05  # of all tokens; between two lines of a log
+LOG_FORM = "{l_bar}{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+BAR_FORM = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
+NOTHING = Progress(0, 1, 0.0)
+
+
+class ProgressLog:
+    """Writes lines about one request to standard error: at most 22, the last one at the end.
+
+    They look like ` 45%|####4     | 1843/4096 tokens [00:04<00:05, 438.81 tokens/s]`. Replicate's page and its client
+    libraries read percent, current and total from lines that begin so.
+    """
+
+    def __init__(self) -> None:
+        self._shown = NOTHING
+
+    def __call__(self, progress: Progress) -> None:
+        seconds, tokens = progress.seconds - self._shown.seconds, progress.tokens - self._shown.tokens
+        is_due = seconds >= LOG_SECONDS and (self._shown is NOTHING or tokens >= LOG_SHARE * progress.total_tokens)
+        if is_due or (tokens and progress.tokens == progress.total_tokens):
+            self._shown = progress
+            sys.stderr.write(log_line(progress) + "\n")
+
+
+def log_line(progress: Progress) -> str:
+    numbers = progress.tokens, progress.total_tokens, progress.seconds
+    return tqdm.format_meter(*numbers, ascii=True, bar_format=LOG_FORM, unit=" tokens")
+
+
+class LiveBar:
+    """One line on a terminal for `count` requests; it disappears at the end. Nothing if stderr is no terminal."""
+
+    def __init__(self, count: int = 1):
+        self.count, self._open, self._bar = count, ExitStack(), None
+        self._requests: dict[object, Progress] = {}
+
+    def __enter__(self) -> LiveBar:
+        if sys.stderr.isatty():
+            self._open.enter_context(logging_redirect_tqdm())
+            bar = tqdm(total=self.count, bar_format=BAR_FORM, leave=False, dynamic_ncols=True)
+            self._bar = self._open.enter_context(bar)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def listener(self) -> Callable[[Progress], None] | None:
+        """The on_progress of another one of the requests."""
+        if self._bar is None:
+            return None
+        request = object()
+        return lambda progress: self._show(request, progress)
+
+    def hidden(self) -> AbstractContextManager:
+        """Hides the line, so that others can be printed above it."""
+        return tqdm.external_write_mode()
+
+    def _show(self, request: object, progress: Progress) -> None:
+        with self._bar.get_lock():
+            self._requests[request] = progress
+            shares = [one.tokens / one.total_tokens for one in self._requests.values()]
+            speed = sum(one.tokens for one in self._requests.values()) / self._bar.format_dict["elapsed"]
+            done = f"{shares.count(1)} of {self.count} drawn, " if self.count > 1 else ""
+            self._bar.n = sum(shares)
+            self._bar.set_postfix_str(f"{done}{speed:.0f} tokens/s")
