@@ -112,7 +112,6 @@ def load_model(arguments: argparse.Namespace) -> ClipGen:
         weights, reason = default_model(os.environ.get("COG_WEIGHTS"))
     model = ClipGen.load(weights, arguments.device)
     log.info("model: %s from %s on %s: %s", model.config.name, shortened(weights), model.device, reason)
-    log.info("loaded: %s", model.loaded)
     return model
 
 

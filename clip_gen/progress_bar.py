@@ -41,14 +41,17 @@ def log_line(progress: Progress) -> str:
 
 
 class LiveBar:
-    """One line on a terminal for `count` requests; it disappears at the end. Nothing if stderr is no terminal."""
+    """One line on a terminal for `count` requests; it disappears at the end.
+
+    Nothing if standard error is no terminal, or count is 0.
+    """
 
     def __init__(self, count: int = 1):
         self.count, self._open, self._bar = count, ExitStack(), None
         self._requests: dict[object, Progress] = {}
 
     def __enter__(self) -> LiveBar:
-        if sys.stderr.isatty():
+        if self.count and sys.stderr.isatty():
             self._open.enter_context(logging_redirect_tqdm())
             bar = tqdm(total=self.count, bar_format=BAR_FORM, leave=False, dynamic_ncols=True)
             self._bar = self._open.enter_context(bar)

@@ -92,7 +92,8 @@ def draw_lines(
     folder.mkdir(parents=True, exist_ok=True)
     _forget(folder / MANIFEST, names)
     say(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
-    stop, writing, bar = threading.Event(), threading.Lock(), LiveBar(len(waiting))
+    stop, writing = threading.Event(), threading.Lock()
+    bar = LiveBar(len(waiting) if share[0] == 0 else 0)  # one for all processes
 
     def draw(line: Line) -> str:
         settings = drawing_settings(line.settings)

@@ -17,7 +17,7 @@ from conftest import TINY
 from PIL import Image
 from torch.nn import functional as F
 
-from benchmarks import busy_machine, figures, precision, reference, server_speed, speed, token_speed
+from benchmarks import busy_machine, figures, precision, previews, reference, server_speed, speed, token_speed
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.figures import Figure
 from benchmarks.models import PROMPT, PUBLISHED, Subject, write_published
@@ -308,3 +308,10 @@ def test_precision_compares_candidate_by_candidate(tiny_model_folder: Path) -> N
     assert better["float16"]["points"] == 12.5
     assert better["float16"]["within"] == pytest.approx(1.96 * np.std([25, 0, 0, 25], ddof=1) / 2, abs=1e-4)
     assert better["bfloat16"]["points"] == 0
+
+
+def test_runs_with_progress_and_previews_are_compared_with_plain_ones(tiny_model: ClipGen) -> None:
+    progress, with_previews = previews.measure(tiny_model, runs=3, candidates=4)
+    assert (progress["what"], with_previews["what"]) == ("progress", "previews")
+    assert progress["previews in a run"] == 0
+    assert min(progress["ratio"], with_previews["ratio"]) > 0

@@ -53,7 +53,7 @@ class Batcher:
         self._requests: list[Request] = []  # that have not ended, first those to be served first
         self._running: list[RunningBatch] = []
         self._sampled: list[Candidate] = []  # but not decoded
-        self._last_preview = 0.0, 0.0  # when it ended and how many seconds it took
+        self._next_preview = 0.0  # not before, in CPU seconds of the thread
         # Not an executor: those refuse work, and wait for all of theirs, as soon as the main thread has ended.
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
@@ -207,13 +207,16 @@ class Batcher:
                         request.listener.report(request.progress(running.tokens_of(request), preview))
 
     def _preview(self, running: RunningBatch, request: Request) -> Image.Image | None:
-        """A picture of an unfinished request; None if previews have used up their share of the time."""
-        started, (ended, seconds) = time.monotonic(), self._last_preview
-        if started - max(ended, running.started_at) < seconds / PREVIEW_SHARE:
+        """A picture of an unfinished request; None if previews have used up their share of the time.
+
+        Of the thread's CPU time, because it does not depend on other processes.
+        """
+        started = time.thread_time()
+        if started < self._next_preview:
             return None
         set_threads(request.model.decode_threads)
         preview = running.preview(request)
-        self._last_preview = time.monotonic(), time.monotonic() - started
+        self._next_preview = started + (time.thread_time() - started) / PREVIEW_SHARE
         return preview
 
     def _drop_ended(self) -> None:

@@ -32,7 +32,7 @@ class Listener:
 
     def __init__(self, function: Callable[[Progress], None], seconds: float, previews: bool):
         self.previews = previews
-        self._function, self._seconds, self._due_at = function, seconds, 0.0
+        self._function, self._seconds, self._due_at = function, seconds, time.monotonic() + seconds
         self._reports: SimpleQueue[Progress | None] = SimpleQueue()
 
     @property
