@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("clip_gen.training.cli", "train on pictures without captions"),
     "train-shapes": ("clip_gen.worlds.shapes.recipe", "train the bundled model of shapes"),
     "train-emoji": ("clip_gen.worlds.emoji.recipe", "train the bundled model of emoji"),
+    "optimise": ("clip_gen.evaluation.against_time", "compare a model of shapes or emoji with VQGAN+CLIP"),
     "evaluate": (
         "clip_gen.evaluation.cli",
         "measure a model on any pictures, or with a world's judges",

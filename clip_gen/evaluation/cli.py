@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--features", choices=["auto", "inception", "clip"], default="auto", help=words)
     words = "model folder whose CLIP gives CMMD and CLIP scores, as by `pull clip ViT-L/14`; default: the model's own"
     group.add_argument("--clip", type=Path, help=words)
+    words = (
+        "also FID of pictures from prompts that are blurred with these radii, as in the papers of DALL-E and CogView"
+    )
+    group.add_argument("--blur", type=int, nargs="+", choices=(1, 2, 4, 8), default=[], help=words)
     group.add_argument("--compare", type=Path, help="report.json of another model, to be shown beside this one")
     group.add_argument("--baseline", type=Path, help="results of `optimise`, to be plotted in the report")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from clip_gen.metrics.intervals import Estimate
 
-LOWER_IS_BETTER = {"FID", "KID × 1000", "CMMD", "LPIPS"}
+BLURS = ("FID-1", "FID-2", "FID-4", "FID-8")  # FID of pictures that are blurred with this radius
+LOWER_IS_BETTER = {"FID", *BLURS, "KID × 1000", "CMMD", "LPIPS"}
 NO_DIRECTION = {"density", "close to a training picture"}  # 1 and 50 % are as good as can be
 SHARES = {"precision", "recall", "coverage", "R-precision", "close to a training picture"}
 DECIMALS = {"FID": 2, "KID × 1000": 3, "CMMD": 3, "PSNR": 2, "SSIM": 4, "LPIPS": 4, "density": 3}
@@ -66,7 +67,7 @@ def _number(name: str, value: float, like: float | None = None) -> str:
     """
     if name in SHARES:
         return f"{100 * value:.1f} %"
-    is_small = name == "FID" and abs(value if like is None else like) < SMALL_FID
+    is_small = name.startswith("FID") and abs(value if like is None else like) < SMALL_FID
     return f"{value:.{4 if is_small else DECIMALS.get(name, 2)}f}"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from clip_gen.evaluation.figures import Figure
 from clip_gen.images import from_bytes
@@ -69,6 +70,17 @@ class Measuring:
 
     def of_files(self, paths: Sequence[Path], resolution: int) -> Features:
         return self.features(images_of(paths, resolution, self.device))
+
+    def blurred(self, source: str, radius: int, real: Sequence[Path], drawn: Sequence[Path], resolution: int) -> None:
+        """Adds FID after a Gaussian blur of both sets with this radius in pixels, as DALL-E's and CogView's papers do:
+        a VQGAN's fine detail counts less.
+        """
+        size = 2 * 3 * radius + 1
+        first, second = (
+            self.network(gaussian_blur(images, size, radius) for images in images_of(paths, resolution, self.device))
+            for paths in (real, drawn)
+        )
+        self._distance(source, f"FID-{radius}", fid, first, second, self.network.name)
 
     def reconstructions(
         self, vqgan: VQGAN, paths: Sequence[Path], resolution: int, real: Features, lpips: FrozenLPIPS | None

@@ -27,6 +27,7 @@ from clip_gen.metrics.features import choose_features, load_clip
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.pipeline import ClipGen
+from clip_gen.prompts import parse_prompt
 from clip_gen.prompts_file import Line
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.training.processes import wait_for
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         evaluation = Evaluation(model, measuring, images, training, settings, arguments.out)
         evaluation.draw(lines, arguments.count, share)
         if share[0] == 0:
-            evaluation.measure()
+            evaluation.measure(arguments.blur)
             print(write_reports(evaluation, arguments, other))
 
 
@@ -102,6 +103,11 @@ def bias_of(own: ClipEncoder, judge: ClipEncoder, candidates: int) -> str:
     return f"biased: this CLIP also {took_part}"
 
 
+def as_text(prompt: str) -> str:
+    """A prompt as a CLIP reads it: without weights and backslashes."""
+    return " ".join(part.text for part in parse_prompt(prompt))
+
+
 class Evaluation:
     """Draws and measures pictures of one model. images: real ones; training: those that samples may be copies of."""
 
@@ -124,14 +130,14 @@ class Evaluation:
     def draw(self, lines: Sequence[Line], count: int, share: tuple[int, int]) -> None:
         """Draws from the prompts' lines, and from the embeddings of the first `count` pictures."""
         self.sources = self.images[:count]
-        self.prompts = [line.settings["prompt"] for line in lines]
+        self.prompts = [as_text(line.settings["prompt"]) for line in lines]
         drawn_lines = {FROM_PROMPTS: lines, FROM_PICTURES: picture_lines(self.sources, self.settings)}
         for source, some in drawn_lines.items():
             if some:
                 folder = self.out / source.replace(" ", "-")
                 self.paths[source] = draw(self.model, some, folder, source, share)
 
-    def measure(self) -> None:
+    def measure(self, blurs: Sequence[int]) -> None:
         measuring, model = self.measuring, self.model
         real = measuring.of_files(self.images, self.resolution)
         training = real if self.training is self.images else measuring.of_files(self.training, self.resolution)
@@ -144,6 +150,8 @@ class Evaluation:
             measuring.drawn(source, drawn, real, training)
             if source == FROM_PROMPTS:
                 measuring.prompts(source, drawn, self.prompts, measuring.clip.encode_text(self.prompts).cpu())
+                for radius in blurs:
+                    measuring.blurred(source, radius, self.images, paths, self.resolution)
             else:
                 measuring.pictures(source, drawn, real.embeddings[: len(paths)])
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from clip_gen.data.decoding import load_picture
-from clip_gen.evaluation.figures import Figure, as_json, as_markdown, as_text, comparison_text, differences
+from clip_gen.evaluation.figures import BLURS, Figure, as_json, as_markdown, as_text, comparison_text, differences
 from clip_gen.evaluation.time_plot import read_points, time_plot
 from clip_gen.files import write_text_atomic
 from clip_gen.images import resized_square, to_pil, to_tensor
@@ -34,6 +34,7 @@ VERSIONS = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "
 EXPLAINED = {
     "FID": "distance between the feature statistics of both sets; small sets have a higher one, so only compare equal "
     "numbers of pictures",
+    **{name: f"FID of pictures that are blurred with a radius of {name[-1]} pixels" for name in BLURS},
     "KID × 1000": "the same question without the bias of small sets; may be below 0",
     "CMMD": "distance between the CLIP embeddings of both sets",
     "precision": "share of drawn pictures that look like real ones",

@@ -33,6 +33,7 @@ MACHINE = {
     "nodes": "Number of machines that train together.",
     "strategy": "One of Lightning's strategies, by name. Tested: auto and ddp, on CPUs.",
     "save_seconds": "Seconds between checkpoints.",
+    "evaluate_every": "Steps between FID and CMMD on held-back pictures, which take time to draw. 0: none.",
 }
 
 
@@ -57,7 +58,7 @@ def main(arguments: argparse.Namespace) -> None:
         watch_stdin()
     gc.freeze()  # collections skip what is imported
     settings = TrainSettings(**{spec.name: getattr(arguments, spec.name) for spec in fields(TrainSettings)})
-    machine = Machine(arguments.devices, arguments.nodes, arguments.strategy, save_seconds=arguments.save_seconds)
+    machine = Machine(**{name: getattr(arguments, name) for name in MACHINE})
     try:
         with ended_by_signals(SECONDS_TO_END):
             weights = Training(arguments.images, arguments.out, settings, machine).run()

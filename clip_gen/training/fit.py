@@ -39,6 +39,7 @@ class Machine:
     strategy: str = "auto"
     max_minutes: float = 0.0  # 0: until the last step
     save_seconds: float = 60.0  # between checkpoints
+    evaluate_every: int = 0  # steps between evaluations on the held-back pictures; 0: none
 
     def trainer(self, **options: object) -> pl.Trainer:
         """Lightning's trainer for this machine; ValueError for devices, nodes or a strategy that it refuses."""

@@ -33,6 +33,7 @@ from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpo
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, loader_with_workers, split_pictures
 from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
 from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_views
+from clip_gen.training.evaluations import Drawing, Evaluations, reconstruct, sample_with
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
@@ -206,7 +207,8 @@ class Training:
         config, loss, features = self.plan.vqgan, self.plan.vqgan_loss, lpips or self.networks.clip
         trainer = VQGANTrainer(vqgan, config, loss, features, discriminator=discriminator, decoder_only=keeps_tokens)
         samples = Endless(self.picture_files(self.train_paths), settings.seed)
-        values = self.fit("vqgan", trainer, samples, held_back, ReconstructionGrids(held_back, folder), keeps_tokens)
+        callbacks = [ReconstructionGrids(held_back, folder), *self.evaluations("vqgan", reconstruct)]
+        values = self.fit("vqgan", trainer, samples, held_back, callbacks, keeps_tokens)
         values["tokens_kept"] = keeps_tokens
         if has_perceptual_loss:
             values["perceptual_loss"] = "CLIP" if lpips is None else "LPIPS"
@@ -239,11 +241,17 @@ class Training:
             vqgan=networks.vqgan,
             clip=networks.clip,
         )
-        grids = SampleGrids(networks, held_back, self.sample_prompts(), folder, settings.seed)
+        callbacks = [SampleGrids(networks, held_back, self.sample_prompts(), folder, settings.seed)]
+        callbacks += self.evaluations("gpt", sample_with(networks, settings.seed))
         samples = Endless(pictures, settings.seed)
-        values = self.fit("gpt", trainer, samples, held_back, grids, self.gpt_knows_tokens())
+        values = self.fit("gpt", trainer, samples, held_back, callbacks, self.gpt_knows_tokens())
         encoded = {"pictures": len(pictures), "views": pictures.rows, "places": pictures.places or "all"}
         return values | quality | encoded
+
+    def evaluations(self, stage: str, draw: Drawing) -> list[Callback]:
+        """What measures held-back pictures, if the command asks for it."""
+        every, pictures = self.machine.evaluate_every, self.picture_files(self.held_back_paths)
+        return [Evaluations(stage, every, pictures, self.networks.clip, draw, self.work / stage)] if every else []
 
     def gpt_knows_tokens(self) -> bool:
         """Whether the base's transformer was trained on the tokens that it gets now."""
@@ -264,12 +272,18 @@ class Training:
         return encode_train_pictures(files, self.plan.views, self.networks, folder, self.settings)
 
     def fit(
-        self, name: str, trainer: Stage, samples: Endless, held_back: Dataset, grids: Callback, fine_tunes: bool
+        self,
+        name: str,
+        trainer: Stage,
+        samples: Endless,
+        held_back: Dataset,
+        callbacks: list[Callback],
+        fine_tunes: bool,
     ) -> dict[str, object]:
         settings, steps = self.settings, trainer.config.steps
         machine = replace(self.machine, max_minutes=self.minutes_for(name))
         forecast = Forecast(name, machine.max_minutes, settings.max_minutes, fine_tunes)
-        options = {"seed": settings.seed, "machine": machine, "callbacks": [forecast, grids]}
+        options = {"seed": settings.seed, "machine": machine, "callbacks": [forecast, *callbacks]}
         if self.is_first:
             write_text_atomic(self.work / MINUTES, f"{self.minutes_outside():.4f}")
         values = fit(name, trainer, samples, held_back, self.work / name, **options)

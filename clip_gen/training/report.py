@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 Stages = dict[str, dict[str, object]]  # the record of each stage
 
 TITLES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
+DISTANCES = ("fid_inception", "fid_clip", "cmmd")  # of evaluations.py
 CHARTS = {  # the values in each; fooled is the generator's adversarial loss, told_apart the discriminator's loss
-    "vqgan": ("loss", "fooled told_apart", "l1", "perceptual", "val_psnr", "codes_in_batch", "perplexity"),
-    "gpt": ("loss val_loss", "embedding", "contrast"),
+    "vqgan": ("loss", "fooled told_apart", "l1", "perceptual", "val_psnr", "codes_in_batch", "perplexity", *DISTANCES),
+    "gpt": ("loss val_loss", "embedding", "contrast", *DISTANCES),
 }
 COLOURS = ("#2563eb", "#dc2626")  # of the values in one chart
 WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
