@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import busy_machine, contact_sheet, masks, own_pictures, precision, previews, published_size, speed
+from benchmarks import (
+    busy_machine,
+    contact_sheet,
+    masks,
+    own_pictures,
+    precision,
+    previews,
+    published_size,
+    speed,
+    steering,
+)
 
 BENCHMARKS = {
     "speed": (speed.main, "sampling, decoding, loading, predictions and requests beside a plain reference"),
@@ -15,6 +25,7 @@ BENCHMARKS = {
     "own-pictures": (own_pictures.main, "quality and memory of trainings on your own pictures"),
     "masks": (masks.main, "one of two objects replaced by another, under a mask"),
     "previews": (previews.main, "how much progress and previews slow down drawing"),
+    "steering": (steering.main, "image prompts, negative prompts and weights, graded by the judge"),
     "published-size": (published_size.main, "seconds and memory of the published model's size"),
 }
 
