@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
 FIXED = {"num_outputs": 1, "output_format": "png", "output_grid": False, "output_size": "1x"}
-WAIT_SECONDS = 1.0  # between two looks for what other processes have drawn
+WAIT_SECONDS = 10.0  # between two looks for what other processes have drawn
 
 
 def prompt_lines(path: Path, settings: Mapping[str, object]) -> list[Line]:

@@ -61,7 +61,9 @@ def test_the_page_needs_no_other_file_and_shows_the_comparison(
     words = ["evaluate", str(tiny_model_folder), "--images", str(tmp_path / "real"), "--count", "8"]
     words += ["--prompts", str(tmp_path / "prompts.txt"), "--out"]
     assert main([*words, str(tmp_path / "first")]) == 0
+    assert main(["shapes", "--count", "9", "--seed", "4", "--out", str(tmp_path / "training")]) == 0
     compare = ["--seed", "9", "--compare", str(tmp_path / "first" / "report.json")]
+    compare += ["--training", str(tmp_path / "training")]
     assert main([*words, str(tmp_path / "second"), *compare]) == 0
     assert "tiny beside tiny:" in capsys.readouterr().out
     page = (tmp_path / "second" / "report.html").read_text()
@@ -79,6 +81,8 @@ def test_the_page_needs_no_other_file_and_shows_the_comparison(
     assert [title for title in re.findall("<h2>(.*?)</h2>", page) if title in titles] == titles
     assert "a &lt;b&gt;bold&lt;/b&gt; star" in page
     assert "<b>bold</b>" not in page
-    hardest = json.loads((tmp_path / "second" / "report.json").read_text())["hardest_prompts"]
+    report = json.loads((tmp_path / "second" / "report.json").read_text())
+    assert {f["real"] for f in report["figures"] if f["name"] == "close to a training picture"} == {9}
+    hardest = report["hardest_prompts"]
     assert len(hardest) == 2
     assert hardest[0]["clip_score"] <= hardest[1]["clip_score"]
