@@ -61,7 +61,7 @@ def test_the_package_has_the_recipes_and_the_command_but_no_model(installed: Pat
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     files = ("drawings.zip", "words.yaml", "held_out.yaml", "synonyms.json", "related_nouns.json", "LICENSES.md")
     world = [f"worlds/emoji/{name}" for name in files]
-    for name in ("configs/shapes.yaml", "configs/emoji.yaml", *world):
+    for name in ("configs/shapes.yaml", "configs/emoji.yaml", "ui/page.css", *world):
         assert f"clip_gen/{name}" in names
     weights = {name for name in names if name.endswith(".safetensors")}
     assert weights == {"clip_gen/worlds/emoji/judge_network.safetensors"}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from browser import missing
 from conftest import TINY
 
 from clip_gen import ClipGen
@@ -20,8 +21,12 @@ from clip_gen.files import MARK, ROOT
 from clip_gen.training.stage import FitConfig
 from clip_gen.worlds.recipe import RecipeConfig
 
+UI = pytest.param("ui", marks=pytest.mark.skipif(bool(missing()), reason=f"the page needs {missing()}"))
 
-@pytest.mark.parametrize("name", ["predict", "serve", "test", "train-shapes", "train-emoji", "bench", "pack-drawings"])
+
+@pytest.mark.parametrize(
+    "name", ["predict", "serve", "test", "train-shapes", "train-emoji", "bench", "pack-drawings", UI]
+)
 def test_a_script_works_through_a_link_and_with_cdpath(tmp_path: Path, name: str) -> None:
     (tmp_path / "script").mkdir()
     (link := tmp_path / "script" / name).symlink_to(ROOT / "script" / name)

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
+from PIL import Image
 
 from clip_gen.generate import checked_settings
 from clip_gen.picture_files import drawing_settings
-from clip_gen.pipeline import Stopped
+from clip_gen.pipeline import Progress, Stopped
 from clip_gen.sampling.condition import open_picture
 from clip_gen.ui.controls import (
     ADVANCED,
@@ -40,6 +41,16 @@ MAX_DRAWINGS = 4  # at the same time, in several tabs
 HALVES = ("upper", "lower", "left", "right", "all")
 MAX_SHOWN = 60  # earlier drawings
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+
+
+class Latest:
+    """The last report of a drawing, and its last preview."""
+
+    progress: Progress | None = None
+    preview: Image.Image | None = None
+
+    def report(self, progress: Progress) -> None:
+        self.progress, self.preview = progress, progress.preview or self.preview
 
 
 class Page:
@@ -196,11 +207,16 @@ class Page:
         """Draws, and meanwhile shows the progress. A reload of the page ends it, like a click on Cancel."""
         stop = self.stops[request.session_hash] = threading.Event()
         started = time.monotonic()
-        job = self.threads.submit(self._draw, model, values, stop)
+        latest, shown = Latest(), None
+        job = self.threads.submit(self._draw, model, values, stop, latest)
         busy = {self.draw_button: gr.Button(interactive=False), self.cancel_button: gr.Button(interactive=True)}
         try:
             while not job.done():
-                yield {self.status: said(f"Drawing, {time.monotonic() - started:.0f} s"), **busy}
+                update = {self.status: working(latest.progress), **busy}
+                if latest.preview is not shown:
+                    shown = latest.preview
+                    update[self.preview] = gr.Image(shown, visible=True)
+                yield update
                 await asyncio.sleep(INTERVAL)
             drawing = job.result()
             text = f"Drawn in {time.monotonic() - started:.1f} s with seed {drawing.settings['seed']}"
@@ -217,12 +233,13 @@ class Page:
             self.preview: gr.Image(visible=False),
         }
 
-    def _draw(self, name: str, values: Sequence[object], stop: threading.Event) -> Drawing:
+    def _draw(self, name: str, values: Sequence[object], stop: threading.Event, latest: Latest) -> Drawing:
         with self.history.new_folder() as folder:
             settings = checked_settings(as_settings(self.fields, list(self.controls), values, folder))
             model = self.models.get(name)
             settings = keep_input_pictures(settings, folder, model.config.vqgan.resolution)
-            result = model.generate(**drawing_settings(settings), should_stop=stop.is_set)
+            watched = {"should_stop": stop.is_set, "on_progress": latest.report, "previews": True}
+            result = model.generate(**drawing_settings(settings), **watched)
             return self.history.add(folder, model, name, result, settings, stop.is_set)
 
     def cancel(self, request: gr.Request) -> str:
@@ -307,6 +324,17 @@ class Page:
             self.command: drawing.settings["command"],
             self.remove: gr.Button(interactive=True),
         }
+
+
+def working(progress: Progress | None) -> str:
+    """A bar, not for screen readers to read at every step."""
+    if progress is None or not progress.tokens:
+        return "<div><progress aria-label='drawing'></progress><p>Drawing</p></div>"
+    share = progress.tokens / progress.total_tokens
+    left = progress.seconds * (1 / share - 1)
+    speed = progress.tokens / max(progress.seconds, 1e-3)
+    bar = f"<progress aria-label='drawing' value='{share:.3f}'></progress>"
+    return f"<div>{bar}<p>Drawing: {share:.0%}, {speed:,.0f} tokens per second, {left:.0f} s left</p></div>"
 
 
 def off() -> gr.Button:
