@@ -53,6 +53,13 @@ def component(field: InputField) -> gr.components.Component:
     return gr.Slider(info.ge, info.le, step=step, buttons=[], **common)
 
 
+def picture_input(name: str) -> gr.Image:
+    """The component for an input that is a picture. It gives the file as it is, so that its hash is the file's."""
+    label, sources = f"{name.replace('_', ' ').capitalize()}: upload or paste", ["upload", "clipboard"]
+    common = {"type": "filepath", "image_mode": None, "height": 220, "buttons": []}
+    return gr.Image(label=label, sources=sources, elem_id=name, **common)
+
+
 def as_settings(
     fields: Mapping[str, InputField], names: Sequence[str], values: Sequence[object], folder: Path
 ) -> dict[str, object]:

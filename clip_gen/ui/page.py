@@ -29,6 +29,7 @@ from clip_gen.ui.controls import (
     canvas,
     component,
     half_mask,
+    picture_input,
     read_fields,
 )
 from clip_gen.ui.history import SETTINGS, Drawing, History, keep_input_pictures
@@ -119,10 +120,7 @@ class Page:
 
     def _build_settings(self) -> None:
         with gr.Accordion("Draw from a picture", open=False, elem_id="from-picture") as self.from_picture:
-            self.image = gr.Image(
-                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image: upload or paste",
-                height=220, buttons=[], elem_id="image",
-            )  # fmt: skip
+            self.image = picture_input("image")
             image_weight = component(self.fields["image_weight"])
         controls = {"prompt": self.prompt, "image": self.image, "image_weight": image_weight}
         controls |= self._build_mask()
@@ -136,15 +134,7 @@ class Page:
     def _build_mask(self) -> dict[str, gr.components.Component]:
         with gr.Accordion("Redraw a part of a picture", open=False, elem_id="redraw") as self.redraw:
             gr.Markdown("The prompt says what the *whole* picture shows. Paint over what to redraw, or choose a part.")
-            picture = gr.Image(
-                type="filepath",
-                image_mode=None,
-                sources=["upload", "clipboard"],
-                label="Init image: upload or paste",
-                height=220,
-                buttons=[],
-                elem_id="init_image",
-            )
+            picture = picture_input("init_image")
             brush = gr.Brush(default_size=30, colors=[BRUSH], color_mode="fixed")
             options = {"sources": (), "transforms": (), "layers": False, "brush": brush, "buttons": []}
             self.editor = gr.ImageEditor(
@@ -165,13 +155,12 @@ class Page:
         shown += [self.save_sheet, self.command, self.remove]
         buttons = [self.status, self.preview, self.draw_button, self.cancel_button]
         drawn = [*buttons, *shown, self.past, self.listed]
-        gr.on([self.draw_button.click, self.prompt.submit], self.draw, inputs, drawn, show_progress="hidden")
+        drawing = {"show_progress": "hidden", "concurrency_limit": MAX_DRAWINGS}
+        gr.on([self.draw_button.click, self.prompt.submit], self.draw, inputs, drawn, **drawing)
         self.cancel_button.click(self.cancel, None, self.status, queue=False)
         self.gallery.select(self.choose, self.chosen, shown[1:], show_progress="hidden")
         varied = [self.image, self.prompt, self.controls["seed"], self.from_picture]
-        self.vary.click(self.use_as_image, [self.chosen, self.number], varied).then(
-            self.draw, inputs, drawn, show_progress="hidden"
-        )
+        self.vary.click(self.use_as_image, [self.chosen, self.number], varied).then(self.draw, inputs, drawn, **drawing)
         painted = [self.controls["init_image"], self.redraw, self.editor, self.halves]
         self.paint.click(self.use_as_init_image, [self.chosen, self.number], painted)
         self.past.select(
@@ -205,6 +194,7 @@ class Page:
         self, request: gr.Request, model: str, *values: object
     ) -> AsyncIterator[dict[gr.components.Component, object]]:
         """Draws, and meanwhile shows the progress. A reload of the page ends it, like a click on Cancel."""
+        self.cancel(request)  # what this tab draws already
         stop = self.stops[request.session_hash] = threading.Event()
         started = time.monotonic()
         latest, shown = Latest(), None
@@ -227,6 +217,8 @@ class Page:
             end = {self.status: said(str(error), problem=True)}
         finally:
             stop.set()
+            if self.stops.get(request.session_hash) is stop:
+                del self.stops[request.session_hash]
         yield end | {
             self.draw_button: gr.Button(interactive=True),
             self.cancel_button: gr.Button(interactive=False),
@@ -246,6 +238,11 @@ class Page:
         if stop := self.stops.get(request.session_hash):
             stop.set()
         return said("Cancelling")
+
+    def close(self) -> None:
+        """Ends all drawings."""
+        for stop in list(self.stops.values()):
+            stop.set()
 
     def choose(self, name: str, event: gr.SelectData) -> dict[gr.components.Component, object]:
         """The picture that was clicked."""

@@ -93,7 +93,10 @@ def main(arguments: list[str]) -> None:
             css=CSS,
         )
         print(f"http://127.0.0.1:{options.port} has the page; Ctrl-C ends it. Drawings are kept in {history.folder}")
-        page.blocks.block_thread()
+        try:
+            page.blocks.block_thread()
+        finally:
+            page.close()
 
 
 def check_port(port: int) -> None:
