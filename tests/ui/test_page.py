@@ -8,9 +8,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import PHONE, Browser, browser, headers, missing, page_server
 from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from clip_gen.files import ROOT
@@ -76,10 +78,10 @@ def test_nothing_is_asked_of_other_servers_and_the_console_is_empty(page: Browse
 
 
 def test_every_input_of_the_predictor_has_a_control(page: Browser) -> None:
-    page.click("#from-picture button")
-    page.click("#advanced button")
+    for folded in ("from-picture", "redraw", "advanced"):
+        page.click(f"#{folded} button")
     page.one("#top_k")
-    for name in set(INPUTS) - {"replicate_weights"}:  # it has the choice of a model
+    for name in set(INPUTS) - {"replicate_weights", "mask"}:  # there is a choice of models; and the canvas, see below
         page.one(f"#{name}")
 
 
@@ -115,9 +117,51 @@ def test_a_click_on_a_picture_and_on_variations_draws_from_it(page: Browser, his
     page.status("Drawn in")
     [folder] = set(history.iterdir()) - before
     varied = json.loads((folder / "settings.json").read_text())
-    assert varied["image_sha256"] == hashlib.sha256((found["folder"] / "2.png").read_bytes()).hexdigest()
+    assert Image.open(folder / "image.png").tobytes() == Image.open(found["folder"] / "2.png").tobytes()
+    assert varied["image_sha256"] == hashlib.sha256((folder / "image.png").read_bytes()).hexdigest()
     assert "prompt" not in varied
     assert varied["seed"] != found["seed"]
+
+
+def redraw(page: Browser, history: Path) -> None:
+    """Draws, and puts the first picture on the canvas for masks."""
+    drawn(page, "a star", history)
+    page.click("#pictures .thumbnail-item")
+    page.click("#paint")
+    page.wait(lambda: page.all("#mask canvas"))
+
+
+def test_the_half_of_a_picture_is_redrawn_and_comes_back_from_the_history(page: Browser, history: Path) -> None:
+    redraw(page, history)
+    page.fill("#seed input", "21")
+    page.click("#mask-lower")
+    found = drawn(page, "a heart", history)
+    mask, kept = (Image.open(found["folder"] / f"{name}.png").convert("RGB") for name in ("mask", "init_image"))
+    assert mask.crop((0, 0, 16, 8)).getcolors() == [(128, (0, 0, 0))]
+    assert mask.crop((0, 8, 16, 16)).getcolors() == [(128, (255, 255, 255))]
+    for name in found["files"]:
+        assert Image.open(found["folder"] / name).crop((0, 0, 16, 8)).tobytes() == kept.crop((0, 0, 16, 8)).tobytes()
+    page.load()
+    page.click("#past .thumbnail-item")
+    page.status("An earlier drawing")
+    page.wait(lambda: page.all("#mask canvas"))
+    again = drawn(page, "a heart", history)
+    assert again["mask_sha256"] == found["mask_sha256"]
+    for name in found["files"]:
+        assert (again["folder"] / name).read_bytes() == (found["folder"] / name).read_bytes()
+
+
+def test_a_mask_can_be_painted(page: Browser, history: Path) -> None:
+    redraw(page, history)
+    canvas = page.one("#mask canvas")
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    stroke = ActionChains(page.driver).move_to_element_with_offset(canvas, -60, -60).click_and_hold()
+    for x in range(-60, 61, 20):
+        stroke.move_to_element_with_offset(canvas, x, x)
+    stroke.release().perform()
+    found = drawn(page, "a heart", history)
+    share = np.asarray(Image.open(found["folder"] / "mask.png").convert("L")).mean() / 255
+    assert 0.02 < share < 0.6
 
 
 def test_picture_and_settings_can_be_downloaded(window: Browser, page: Browser, history: Path) -> None:
@@ -143,7 +187,7 @@ def test_an_uploaded_picture_is_drawn_from_and_its_exif_goes_nowhere(
     page.driver.find_element("css selector", "#image input[type=file]").send_keys(str(tmp_path / "alice.jpg"))
     page.wait(lambda: page.all("#image img"))
     found = drawn(page, "", history)
-    assert found["image_sha256"] == hashlib.sha256((tmp_path / "alice.jpg").read_bytes()).hexdigest()
+    assert found["image_sha256"] == hashlib.sha256((found["folder"] / "image.png").read_bytes()).hexdigest()
     written = b"".join(path.read_bytes() for path in found["folder"].iterdir())
     assert not [word for word in (b"Secret", b"alice") if word in written]
 
@@ -158,17 +202,20 @@ def test_a_request_that_cannot_be_drawn_says_why(page: Browser, history: Path) -
     assert set(history.iterdir()) == before
 
 
-def test_cancel_ends_a_drawing_and_the_next_one_works(page: Browser, history: Path) -> None:
+def test_progress_and_a_preview_are_shown_until_a_drawing_is_cancelled(page: Browser, history: Path) -> None:
     page.fill("#model input", str(ROOT / "checkpoints" / "shapes") + Keys.ENTER)
     page.wait(lambda: "a large red circle on a white background" in page.text("#examples"))
     page.fill("#candidates input[type=number]", "256")
     before = set(history.iterdir())
     page.fill("#prompt textarea", "a red circle\n")
-    page.status("Drawing")
+    page.status("tokens per second")
+    assert 0 < float(page.one("#status progress").get_attribute("value")) < 1
+    page.wait(lambda: page.all("#preview img"))
     page.click("#cancel")
     page.status("Cancelled")
     page.wait(page.one("#draw").is_enabled)
     assert set(history.iterdir()) == before
+    assert not page.all("#preview img")
     page.fill("#candidates input[type=number]", "4")
     assert drawn(page, "a red circle", history)["model"] == "shapes"
 
