@@ -145,5 +145,6 @@ def test_ending_the_recipe_ends_its_trainings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "script").iterdir()), ids=lambda path: path.name)
-def test_every_script_resolves_links_to_the_project(path: Path) -> None:
-    assert 'readlink -f "$0"' in path.read_text()
+def test_every_script_resolves_links_to_the_project_or_needs_nothing_of_it(path: Path) -> None:
+    text = path.read_text()
+    assert 'readlink -f "$0"' in text or (text.startswith("#!/usr/bin/env python3") and "clip_gen" not in text)

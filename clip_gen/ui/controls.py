@@ -79,7 +79,7 @@ def painted(editor: Mapping[str, object] | None, path: Path) -> Path | None:
     """Writes the mask of an ImageEditor's value: white where a layer is painted. None if nothing is."""
     mask = None
     for layer in (editor or {}).get("layers", ()):
-        opacity = layer.convert("RGBA").getchannel("A").point(lambda level: 255 * (level > 0))
+        opacity = layer.convert("RGBA").getchannel("A").point(lambda level: 255 * (level > 127))
         mask = opacity if mask is None else ImageChops.lighter(mask, opacity)
     if mask is None or not mask.getbbox():
         return None

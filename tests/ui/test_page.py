@@ -50,9 +50,13 @@ def drawn(page: Browser, prompt: str, history: Path) -> dict[str, object]:
     """The settings of a drawing that the page has just made."""
     before = set(history.iterdir())
     page.fill("#prompt textarea", prompt + Keys.ENTER)
-    page.wait(lambda: set(history.iterdir()) - before)
+    return drawn_since(before, page, history)
+
+
+def drawn_since(before: set[Path], page: Browser, history: Path) -> dict[str, object]:
+    """The settings of the drawing that is not among those `before`, once it is shown."""
+    [folder] = page.wait(lambda: {path.parent for path in history.glob("*/settings.json")} - before)
     page.status("Drawn in")
-    [folder] = set(history.iterdir()) - before
     return json.loads((folder / "settings.json").read_text()) | {"folder": folder}
 
 
@@ -113,10 +117,8 @@ def test_a_click_on_a_picture_and_on_variations_draws_from_it(page: Browser, his
     page.click("#pictures .thumbnail-item", 2)
     page.wait(lambda: page.text("#picture").startswith("Picture 3 of 4"))
     page.click("#vary")
-    page.wait(lambda: set(history.iterdir()) - before)
-    page.status("Drawn in")
-    [folder] = set(history.iterdir()) - before
-    varied = json.loads((folder / "settings.json").read_text())
+    varied = drawn_since(before, page, history)
+    folder = varied["folder"]
     assert Image.open(folder / "image.png").tobytes() == Image.open(found["folder"] / "2.png").tobytes()
     assert varied["image_sha256"] == hashlib.sha256((folder / "image.png").read_bytes()).hexdigest()
     assert "prompt" not in varied
@@ -131,15 +133,15 @@ def redraw(page: Browser, history: Path) -> None:
     page.wait(lambda: page.all("#mask canvas"))
 
 
-@pytest.mark.skip(reason="fails: the buttons of the halves, or the canvas that shows a mask of the history")
 def test_the_half_of_a_picture_is_redrawn_and_comes_back_from_the_history(page: Browser, history: Path) -> None:
     redraw(page, history)
     page.fill("#seed input", "21")
     page.click("#mask-lower")
     found = drawn(page, "a heart", history)
     mask, kept = (Image.open(found["folder"] / f"{name}.png").convert("RGB") for name in ("mask", "init_image"))
-    assert mask.crop((0, 0, 16, 8)).getcolors() == [(128, (0, 0, 0))]
-    assert mask.crop((0, 8, 16, 16)).getcolors() == [(128, (255, 255, 255))]
+    white = np.asarray(mask) > 127  # the browser blurs the edge
+    assert not white[:8].any()
+    assert white[8:].all()
     for name in found["files"]:
         assert Image.open(found["folder"] / name).crop((0, 0, 16, 8)).tobytes() == kept.crop((0, 0, 16, 8)).tobytes()
     page.load()
@@ -241,11 +243,10 @@ def test_the_page_works_by_keyboard(page: Browser, history: Path) -> None:
     before, prompt = set(history.iterdir()), page.one("#prompt textarea")
     prompt.click()
     assert tabbed(page, lambda: page.driver.switch_to.active_element.get_attribute("id") == "draw")
-    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
-    page.wait(lambda: set(history.iterdir()) - before)
-    page.status("Drawn in")
+    ActionChains(page.driver).send_keys(Keys.ENTER).perform()
+    drawn_since(before, page, history)
     assert tabbed(page, lambda: page.driver.switch_to.active_element.get_attribute("aria-label") == "Thumbnail 2 of 4")
-    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    ActionChains(page.driver).send_keys(Keys.ENTER).perform()
     page.wait(lambda: page.text("#picture").startswith("Picture 2 of 4"))
     assert tabbed(page, lambda: page.driver.switch_to.active_element.get_attribute("id") == "vary")
 
@@ -253,7 +254,7 @@ def test_the_page_works_by_keyboard(page: Browser, history: Path) -> None:
 def tabbed(page: Browser, done: object) -> bool:
     """Whether something gets the focus after at most 40 times Tab."""
     for _ in range(40):
-        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        ActionChains(page.driver).send_keys(Keys.TAB).perform()
         if done():
             return True
     return False
