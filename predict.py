@@ -154,7 +154,7 @@ class Predictor(BaseRunner):
                 print(f"model: {model.config.name} from {shortened(replicate_weights)}: replicate_weights names it")
             for sentence in model.warnings:
                 print(f"warning: {sentence}")
-            from clip_gen.enlarging import enlarger  # imports torch, as in setup
+            from clip_gen.enlarging import LANCZOS, enlarger, upscaler_name  # imports torch, as in setup
             from clip_gen.picture_files import description
             from clip_gen.progress_bar import ProgressLog
 
@@ -164,6 +164,8 @@ class Predictor(BaseRunner):
             metadata = None
             if output_metadata:
                 metadata = await asyncio.to_thread(description, model, result, settings | outputs)
+            if upscaler_name(output_size) not in (None, LANCZOS):
+                print(f"output_size is {output_size}: Real-ESRGAN enlarges the pictures")
             enlarge = await self._in_thread(enlarger, output_size, model.device, stop.is_set)
             saving = self.outputs.save, result, metadata, output_format, output_quality, output_grid, enlarge
             files = await self._in_thread(*saving)

@@ -15,11 +15,13 @@ import pytest
 import torch
 from lpips_files import write_lpips_files
 from PIL import Image
+from upscaler_files import upscaler_bytes
 
 from clip_gen import ClipGen
 from clip_gen.config import ClipConfig, GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.hardware import supports_float16
 from clip_gen.weights.importers.lpips import import_lpips
+from clip_gen.weights.importers.upscaler import import_upscaler
 from clip_gen.weights.model_folder import Networks, build, save_networks
 from clip_gen.worlds.shapes.pairs import RenderedPictures
 
@@ -165,3 +167,12 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_model_folder: Path) -> ClipGen:
     return ClipGen.load(tiny_model_folder, device="cpu")
+
+
+@pytest.fixture
+def upscaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a pulled upscaler."""
+    (tmp_path / "published.pth").write_bytes(upscaler_bytes())
+    import_upscaler(tmp_path / "published.pth", tmp_path / "upscaler", "https://example.com")
+    monkeypatch.setenv("CLIP_GEN_UPSCALER", str(tmp_path / "upscaler"))
+    return tmp_path / "upscaler"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from upscaler_files import reference, upscaler_bytes, upscaler_state
+from upscaler_files import reference, upscaler_state
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
@@ -20,15 +20,6 @@ from clip_gen.pipeline import Stopped
 from clip_gen.weights.importers.upscaler import import_upscaler
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def upscaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a pulled upscaler."""
-    (tmp_path / "published.pth").write_bytes(upscaler_bytes())
-    import_upscaler(tmp_path / "published.pth", tmp_path / "upscaler", "https://example.com")
-    monkeypatch.setenv("CLIP_GEN_UPSCALER", str(tmp_path / "upscaler"))
-    return tmp_path / "upscaler"
 
 
 @pytest.fixture

@@ -137,6 +137,12 @@ def test_output_size_enlarges_the_pictures(predictor: Predictor) -> None:
         assert big.text["output_size"] == "4x"
 
 
+@pytest.mark.usefixtures("upscaler")
+def test_the_log_says_that_a_pulled_upscaler_enlarges(predictor: Predictor, capsys: pytest.CaptureFixture[str]) -> None:
+    predict(predictor, output_size="2x")
+    assert "output_size is 2x: Real-ESRGAN enlarges the pictures\n" in capsys.readouterr().out
+
+
 def test_whole_floats_are_accepted_as_ints_and_ints_as_floats(predictor: Predictor) -> None:
     paths = predict(predictor, num_outputs=2.0, candidates=4.0, seed=7.0, guidance=2, output_quality=90.0)
     assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
