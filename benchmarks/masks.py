@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from benchmarks.figures import RESULTS, machine
 from benchmarks.models import BUNDLED
 from clip_gen import ClipGen
-from clip_gen.evaluation.metrics import Share
 from clip_gen.files import write_text_atomic
 from clip_gen.images import to_pil
+from clip_gen.metrics.intervals import Share
 from clip_gen.worlds.shapes.captions import Description, caption, describe
 from clip_gen.worlds.shapes.judge import read, satisfies
 from clip_gen.worlds.shapes.rendering import render

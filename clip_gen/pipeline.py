@@ -312,6 +312,7 @@ class ClipGen:
         """
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
             images = self.vqgan.decode(tokens)
+            # Not strict: whole images and rows that pad the batch have no inpainting.
             for image, inpainting in zip(images, inpaintings, strict=False):
                 if inpainting is not None:
                     image.copy_(inpainting.paste(image))

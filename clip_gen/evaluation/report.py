@@ -208,6 +208,7 @@ def _pairs(evaluation: Evaluation) -> list[str]:
         body.append(f"<h2>{source.capitalize()}: samples and the nearest training picture</h2>{_grid(pairs)}")
     if FROM_PICTURES in evaluation.drawn:
         drawn = evaluation.drawn[FROM_PICTURES].paths[:PAIRS]
+        # Not strict: only the first pictures are shown.
         pairs = [
             _figure([_square(real), _square(path)], "") for real, path in zip(evaluation.sources, drawn, strict=False)
         ]

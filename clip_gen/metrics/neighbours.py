@@ -16,12 +16,12 @@ BLOCK = 1024  # rows of a matrix of distances that are computed together
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two sets of pictures lie in the same places of the feature space.
+    """How far two sets of pictures overlap in the feature space.
 
-    A ball around a picture reaches to its k-th nearest neighbour in its own set.
+    The ball around a picture reaches to its k-th nearest neighbour in its own set.
 
-    precise: for each generated picture, whether it lies in a ball of a real one (precision, arXiv 1904.06991).
-    recalled: for each real picture, whether it lies in a ball of a generated one (recall).
+    precise: for each generated picture, whether it is in a ball of a real one (precision, arXiv 1904.06991).
+    recalled: for each real picture, whether it is in a ball of a generated one (recall).
     density: for each generated picture, the number of such balls over k; 1 on average if the sets are alike, and more
     where generated pictures crowd (arXiv 2002.09797). covered: for each real picture, whether its ball holds a
     generated one (coverage).

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_gen.evaluation.metrics import Share
 from clip_gen.files import atomic_file, check_claimable, claim_folder, write_text_atomic
 from clip_gen.hardware import spare_cores
 from clip_gen.images import to_pil, to_tensor
+from clip_gen.metrics.intervals import Share
 from clip_gen.pipeline import ClipGen
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.losses import decibels, squared_errors

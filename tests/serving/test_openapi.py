@@ -64,7 +64,7 @@ def misread(source: str, name: str) -> list[str]:
     """What Cog's generator would misread in the inputs of a function, one sentence each."""
     function = next(node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) == name)
     names = [parameter.arg for parameter in function.args.args]
-    # The first parameters, such as self, may have no default.
+    # Not strict: the first parameters, such as self, may have no default.
     defaults = dict(zip(names[::-1], function.args.defaults[::-1], strict=False))
     problems = [
         f"{one.arg} has no Input()" for one in function.args.args if one.arg != "self" and one.arg not in defaults

@@ -1,4 +1,4 @@
-"""evaluation/metrics.py, and prompts.py and grading.py of the shapes world."""
+"""metrics/intervals.py, and prompts.py and grading.py of the shapes world."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
-from clip_gen.evaluation.metrics import Share
 from clip_gen.images import to_tensor
+from clip_gen.metrics.intervals import Share
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.weights.model_folder import Networks
 from clip_gen.worlds.grading import Evaluation

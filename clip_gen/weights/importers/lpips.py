@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from clip_gen.config import has_settings
-from clip_gen.files import atomic_folder, check_replaceable
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.weights.importers.reader import origin, read_checkpoint
+from clip_gen.weights.importers.single_network import check_network_folder, write_network_folder
 from clip_gen.weights.importers.state_dict import Checkpoint, Source
-from clip_gen.weights.model_folder import write_part
-
-log = logging.getLogger(__name__)
 
 WEIGHTS, RECORD = "lpips.safetensors", "lpips.json"
 # The layers of VGG-16 that LPIPS does not use.
@@ -31,16 +25,13 @@ def import_lpips(vgg: Path, linear: Path, out: Path, urls: dict[str, str], dtype
     check_lpips_folder(out)
     tensors = convert_lpips(read_checkpoint(vgg), read_checkpoint(linear), dtype)
     sources = {"vgg": ("torchvision", vgg), "linear": ("lpips", linear)}
-    record = {part: {"format": form, **origin(path), "url": urls[part]} for part, (form, path) in sources.items()}
-    with atomic_folder(out) as folder:
-        write_part(tensors, folder / WEIGHTS)
-        (folder / RECORD).write_text(json.dumps({"imported": record}, indent=2) + "\n", encoding="utf-8")
-    log.info(f"{out}: {WEIGHTS}, {RECORD}")
+    imported = {part: {"format": form, **origin(path), "url": urls[part]} for part, (form, path) in sources.items()}
+    write_network_folder(out, WEIGHTS, RECORD, tensors, imported)
 
 
 def check_lpips_folder(out: Path) -> None:
     """ValueError unless the folder is new, empty or an LPIPS folder, which may be replaced."""
-    check_replaceable(out, "LPIPS", (WEIGHTS, RECORD), has_settings(out / RECORD, ["imported"]))
+    check_network_folder(out, "LPIPS", WEIGHTS, RECORD)
 
 
 def convert_lpips(vgg: Checkpoint, linear: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

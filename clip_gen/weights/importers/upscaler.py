@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 
 import torch
 
-from clip_gen.config import has_settings
-from clip_gen.files import atomic_folder, check_replaceable
 from clip_gen.networks.upscaler import Upscaler
 from clip_gen.weights.importers.reader import origin, read_checkpoint
-from clip_gen.weights.model_folder import all_finite, write_part
-
-log = logging.getLogger(__name__)
+from clip_gen.weights.importers.single_network import check_network_folder, write_network_folder
+from clip_gen.weights.model_folder import all_finite
 
 WEIGHTS, RECORD = "upscaler.safetensors", "upscaler.json"
 
@@ -27,18 +22,14 @@ def import_upscaler(checkpoint: Path, out: Path, url: str, dtype: torch.dtype | 
     check_upscaler_folder(out)
     content = read_checkpoint(checkpoint)
     _built(checkpoint, content.tensors, torch.device("cpu"))
-    with atomic_folder(out) as folder:
-        write_part(
-            {name: tensor.to(dtype or tensor.dtype) for name, tensor in content.tensors.items()}, folder / WEIGHTS
-        )
-        record = {"upscaler": {"format": "spandrel", **origin(checkpoint), "url": url}}
-        (folder / RECORD).write_text(json.dumps({"imported": record}, indent=2) + "\n", encoding="utf-8")
-    log.info(f"{out}: {WEIGHTS}, {RECORD}")
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in content.tensors.items()}
+    imported = {"upscaler": {"format": "spandrel", **origin(checkpoint), "url": url}}
+    write_network_folder(out, WEIGHTS, RECORD, tensors, imported)
 
 
 def check_upscaler_folder(out: Path) -> None:
     """ValueError unless the folder is new, empty or an upscaler's, which may be replaced."""
-    check_replaceable(out, "upscaler", (WEIGHTS, RECORD), has_settings(out / RECORD, ["imported"]))
+    check_network_folder(out, "upscaler", WEIGHTS, RECORD)
 
 
 def load_upscaler(path: Path, device: torch.device) -> Upscaler:

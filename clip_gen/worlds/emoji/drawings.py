@@ -1,7 +1,7 @@
 """The drawings of things by three artists, and the same drawings in other colours.
 
-`drawings.zip` has one WebP of 128 x 128 pixels with transparency for every thing and style. LICENSES.md names artists
-and licences.
+`drawings.zip` has one WebP of 128 x 128 pixels with transparency for every thing and style. It is in the repository, so
+that training downloads nothing. LICENSES.md names artists and licences.
 """
 
 from __future__ import annotations
