@@ -85,6 +85,7 @@ class GPTConfig:
     null_condition: bool = True  # learned; guidance needs it
     rotary: bool = False  # rotary embedding of row and column, besides learned positions
     neighbour_context: bool = False  # a position's input: the tokens above and beside it and the condition
+    condition_gates: bool = False  # the condition also multiplies the hidden units of every MLP
     dropout: float = 0.1
 
 

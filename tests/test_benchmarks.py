@@ -40,7 +40,12 @@ def subject(tiny_model_folder: Path) -> Subject:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rotary": True}, {"head_bias": True, "null_condition": False}, {"neighbour_context": True}]
+    "changes",
+    [
+        {"rotary": True},
+        {"head_bias": True, "null_condition": False},
+        {"neighbour_context": True, "condition_gates": True},
+    ],
 )
 def test_the_reference_samples_the_same_tokens(changes: dict[str, bool]) -> None:
     torch.manual_seed(0)

@@ -83,9 +83,11 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gate = nn.Linear(config.n_embd, 4 * config.n_embd) if config.condition_gates else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x.to(self.fc.bias.dtype))))
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        hidden = F.gelu(self.fc(x.to(self.fc.bias.dtype)))
+        return self.proj(hidden if gates is None else hidden * gates.to(hidden.dtype))
 
 
 class Block(nn.Module):
@@ -97,14 +99,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None, gates: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, n, n_embd). gates: (B, 1, 4 · n_embd), which multiply the MLP's hidden units."""
         x = x + self.dropout(self.attn(self.ln_1(x), rotation, mask))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+        return x + self.dropout(self.mlp(self.ln_2(x), gates))
 
     def step(self, x: Tensor, rotation: tuple[Tensor, ...] | None, cache: KVCache, layer: int) -> Tensor:
         """Like forward for one new position, x (B, n_embd), without dropout."""
         x = x + self.attn.step(self.ln_1.forward(x), rotation, cache, layer)
-        return x + self.mlp.forward(self.ln_2.forward(x))
+        return x + self.mlp.forward(self.ln_2.forward(x), cache.gates[layer])
 
 
 class GPT(nn.Module):
@@ -113,6 +118,10 @@ class GPT(nn.Module):
 
     With neighbour_context a position's input is the condition and the four tokens next to it (`neighbour_positions`),
     instead of the previous token alone.
+
+    With condition_gates the condition also acts in every layer: it multiplies the hidden units of the MLPs, close to
+    feature-wise modulation, arXiv 1709.07871. Otherwise attention must carry it, and the transformer learns to rely on
+    the tokens that are already drawn.
     """
 
     def __init__(self, config: GPTConfig):
@@ -148,6 +157,9 @@ class GPT(nn.Module):
             # GPT-2's scaling: the residual stream sums 2 · n_layer branches.
             for proj in (module.attn.proj, module.mlp.proj):
                 nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            if module.mlp.gate is not None:  # around 1, so that at first the MLP is an ordinary one
+                nn.init.normal_(module.mlp.gate.weight, std=0.5 / math.sqrt(self.config.n_embd))
+                nn.init.ones_(module.mlp.gate.bias)
         elif module is self:
             # A unit-length embedding has elements of about 1 / sqrt(E), so its projection needs larger weights.
             nn.init.normal_(self.condition.weight, std=0.5)
@@ -167,6 +179,13 @@ class GPT(nn.Module):
             return condition
         assert self.null_condition is not None, "a transformer without a null condition is never unconditional"
         return torch.where(unconditional[:, None], self.null_condition.to(condition.dtype), condition)
+
+    def gates(self, prefix: Tensor) -> list[Tensor] | list[None]:
+        """What multiplies the hidden units of each layer's MLP, (B, 4 · n_embd), for the condition (B, n_embd)."""
+        if not self.config.condition_gates:
+            return [None] * len(self.blocks)
+        condition = F.layer_norm(prefix, prefix.shape[1:])
+        return [block.mlp.gate(condition.to(block.mlp.gate.bias.dtype)).to(self.dtype) for block in self.blocks]
 
     def forward(
         self,
@@ -194,8 +213,8 @@ class GPT(nn.Module):
             x = self._inputs(prefix, tokens, positions) + self.position_embedding(positions)
             rotation, mask = self._rotation(positions), self._inverse_probability_mask(probabilities)
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rotation, mask)
+        for block, gates in zip(self.blocks, self.gates(prefix), strict=True):
+            x = block(x, rotation, mask, None if gates is None else gates[:, None])
         return self.head(self.ln_f(x))
 
     def _inputs(self, prefix: Tensor, tokens: Tensor, positions: slice | Tensor) -> Tensor:
@@ -262,7 +281,8 @@ class GPT(nn.Module):
         """The cache of a new batch. prefix: (B, n_embd). rows: how many of the rows are no padding; None: all."""
         kind = EmbeddingBagCache if self.cache_dtype == torch.float16 else KVCache
         cache = kind(self.config, rows or len(prefix), device=self.device, dtype=self.cache_dtype)
-        cache.prefix, shape = prefix, (len(prefix), self.config.block_size + 1)
+        cache.prefix, cache.gates = prefix, self.gates(prefix)
+        shape = len(prefix), self.config.block_size + 1
         cache.tokens = torch.full(shape, self.config.codebook_size, device=prefix.device)
         return cache
 

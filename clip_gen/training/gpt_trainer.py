@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled, process_count
 
 # Without `neighbour_context`, the fraction of the stage after which all positions of an image are trained on again.
 WHOLE_FROM = 2 / 3
@@ -28,6 +28,8 @@ class GPTTrainer(Stage):
     contrast: the weight of a loss that makes an image likelier under its own condition than under its near miss's, in
     nats per image. The few tokens on which the two differ hardly count in the mean over all tokens, so without it
     details are learnt late or never. After condition contrastive alignment, arXiv 2410.09347.
+    context_noise: the share of images that see other_tokens among those before a position. With true tokens alone, the
+    transformer learns to go by them and hardly by the condition, and when it draws, one wrong token leads to the next.
     """
 
     def __init__(
@@ -36,12 +38,13 @@ class GPTTrainer(Stage):
         config: FitConfig,
         *,
         contrast: float = 0.0,
+        context_noise: float = 0.0,
         embedding_loss: float = 0.0,
         vqgan: VQGAN | None = None,
         clip: ClipEncoder | None = None,
     ):
         super().__init__(config, frozen=[vqgan, clip] if vqgan else [])
-        self.gpt, self.contrast, self.embedding_loss = gpt, contrast, embedding_loss
+        self.gpt, self.contrast, self.context_noise, self.embedding_loss = gpt, contrast, context_noise, embedding_loss
         if config.compile:
             compiled(gpt)
 
@@ -59,7 +62,8 @@ class GPTTrainer(Stage):
             scale = differs.sum() / differs[missed].sum().clamp(min=1)
             rows, conditions = torch.cat([rows, missed]), torch.cat([conditions, near_misses[missed]])
         sampled = [part[rows] for part in sampled]
-        logits = self.gpt(conditions, tokens[rows, :-1], unconditional[rows], *sampled)
+        context = self.noisy(tokens) if self.context_noise else tokens
+        logits = self.gpt(conditions, context[rows, :-1], unconditional[rows], *sampled)
         nats = token_nats(logits, tokens[rows], *sampled)
         loss = nats[:count].sum() / (count * length)
         values = {"loss": loss}
@@ -72,6 +76,15 @@ class GPTTrainer(Stage):
             loss = loss + self.embedding_loss * values["embedding"]
         self.log_dict(values, batch_size=count, sync_dist=True)
         return loss
+
+    def noisy(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T), of which a share of the images has some of another image, at a rate from 0 to 1."""
+        step = self.global_step * process_count() + self.global_rank
+        generator = torch.Generator().manual_seed(step)  # the same after a resume
+        count, length = tokens.shape
+        chosen, rates = torch.rand(2, count, 1, generator=generator)
+        replaced = torch.rand(count, length, generator=generator) < rates * (chosen < self.context_noise)
+        return torch.where(replaced.to(tokens.device), tokens.roll(1, dims=0), tokens)
 
     def validation_step(self, batch: tuple[Tensor, ...]) -> None:
         _, tokens, _, embeddings, _ = batch

@@ -71,7 +71,15 @@ NEEDS = {
 FIELDS = {
     "clip": ("clip_fit",),
     "vqgan": ("vqgan_fit",),
-    "gpt": ("gpt_fit", "encoded_pictures", "embedding_noise", "condition_dropout", "condition_blur", "contrast"),
+    "gpt": (
+        "gpt_fit",
+        "encoded_pictures",
+        "embedding_noise",
+        "condition_dropout",
+        "condition_blur",
+        "context_noise",
+        "contrast",
+    ),
     "words": ("word_steps",),
     "bridge": (),
     "ranker": ("ranker_fit", "drawn_pictures"),
@@ -91,6 +99,7 @@ class RecipeConfig:
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
     condition_blur: float = 0.25
+    context_noise: float = 0.0
     contrast: float = 0.0
     word_steps: int = 500
     ranker_fit: FitConfig = field(default_factory=FitConfig)
@@ -202,7 +211,8 @@ class Recipe:
         unseen = EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
         seen = Endless(self.encoded_pictures(), seed)
         start_from_codes(networks.gpt, networks.vqgan, seed)
-        trainer = GPTTrainer(networks.gpt.train().requires_grad_(True), config, contrast=self.config.contrast)
+        losses = {"contrast": self.config.contrast, "context_noise": self.config.context_noise}
+        trainer = GPTTrainer(networks.gpt.train().requires_grad_(True), config, **losses)
         return fit("gpt", trainer, seen, unseen, folder, seed=seed, machine=self.machine)
 
     def encoded_pictures(self) -> EncodedPictures:

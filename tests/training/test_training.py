@@ -410,6 +410,31 @@ def test_tokens_of_similar_patches_start_similar() -> None:
     assert torch.corrcoef(alike)[0, 1] > 0.7
 
 
+@torch.no_grad()
+def test_context_noise_shows_tokens_of_other_images_and_not_as_targets() -> None:
+    class Recording(GPT):
+        def forward(self, embedding: torch.Tensor, tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            self.seen = tokens
+            return super().forward(embedding, tokens, *others)
+
+    torch.manual_seed(0)
+    gpt = Recording(TINY.gpt).eval()
+    trainer = GPTTrainer(gpt, FIT, context_noise=0.5)
+    trainer.log_dict = lambda *_, **__: None
+    conditions, tokens = torch.randn(400, 16), torch.arange(400)[:, None].remainder(32).expand(400, 16)
+    batch = conditions, tokens, torch.zeros(400, dtype=torch.bool), conditions, conditions
+    loss = trainer.training_step(batch)
+    replaced = gpt.seen != tokens[:, :-1]
+    assert torch.equal(gpt.seen[replaced], tokens.roll(1, dims=0)[:, :-1][replaced])
+    rates = replaced.float().mean(dim=1)
+    assert (rates > 0).float().mean() == pytest.approx(0.5 * 15 / 16, abs=0.1)
+    assert torch.histc(rates[rates > 0], 3, 0, 1).min() > 40  # few in some images, nearly all in others
+    assert loss == token_nats(gpt(conditions, gpt.seen), tokens).mean()
+    seen = gpt.seen
+    trainer.training_step(batch)
+    assert torch.equal(gpt.seen, seen)  # the noise depends on the step alone, so a resumed training has the same
+
+
 def test_muon_updates_the_matrix_of_the_neighbour_context() -> None:
     gpt = GPT(replace(TINY.gpt, neighbour_context=True))
     optimizer = GPTTrainer(gpt, replace(FIT, muon_rate=1e-3)).configure_optimizers()["optimizer"]
