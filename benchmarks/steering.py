@@ -2,6 +2,9 @@
 
     python -m benchmarks steering [--only images negative weights] [--pictures 500] [--out steering.json]
 
+Half an hour on an idle core. The file keeps the verdict of every picture: the same command continues an interrupted
+run, and more --pictures add to those that are judged.
+
 images: fresh renders as image prompts; the best of 16 candidates must show every attribute of the render.
 negative: prompts that leave the colour unsaid; how often the best of 4 shows red, with negative_prompt="red", without
 it, and without it at the guidance that it brings.
@@ -12,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,39 +43,21 @@ WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of A
 OUTPUTS = 4  # pictures of one draw for the weights
 MIN_KEPT, MAX_RED, ENDS = 0.95, 0.02, (0.10, 0.90)  # the targets
 
-
-def images(model: ClipGen, pictures: int) -> dict[str, object]:
-    right = 0
-    for number in range(pictures):
-        scene = sample_scene(np.random.default_rng([SEED, 0, number]))
-        picture = render(scene, model.config.vqgan.resolution)
-        result = model.generate(image=Image.fromarray(picture), candidates=16, num_outputs=1, seed=number)
-        right += satisfies(read(np.asarray(result.images[0])), describe(scene))
-    kept = Share(right, pictures)
-    return {"every attribute": shown(kept), "met": kept.value >= MIN_KEPT}
+Draw = Callable[[ClipGen, int], list[bool]]  # draws the pictures of this number, and judges them
 
 
-def negative(model: ClipGen, pictures: int) -> dict[str, object]:
-    ways = {
-        'negative_prompt "red"': {"negative_prompt": "red"},
-        "without it": {},
-        f"without it, guidance {NEGATIVE_GUIDANCE:g}": {"guidance": NEGATIVE_GUIDANCE},
-    }
-    shares = {way: Share(red_pictures(model, pictures, settings), pictures) for way, settings in ways.items()}
-    return {
-        "red": {way: shown(share) for way, share in shares.items()},
-        "met": next(iter(shares.values())).value <= MAX_RED,
-    }
+def keeps_every_attribute(model: ClipGen, number: int) -> list[bool]:
+    scene = sample_scene(np.random.default_rng([SEED, 0, number]))
+    picture = Image.fromarray(render(scene, model.config.vqgan.resolution))
+    result = model.generate(image=picture, candidates=16, num_outputs=1, seed=number)
+    return [satisfies(read(np.asarray(result.images[0])), describe(scene))]
 
 
-def red_pictures(model: ClipGen, pictures: int, settings: dict[str, object]) -> int:
-    count = 0
-    for number in range(pictures):
-        full = describe(sample_scene(np.random.default_rng([SEED, 1, number])))
-        unsaid = replace(full, items=tuple(replace(item, colour=None) for item in full.items))
-        result = model.generate(caption(unsaid), candidates=4, num_outputs=1, seed=number, **settings)
-        count += shows_red(np.asarray(result.images[0]))
-    return count
+def has_red(model: ClipGen, number: int, **settings: object) -> list[bool]:
+    full = describe(sample_scene(np.random.default_rng([SEED, 1, number])))
+    unsaid = replace(full, items=tuple(replace(item, colour=None) for item in full.items))
+    result = model.generate(caption(unsaid), candidates=4, num_outputs=1, seed=number, **settings)
+    return [shows_red(np.asarray(result.images[0]))]
 
 
 def shows_red(picture: np.ndarray) -> bool:
@@ -80,22 +66,11 @@ def shows_red(picture: np.ndarray) -> bool:
     return int(near.sum()) >= MIN_ITEM_PIXELS
 
 
-def weights(model: ClipGen, pictures: int) -> dict[str, object]:
-    shares = []
-    for weight in WEIGHTS:
-        verdicts = [
-            satisfies(read(np.asarray(image)), first)
-            for number in range(pictures // OUTPUTS)
-            for first, second in [two_prompts(number)]
-            for image in model.generate(
-                mixed_prompt(caption(second), caption(first), weight), candidates=16, num_outputs=OUTPUTS, seed=number
-            ).images
-        ]
-        shares.append(Share(sum(verdicts), len(verdicts)))
-    falls = any(later.value < share.interval[0] for share, later in pairwise(shares))
-    ends = shares[0].value < ENDS[0] and shares[-1].value > ENDS[1]
-    rows = {f"{weight:g}": shown(share) for weight, share in zip(WEIGHTS, shares, strict=True)}
-    return {"A by its weight": rows, "met": ends and not falls}
+def shows_first(model: ClipGen, number: int, weight: float) -> list[bool]:
+    first, second = two_prompts(number)
+    prompt = mixed_prompt(caption(second), caption(first), weight)
+    result = model.generate(prompt, candidates=16, num_outputs=OUTPUTS, seed=number)
+    return [satisfies(read(np.asarray(image)), first) for image in result.images]
 
 
 def two_prompts(number: int) -> tuple[Description, Description]:
@@ -109,11 +84,33 @@ def two_prompts(number: int) -> tuple[Description, Description]:
             return first, replace(first, items=(other,))
 
 
-PARTS: dict[str, Callable[[ClipGen, int], dict[str, object]]] = {
-    "images": images,
-    "negative": negative,
-    "weights": weights,
+PARTS: dict[str, dict[str, Draw]] = {
+    "images": {"every attribute": keeps_every_attribute},
+    "negative": {
+        'negative_prompt "red"': partial(has_red, negative_prompt="red"),
+        "without it": has_red,
+        f"without it, guidance {NEGATIVE_GUIDANCE:g}": partial(has_red, guidance=NEGATIVE_GUIDANCE),
+    },
+    "weights": {f"A's weight is {weight:g}": partial(shows_first, weight=weight) for weight in WEIGHTS},
 }
+
+
+def is_met(part: str, shares: Sequence[Share]) -> bool:
+    """Whether the shares of a part's rows reach its target."""
+    first, last = shares[0].value, shares[-1].value
+    if part == "images":
+        return first >= MIN_KEPT
+    if part == "negative":
+        return first <= MAX_RED
+    falls = any(later.value < share.interval[0] for share, later in pairwise(shares))
+    return first < ENDS[0] and last > ENDS[1] and not falls
+
+
+def figures(part: str, verdicts: dict[str, str]) -> dict[str, object]:
+    """The shares of each row and whether the part's target is met. verdicts: ones and zeros, a word for each draw."""
+    shares = {row: Share(found.count("1"), found.count("1") + found.count("0")) for row, found in verdicts.items()}
+    rows = {row: shown(share) for row, share in shares.items()}
+    return {"rows": rows, "met": is_met(part, list(shares.values())), "verdicts": verdicts}
 
 
 def main(words: list[str]) -> None:
@@ -121,14 +118,26 @@ def main(words: list[str]) -> None:
         "python -m benchmarks steering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--pictures", type=int, default=500, help="graded for each figure")
+    parser.add_argument("--pictures", type=int, default=500, help="judged for each figure; default 500")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS / "steering.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "steering.json", help="a JSON file")
     arguments = parser.parse_args(words)
+    if arguments.pictures < 1:
+        parser.error(f"--pictures is {arguments.pictures}; give 1 or more")
     model = ClipGen.load(BUNDLED, arguments.device)
+    facts = {"machine": machine(model.device), "model": model.sha256}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     for part in arguments.only:
-        figures = PARTS[part](model, arguments.pictures)
-        results[part] = {"machine": machine(model.device), "pictures": arguments.pictures} | figures
+        before = results.get(part, {})
+        kept = before["verdicts"] if before.get("model") == model.sha256 else {}
+        verdicts = {row: kept.get(row, "") for row in PARTS[part]}
+        for row, draw in PARTS[part].items():
+            while len((drawn := verdicts[row]).replace(" ", "")) < arguments.pictures:
+                found = draw(model, len(drawn.split()))
+                verdicts[row] = f"{drawn} {''.join(str(int(right)) for right in found)}".lstrip()
+                results[part] = facts | {"verdicts": verdicts}
+                write_text_atomic(arguments.out, json.dumps(results, indent=1) + "\n")
+        results[part] = facts | figures(part, verdicts)
         print(json.dumps({part: results[part]}, indent=1), flush=True)
         write_text_atomic(arguments.out, json.dumps(results, indent=1) + "\n")

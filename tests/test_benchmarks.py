@@ -17,7 +17,7 @@ from conftest import TINY
 from PIL import Image
 from torch.nn import functional as F
 
-from benchmarks import busy_machine, figures, masks, precision, previews, reference, server_speed, speed, token_speed
+from benchmarks import busy_machine, figures, precision, reference, server_speed, speed, token_speed
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.figures import Figure
 from benchmarks.models import PROMPT, PUBLISHED, Subject, write_published
@@ -25,8 +25,6 @@ from clip_gen import ClipGen
 from clip_gen.files import ROOT
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
-from clip_gen.worlds.shapes.captions import Description, ItemDescription
-from clip_gen.worlds.shapes.judge import read, satisfies
 
 CPU = torch.device("cpu")
 
@@ -315,38 +313,3 @@ def test_precision_compares_candidate_by_candidate(tiny_model_folder: Path) -> N
     assert better["float16"]["points"] == 12.5
     assert better["float16"]["within"] == pytest.approx(1.96 * np.std([25, 0, 0, 25], ddof=1) / 2, abs=1e-4)
     assert better["bfloat16"]["points"] == 0
-
-
-def test_runs_with_progress_and_previews_are_compared_with_plain_ones(tiny_model: ClipGen) -> None:
-    progress, with_previews = previews.measure(tiny_model, runs=3, candidates=4)
-    assert (progress["what"], with_previews["what"]) == ("progress", "previews")
-    assert progress["previews in a run"] == 0
-    assert min(progress["ratio"], with_previews["ratio"]) > 0
-
-
-# Masks
-
-
-def test_a_mask_covers_one_object_and_leaves_the_other() -> None:
-    for number in range(8):
-        case = masks.case(number, 64)
-        erased = case.picture.copy()
-        erased[case.mask] = erased[0, 0]
-        left = Description(tuple(item for item in case.wanted.items if satisfies_one(erased, item)))
-        assert len(left.items) == 1
-        assert read(case.picture).background == case.wanted.background
-        assert not satisfies(read(case.picture), case.wanted)
-
-
-def satisfies_one(picture: np.ndarray, item: ItemDescription) -> bool:
-    return satisfies(read(picture), Description((item,)))
-
-
-def test_the_band_around_a_mask_ends_after_four_pixels() -> None:
-    original, mask = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), bool)
-    mask[20:30, 20:30] = True
-    inside, outside, beside = original.copy(), original.copy(), original.copy()
-    inside[20:30, 20:30] = outside[35, :] = 255
-    beside[33, 25] = 255
-    assert masks.band_error(inside, original, mask) == masks.band_error(outside, original, mask) == 0
-    assert masks.band_error(beside, original, mask) == pytest.approx(255**2 / (18**2 - 10**2))
