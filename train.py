@@ -78,6 +78,9 @@ async def train(
     crop: bool = Input(description="Train on random crops too.", default=True),
     flip: bool = Input(description="Train on mirrored pictures too. Turn it off for text and faces.", default=True),
     shift: bool = Input(description="Move drawings and logos over their plain background.", default=False),
+    letterbox: bool = Input(
+        description="Show pictures whole, with bars, instead of cutting squares out of them.", default=False
+    ),
     sample_prompts: str = Input(description="Prompts drawn for the report, one a line.", default="", max_length=2000),
     precision: str = Input(
         description="auto: bfloat16 if supported.", default="auto", choices=["auto", "32-true", "bf16-mixed"]
@@ -119,6 +122,7 @@ async def train(
         crop=crop,
         flip=flip,
         shift=shift,
+        letterbox=letterbox,
         sample_prompts=sample_prompts,
         precision=precision,
         max_minutes=max_minutes,

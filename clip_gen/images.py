@@ -42,6 +42,18 @@ def resized_square(
     return picture.resize((resolution, resolution), Image.Resampling.BICUBIC, box, REDUCING_GAP)
 
 
+def letterboxed(picture: Image.Image, resolution: int) -> Image.Image:
+    """The whole picture in the middle of a square of S x S; the bars have the median colour of its edges."""
+    scale = resolution / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+    pixels = np.asarray(small)
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    square = Image.new("RGB", (resolution, resolution), tuple(np.median(edges, axis=0).astype(int).tolist()))
+    square.paste(small, ((resolution - width) // 2, (resolution - height) // 2))
+    return square
+
+
 def to_tensor(pictures: Sequence[Image.Image | np.ndarray]) -> Tensor:
     """Equal-sized RGB pictures, uint8, to (B, 3, H, W) float32 in [-1, 1]."""
     pixels = np.stack([np.asarray(picture, np.uint8) for picture in pictures])

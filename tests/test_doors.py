@@ -30,6 +30,7 @@ DOORS = {
     "tqdm": ["clip_gen/weights/download.py", "clip_gen/training/progress.py", "clip_gen/progress_bar.py"],
     "_pi_heif": ["clip_gen/data/decoding.py"],
     "inflate64": ["clip_gen/data/zips.py"],
+    "braceexpand": ["clip_gen/data/sources.py"],
     "resvg_py": ["clip_gen/worlds/emoji/packing.py"],
     "cog": ["predict.py", "train.py", "clip_gen/serving/"],
 }

@@ -1,4 +1,4 @@
-"""Unpacks an untrusted zip, tar or folder to a folder of usable pictures without duplicates.
+"""Unpacks untrusted zips, tars or folders to a folder of usable pictures without duplicates.
 
 Names in the archive never become paths: the pictures are numbered.
 """
@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,14 +46,18 @@ class _Staged:
     kind: str
 
 
-def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
+def unpack(source: Path | Sequence[Path], folder: Path, limits: Limits = LIMITS, name: str = "") -> Pictures:
     """Copies the usable pictures of a zip, a tar (plain, gz, bz2, xz) or a folder into a new or empty `folder`.
+
+    Several sources are read as one; they may include single pictures. name: how messages call them.
 
     The files are named 000001.jpeg and so on in the order of their original names, so the result depends on names and
     contents only. Of pictures with equal pixels the first is used, in whatever format. The folder is written completely
     or not at all. ArchiveError if it cannot be written, or if fewer than limits.min_pictures pictures are usable.
     """
-    check_outside(source, folder)
+    name = name or str(source)
+    for one in [source] if isinstance(source, Path) else source:
+        check_outside(one, folder)
     part = folder.with_name(f"{UNPACKING}{folder.name}")
     try:
         with _writing(folder):
@@ -67,7 +71,7 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
         pictures = Pictures(paths, sorted(skipped, key=lambda file: file.name), notes)
         if len(paths) < limits.min_pictures:
             needed = f"at least {limits.min_pictures} pictures are needed"
-            raise ArchiveError(f"{source}: holds {pictures.summary()}; {needed}")
+            raise ArchiveError(f"{name}: holds {pictures.summary()}; {needed}")
         with _writing(folder):
             for file, path in zip(chosen, paths, strict=True):
                 os.rename(file.path, part / path.name)
@@ -76,7 +80,7 @@ def unpack(source: Path, folder: Path, limits: Limits = LIMITS) -> Pictures:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    log.info("%s: %s", source, pictures.summary())
+    log.info("%s: %s", name, pictures.summary())
     return pictures
 
 
@@ -110,7 +114,9 @@ def _writing(folder: Path) -> Iterator[None]:
         raise ArchiveError(f"{folder}: cannot be written to ({reason_of(error)}); {full}name another folder") from error
 
 
-def _stage(source: Path, part: Path, folder: Path, limits: Limits) -> tuple[list[_Staged], list[Skipped]]:
+def _stage(
+    source: Path | Sequence[Path], part: Path, folder: Path, limits: Limits
+) -> tuple[list[_Staged], list[Skipped]]:
     """Copies all files that begin like a picture into `part`."""
     staged, skipped = [], []
     for number, entry in enumerate(entries(source, limits)):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -47,12 +47,18 @@ class Entry:
     error: UnusableError | None = None
 
 
-def entries(source: Path, limits: Limits) -> Iterator[Entry]:
+def entries(source: Path | Sequence[Path], limits: Limits) -> Iterator[Entry]:
     """All files except litter, in the order of the archive, or of names in a folder.
 
-    Read an entry's pieces before the next entry is requested. ArchiveError if the source is damaged, over a limit, or
-    not an archive of a known kind.
+    Several sources may include pictures; the name of each source comes before the names of its files. Read an entry's
+    pieces before the next entry is requested. ArchiveError if a source is damaged, over a limit, or of no known kind.
     """
+    if not isinstance(source, Path):
+        for one in source:
+            is_picture = one.is_file() and _is_picture(one)
+            for entry in _picture_entry(one, limits) if is_picture else entries(one, limits):
+                yield entry if is_picture else replace(entry, name=f"{one.name}/{entry.name}")
+        return
     for entry in _folder_entries(source, limits) if source.is_dir() else _file_entries(source, limits):
         if is_litter(entry.name):
             continue
@@ -67,6 +73,19 @@ def is_litter(name: str) -> bool:
 
 def _parts(name: str) -> list[str]:
     return [part.lower() for part in PurePosixPath(name.replace("\\", "/")).parts]
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            kind_of(file.read(HEAD_BYTES), path.name)
+    except (UnusableError, OSError):
+        return False
+    return True
+
+
+def _picture_entry(path: Path, limits: Limits) -> Iterator[Entry]:
+    yield Entry(path.name, _counted(_file_pieces(path), Meter(str(path), limits)))
 
 
 def _file_entries(source: Path, limits: Limits) -> Iterator[Entry]:

@@ -38,7 +38,8 @@ MACHINE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=Path, help="zip, tar or folder of pictures")
+    what = "zips, tars, folders, pictures, text files that list such, or shards such as 'URL/{0000..0099}.tar'"
+    parser.add_argument("images", nargs="+", help=what)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights; the same command resumes")
     machine = [spec for spec in fields(Machine) if spec.name in MACHINE]
     for spec in (*fields(TrainSettings), *machine):

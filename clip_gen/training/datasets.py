@@ -11,11 +11,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil, isqrt
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
@@ -23,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.data.decoding import load_picture
 from clip_gen.hardware import release_memory, spare_cores
-from clip_gen.images import REDUCING_GAP, resized_square
+from clip_gen.images import REDUCING_GAP, letterboxed, resized_square
 from clip_gen.networks.bridge import add_noise
 
 MAX_HELD_BACK = 512  # pictures
@@ -75,35 +77,59 @@ class Endless(Dataset):
         return self.pictures.draw(int(self.order[index]), np.random.default_rng([self.seed, AUGMENT_STREAM, number]))
 
 
-class PictureFiles(Dataset):
-    """Pictures on disk as (S, S, 3) uint8: item i is the central square; `draw` crops, shifts and flips at random.
+@dataclass(frozen=True)
+class Squares:
+    """How a picture becomes (S, S, 3) uint8: `centre` takes the central square, `draw` a random one.
 
-    crop: the smallest crop, as a fraction of the shorter side; 1 for no crops. shift: see `shifted`.
+    crop: the smallest crop, as a fraction of the shorter side; 1 for no crops. shift: see `shifted`. letterbox: the
+    whole picture with bars instead of a square of it; it is not cropped.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], resolution: int, crop: float = 0.8, flip: bool = True, shift: bool = False
-    ):
-        self.paths, self.resolution, self.crop, self.flip, self.shift = paths, resolution, crop, flip, shift
+    resolution: int
+    crop: float = 0.8
+    flip: bool = True
+    shift: bool = False
+    letterbox: bool = False
+
+    @property
+    def wanted_side(self) -> int:
+        """The side from which on a JPEG may be decoded at a smaller scale, since it would be reduced here."""
+        return ceil(REDUCING_GAP * self.resolution / self.crop)
+
+    def centre(self, picture: Image.Image) -> np.ndarray:
+        return self._square(picture, share=1.0, x=0.5, y=0.5)
+
+    def draw(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        # All numbers are drawn with any settings, so changing one setting leaves the other numbers the same.
+        share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
+        down, right = rng.random(2)
+        pixels = self._square(picture, share, x, y) if self.crop < 1 else self.centre(picture)
+        pixels = shifted(pixels, down, right) if self.shift else pixels
+        return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
+
+    def _square(self, picture: Image.Image, share: float, x: float, y: float) -> np.ndarray:
+        if self.letterbox:
+            return np.array(letterboxed(picture, self.resolution))
+        return np.array(resized_square(picture, self.resolution, share, x, y))
+
+
+class PictureFiles(Dataset):
+    """Pictures on disk as (S, S, 3) uint8, by Squares(resolution, crop, ...): item i is centred, `draw` is random."""
+
+    def __init__(self, paths: Sequence[Path], resolution: int, *how: object, **named: object):
+        self.paths, self.squares = paths, Squares(resolution, *how, **named)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._square(index, share=1.0, x=0.5, y=0.5)
+        return self.squares.centre(self._picture(index))
 
     def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        # All numbers are drawn with any settings, so changing one setting leaves the other numbers the same.
-        share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
-        down, right = rng.random(2)
-        pixels = self._square(index, share, x, y) if self.crop < 1 else self[index]
-        pixels = shifted(pixels, down, right) if self.shift else pixels
-        return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
+        return self.squares.draw(self._picture(index), rng)
 
-    def _square(self, index: int, share: float, x: float, y: float) -> np.ndarray:
-        # Large JPEGs are decoded at the smallest scale that would be reduced here.
-        picture = load_picture(self.paths[index], ceil(REDUCING_GAP * self.resolution / self.crop))
-        return np.array(resized_square(picture, self.resolution, share, x, y))
+    def _picture(self, index: int) -> Image.Image:
+        return load_picture(self.paths[index], self.squares.wanted_side)
 
 
 def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:

@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clip_gen import files
-from clip_gen.data.archive import Pictures, fingerprint, unpack
+from clip_gen.data.archive import Pictures, unpack
 from clip_gen.data.manifest import INDEX, unpacked
+from clip_gen.data.sources import Sources
 from clip_gen.training.plan import TrainSettings
 from clip_gen.weights.model_folder import FILES, check_model_folder
 
@@ -55,7 +56,7 @@ def remove_incomplete_files(out: Path) -> None:
         files.remove_leftovers(folder, seconds=0)
 
 
-def unpack_once(images: Path, out: Path) -> Pictures:
+def unpack_once(images: Sources, out: Path) -> Pictures:
     """The pictures of `images`, unpacked into work/pictures unless they are there already.
 
     ValueError if the training in `out` began with other pictures. Pictures that were unpacked for a training that did
@@ -64,7 +65,7 @@ def unpack_once(images: Path, out: Path) -> Pictures:
     folder, source = out / "work" / PICTURES, out / "work" / "source"
     has_begun = (out / "work" / SETTINGS).is_file()
     before = source.read_text() if source.is_file() else ""
-    now = fingerprint(images) if images.exists() else before
+    now = images.fingerprint() if images.exist() else before
     if has_begun and before not in ("", now):
         raise ValueError(
             f"{images} is not what it was when the training in {out} began; name another folder for "
@@ -74,7 +75,8 @@ def unpack_once(images: Path, out: Path) -> Pictures:
         return unpacked(folder)
     source.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    pictures = unpack(images, folder)
+    paths = images.paths
+    pictures = unpack(paths[0] if len(paths) == 1 else paths, folder, name=str(images))
     files.write_text_atomic(source, now)
     return pictures
 

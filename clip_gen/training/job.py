@@ -23,7 +23,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 from torch.utils.data import Dataset
 
-from clip_gen.data.archive import check_outside
+from clip_gen.data.sources import find_sources
 from clip_gen.files import folder_lock, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
@@ -60,8 +60,11 @@ STAGES = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)
 class Training:
     """One training in its folder."""
 
-    def __init__(self, images: Path, out: Path, settings: TrainSettings, machine: Machine | None = None):
-        self.images, self.out, self.work = images, out, out / "work"
+    def __init__(
+        self, images: Path | Sequence[str], out: Path, settings: TrainSettings, machine: Machine | None = None
+    ):
+        self.names = [images] if isinstance(images, Path) else images
+        self.out, self.work = out, out / "work"
         self.settings, self.machine = settings, machine or Machine()
         self.stages = STAGES.get(settings.stage, ())
         self.is_first = not rank_zero_only.rank
@@ -95,7 +98,8 @@ class Training:
         self.machine.trainer()
         if self.is_first:  # the others would see what the first has begun to write
             training_folder.check(self.out)
-        check_outside(self.images, self.out)
+        self.images = find_sources(self.names)
+        self.images.check_outside(self.out)
 
     def load_base(self) -> None:
         """Downloads and loads the base model."""
@@ -115,6 +119,7 @@ class Training:
         self.plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu)
         self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
         if self.is_first:
+            log.info("squares: %s", self.plan.squares)
             training_folder.save_settings(self.out, self.settings, self.base, on_gpu)
 
     def clean_folder(self) -> None:
@@ -160,7 +165,8 @@ class Training:
 
     def picture_files(self, paths: Sequence[Path]) -> PictureFiles:
         settings, crop = self.settings, 0.8 if self.settings.crop else 1.0
-        return PictureFiles(paths, self.plan.model.vqgan.resolution, crop, settings.flip, settings.shift)
+        how = {"crop": crop, "flip": settings.flip, "shift": settings.shift, "letterbox": settings.letterbox}
+        return PictureFiles(paths, self.plan.model.vqgan.resolution, **how)
 
     def train_stages(self) -> dict[str, dict[str, object]]:
         """Trains the unfinished stages, loads the results into the networks, and returns the record of each."""

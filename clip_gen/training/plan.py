@@ -93,6 +93,7 @@ class TrainSettings:
     crop: bool = setting(True, "Train on random crops too.")
     flip: bool = setting(True, "Train on mirrored pictures too. Turn it off for text and faces.")
     shift: bool = setting(False, "Move drawings and logos over their plain background.")
+    letterbox: bool = setting(False, "Show pictures whole, with bars, instead of cutting squares out of them.")
     sample_prompts: str = setting("", "Prompts drawn for the report, one a line.", max_length=2000)
     precision: str = setting("auto", "auto: bfloat16 if supported.", choices=PRECISIONS)
     max_minutes: float = setting(0.0, "Time limit, after which weights are saved. 0: none.", ge=0)
@@ -139,6 +140,7 @@ class Plan:
     vqgan_loss: VQGANLoss
     transformer: FitConfig
     views: int  # of each picture for the transformer: crops, flips and shifts
+    squares: str  # how pictures of other shapes become squares
 
 
 def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False) -> Plan:
@@ -151,7 +153,7 @@ def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool
     vqgan = _vqgan_fit(settings, model, pictures, settings.batch_size or (batch if on_gpu else batch // 2))
     transformer = _transformer_fit(settings, model, pictures, settings.batch_size or batch)
     loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight)
-    return Plan(model, vqgan, loss, transformer, _views(settings, pictures))
+    return Plan(model, vqgan, loss, transformer, _views(settings, pictures), squares_in_words(settings))
 
 
 def _vqgan_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int) -> FitConfig:
@@ -191,9 +193,17 @@ def _scheduled(config: FitConfig, settings: TrainSettings) -> FitConfig:
 
 def _views(settings: TrainSettings, pictures: int) -> int:
     """About 40,000 views in all are enough against overfitting, and 400,000 fit on any disk."""
-    if not (settings.crop or settings.shift):
+    if settings.shift is False and (settings.letterbox or not settings.crop):
         return 2 if settings.flip else 1
     return max(1, min(32, max(8, 40_000 // pictures), 400_000 // pictures))
+
+
+def squares_in_words(settings: TrainSettings) -> str:
+    if settings.letterbox:
+        return "letterbox: each picture whole, with bars in the colour of its edges"
+    if settings.crop:
+        return "random crop: squares of 80 to 100 % of the shorter side, anywhere in the picture"
+    return "centre crop: the square in the middle of each picture"
 
 
 def _new_model(settings: TrainSettings, base: ModelConfig, pictures: int) -> ModelConfig:

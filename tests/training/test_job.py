@@ -64,7 +64,7 @@ def prepared(images: Path, out: Path, settings: TrainSettings, machine: Machine 
     training.check()
     training.load_base()
     training_folder.claim(out)
-    training.pictures = training_folder.unpack_once(images, out)
+    training.pictures = training_folder.unpack_once(training.images, out)
     training.plan_stages()
     training.clean_folder()
     training.build_networks()
@@ -896,6 +896,32 @@ def test_shift_moves_content_over_a_plain_background_and_keeps_it_whole(tmp_path
     assert (files[0] == drawing).all()
 
 
+def test_letterbox_shows_pictures_whole(tmp_path: Path) -> None:
+    picture = np.full((32, 64, 3), (200, 30, 30), np.uint8)
+    picture[8:24, 16:48] = 0
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    files = PictureFiles([tmp_path / "wide.png"], 32, letterbox=True)
+    for shown in (files[0], files.draw(0, np.random.default_rng(0)), files.draw(0, np.random.default_rng(1))):
+        assert shown.shape == (32, 32, 3)
+        assert (shown[0] == (200, 30, 30)).all()  # a bar in the colour of the edges
+        assert (shown[14:18, 10:22] == 0).all()
+        assert (shown[16, :5] == (200, 30, 30)).all()
+    cut = PictureFiles([tmp_path / "wide.png"], 32)[0]
+    assert (cut[16, :5] == 0).all()
+
+
+def test_the_plan_says_how_pictures_become_squares(
+    photos: Path, toy: TrainSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        training = prepared(photos, tmp_path, replace(toy, letterbox=True))
+    assert training.plan.squares.startswith("letterbox: each picture whole")
+    assert f"squares: {training.plan.squares}" in caplog.messages
+    assert training.picture_files([]).squares.letterbox
+    assert plan(replace(toy, crop=True), training.networks.config, 9).squares.startswith("random crop")
+    assert plan(toy, training.networks.config, 9).squares.startswith("centre crop")
+
+
 def test_fewer_pictures_get_more_views(tiny_model: ClipGen) -> None:
     def views(pictures: int, **settings: bool) -> int:
         return plan(TrainSettings(**settings), tiny_model.config, pictures).views
@@ -904,6 +930,7 @@ def test_fewer_pictures_get_more_views(tiny_model: ClipGen) -> None:
     assert views(50, crop=False) == 2  # each picture and its mirror image
     assert views(50, crop=False, flip=False) == 1
     assert views(50, flip=False) == 32
+    assert views(50, letterbox=True) == 2
     assert views(50, crop=False, flip=False, shift=True) == 32
 
 
