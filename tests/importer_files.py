@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 from conftest import TINY
 from torch import Tensor, nn
 
 from clip_gen.config import ClipConfig
 from clip_gen.networks.clip_encoder import build_clip
+from clip_gen.networks.discriminator import build_discriminator
+from clip_gen.networks.vqgan import VQGAN
+from clip_gen.weights.importers.taming import read_taming_config
 
 HFAILAB = Path(__file__).parent / "fixtures" / "hfailab"
 
@@ -97,3 +101,15 @@ KINDS = {
     "f16": (False, [1, 1, 2, 2, 4], [2]),
     "gumbel f8": (True, [1, 1, 2, 4], [4]),
 }
+
+
+def taming_files(folder: Path, kind: str = "f16") -> dict[str, bytes]:
+    """A random VQGAN as taming publishes it: model.yaml, and the Lightning checkpoint last.ckpt with its losses."""
+    (folder / "model.yaml").write_text(yaml.safe_dump(taming_settings(*KINDS[kind])))
+    torch.manual_seed(0)
+    vqgan = VQGAN(read_taming_config(folder / "model.yaml", "published").vqgan).state_dict()
+    state = {name.replace("quantizer.quantize.", "quantize."): tensor for name, tensor in vqgan.items()}
+    state |= {f"loss.discriminator.{name}": tensor for name, tensor in build_discriminator().state_dict().items()}
+    state["loss.perceptual_loss.lin0.model.1.weight"] = torch.rand(1, 64, 1, 1)
+    torch.save({"epoch": 3, "global_step": 1000, "state_dict": state, "callbacks": {}}, folder / "last.ckpt")
+    return {name: (folder / name).read_bytes() for name in ("model.yaml", "last.ckpt")}

@@ -126,7 +126,7 @@ def _attempt(url: str, part: _Part) -> bool:
         length = reply.headers.get("Content-Length")
         total = have + int(length) if length else None
         validator = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-        with part.path.open("ab" if have else "wb") as file, _bar(url, have, total) as bar:
+        with part.path.open("ab" if have else "wb") as file, _bar(part.path.stem, have, total) as bar:
             # Write the notes only now, when a part of another file is gone.
             part.write_notes("" if validator.startswith("W/") else validator, total)
             while chunk := reply.read1(CHUNK):  # read() would lose data when the connection breaks
@@ -135,7 +135,6 @@ def _attempt(url: str, part: _Part) -> bool:
     return total is None or part.size == total
 
 
-def _bar(url: str, have: int, total: int | None) -> tqdm:
+def _bar(name: str, have: int, total: int | None) -> tqdm:
     seconds = 0.5 if sys.stderr.isatty() else 30  # few lines in a log file
-    name = url.rpartition("/")[2]
     return tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True, miniters=1, mininterval=seconds)

@@ -13,7 +13,7 @@ import clip
 import pytest
 import torch
 from bad_server import BadServer, bad_server
-from importer_files import VIT, clip_state, hfailab_files
+from importer_files import VIT, clip_state, hfailab_files, taming_files
 from safetensors.torch import load_file
 from torchvision.models import VGG16_Weights
 from upscaler_files import upscaler_bytes, upscaler_state
@@ -125,6 +125,7 @@ def test_a_pull_that_fails_leaves_the_model_that_was_there(files: dict[str, byte
         (["clip"], 'the name of the CLIP is ""; give one of RN50, '),
         (["coco", "ViT-B/32"], "coco takes no name"),
         (["lpips", "vgg"], "lpips takes no name"),
+        (["vqgan", "f16"], 'the name of the VQGAN is "f16"; give one of imagenet-f16-1024, imagenet-f16-16384, '),
     ],
 )
 def test_a_name_that_is_not_published_is_refused(
@@ -213,6 +214,28 @@ def test_a_vgg_is_downloaded_again_only_if_its_sha256_differs(lpips_server: BadS
     assert [path for path, _ in lpips_server.requests] == ["/vgg.pth", f"/{name}", "/vgg.pth"]
 
 
+def test_pull_vqgan_by_its_name_resumes_and_a_clip_can_be_added(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull, "VQGAN_BYTES", 10**8)
+    theirs = taming_files(tmp_path)
+    names = {"vqgan_imagenet_f16_1024.yaml": theirs["model.yaml"], "vqgan_imagenet_f16_1024.ckpt": theirs["last.ckpt"]}
+    with bad_server(files | names, ["well", "drop", 500]) as server:
+        monkeypatch.setenv("CLIP_GEN_MIRROR", server.address)
+        assert main(["pull", "vqgan", "imagenet-f16-1024"]) == 0
+        assert any(requested_range for _, requested_range in server.requests)  # resumed
+        folder = tmp_path / "checkpoints" / "vqgan-imagenet-f16-1024"
+        assert load_config(folder).vqgan.ch_mult == (1, 1, 2, 2, 4)
+        assert {path.name for path in folder.glob("*.safetensors")} == {
+            "vqgan.safetensors",
+            "discriminator.safetensors",
+        }
+        record = json.loads((folder / "training.json").read_text())["imported"]["vqgan"]
+        assert record["sha256"] == hashlib.sha256(theirs["last.ckpt"]).hexdigest()
+        assert main(["pull", "clip", "ViT-B/32", "--out", str(folder)]) == 0
+    assert {"clip.safetensors", "vqgan.safetensors"} <= {path.name for path in folder.iterdir()}
+
+
 @pytest.fixture
 def upscaler_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
     """Has a small version of the upscaler's file, with its SHA-256."""
@@ -267,13 +290,19 @@ def test_every_clip_has_the_address_and_sha256_that_openais_package_has() -> Non
 
 def test_checkpoints_readme_lists_every_file_with_its_sha256() -> None:
     readme = (ROOT / "checkpoints" / "README.md").read_text()
-    for file in [*pull.CLIPS.values(), *pull.COCO.values()]:
+    vqgans = [file for files in pull.VQGANS.values() for file in files.values()]
+    for file in [*pull.CLIPS.values(), *pull.COCO.values(), *pull.LPIPS.values(), pull.UPSCALER, *vqgans]:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
-        known = "not published" if file.sha256 is None else file.url.split("/")[-2]
+        known = file.url.split("/")[-2] if file in pull.CLIPS.values() else file.sha256 or "not published"
         assert known in row
-    for file in [*pull.LPIPS.values(), pull.UPSCALER]:
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{file.name}` |"))
-        assert f"`{file.sha256}`" in row
+        assert f"| {file.licence} |" in row
+    for file in [*pull.CLIPS.values(), pull.VQGANS["imagenet-f16-16384"]["checkpoint"]]:
+        assert f"| {file.size:,} |" in readme
+
+
+def test_the_plan_of_a_download_has_the_files_name_size_and_licence() -> None:
+    assert str(pull.CLIPS["ViT-B/32"]) == "ViT-B-32.pt (354 MB, MIT)"
+    assert str(pull.VQGANS["imagenet-f16-1024"]["checkpoint"]) == "vqgan_imagenet_f16_1024.ckpt (958 MB, MIT)"
 
 
 def test_the_vgg_is_torchvisions_with_the_sha256_in_its_name() -> None:
