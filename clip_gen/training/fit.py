@@ -38,6 +38,7 @@ class Machine:
     nodes: int = 1
     strategy: str = "auto"
     max_minutes: float = 0.0  # 0: until the last step
+    minutes_after: float = 0.0  # that the stages after this one may take at most; 0: there are none, or no limit
     save_seconds: float = 60.0  # between checkpoints
     evaluate_every: int = 0  # steps between evaluations on the held-back pictures; 0: none
 
@@ -93,7 +94,8 @@ def fit(
     saving = SaveCheckpoints(name, folder, machine.save_seconds, min(config.validate_every, config.steps))
     own = [ReseedEachBatch(seed), limit, history, ema, *([best] if best else []), saving]
     # The given callbacks come last: their errors must not prevent the last checkpoint.
-    trainer = _trainer(config, machine, folder, [*own, Progress(name, config.batch_size, limit), *callbacks])
+    progress = Progress(name, config.batch_size, limit, machine.minutes_after)
+    trainer = _trainer(config, machine, folder, [*own, progress, *callbacks])
     done = resumed.steps if resumed else 0
     batches = Batches(config.steps, config.batch_size, done, trainer.global_rank, trainer.world_size)
     loader = loader_with_workers(samples, trainer.num_devices, collate, batch_sampler=batches)

@@ -39,7 +39,7 @@ from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
 from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
-from clip_gen.training.progress import Forecast
+from clip_gen.training.progress import Forecast, stage_title
 from clip_gen.training.report import earlier_record, log_finished, training_record, write_report
 from clip_gen.training.stage import Stage
 from clip_gen.training.vqgan_trainer import VQGANTrainer
@@ -287,8 +287,10 @@ class Training:
         fine_tunes: bool,
     ) -> dict[str, object]:
         settings, steps = self.settings, trainer.config.steps
-        machine = replace(self.machine, max_minutes=self.minutes_for(name))
-        forecast = Forecast(name, machine.max_minutes, settings.max_minutes, fine_tunes)
+        minutes = self.minutes_for(name)
+        machine = replace(self.machine, max_minutes=minutes, minutes_after=self.minutes_after(name, minutes))
+        title = stage_title(name, self.stages)
+        forecast = Forecast(name, title, minutes, settings.max_minutes, fine_tunes)
         options = {"seed": settings.seed, "machine": machine, "callbacks": [forecast, *callbacks]}
         if self.is_first:
             write_text_atomic(self.work / MINUTES, f"{self.minutes_outside():.4f}")
@@ -304,6 +306,10 @@ class Training:
             return VQGAN_TIME * minutes
         trained = sum(self.stage_record(name)["minutes"] for name in self.stages[:-1])
         return max(MIN_MINUTES, minutes - self.minutes_outside() - trained)
+
+    def minutes_after(self, stage: str, minutes: float) -> float:
+        """What is left of max_minutes after a stage of so many minutes, if other stages follow."""
+        return max(0.0, self.settings.max_minutes - self.minutes_outside() - minutes) * (stage != self.stages[-1])
 
     def minutes_outside(self) -> float:
         """Minutes of all starts outside the stages, such as on encoding."""

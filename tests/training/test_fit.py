@@ -220,7 +220,7 @@ def test_history_has_every_step_once_with_its_losses(train: Callable, tmp_path: 
 def test_a_time_limit_ends_a_stage_with_a_checkpoint(
     train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.1,))  # seconds between lines
+    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.0, 0.1))  # seconds between lines
     with caplog.at_level(logging.INFO):
         stage = train(tmp_path, replace(CONFIG, steps=100_000), machine=Machine(max_minutes=1 / 60))
     steps = stage.record["steps"]
@@ -230,10 +230,10 @@ def test_a_time_limit_ends_a_stage_with_a_checkpoint(
     assert find_checkpoint(tmp_path).steps == steps
     assert [start["to_step"] for start in stage.record["starts"]] == [steps]
     *earlier, last = [line for line in caplog.messages if line.startswith("toy ")]
-    ends = [re.search(r" min left, until about step (\d+)  lr [\d.e-]+  loss ", line) for line in earlier[1:]]
+    ends = [re.search(r" min left, until about step (\d+)  learning rate [\d.e-]+  loss ", line) for line in earlier[1:]]
     assert earlier
     assert all(end and steps / 5 < int(end[1]) < 5 * steps for end in ends), earlier
-    assert "  0.0 min left  lr " in last
+    assert "  0.0 min left  learning rate " in last
 
 
 class Sketches(Grids):

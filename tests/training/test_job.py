@@ -249,9 +249,8 @@ def test_too_few_steps_are_a_warning_at_the_start_and_at_the_end(
     with caplog.at_level(logging.INFO):
         Training(photos, tmp_path, chosen).run()
     logged = caplog.messages
-    first = next(
-        i for i, line in enumerate(logged) if re.match(r"vqgan: about [\d,]+ of 1,000,000 steps fit into 0.03 mi", line)
-    )
+    begins = r"stage 1 of 2: the VQGAN, ends by time at about step [\d,]+ of 1,000,000, after 0.03 mi"
+    first = next(i for i, line in enumerate(logged) if re.match(begins, line))
     assert "minutes: too few for more than blobs; give max_minutes of about " in logged[first]
     assert logged[first].endswith(", or a smaller size or resolution")
     over = next(i for i, line in enumerate(logged) if "minutes are over at step" in line)
@@ -259,7 +258,7 @@ def test_too_few_steps_are_a_warning_at_the_start_and_at_the_end(
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     vqgan, gpt = (record["stages"][name] for name in ("vqgan", "gpt"))
     assert (vqgan["planned_steps"], vqgan["ended_by"], gpt["ended_by"]) == (10**6, "time", "steps")
-    assert vqgan["forecast_steps"] == int(logged[first].split()[2].replace(",", ""))
+    assert vqgan["forecast_steps"] == int(re.search(r"step ([\d,]+)", logged[first])[1].replace(",", ""))
     assert 0.2 < vqgan["forecast_steps"] / vqgan["steps"] < 5
     (last,) = record["warnings"]
     assert logged.index(last) > over
@@ -283,7 +282,9 @@ def test_warnings_for_few_steps_on_a_base_and_for_pictures_left_out(
     )
     steps, pictures = json.loads((tmp_path / "few" / "model" / "training.json").read_text())["warnings"]
     assert re.search(
-        r"gpt: about [\d,]+ of 1,000,000 steps fit into 0.1 minutes: too few to change much of the base", logged
+        r"stage 1 of 1: the transformer, ends by time at about step [\d,]+ of 1,000,000, after 0.1 minutes: too few "
+        "to change much of the base",
+        logged,
     )
     assert pictures == (
         "gpt: its time sufficed to encode 32 of 95 pictures, and it learns from no others; give 3.0 times as many "
@@ -292,7 +293,7 @@ def test_warnings_for_few_steps_on_a_base_and_for_pictures_left_out(
     assert re.match(
         r"gpt: its time ended after [\d,]+ of 1,000,000 steps, too few to change much of the base model", steps
     )
-    assert logged.index(pictures.removesuffix(", in another folder")) < logged.index("gpt: about")
+    assert logged.index(pictures.removesuffix(", in another folder")) < logged.index("stage 1 of 1")
     assert logged.count(pictures.removesuffix(", in another folder")) == 2
 
 
