@@ -23,6 +23,7 @@ DOORS = {
     "spandrel": ["clip_gen/networks/upscaler.py"],
     "vector_quantize_pytorch": ["clip_gen/networks/quantizers.py"],
     "safetensors": ["clip_gen/weights/model_folder.py", "clip_gen/weights/importers/reader.py"],
+    "matplotlib": ["clip_gen/training/curves.py"],
     "pytorch_lightning": ["clip_gen/training/", "clip_gen/worlds/"],
     "torchmetrics": ["clip_gen/metrics/"],
     "torch_fidelity": ["clip_gen/metrics/features.py"],

@@ -22,6 +22,11 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, tokens: Tensor) -> Tensor:
         """Codes (B, T, C) of tokens (B, T)."""
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether there are codes yet. Some codebooks are made from their first batch, which changes the weights."""
+        return True
+
     def share_between_processes(self) -> None:
         """Keeps the codebooks of all processes equal. A codebook that is a parameter needs nothing: DDP does it."""
 
@@ -70,6 +75,10 @@ class CosineQuantizer(Quantizer):
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return self.quantize.get_codes_from_indices(tokens)
+
+    @property
+    def has_codes(self) -> bool:
+        return bool(self.quantize._codebook.initted)
 
     def share_between_processes(self) -> None:
         """The library does this in its constructor, but only if the processes are already connected by then."""

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from torch import Tensor
 from clip_gen.files import write_text_atomic
 from clip_gen.training.checkpoints import LAST, DamagedError, read_checkpoint, save_checkpoint
 from clip_gen.training.interrupts import handle_signals, ignore_further_signals
+from clip_gen.training.loggers import log_values
 from clip_gen.training.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -214,7 +216,7 @@ class History(Callback):
         self.path = path
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.interval = max(1, trainer.max_steps // HISTORY_LINES)
+        self.interval = history_interval(trainer.max_steps)
         # Steps after the checkpoint are trained again.
         kept = [entry for entry in read_history(self.path) if entry["step"] <= trainer.global_step]
         if trainer.is_global_zero:
@@ -229,8 +231,12 @@ class History(Callback):
 
     def last_values(self, trainer: pl.Trainer) -> dict[str, float]:
         """The last value of everything that was logged, also before this start."""
-        logged = {name: value for entry in read_history(self.path) for name, value in entry.items() if name != "step"}
-        return {name: round(float(value), 6) for name, value in (logged | trainer.callback_metrics).items()}
+        logged = {name: value for entry in read_history(self.path) for name, value in entry.items()}
+        return {
+            name: round(float(value), 6)
+            for name, value in (logged | trainer.callback_metrics).items()
+            if name not in ("step", "learning_rate")
+        }
 
     def _write(self, trainer: pl.Trainer, validation: bool) -> None:
         logged = {
@@ -238,8 +244,26 @@ class History(Callback):
         }
         if trainer.is_global_zero:
             values = {name: round(float(value), 6) for name, value in logged.items()}
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
+            if not validation:
+                values["learning_rate"] = float(f"{learning_rate(trainer):.4g}")
+                log_values(trainer.loggers, trainer.global_step, {"learning_rate": values["learning_rate"]})
+            append_history(self.path, trainer.global_step, values)
+
+
+def history_interval(steps: int) -> int:
+    """Steps between two lines of the history of a stage of so many steps."""
+    return max(1, steps // HISTORY_LINES)
+
+
+def append_history(path: Path, step: int, values: Mapping[str, float]) -> None:
+    """Appends a line to history.jsonl. Processes beside the first must not."""
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def learning_rate(trainer: pl.Trainer) -> float:
+    """AdamW's, also beside Muon."""
+    return trainer.optimizers[0].param_groups[-1]["lr"]
 
 
 def read_history(path: Path) -> list[dict]:

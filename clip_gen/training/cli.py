@@ -33,6 +33,8 @@ MACHINE = {
     "nodes": "Number of machines that train together.",
     "strategy": "One of Lightning's strategies, by name. Tested: auto and ddp, on CPUs.",
     "save_seconds": "Seconds between checkpoints.",
+    "loggers": "Where curves and samples go beside the report: csv, tensorboard, wandb, some of them between commas, "
+    "auto (CSV, and TensorBoard if it is installed) or none.",
     "evaluate_every": "Steps between FID and CMMD on held-back pictures, which take time to draw. 0: none.",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,9 @@ from clip_gen.metrics.features import choose_features, clip_features
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.sampling.cuda_graphs import forget
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.training.callbacks import append_history
 from clip_gen.training.datasets import PictureFiles
+from clip_gen.training.loggers import log_values
 from clip_gen.training.stage import Stage
 from clip_gen.weights.model_folder import Networks
 
@@ -59,8 +60,8 @@ class Evaluations(Callback):
                 values, features = self.measure(module)
         finally:
             module.train(training)
-        with self.history.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_history(self.history, step, values)
+        log_values(trainer.loggers, step, values)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.info("%s %d: %s, on %d held-back pictures, %s", self.name, step, shown, len(self.pictures), features)
 

@@ -17,13 +17,23 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
 from clip_gen.hardware import choose_device, is_out_of_memory, prefers_bfloat16
-from clip_gen.training.callbacks import EMA, History, KeepBest, ReseedEachBatch, SaveCheckpoints, TimeLimit
+from clip_gen.training.callbacks import (
+    EMA,
+    History,
+    KeepBest,
+    ReseedEachBatch,
+    SaveCheckpoints,
+    TimeLimit,
+    history_interval,
+)
 from clip_gen.training.checkpoints import CheckpointFiles, find_checkpoint
 from clip_gen.training.datasets import Batches, loader_with_workers
+from clip_gen.training.loggers import closing_runs
 from clip_gen.training.progress import Progress
 from clip_gen.training.stage import FitConfig, Stage, process_count
 
@@ -41,8 +51,9 @@ class Machine:
     minutes_after: float = 0.0  # that the stages after this one may take at most; 0: there are none, or no limit
     save_seconds: float = 60.0  # between checkpoints
     evaluate_every: int = 0  # steps between evaluations on the held-back pictures; 0: none
+    loggers: str = "auto"  # see logger_names()
 
-    def trainer(self, **options: object) -> pl.Trainer:
+    def trainer(self, loggers: Sequence[Logger] = (), **options: object) -> pl.Trainer:
         """Lightning's trainer for this machine; ValueError for devices, nodes or a strategy that it refuses."""
         _quiet_lightning()
         try:
@@ -51,7 +62,7 @@ class Machine:
                 devices=int(self.devices) if self.devices.isdecimal() else self.devices,
                 num_nodes=self.nodes,
                 strategy=self.strategy,
-                logger=False,
+                logger=list(loggers) or False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -81,6 +92,7 @@ def fit(
     machine: Machine = Machine(),
     collate: Callable | None = None,
     callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, object]:
     """Trains a stage to its last step and leaves its averaged weights in it; returns the values for its record.
 
@@ -95,13 +107,13 @@ def fit(
     own = [ReseedEachBatch(seed), limit, history, ema, *([best] if best else []), saving]
     # The given callbacks come last: their errors must not prevent the last checkpoint.
     progress = Progress(name, config.batch_size, limit, machine.minutes_after)
-    trainer = _trainer(config, machine, folder, [*own, progress, *callbacks])
+    trainer = _trainer(config, machine, folder, [*own, progress, *callbacks], loggers)
     done = resumed.steps if resumed else 0
     batches = Batches(config.steps, config.batch_size, done, trainer.global_rank, trainer.world_size)
     loader = loader_with_workers(samples, trainer.num_devices, collate, batch_sampler=batches)
     # Every process validates on all of it: it takes little time, and the mean is exact.
     validation = DataLoader(held_back, config.batch_size, collate_fn=collate)
-    with _out_of_memory_explained(name, config.batch_size), _deterministic_on_cpu():
+    with _out_of_memory_explained(name, config.batch_size), _deterministic_on_cpu(), closing_runs(loggers):
         trainer.fit(stage, loader, validation, ckpt_path=resumed and resumed.path, weights_only=True)
     if saving.signal:
         raise SystemExit(128 + saving.signal)
@@ -115,15 +127,20 @@ def fit(
     ended_by = "steps" if steps >= config.steps else "validation" if best and best.out_of_patience else "time"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     minutes = round(sum(start["minutes"] for start in starts), 2)
-    return {"steps": steps, "ended_by": ended_by, **values, "minutes": minutes, "device": device, "starts": starts}
+    where = {"device": device, "precision": trainer.precision}
+    return {"steps": steps, "ended_by": ended_by, **values, "minutes": minutes, **where, "starts": starts}
 
 
-def _trainer(config: FitConfig, machine: Machine, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
+def _trainer(
+    config: FitConfig, machine: Machine, folder: Path, callbacks: list[Callback], loggers: Sequence[Logger]
+) -> pl.Trainer:
     """ValueError unless it uses all processes that torchrun started. Each would train alone into one folder."""
     precision = config.precision
     if precision == "auto":
         precision = "bf16-mixed" if prefers_bfloat16(choose_device(), training=True) else "32-true"
     trainer = machine.trainer(
+        loggers,
+        log_every_n_steps=history_interval(config.steps),
         max_steps=config.steps,
         precision=precision,
         gradient_clip_val=1.0,

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,9 @@ from clip_gen.training.evaluations import Drawing, Evaluations, reconstruct, sam
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
+from clip_gen.training.live_report import LiveReport
+from clip_gen.training.loggers import build_loggers, logger_names
+from clip_gen.training.minutes import Minutes
 from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.progress import Forecast, stage_title
@@ -50,9 +52,6 @@ from clip_gen.weights.tarball import pack, resolve_weights
 log = logging.getLogger(__name__)
 
 RECORD = "record.json"  # of a finished stage
-MINUTES = "minutes"  # of all starts outside the stages
-VQGAN_TIME = 0.2  # of max_minutes; the transformer gets the rest
-MIN_MINUTES = 0.1  # for the transformer, however long the steps before it took
 JUDGED_PICTURES = 64  # on which a base's VQGAN is measured
 STAGES = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)}
 
@@ -68,7 +67,8 @@ class Training:
         self.settings, self.machine = settings, machine or Machine()
         self.stages = STAGES.get(settings.stage, ())
         self.is_first = not rank_zero_only.rank
-        self.began = time.monotonic()
+        self.records: dict[str, dict[str, object]] = {}  # of the finished stages
+        self.minutes = Minutes(self.work, settings.max_minutes)
 
     def run(self) -> Path:
         """Trains the unfinished stages and returns the weights tar; ValueError for inputs that cannot be used."""
@@ -84,17 +84,19 @@ class Training:
             self.plan_stages()
             self.clean_folder()
             self.build_networks()
+            was_finished = all(self.is_finished(stage) for stage in self.stages)
             if self.is_first:
                 self.measure_pictures()
-            was_finished = all(self.is_finished(stage) for stage in self.stages)
-            records = self.train_stages()
+                self.announce_report(was_finished)
+            self.train_stages()
             if self.is_first:
-                self.export(records, was_finished)
+                self.export(was_finished)
         return self.out / "weights.tar"
 
     def check(self) -> None:
         """ValueError for settings and folders that cannot be used. Writes nothing."""
         self.settings.check()
+        logger_names(self.machine.loggers)
         self.machine.trainer()
         if self.is_first:  # the others would see what the first has begun to write
             training_folder.check(self.out)
@@ -168,18 +170,16 @@ class Training:
         how = {"crop": crop, "flip": settings.flip, "shift": settings.shift, "letterbox": settings.letterbox}
         return PictureFiles(paths, self.plan.model.vqgan.resolution, **how)
 
-    def train_stages(self) -> dict[str, dict[str, object]]:
-        """Trains the unfinished stages, loads the results into the networks, and returns the record of each."""
-        records = {}
+    def train_stages(self) -> None:
+        """Trains the unfinished stages, loads the results into the networks, and sets the record of each."""
         if "vqgan" in self.stages:
             if not self.is_finished("vqgan"):
                 self.save_stage("vqgan", self.networks.vqgan, self.train_vqgan(self.work / "vqgan"))
-            records["vqgan"] = self.load_stage("vqgan", self.networks.vqgan)
+            self.records["vqgan"] = self.load_stage("vqgan", self.networks.vqgan)
         if "gpt" in self.stages:
             if not self.is_finished("gpt"):
                 self.save_stage("gpt", self.networks.gpt, self.train_gpt(self.work / "gpt"))
-            records["gpt"] = self.load_stage("gpt", self.networks.gpt)
-        return records
+            self.records["gpt"] = self.load_stage("gpt", self.networks.gpt)
 
     def is_finished(self, stage: str) -> bool:
         return (self.work / stage / RECORD).is_file()
@@ -235,6 +235,8 @@ class Training:
         settings, networks = self.settings, self.networks
         is_judged = settings.stage == "transformer" and self.is_first
         quality = warn_if_poor(networks.vqgan, self.judged_pictures()) if is_judged else {}
+        if self.is_first:
+            self.report({}, [], "Running: the pictures are encoded for the transformer.")
         pictures, held_back = self.encode_train_pictures(), self.picture_files(self.held_back_paths)
         held_back = encode_held_back(held_back, networks, self.work / "encoded", settings.max_minutes)
         if settings.size != "base":
@@ -287,37 +289,36 @@ class Training:
         fine_tunes: bool,
     ) -> dict[str, object]:
         settings, steps = self.settings, trainer.config.steps
-        minutes = self.minutes_for(name)
-        machine = replace(self.machine, max_minutes=minutes, minutes_after=self.minutes_after(name, minutes))
-        title = stage_title(name, self.stages)
-        forecast = Forecast(name, title, minutes, settings.max_minutes, fine_tunes)
-        options = {"seed": settings.seed, "machine": machine, "callbacks": [forecast, *callbacks]}
+        is_last = name == self.stages[-1]
+        minutes = self.minutes.for_stage(is_last, (record["minutes"] for record in self.records.values()))
+        machine = replace(self.machine, max_minutes=minutes, minutes_after=self.minutes.after(minutes, is_last))
+        forecast = Forecast(name, stage_title(name, self.stages), minutes, settings.max_minutes, fine_tunes)
+        live = LiveReport(forecast, lambda values, warnings, how_far: self.report({name: values}, warnings, how_far))
+        loggers = build_loggers(machine.loggers, name, self.out)
+        options = {"machine": machine, "callbacks": [forecast, *callbacks, live], "loggers": loggers}
         if self.is_first:
-            write_text_atomic(self.work / MINUTES, f"{self.minutes_outside():.4f}")
-        values = fit(name, trainer, samples, held_back, self.work / name, **options)
-        self.began = time.monotonic()  # the stage's minutes are in its record
+            self.minutes.save()
+        values = fit(name, trainer, samples, held_back, self.work / name, seed=settings.seed, **options)
+        self.minutes.leave_out()
         values |= {"planned_steps": steps, "fine_tunes": fine_tunes}
         return values | ({"forecast_steps": forecast.steps} if forecast.steps is not None else {})
 
-    def minutes_for(self, stage: str) -> float:
-        """The time limit of a stage; the last one has the rest of max_minutes. 0: none."""
-        minutes = self.settings.max_minutes
-        if not minutes or stage != self.stages[-1]:
-            return VQGAN_TIME * minutes
-        trained = sum(self.stage_record(name)["minutes"] for name in self.stages[:-1])
-        return max(MIN_MINUTES, minutes - self.minutes_outside() - trained)
+    def announce_report(self, was_finished: bool) -> None:
+        if not was_finished:
+            self.report({}, [], "Running: the training begins.")
+            log.info("report: %s, renewed while the training runs", self.out / "report.html")
+            if "tensorboard" in logger_names(self.machine.loggers):
+                log.info("curves: tensorboard --logdir %s", self.work / "logs")
 
-    def minutes_after(self, stage: str, minutes: float) -> float:
-        """What is left of max_minutes after a stage of so many minutes, if other stages follow."""
-        return max(0.0, self.settings.max_minutes - self.minutes_outside() - minutes) * (stage != self.stages[-1])
+    def report(self, stage: Mapping[str, object], warnings: Sequence[str], running: str) -> None:
+        """Writes report.html while the training runs. stage: the unfinished stage's record so far, by its name."""
+        record = self.record(self.records | stage)
+        record["warnings"] = [*record["warnings"], *warnings]
+        write_report(self.out / "report.html", self.work, record, running)
 
-    def minutes_outside(self) -> float:
-        """Minutes of all starts outside the stages, such as on encoding."""
-        saved = self.work / MINUTES
-        return float(saved.read_text() if saved.is_file() else 0) + (time.monotonic() - self.began) / 60
-
-    def export(self, records: dict[str, dict[str, object]], was_finished: bool) -> None:
+    def export(self, was_finished: bool) -> None:
         """Writes the model folder, weights.tar and report.html."""
+        records = self.records
         if was_finished:
             log_finished(self.out, records)
         record = self.record(records) | earlier_record(self.out / "model", records)
@@ -331,5 +332,10 @@ class Training:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
-        minutes = self.minutes_outside() + sum(values["minutes"] for values in stages.values())
-        return training_record(self.settings, self.plan, self.pictures, len(self.held_back_paths), stages, minutes)
+        minutes = self.minutes.outside() + sum(values["minutes"] for values in stages.values())
+        base = {
+            "name": self.base.name,
+            "knows": self.networks.texts.get(model_folder.VOCABULARY, "").partition("\n")[0],
+        }
+        held_back = len(self.held_back_paths)
+        return training_record(self.settings, self.plan, self.pictures, held_back, stages, minutes, base)

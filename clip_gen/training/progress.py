@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from clip_gen.training.callbacks import TimeLimit
+from clip_gen.training.callbacks import TimeLimit, learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,7 @@ class Progress(Callback):
     minutes_after: that the stages after this one may take at most; 0: there are none, or their time is not limited.
     """
 
-    def __init__(
-        self, name: str, batch_size: int, limit: TimeLimit, minutes_after: float = 0.0, seconds: float = 30.0
-    ):
+    def __init__(self, name: str, batch_size: int, limit: TimeLimit, minutes_after: float = 0.0, seconds: float = 30.0):
         self.name, self.batch_size, self.limit, self.seconds = name, batch_size, limit, seconds
         self.minutes_after, self.bar, self.terminal = minutes_after, None, ExitStack()
         self.speed = 0.0  # steps a second
@@ -89,11 +87,6 @@ class Progress(Callback):
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         self.terminal.close()
-
-
-def learning_rate(trainer: pl.Trainer) -> float:
-    """AdamW's, also beside Muon."""
-    return trainer.optimizers[0].param_groups[-1]["lr"]
 
 
 class Forecast(Callback):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import logging
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +19,14 @@ from PIL import Image
 from clip_gen.data.archive import Pictures
 from clip_gen.data.decoding import UnusableError
 from clip_gen.files import write_text_atomic
+from clip_gen.prompts import split_prompts
 from clip_gen.training.callbacks import read_history
+from clip_gen.training.curves import charts
 from clip_gen.training.encoding import few_pictures
+from clip_gen.training.grids import read_grid
 from clip_gen.training.plan import Plan, TrainSettings
 from clip_gen.training.progress import shortage
+from clip_gen.training.verdict import resolved_settings, verdict
 from clip_gen.weights.model_folder import ModelFolderError, load_record
 
 log = logging.getLogger(__name__)
@@ -28,32 +34,44 @@ log = logging.getLogger(__name__)
 Stages = dict[str, dict[str, object]]  # the record of each stage
 
 TITLES = {"vqgan": "Stage 1: the VQGAN", "gpt": "Stage 2: the transformer"}
-DISTANCES = ("fid_inception", "fid_clip", "cmmd")  # of evaluations.py
-CHARTS = {  # the values in each; fooled is the generator's adversarial loss, told_apart the discriminator's loss
-    "vqgan": ("loss", "fooled told_apart", "l1", "perceptual", "val_psnr", "codes_in_batch", "perplexity", *DISTANCES),
-    "gpt": ("loss val_loss", "embedding", "contrast", *DISTANCES),
-}
-COLOURS = ("#2563eb", "#dc2626")  # of the values in one chart
-WIDTH, HEIGHT, LEFT, BOTTOM = 420, 200, 60, 24
-MAX_GRIDS = 10
+RUNNING = "Running"  # how the sentence of a training begins that has not been interrupted
+RENEWED_EVERY = 30  # seconds, in the browser
+SHOWN_GRIDS, SHOWN_PICTURES, SHOWN_PER_PROMPT = 5, 6, 2
+MAX_SKIPPED = 1000  # files in the table
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 960px; margin: 2em auto; padding: 0 1em }
-h1, h2 { font-weight: 600 } table { border-collapse: collapse } td { padding: 2px 14px 2px 0; vertical-align: top }
-figure { display: inline-block; margin: 0 16px 16px 0 } figcaption { color: #666; font-size: 13px }
-img { max-width: 100%; image-rendering: pixelated } svg text { font-size: 11px; fill: #666 }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em }
+h1, h2 { font-weight: 600; margin-bottom: 0.4em } h2 { margin-top: 2em; border-top: 1px solid #ddd; padding-top: 1em }
+table { border-collapse: collapse } td, th { padding: 2px 14px 2px 0; vertical-align: top; text-align: left }
+th { font-weight: 600 } td.quiet, .quiet { color: #666; font-size: 13px }
+.grids { margin-bottom: 1.5em } .grids td, .grids th { padding: 2px 8px 2px 0; vertical-align: middle }
+.grids td { white-space: nowrap } .grids th { vertical-align: bottom } .grids .text { white-space: normal }
+.grids .text, .grids th { max-width: 9em }
+.grids img { width: 96px; height: 96px; image-rendering: pixelated; outline: 1px solid #ddd; margin: 1px 3px 1px 1px }
+.verdict { background: #f3f6fb; border-left: 4px solid #2563eb; padding: 0.6em 1.2em } .verdict pre { margin: 0.4em 0 }
+.warning { background: #fff4e5; border-left: 4px solid #d97706; padding: 0.4em 1.2em; margin: 0.6em 0 }
+.running { font-weight: 600 } .curves { display: grid; grid-template-columns: 1fr 1fr; gap: 8px 24px }
+figure { margin: 0 } figure img { width: 100% } figcaption { color: #555; font-size: 13px; line-height: 1.35 }
+pre { overflow-x: auto } summary { cursor: pointer }
 """
 
 
 def training_record(
-    settings: TrainSettings, plan: Plan, pictures: Pictures, held_back: int, stages: Stages, minutes: float
+    settings: TrainSettings,
+    plan: Plan,
+    pictures: Pictures,
+    held_back: int,
+    stages: Stages,
+    minutes: float,
+    base: Mapping[str, str],
 ) -> dict[str, object]:
-    """minutes: of all starts."""
+    """minutes: of all starts. base: the name of the base model, and what its CLIP knows if the model says so."""
     values = asdict(settings)
     # The record is public: no path of this machine, no secret of a URL.
     values["base"] = Path(urlsplit(settings.base).path).name
     # The last stage's limit counts: the export may have been interrupted and started again with another.
-    values["max_minutes"] = list(stages.values())[-1].get("max_minutes", settings.max_minutes)
+    values["max_minutes"] = next(reversed(stages.values()), {}).get("max_minutes", settings.max_minutes)
     return {
+        "base": dict(base),
         "pictures": pictures.as_json() | {"held_back": held_back},
         "settings": values,
         "plan": asdict(plan),
@@ -104,68 +122,95 @@ def log_finished(out: Path, stages: Stages) -> None:
     )
 
 
-def write_report(path: Path, work: Path, record: dict[str, object]) -> None:
-    """Writes the page of a training. work: the folder of its stages' folders. record: as in training.json."""
-    pictures = record["pictures"]
-    body = [
-        f"<h1>A training on {pictures['used']} pictures</h1>",
-        f"<p>{pictures['held_back']} of them were held back to watch the losses on. {record['minutes']} minutes.</p>",
-    ]
-    body += [f"<p><strong>{html.escape(sentence)}</strong></p>" for sentence in record.get("warnings", [])]
+def write_report(path: Path, work: Path, record: Mapping[str, object], running: str = "") -> None:
+    """Writes the page of a training. work: the folder of its stages' folders. record: as in training.json.
+
+    running: a sentence that says how far an unfinished training is; browsers then renew the page by themselves.
+    """
+    settings = [(name, chosen, used, words) for name, chosen, used, words in resolved_settings(record)]
+    body = [*_top(record, running)]
     for name, stage in record["stages"].items():
         history = read_history(work / name / "history.jsonl")
+        body += [f"<h2>{TITLES[name]}</h2>", *_grids(sorted((work / name / "grids").glob("*.png")))]
+        body += [f"<div class=curves>{''.join(charts(name, history))}</div>"]
         values = [(key, value) for key, value in stage.items() if isinstance(value, int | float | str)]
-        body += [f"<h2>{TITLES[name]}</h2>", _table(values), *(_chart(history, names) for names in CHARTS[name])]
-        body += _grids(work / name / "grids")
+        body += [f"<details><summary>The record of this stage</summary>{_table(values)}</details>"]
+    body += [*_pictures(record["pictures"])]
+    plan = html.escape(json.dumps(record["plan"], indent=2))
+    body += ["<h2>Settings</h2>", _table(settings, ("setting", "chosen", "used", "meaning"))]
+    body += [f"<details><summary>The plan, in full</summary><pre>{plan}</pre></details>"]
+    renewed = f"<meta http-equiv=refresh content={RENEWED_EVERY}>" if running.startswith(RUNNING) else ""
+    page = f"<!doctype html><html lang=en><meta charset=utf-8>{renewed}<title>Training</title><style>{STYLE}</style>"
+    write_text_atomic(path, page + "\n".join(body) + "</html>\n")
+
+
+def _top(record: Mapping[str, object], running: str) -> list[str]:
+    """The verdict, warnings, and how to use the weights."""
+    pictures, minutes = record["pictures"], record["minutes"]
+    state = html.escape(running) or f"Finished after {minutes:,} minutes."
+    body = [f"<h1>A training on {pictures['used']:,} pictures</h1>", f"<p class=running>{state}</p>"]
+    paragraph = html.escape(verdict(record, bool(running)))
+    prompts = split_prompts(str(record["settings"].get("sample_prompts", "")))
+    use = f"script/predict -e COG_WEIGHTS=weights.tar -i prompt={shlex.quote(prompts[0] if prompts else '...')}"
+    shown = "" if running else f"<p>To draw, with the path of weights.tar:</p><pre>{html.escape(use)}</pre>"
+    body += [f"<div class=verdict><p>{paragraph}</p>{shown}</div>"]
+    return body + [f"<p class=warning>Warning: {html.escape(words)}</p>" for words in record.get("warnings", [])]
+
+
+def _pictures(pictures: Mapping[str, object]) -> list[str]:
+    """What was changed in the pictures, and which files were skipped."""
+    body = []
     if pictures["notes"]:
         body += ["<h2>Pictures changed for training</h2>", _table(pictures["notes"].items())]
     skipped = [(one["name"], str(UnusableError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
     if skipped:
-        body += [f"<h2>Skipped files: {len(skipped)}</h2>", _table(skipped)]
-    plan = html.escape(json.dumps(record["plan"], indent=2))
-    body += ["<h2>Settings</h2>", _table(record["settings"].items()), f"<h2>Plan</h2><pre>{plan}</pre>"]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Training</title><style>{STYLE}</style>"
-    write_text_atomic(path, page + "\n".join(body) + "</html>\n")
+        body += [f"<h2>Skipped files: {len(skipped):,}</h2>", _table(skipped[:MAX_SKIPPED])]
+    if len(skipped) > MAX_SKIPPED:
+        body += [f"<p>training.json names all; here are the first {MAX_SKIPPED:,}.</p>"]
+    return body
 
 
-def _table(rows: Iterable[tuple[str, object]]) -> str:
-    cells = "".join(f"<tr><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
-    return f"<table>{cells}</table>"
+def _table(rows: Iterable[Sequence[object]], heads: Sequence[str] = ()) -> str:
+    head = "".join(f"<th>{html.escape(words)}</th>" for words in heads)
+    cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return f"<table>{f'<tr>{head}</tr>' if head else ''}{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
-def _chart(history: list[dict], names: str) -> str:
-    """The values of these names over the steps, as SVG; empty if there are none."""
-    lines = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names.split()}
-    lines = {name: points for name, points in lines.items() if len(points) > 1}
-    if not lines:
-        return ""
-    steps, values = zip(*(point for points in lines.values() for point in points), strict=True)
-    last, low, high = max(steps), min(values), max(values)
-    across, down = (WIDTH - LEFT) / last, (HEIGHT - BOTTOM) / (high - low or 1.0)
-    drawn, captions = [], []
-    # Not strict: a chart has one line or two, and there are two colours.
-    for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
-        places = " ".join(f"{LEFT + across * step:.1f},{6 + down * (high - value):.1f}" for step, value in points)
-        drawn.append(f'<polyline fill=none stroke="{colour}" stroke-width=1.5 points="{places}"/>')
-        captions.append(f'<span style="color:{colour}">{name}</span>')
-    axes = (
-        f"<text x=0 y=14>{high:.4g}</text><text x=0 y={HEIGHT - BOTTOM + 6}>{low:.4g}</text>"
-        f"<text x={LEFT} y={HEIGHT - 2}>0</text><text x={WIDTH} y={HEIGHT - 2} text-anchor=end>step {last}</text>"
-    )
-    chart = f"<svg width={WIDTH} height={HEIGHT} role=img>{''.join(drawn)}{axes}</svg>"
-    return f"<figure>{chart}<figcaption>{', '.join(captions)}</figcaption></figure>"
+def _grids(paths: Sequence[Path]) -> list[str]:
+    """Some of the grids side by side, spread evenly over the steps: a row for each picture and prompt."""
+    grids = {int(path.stem): read_grid(path) for path in evenly_spread(paths, SHOWN_GRIDS)}
+    grids = {step: rows for step, rows in grids.items() if rows}  # earlier versions wrote no labels
+    if not grids:
+        return []
+    (source, pictures), (result, _), *prompts = list(grids.values())[-1]
+    heads = [source, *("before training" if step == 0 else f"step {step:,}" for step in grids)]
+    lines = [
+        [_images([picture]), *(_images(rows[1][1][i : i + 1]) for rows in grids.values())]
+        for i, picture in enumerate(pictures[:SHOWN_PICTURES])
+    ]
+    for prompt, _ in prompts:
+        drawn = [dict(rows[2:]).get(prompt, [])[:SHOWN_PER_PROMPT] for rows in grids.values()]
+        lines.append([f"<div class=text>{html.escape(f'“{prompt}”')}</div>", *map(_images, drawn)])
+    head = "".join(f"<th>{html.escape(words)}</th>" for words in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
+    prompted = ", and below them what is drawn of the sample prompts" if prompts else ""
+    words = html.escape(f"Left: {source}. Beside each: {result}, as the training goes on{prompted}.")
+    return [f"<p>{words}</p><table class=grids><tr>{head}</tr>{body}</table>"]
 
 
-def _grids(folder: Path) -> list[str]:
-    """The last grids; consecutive grids with the same legend share one above them."""
-    figures, before = [], ""
-    for path in sorted(folder.glob("*.png"))[-MAX_GRIDS:]:
-        with Image.open(path) as grid:
-            legend = grid.text.get("legend", "")
-        if legend != before:
-            figures.append(f"<p>{html.escape(legend)}</p>")
-            before = legend
-        data = base64.b64encode(path.read_bytes()).decode()
-        step = int(path.stem)
-        figures.append(f'<figure><img src="data:image/png;base64,{data}"><figcaption>step {step}</figcaption></figure>')
-    return figures
+def evenly_spread(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` of the paths: the first, the last, and those whose steps are nearest to an even spread."""
+    steps = {int(path.stem): path for path in paths}
+    first, last = min(steps, default=0), max(steps, default=0)
+    targets = [first + (last - first) * i / (count - 1) for i in range(count)] if steps else []
+    return [steps[step] for step in sorted({min(steps, key=lambda step: abs(step - target)) for target in targets})]
+
+
+def _images(pictures: Iterable[Image.Image]) -> str:
+    return "".join(f'<img src="data:image/png;base64,{_base64(picture)}" alt="">' for picture in pictures)
+
+
+def _base64(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()

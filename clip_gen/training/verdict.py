@@ -1,10 +1,15 @@
-"""The verdict at the top of a training's report: what was trained, how good it is, and whether prompts will work."""
+"""What a training's report says in words: the verdict at its top, and the settings with their defaults resolved.
+
+The verdict tells what was trained, how well it reconstructs, and whether prompts can be expected to work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 
-from clip_gen.training.progress import STAGE_NAMES, shortage
+from clip_gen.training.plan import TrainSettings
+from clip_gen.training.progress import shortage
 
 # Lower limits of PSNR in dB, and what reconstructions are like from there on. At 18 dB a base's tokens are kept
 # (decisions.py); published VQGANs reach about 20 dB on photographs.
@@ -28,22 +33,27 @@ def verdict(record: Record, is_running: bool = False) -> str:
 
 
 def _what(record: Record, is_running: bool) -> list[str]:
-    settings, pictures, base = record["settings"], record["pictures"], record["base"]["name"]
-    parts = [STAGE_NAMES[name] for name in record["stages"]]
-    names = " and ".join(parts or ["the networks"])
-    side, verb = record["plan"]["model"]["vqgan"]["resolution"], "are being" if is_running else "were"
-    if record["stages"].get("vqgan", {}).get("tokens_kept"):
-        names = names.replace("the VQGAN", "the VQGAN's decoder")
+    settings, pictures, base = _settings(record), record["pictures"], record["base"]["name"]
+    decoder = "'s decoder" if record["stages"].get("vqgan", {}).get("tokens_kept") else ""
+    names = {"vqgan": f"the VQGAN{decoder}", "transformer": "the transformer"}
+    parts = names.get(settings["stage"], f"the VQGAN{decoder} and the transformer")
+    verb = ("are" if is_running else "were") if " and " in parts else ("is" if is_running else "was")
     if settings["size"] == "base":
-        what = f"From the base model {base}, {names} {verb} fine-tuned"
+        what = f"{parts} of the base model {base} {verb} trained further"
     else:
-        what = f"New networks of size {settings['size']} ({names}) {verb} trained, with the CLIP of {base},"
+        what = f"New networks of size {settings['size']}, {parts}, {verb} trained with the CLIP of {base}"
     learnt, held_back = pictures["used"] - pictures["held_back"], pictures["held_back"]
-    skipped = f", and {len(pictures['skipped']):,} files were skipped" if pictures["skipped"] else ""
+    side, files = record["plan"]["model"]["vqgan"]["resolution"], len(pictures["skipped"])
+    skipped = f" {files:,} {'file was' if files == 1 else 'files were'} skipped." if files else ""
     return [
-        f"{what} on {learnt:,} pictures at {side} × {side} pixels.",
-        f"{held_back:,} more were held back to measure on{skipped}.",
+        f"{what[0].upper()}{what[1:]}, on {learnt:,} pictures at {side} × {side} pixels.",
+        f"{held_back:,} more were held back to measure on.{skipped}",
     ]
+
+
+def _settings(record: Record) -> dict[str, object]:
+    """Earlier versions had fewer."""
+    return asdict(TrainSettings()) | record["settings"]
 
 
 def _reconstructions(record: Record) -> list[str]:
@@ -73,8 +83,8 @@ def _follows(record: Record) -> list[str]:
 def _prompts(record: Record, is_running: bool) -> list[str]:
     """Whether prompts can be expected to work, and why."""
     stages = record["stages"]
-    if is_running and record["settings"]["stage"] != "vqgan":
-        return ["What prompts can do shows when the transformer is trained.", *_words(record)]
+    if is_running:
+        return ["What prompts can do shows at the end.", *_words(record)]
     if "gpt" not in stages:
         if stages.get("vqgan", {}).get("tokens_kept"):
             return ["Prompts work as with the base model, whose transformer reads the same tokens."]
@@ -94,8 +104,9 @@ def _problems(record: Record) -> list[str]:
     few = gpt.get("ended_by") == "time" and shortage("gpt", steps, planned, 1.0, gpt.get("fine_tunes", False))
     problems = [f"the transformer had {steps:,} of {planned:,} steps"] if few else []
     problems += ["reconstructions are poor"] if psnr is not None and psnr < POOR_DB else []
-    follows = gpt.get("recognised", 1.0) >= FOLLOWS
-    return problems + ([] if follows else ["what is drawn hardly follows its embedding"])
+    if gpt.get("recognised", 1.0) < FOLLOWS:
+        problems += ["what is drawn hardly follows its embedding, or the pictures are much alike"]
+    return problems
 
 
 def _words(record: Record) -> list[str]:
@@ -111,3 +122,47 @@ def _time(record: Record, is_running: bool) -> list[str]:
     if is_running or not last or last[0].get("ended_by") != "time":
         return []
     return ["Time ended the last stage: the same command with more max_minutes trains it further."]
+
+
+def resolved_settings(record: Record) -> list[tuple[str, str, str, str]]:
+    """Each setting: its name, the chosen value or "default", the value that was used, and its meaning."""
+    specs, values = {spec.name: spec for spec in fields(TrainSettings)}, record["settings"]
+    used = _used(record)
+    rows = []
+    for name, value in values.items():
+        spec = specs.get(name)  # earlier versions had other settings
+        is_default = spec is not None and value == spec.default
+        shown = used.get(name, value)
+        chosen = "default" if is_default else str(value)
+        rows.append((name, chosen, str(shown), spec.metadata["description"] if spec else ""))
+    return rows
+
+
+def _used(record: Record) -> dict[str, str]:
+    """What the plan and the stages made of settings whose default leaves the choice to them."""
+    plan, stages, values = record["plan"], record["stages"], _settings(record)
+    vqgan, gpt, model = plan["vqgan"], plan["transformer"], plan["model"]
+    used = {
+        "base": record["base"]["name"],
+        "resolution": model["vqgan"]["resolution"],
+        "codebook_size": model["vqgan"]["codebook_size"],
+        "vqgan_steps": f"{vqgan['steps']:,}",
+        "transformer_steps": f"{gpt['steps']:,}",
+        "batch_size": f"{vqgan['batch_size']} in stage 1, {gpt['batch_size']} in stage 2",
+        "vqgan_learning_rate": _rates(vqgan),
+        "transformer_learning_rate": _rates(gpt),
+        "mean_shift": model["bridge"].get("mean_shift", values["mean_shift"]),
+        "sample_prompts": values["sample_prompts"] or "none",
+        "max_minutes": f"{values['max_minutes']:g}" if values["max_minutes"] else "no limit",
+    }
+    kept = stages.get("vqgan", {}).get("tokens_kept")
+    used |= {"tokens": "keep" if kept else "learn"} if kept is not None else {}
+    perceptual = stages.get("vqgan", {}).get("perceptual_loss")
+    used |= {"perceptual_weight": f"{values['perceptual_weight']:g}, by {perceptual}"} if perceptual else {}
+    precisions = {str(stage["precision"]) for stage in stages.values() if "precision" in stage}
+    return used | ({"precision": ", ".join(sorted(precisions))} if precisions else {})
+
+
+def _rates(config: Mapping[str, float]) -> str:
+    muon = f"; Muon's {config['muon_rate']:.3g}" if config.get("muon_rate") else ""
+    return f"{config['learning_rate']:.3g}{muon}"

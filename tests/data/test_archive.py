@@ -25,6 +25,7 @@ from pathlib import Path
 import inflate64
 import numpy as np
 import pytest
+from conftest import TINY
 from nasty_zip import FIRST, SECOND, TOP, encoded, write_nasty_zip
 from PIL import Image
 
@@ -37,7 +38,8 @@ from clip_gen.data.file_kinds import NO_PICTURE
 from clip_gen.data.limits import ArchiveError, Limits
 from clip_gen.data.manifest import INDEX, Pictures, shown, unpacked
 from clip_gen.training.datasets import PictureFiles
-from clip_gen.training.report import write_report
+from clip_gen.training.plan import TrainSettings, plan
+from clip_gen.training.report import training_record, write_report
 
 FEW = replace(LIMITS, min_pictures=1)
 
@@ -326,7 +328,8 @@ def test_every_other_file_is_skipped_with_a_reason(nasty: tuple[Pictures, dict[s
 
 
 def test_the_report_lists_notes_and_skipped_files(nasty: tuple[Pictures, dict[str, Path]], tmp_path: Path) -> None:
-    record = {"pictures": nasty[0].as_json() | {"held_back": 2}, "minutes": 1, "stages": {}, "settings": {}, "plan": {}}
+    settings = TrainSettings()
+    record = training_record(settings, plan(settings, TINY, 20), nasty[0], 2, {}, 1.0, {"name": "tiny"})
     write_report(tmp_path / "report.html", tmp_path, record)
     page = (tmp_path / "report.html").read_text()
     for words in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,5 +43,6 @@ def test_evaluations_are_in_the_record_and_the_report_and_leave_the_weights_alon
         assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert "on 2 held-back pictures, CLIP of the base (16)" in caplog.text
     page = (out / "report.html").read_text()
-    assert "fid_clip</span>" in page  # a curve
-    assert "cmmd" not in (without / "report.html").read_text()
+    if find_spec("matplotlib"):
+        assert 'alt="FID of held-back pictures"' in page  # a curve
+    assert "CMMD" not in (without / "report.html").read_text()

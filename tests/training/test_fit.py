@@ -39,7 +39,8 @@ from clip_gen.training.datasets import EncodedPictures, Endless
 from clip_gen.training.encoding import encode_once, save_array
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer
-from clip_gen.training.grids import Grids
+from clip_gen.training.grids import Grids, ReconstructionGrids, read_grid
+from clip_gen.training.live_report import LiveReport
 from clip_gen.training.stage import FitConfig, Stage
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.weights.model_folder import save_part
@@ -230,7 +231,9 @@ def test_a_time_limit_ends_a_stage_with_a_checkpoint(
     assert find_checkpoint(tmp_path).steps == steps
     assert [start["to_step"] for start in stage.record["starts"]] == [steps]
     *earlier, last = [line for line in caplog.messages if line.startswith("toy ")]
-    ends = [re.search(r" min left, until about step (\d+)  learning rate [\d.e-]+  loss ", line) for line in earlier[1:]]
+    ends = [
+        re.search(r" min left, until about step (\d+)  learning rate [\d.e-]+  loss ", line) for line in earlier[1:]
+    ]
     assert earlier
     assert all(end and steps / 5 < int(end[1]) < 5 * steps for end in ends), earlier
     assert "  0.0 min left  learning rate " in last
@@ -243,12 +246,14 @@ class Sketches(Grids):
         super().__init__(folder)
         self.seconds = seconds
 
+    labels = ("plain",)
+
     def rows(self, module: Stage) -> list[list[Image.Image]]:
         time.sleep(self.seconds)
         return [[Image.new("RGB", (8, 8))]]
 
 
-@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 3, 10), (0.2, 1, 2)])
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 4, 11), (0.2, 2, 3)])
 def test_a_stage_with_a_time_limit_draws_grids_until_its_end(
     train: Callable, tmp_path: Path, seconds: float, least: int, most: int
 ) -> None:
@@ -256,7 +261,23 @@ def test_a_stage_with_a_time_limit_draws_grids_until_its_end(
     stage = train(tmp_path, replace(CONFIG, steps=100_000), **limited)
     drawn = sorted(int(path.stem) for path in (tmp_path / "grids").iterdir())
     assert least <= len(drawn) <= most  # fewer if drawing is slow
+    assert drawn[0] == 0  # before training
     assert drawn[-1] == stage.record["steps"]
+
+
+@pytest.mark.parametrize("train", ["vqgan"], indirect=True)
+def test_the_grid_before_training_leaves_a_new_codebook_as_it_is(train: Callable, tmp_path: Path) -> None:
+    """A new codebook is made from the first batch that it sees, which must be one of the training."""
+    pictures = RenderedPictures(8, 2, 16)
+    with_grids = train(tmp_path / "with", callbacks=[ReconstructionGrids(pictures, tmp_path / "with")])
+    without = train(tmp_path / "without")
+    for name, value in without.state_dict().items():
+        assert torch.equal(value, with_grids.state_dict()[name]), name
+    before, after = (read_grid(tmp_path / "with" / "grids" / name) for name in ("0000000.png", "0000009.png"))
+    assert [label for label, _ in before] == ["held-back pictures", "what the VQGAN makes of them"]
+    assert [len(row) for _, row in before] == [8, 8]
+    assert before[0][1][3].tobytes() == after[0][1][3].tobytes()  # the same picture
+    assert before[1][1][3].tobytes() != after[1][1][3].tobytes()
 
 
 def test_a_terminal_shows_progress_on_one_line(
@@ -286,6 +307,47 @@ def test_progress_is_logged_at_intervals(
     logged = [line for line in caplog.messages if line.startswith("toy ")]
     assert 2 <= len(logged) < 9
     assert logged[-1].startswith("toy 9/9 ")
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_the_log_says_how_long_all_stages_take(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.0, 0.0))  # seconds between lines
+    with caplog.at_level(logging.INFO):
+        train(tmp_path, machine=Machine(max_minutes=3, minutes_after=12))
+    first = next(line for line in caplog.messages if line.startswith("toy "))
+    assert re.search(r" min left, 1[45]\.\d at most in all(, until about step \d+)?  learning rate \S+  loss ", first)
+
+
+def test_the_forecast_is_one_plain_line_with_or_without_a_time_limit(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
+    assert progress.stage_title("gpt", ("vqgan", "gpt")) == "stage 2 of 2: the transformer"
+    title = progress.stage_title("vqgan", ("vqgan", "gpt"))
+    endless = progress.Forecast("vqgan", title, 0.0, 0.0, fine_tunes=False)
+    with caplog.at_level(logging.INFO):
+        train(tmp_path, callbacks=[endless], machine=Machine())
+    (line,) = [line for line in caplog.messages if line.startswith("stage ")]
+    assert re.fullmatch(r"stage 1 of 2: the VQGAN, ends after 9 steps, in about [\d.e-]+ minutes", line)
+    assert endless.steps is None
+
+
+def test_the_report_is_written_during_a_stage_and_when_it_is_interrupted(train: Callable, tmp_path: Path) -> None:
+    written = []
+
+    forecast = progress.Forecast("vqgan", "stage 1 of 1: the VQGAN", 0.0, 0.0, fine_tunes=False)
+    live = LiveReport(forecast, lambda *given: written.append(given), seconds=0.0)
+    with pytest.raises(Cut):
+        train(tmp_path, callbacks=[live], cut=5)
+    sentences = [sentence for _, _, sentence in written]
+    assert sentences[0] == "Running: stage 1 of 1: the VQGAN, from step 0 on."
+    assert re.fullmatch(r"Running: stage 1 of 1: the VQGAN, step 3 of 9, \d+ pictures/s  .* min left\.", sentences[3])
+    assert sentences[-1].startswith("Interrupted in stage 1 of 1: the VQGAN, at step 5. The same command")
+    values = written[3][0]
+    assert (values["steps"], values["planned_steps"], values["minutes"]) == (3, 9, 0)
+    assert values["loss"] > 0
 
 
 class Full(Callback):
@@ -575,9 +637,13 @@ def test_the_result_of_a_validation_survives_an_interruption_after_it(
 
 def test_a_value_of_the_history_is_rounded_as_one_of_the_last_step(tmp_path: Path) -> None:
     logged, history = {"loss": torch.tensor(3.4312752)}, History(tmp_path / "history.jsonl")
-    trainer = SimpleNamespace(callback_metrics=logged, global_step=1, is_global_zero=True)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.2345678e-5}])
+    trainer = SimpleNamespace(
+        callback_metrics=logged, global_step=1, is_global_zero=True, optimizers=[optimizer], loggers=[]
+    )
     last = history.last_values(trainer)
     history._write(trainer, validation=False)
+    assert read_history(history.path) == [{"step": 1, "loss": 3.431275, "learning_rate": 1.235e-5}]
     trainer.callback_metrics = {}
     assert history.last_values(trainer) == last
 
