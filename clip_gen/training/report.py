@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import shlex
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -64,14 +65,14 @@ def training_record(
     minutes: float,
     base: Mapping[str, str],
 ) -> dict[str, object]:
-    """minutes: of all starts. base: the name of the base model, and what its CLIP knows if the model says so."""
+    """minutes: of all starts. base: the name of its folder, and what its CLIP knows if the model says so."""
     values = asdict(settings)
     # The record is public: no path of this machine, no secret of a URL.
     values["base"] = Path(urlsplit(settings.base).path).name
     # The last stage's limit counts: the export may have been interrupted and started again with another.
     values["max_minutes"] = next(reversed(stages.values()), {}).get("max_minutes", settings.max_minutes)
     return {
-        "base": dict(base),
+        "base": {**base, "name": values["base"] or base["name"]},
         "pictures": pictures.as_json() | {"held_back": held_back},
         "settings": values,
         "plan": asdict(plan),
@@ -147,7 +148,8 @@ def write_report(path: Path, work: Path, record: Mapping[str, object], running: 
 def _top(record: Mapping[str, object], running: str) -> list[str]:
     """The verdict, warnings, and how to use the weights."""
     pictures, minutes = record["pictures"], record["minutes"]
-    state = html.escape(running) or f"Finished after {minutes:,} minutes."
+    written = f" Written at {time.strftime('%H:%M:%S')}." if running.startswith(RUNNING) else ""
+    state = html.escape(running + written) or f"Finished after {minutes:,} minutes."
     body = [f"<h1>A training on {pictures['used']:,} pictures</h1>", f"<p class=running>{state}</p>"]
     paragraph = html.escape(verdict(record, bool(running)))
     prompts = split_prompts(str(record["settings"].get("sample_prompts", "")))

@@ -176,6 +176,7 @@ def test_a_page_renews_itself_only_while_the_training_runs(tmp_path: Path) -> No
         write_report(tmp_path / "report.html", tmp_path, unfinished, sentence)
         page = (tmp_path / "report.html").read_text()
         assert ("http-equiv=refresh" in page) == renews
+        assert bool(re.search(r"Written at \d\d:\d\d:\d\d\.", page)) == renews
         assert sentence in page
         assert ("script/predict" in page) == (not sentence)
         assert "Warning: too &lt;few&gt; steps" in page
