@@ -22,7 +22,7 @@ from clip_gen.hardware import choose_device, choose_dtype, one_thread, tensor_fl
 from clip_gen.images import resized_square, to_pil, to_tensor
 from clip_gen.networks.mixing import embed_prompt, slerp
 from clip_gen.prompts import parse_prompt
-from clip_gen.sampling.batch_requests import Request
+from clip_gen.sampling.batch_requests import Candidate, Request
 from clip_gen.sampling.batch_sizes import pad_rows
 from clip_gen.sampling.batcher import shared_batcher
 from clip_gen.sampling.condition import Condition, open_picture
@@ -59,6 +59,21 @@ class Generation:
     metrics: dict[str, float]  # queue_seconds, sampling_seconds, tokens_per_second, rows_in_batch
     warnings: list[str] = field(default_factory=list)  # about this prompt, its settings and the model
     notes: list[str] = field(default_factory=list)  # what was done to init_image
+
+    @classmethod
+    def of(cls, request: Request, best: list[Candidate], seed: int, warnings: list[str]) -> Generation:
+        """What a finished request has drawn."""
+        return cls(
+            images=[candidate.image for candidate in best],
+            scores=[candidate.score for candidate in best],
+            tokens=torch.from_numpy(np.stack([candidate.tokens.cpu().numpy() for candidate in best])),
+            seed=seed,
+            guidance=request.sampling.guidance,
+            candidates=len(request.uniforms),
+            metrics=request.metrics,
+            warnings=warnings,
+            notes=[request.inpainting.note] if request.inpainting else [],
+        )
 
 
 class ClipGen:
@@ -174,32 +189,21 @@ class ClipGen:
         because all would be the same. Raises Stopped once should_stop(), called before every token, returns True;
         ValueError for a value out of its range. Thread-safe.
         """
-        numbers = {"temperature": temperature, "top_p": top_p, "guidance": guidance}
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         steering = {"image_weight": image_weight, "negative_prompt": negative_prompt}
-        others = numbers | steering | {"top_k": top_k, "init_image": init_image, "mask": mask}
+        others = settings | steering | {"init_image": init_image, "mask": mask}
         check_request(prompt, candidates, num_outputs, seed, clip_rerank, image, **others)
-        raised = bool(negative_prompt) and guidance == 1
-        if raised:
-            numbers["guidance"] = NEGATIVE_GUIDANCE
-        # Python's own numbers, because torch takes no Fraction.
-        sampling = Sampling(top_k=int(top_k), **{name: float(value) for name, value in numbers.items()})
+        condition = Condition(prompt, None if image is None else open_picture(image), **steering)
+        sampling, warnings = self._choose_sampling(condition, **settings)
         if sampling.greedy:
             candidates = num_outputs = 1
         elif not clip_rerank:
             candidates = num_outputs  # the others would not be returned
-        seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-        condition = Condition(prompt, None if image is None else open_picture(image), **steering)
-        warnings = self.warnings_about(condition, sampling)
-        if raised:
-            warnings.append(
-                f"guidance is 1, with which a negative prompt does little: it is {NEGATIVE_GUIDANCE:g} here"
-            )
-        for sentence in warnings:
-            log.warning(sentence)
         inpainting = None
         if init_image is not None:
             inpainting = read_inpainting(init_image, mask, self.config.vqgan.resolution, self.device)
             log.info(inpainting.note)
+        seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
         uniforms = candidate_uniforms(seed, range(candidates), self.config.gpt.block_size)
         best_only = num_outputs if clip_rerank else None
         listener = None if on_progress is None else Listener(on_progress, progress_seconds, previews)
@@ -207,17 +211,24 @@ class ClipGen:
         best = shared_batcher(self.device).draw(request)
         if on_progress is not None:
             on_progress(request.progress(uniforms.numel(), best[0].image if previews else None))
-        return Generation(
-            images=[candidate.image for candidate in best],
-            scores=[candidate.score for candidate in best],
-            tokens=torch.from_numpy(np.stack([candidate.tokens.cpu().numpy() for candidate in best])),
-            seed=seed,
-            guidance=sampling.guidance,
-            candidates=candidates,
-            metrics=request.metrics,
-            warnings=self.warnings + warnings,
-            notes=[inpainting.note] if inpainting else [],
-        )
+        return Generation.of(request, best, seed, self.warnings + warnings)
+
+    def _choose_sampling(
+        self, condition: Condition, temperature: float, top_k: int, top_p: float, guidance: float
+    ) -> tuple[Sampling, list[str]]:
+        """With warnings about the request, which are logged too."""
+        raised = bool(condition.negative_prompt) and guidance == 1
+        numbers = {"temperature": temperature, "top_p": top_p, "guidance": NEGATIVE_GUIDANCE if raised else guidance}
+        # Python's own numbers, because torch takes no Fraction.
+        sampling = Sampling(top_k=int(top_k), **{name: float(value) for name, value in numbers.items()})
+        warnings = self.warnings_about(condition, sampling)
+        if raised:
+            warnings.append(
+                f"guidance is 1, with which a negative prompt does little: it is {NEGATIVE_GUIDANCE:g} here"
+            )
+        for sentence in warnings:
+            log.warning(sentence)
+        return sampling, warnings
 
     def warnings_about(self, condition: Condition, sampling: Sampling) -> list[str]:
         """Warnings about what is asked for and these settings."""

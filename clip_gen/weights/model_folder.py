@@ -62,13 +62,8 @@ class Networks:
 
 def build(config: ModelConfig) -> Networks:
     """Networks of these sizes with random weights."""
-    return Networks(
-        config,
-        ClipEncoder(config.clip),
-        VQGAN(config.vqgan),
-        GPT(config.gpt),
-        Bridge(config.clip.embed_dim, config.bridge),
-    )
+    clip, vqgan, gpt = ClipEncoder(config.clip), VQGAN(config.vqgan), GPT(config.gpt)
+    return Networks(config, clip, vqgan, gpt, Bridge(config.clip.embed_dim, config.bridge))
 
 
 def load_networks(folder: str | Path, device: str | torch.device = "cpu", fresh: Collection[str] = ()) -> Networks:
