@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,11 +29,13 @@ from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import save_networks
 from clip_gen.weights.tarball import open_weights
 from clip_gen.worlds.clip_trainer import UNSAID, ClipTrainer, Naming, contrastive_loss
+from clip_gen.worlds.pairs import SeededPictures
 from clip_gen.worlds.recipe import CONFIGS, NEEDS, Recipe, RecipeConfig
 from clip_gen.worlds.shapes.pairs import CHOICES, CaptionedPairs
 from clip_gen.worlds.shapes.recipe import WORLD
 from clip_gen.worlds.world import WORLDS, load_world
 
+FEW = 64  # pictures, where a part is validated and where the bridge is measured
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 RECIPE = RecipeConfig(
     model=TINY,
@@ -45,6 +48,19 @@ RECIPE = RecipeConfig(
     drawn_pictures=48,
     condition_blur=0.5,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_pictures() -> Iterator[None]:
+    """Otherwise each part is validated with 512 pictures or more, and the bridge measured with 8,000."""
+    pictures = Recipe.pictures
+
+    def few(recipe: Recipe, kind: type[SeededPictures], count: int, *more: int) -> SeededPictures:
+        return pictures(recipe, kind, min(count, FEW), *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "pictures", few)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +136,15 @@ def test_the_recipe_of_each_world_is_valid_and_names_its_world(world: str) -> No
 
 
 def test_a_model_of_emoji_and_the_tar_of_a_model_fine_tuned_from_it_name_the_artists(
-    trained: Recipe, photos: Path, tmp_path: Path
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_config(replace(RECIPE, world="emoji"), tmp_path / "recipe.yaml")
-    work = Path(shutil.copytree(trained.work, tmp_path / "work"))
-    (work / MARK).write_text("train-emoji\n")
-    for part in NEEDS:  # as if trained on emoji, which takes a minute
-        settings = trained.settings(part) | {"world": "emoji"}
-        (work / part / "settings.json").write_text(json.dumps(settings))
-    folders = ["--work", str(work), "--out", str(tmp_path / "model")]
-    assert main(["train-emoji", "--config", str(tmp_path / "recipe.yaml"), *folders]) == 0
+    write_config(replace(RECIPE, world="emoji", word_steps=2), tmp_path / "recipe.yaml")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--work", str(tmp_path / "work")]
+    with caplog.at_level(logging.INFO):
+        assert main(["train-emoji", *words, "--out", str(tmp_path / "model")]) == 0
+    for part in ("clip", "vqgan", "gpt", "ranker"):
+        assert any(f"{part} 6/6" in line for line in caplog.messages)
+    assert len(ClipGen.load(tmp_path / "model", "cpu").generate("a cat", candidates=1, num_outputs=1).images) == 1
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert {name: len(rows) for name, rows in record["held_out"].items()} == {
         **{"backgrounds": 60, "colours": 60, "styles": 30, "relations": 60}
