@@ -130,14 +130,17 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def set_compile_cache_folders() -> None:
-    """Sets the cache folders of torch's compiler and Triton, unless they are set. Call it before torch is imported.
+    """Sets the cache folders of torch's compiler, Triton and Matplotlib, unless they are set. Call it before torch is
+    imported.
 
-    Torch's default contains the user's name, and Triton's is in the home folder. A container's user may have neither.
+    Torch's default contains the user's name, and the others' are in the home folder. A container's user may have
+    neither.
     """
     folder = Path(tempfile.gettempdir())
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / f"torchinductor-{os.getuid()}"))
     if not os.access(os.path.expanduser("~"), os.W_OK):
         os.environ.setdefault("TRITON_CACHE_DIR", str(folder / f"triton-{os.getuid()}"))
+        os.environ.setdefault("MPLCONFIGDIR", str(folder / f"matplotlib-{os.getuid()}"))
 
 
 def is_writable(folder: Path) -> bool:

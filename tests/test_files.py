@@ -21,6 +21,7 @@ from clip_gen.files import (
     folder_lock,
     list_names,
     remove_leftovers,
+    set_compile_cache_folders,
     shortened,
     write_text_atomic,
 )
@@ -237,3 +238,13 @@ def test_a_long_path_keeps_its_file_name_in_messages() -> None:
     assert len(text) == 200
     assert text.startswith("/folder/")
     assert text.endswith("folder/weights.tar")
+
+
+def test_caches_go_to_the_temporary_folder_if_the_home_folder_cannot_be_written_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ("TRITON_CACHE_DIR", "MPLCONFIGDIR")
+    for home, are_set in ((tmp_path, False), (tmp_path / "missing", True)):
+        monkeypatch.setattr(os, "environ", {"HOME": str(home)})
+        set_compile_cache_folders()
+        assert [name in os.environ for name in names] == [are_set] * 2
