@@ -1,23 +1,36 @@
-"""worlds/emoji/judge.py and templates.py: reads renders, also degraded ones, and refuses spoilt pictures."""
+"""worlds/emoji/judge.py, templates.py and judge_network.py: they read renders, also degraded ones; and what they grade.
+
+The tests share the templates of all drawings, which take a process 13 seconds.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import TINY, tiny_networks
 from PIL import Image, ImageFilter
 
+from clip_gen.__main__ import main
+from clip_gen.weights.model_folder import save_networks
+from clip_gen.worlds.emoji import judge_network
 from clip_gen.worlds.emoji.captions import Description, ThingDescription, describe, swapped
-from clip_gen.worlds.emoji.drawings import COLOURS
+from clip_gen.worlds.emoji.drawings import COLOURS, drawing
 from clip_gen.worlds.emoji.judge import grade, read, satisfies
+from clip_gen.worlds.emoji.judge_network import NameNetwork, read_drawings, renamed, train, varied
+from clip_gen.worlds.emoji.prompts import KINDS, cases
 from clip_gen.worlds.emoji.rendering import boxes, render, sprite
 from clip_gen.worlds.emoji.sampling import sample_scene
 from clip_gen.worlds.emoji.scenes import BACKGROUNDS, LAYOUTS, Item, Scene
 from clip_gen.worlds.emoji.spoiling import spoil
 from clip_gen.worlds.emoji.templates import natural_colours, templates
+from clip_gen.worlds.emoji.words import things
 
 CAT, DOG, APPLE = Item("cat", "noto"), Item("dog", "noto", "purple"), Item("red apple", "flat")
 PAIR = Scene("white", "left of", (CAT, DOG))
@@ -176,3 +189,97 @@ def test_without_a_reading_everything_stated_is_wrong() -> None:
     grades = grade(None, describe(PAIR))
     assert set(grades) == set(grade(read(render(PAIR, 128)), describe(PAIR)))
     assert not any(grades.values())
+
+
+# The second judge
+
+NAMES = ("cat", "tomato", "umbrella")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawings")
+    for artist in ("noto", "flat"):
+        (folder / artist).mkdir()
+        for name in NAMES:
+            Image.fromarray(drawing(name, artist)).save(folder / artist / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Iterator[NameNetwork]:
+    with torch.random.fork_rng():
+        yield train(*read_drawings(folder), steps=40)
+
+
+def test_drawings_leave_room_for_the_outline(folder: Path) -> None:
+    drawings, numbers = read_drawings(folder)
+    assert drawings.shape == (6, 4, 32, 32)
+    assert {list(things())[number] for number in numbers.tolist()} == set(NAMES)
+    rows, columns = (drawings[:, 3] > 0.5).any(dim=2), (drawings[:, 3] > 0.5).any(dim=1)
+    for index in range(6):
+        assert max(int(rows[index].sum()), int(columns[index].sum())) in (25, 26)
+        assert not drawings[index, :, [0, 1, -2, -1]].any()
+
+
+def test_a_folder_without_drawings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no ARTIST/NAME\.png"):
+        read_drawings(tmp_path)
+
+
+def test_views_differ_and_are_offsets_from_a_background(folder: Path) -> None:
+    drawings, _ = read_drawings(folder)
+    views = varied(drawings[:1].repeat(8, 1, 1, 1))
+    assert views.shape == (8, 3, 32, 32)
+    assert abs(views).max() <= 1.5
+    assert (views[0] - views[1:]).abs().mean(dim=(1, 2, 3)).min() > 0.01
+
+
+def test_it_names_the_things_that_it_learnt(trained: NameNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_network, "network", lambda: trained)
+    monkeypatch.setattr(judge_network, "MIN_CONFIDENCE", 0.0)
+    scene = Scene("white", "left of", (Item("tomato", "noto"), Item("cat", "noto")))
+    picture = render(scene, 128)
+    reading = read(picture)
+    again = renamed(reading, picture)
+    assert [thing.names[0] for thing in again.things] == ["tomato", "cat"]
+    assert again.clean
+    assert (again.background, again.layout, again.things[0].style) == ("white", "left of", "noto")
+    monkeypatch.setattr(judge_network, "MIN_CONFIDENCE", 1.0)
+    assert not renamed(reading, picture).clean
+    assert renamed(None, picture) is None
+
+
+# What the judges grade
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_depend_on_seed_and_number_and_fit_their_scene(kind: str) -> None:
+    chosen = cases(kind, 20, seed=0)
+    assert cases(kind, 5, seed=0) == chosen[:5]
+    assert cases(kind, 5, seed=1) != chosen[:5]
+    assert sum(satisfies(read(render(case.scene)), case.description) for case in chosen) >= 19
+
+
+def test_evaluate_takes_the_world_from_the_models_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    config = replace(TINY, name="emoji", vqgan=replace(TINY.vqgan, resolution=64, patch=16))
+    save_networks(tiny_networks(config=config), model, training={})
+    words = [
+        "evaluate",
+        str(model),
+        "--prompts",
+        "3",
+        "--kinds",
+        "one",
+        "held_out_styles",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    table, report = capsys.readouterr().out, json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rows"]["one thing on a background, renders"]["right"] == 3
+    assert report["rows"]["a thing in a held-out style, renders, style"]["right"] == 3
+    assert report["rows"]["one thing on a background, best of 16"]["right"] == 0
+    assert "one thing on a background, reconstructions" in report["decibels"]
+    assert "from image embeddings, best of 16" in table
