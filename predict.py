@@ -107,8 +107,30 @@ class Predictor(BaseRunner):
         if "images" in unknown:
             raise ValueError("this server draws pictures; for trainings, start another with --x-mode train")
         async with self.slots.one():
-            given = {name: value for name, value in locals().items() if name in INPUTS}
-            inputs = checked(INPUTS, **given, **unknown)
+            inputs = checked(
+                INPUTS,
+                prompt=prompt,
+                image=image,
+                image_weight=image_weight,
+                negative_prompt=negative_prompt,
+                init_image=init_image,
+                mask=mask,
+                num_outputs=num_outputs,
+                candidates=candidates,
+                clip_rerank=clip_rerank,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                guidance=guidance,
+                seed=seed,
+                output_format=output_format,
+                output_quality=output_quality,
+                output_size=output_size,
+                output_grid=output_grid,
+                output_metadata=output_metadata,
+                replicate_weights=replicate_weights,
+                **unknown,
+            )
             for sentence in without_effect(inputs, {name: field.info.default for name, field in INPUTS.items()}):
                 print(f"warning: {sentence}")
             return await self._draw(**inputs)

@@ -97,8 +97,38 @@ async def train(
     scratch = worker_folder("clip-gen-train-")  # made by the first training: Cog calls no setup for a function
     if "prompt" in unknown:
         raise ValueError("this server trains models; for predictions, start another without --x-mode train")
-    given = {name: value for name, value in locals().items() if name in INPUTS}
-    inputs = checked(INPUTS, **given, **unknown)
+    inputs = checked(
+        INPUTS,
+        images=images,
+        stage=stage,
+        tokens=tokens,
+        base=base,
+        size=size,
+        resolution=resolution,
+        codebook_size=codebook_size,
+        vqgan_steps=vqgan_steps,
+        transformer_steps=transformer_steps,
+        batch_size=batch_size,
+        vqgan_learning_rate=vqgan_learning_rate,
+        transformer_learning_rate=transformer_learning_rate,
+        perceptual_weight=perceptual_weight,
+        adversarial_weight=adversarial_weight,
+        embedding_noise=embedding_noise,
+        condition_dropout=condition_dropout,
+        condition_blur=condition_blur,
+        mean_shift=mean_shift,
+        contrast_weight=contrast_weight,
+        embedding_loss_weight=embedding_loss_weight,
+        crop=crop,
+        flip=flip,
+        shift=shift,
+        letterbox=letterbox,
+        sample_prompts=sample_prompts,
+        precision=precision,
+        max_minutes=max_minutes,
+        seed=seed,
+        **unknown,
+    )
     with one_training(scratch) as (folder, kept):
         base = await fetched_base(inputs["base"])
         inputs["base"] = str(base.path) if base else None
