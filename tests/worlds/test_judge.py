@@ -63,9 +63,9 @@ def alone(item: Item, background: str = "white") -> Scene:
     return Scene(background, (item,))
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(4000, marks=pytest.mark.slow)])
-def test_renders_are_read_correctly(count: int):
-    scenes = random_scenes(count)
+@pytest.mark.parametrize(("start", "end"), [(0, 500), pytest.param(500, 2000, marks=pytest.mark.slow)])
+def test_renders_are_read_correctly(start: int, end: int):
+    scenes = random_scenes(end)[start:]
     assert share_right(scenes, (render(scene) for scene in scenes)) >= 0.999
 
 
