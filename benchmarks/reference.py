@@ -36,15 +36,16 @@ def next_logits(gpt: GPT, embedding: Tensor, tokens: Tensor) -> Tensor:
     x = inputs(gpt, gpt.condition(embedding)[:, None], gpt.token_embedding(tokens))
     batch, length, width = x.shape
     x = x + gpt.position_embedding.weight[:length]
-    for block, gates in zip(gpt.blocks, gpt.gates(gpt.condition(embedding)), strict=True):
+    if gpt.sketch is not None:
+        x = x + gpt.sketched(gpt.condition(embedding))[:, :length]
+    for block in gpt.blocks:
         heads = block.attn.qkv(block.ln_1(x)).view(batch, length, 3, gpt.config.n_head, -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, n + 1, D) each
         if gpt.rotation is not None:
             q, k = (rotate(channels, gpt.rotation[:, :length]) for channels in (q, k))
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + block.attn.proj(seen.transpose(1, 2).reshape(batch, length, width))
-        hidden = F.gelu(block.mlp.fc(block.ln_2(x)))
-        x = x + block.mlp.proj(hidden if gates is None else hidden * gates[:, None])
+        x = x + block.mlp.proj(F.gelu(block.mlp.fc(block.ln_2(x))))
     return gpt.head(gpt.ln_f(x))[:, -1]
 
 

@@ -19,6 +19,8 @@ MAX_SIZE = 2**18  # of all sizes without other limits; the largest known codeboo
 MAX_NESTED = 20  # levels of lists and mappings in a YAML file
 LIMITS = {
     **dict.fromkeys(("n_layer", "vision_layers", "transformer_layers"), (1, 256)),
+    "sketch_drawings": (0, 64),
+    "sketch_cells": (1, 64),
     "num_res_blocks": (1, 32),  # per resolution; published VQGANs have 2 or 3
     "resolution": (1, 2048),  # small weights may describe large pictures: one with 2**18 pixels a side needs 800 GB
     "context_length": (3, MAX_SIZE),  # a word between two marks
@@ -85,7 +87,8 @@ class GPTConfig:
     null_condition: bool = True  # learned; guidance needs it
     rotary: bool = False  # rotary embedding of row and column, besides learned positions
     neighbour_context: bool = False  # a position's input: the tokens above and beside it and the condition
-    condition_gates: bool = False  # the condition also multiplies the hidden units of every MLP
+    sketch_drawings: int = 0  # in the sketch (networks/sketch.py); 0: no sketch
+    sketch_cells: int = 12  # side of their squares, in tokens
     dropout: float = 0.1
 
 

@@ -42,7 +42,7 @@ def subject(tiny_model_folder: Path) -> Subject:
     [
         {"rotary": True},
         {"head_bias": True, "null_condition": False},
-        {"neighbour_context": True, "condition_gates": True},
+        {"neighbour_context": True, "sketch_drawings": 2},
     ],
 )
 def test_the_reference_samples_the_same_tokens(changes: dict[str, bool]) -> None:

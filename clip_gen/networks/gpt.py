@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from clip_gen.config import GPTConfig
 from clip_gen.networks.float16_linear import Float16Linear
 from clip_gen.networks.kv_cache import EmbeddingBagCache, KVCache
+from clip_gen.networks.sketch import FEATURES, Sketch
 
 
 def grid_rotation(side: int, head_size: int) -> Tensor:
@@ -83,11 +84,9 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.gate = nn.Linear(config.n_embd, 4 * config.n_embd) if config.condition_gates else None
 
-    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        hidden = F.gelu(self.fc(x.to(self.fc.bias.dtype)))
-        return self.proj(hidden if gates is None else hidden * gates.to(hidden.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x.to(self.fc.bias.dtype))))
 
 
 class Block(nn.Module):
@@ -99,17 +98,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None, gates: Tensor | None = None
-    ) -> Tensor:
-        """x: (B, n, n_embd). gates: (B, 1, 4 · n_embd), which multiply the MLP's hidden units."""
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None) -> Tensor:
         x = x + self.dropout(self.attn(self.ln_1(x), rotation, mask))
-        return x + self.dropout(self.mlp(self.ln_2(x), gates))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
 
     def step(self, x: Tensor, rotation: tuple[Tensor, ...] | None, cache: KVCache, layer: int) -> Tensor:
         """Like forward for one new position, x (B, n_embd), without dropout."""
         x = x + self.attn.step(self.ln_1.forward(x), rotation, cache, layer)
-        return x + self.mlp.forward(self.ln_2.forward(x), cache.gates[layer])
+        return x + self.mlp.forward(self.ln_2.forward(x))
 
 
 class GPT(nn.Module):
@@ -117,11 +113,7 @@ class GPT(nn.Module):
     values.
 
     With neighbour_context a position's input is the condition and the four tokens next to it (`neighbour_positions`),
-    instead of the previous token alone.
-
-    With condition_gates the condition also acts in every layer: it multiplies the hidden units of the MLPs, close to
-    feature-wise modulation, arXiv 1709.07871. Otherwise attention must carry it, and the transformer learns to rely on
-    the tokens that are already drawn.
+    instead of the previous token alone. With a sketch, its features around a position are added to its input.
     """
 
     def __init__(self, config: GPTConfig):
@@ -134,6 +126,8 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.around = nn.Linear(4 * config.n_embd, config.n_embd, bias=False) if config.neighbour_context else None
         self.outside = nn.Parameter(torch.zeros(config.n_embd)) if config.neighbour_context else None
+        self.sketch = Sketch(config) if config.sketch_drawings else None
+        self.from_sketch = nn.Conv2d(FEATURES, config.n_embd, 3, padding=1) if config.sketch_drawings else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -157,9 +151,8 @@ class GPT(nn.Module):
             # GPT-2's scaling: the residual stream sums 2 · n_layer branches.
             for proj in (module.attn.proj, module.mlp.proj):
                 nn.init.normal_(proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            if module.mlp.gate is not None:  # around 1, so that at first the MLP is an ordinary one
-                nn.init.normal_(module.mlp.gate.weight, std=0.5 / math.sqrt(self.config.n_embd))
-                nn.init.ones_(module.mlp.gate.bias)
+        elif isinstance(module, Sketch):
+            module.init_weights()
         elif module is self:
             # A unit-length embedding has elements of about 1 / sqrt(E), so its projection needs larger weights.
             nn.init.normal_(self.condition.weight, std=0.5)
@@ -180,12 +173,20 @@ class GPT(nn.Module):
         assert self.null_condition is not None, "a transformer without a null condition is never unconditional"
         return torch.where(unconditional[:, None], self.null_condition.to(condition.dtype), condition)
 
-    def gates(self, prefix: Tensor) -> list[Tensor] | list[None]:
-        """What multiplies the hidden units of each layer's MLP, (B, 4 · n_embd), for the condition (B, n_embd)."""
-        if not self.config.condition_gates:
-            return [None] * len(self.blocks)
-        condition = F.layer_norm(prefix, prefix.shape[1:])
-        return [block.mlp.gate(condition.to(block.mlp.gate.bias.dtype)).to(self.dtype) for block in self.blocks]
+    def sketched(self, prefix: Tensor) -> Tensor | None:
+        """What the sketch of a condition (B, n_embd) adds to the inputs of all positions, (B, T, n_embd)."""
+        if self.sketch is None:
+            return None
+        side = math.isqrt(self.config.block_size)
+        features = self.sketch(prefix).transpose(1, 2).unflatten(2, (side, side))
+        return self.from_sketch(features).flatten(2).transpose(1, 2)
+
+    def sketched_one_by_one(self, prefix: Tensor) -> Tensor | None:
+        """As sketched, with the same bits for a condition in every batch."""
+        if self.sketch is None:
+            return None
+        different, numbers = prefix.unique(dim=0, return_inverse=True)
+        return torch.cat([self.sketched(row[None]) for row in different])[numbers]
 
     def forward(
         self,
@@ -204,17 +205,21 @@ class GPT(nn.Module):
         assert (positions is None) == (probabilities is None), "positions come with their probabilities"
         assert tokens.shape[1] < self.config.block_size, (tokens.shape, self.config.block_size)
         prefix = self.prefix(embedding, unconditional)
+        sketched = self.sketched(prefix)
         if positions is None:
             all_positions = slice(0, tokens.shape[1] + 1)
             x = self._inputs(prefix, tokens, all_positions) + self.position_embedding.weight[all_positions]
+            x = x if sketched is None else x + sketched[:, all_positions]
             rotation, mask = self._rotation(all_positions), None
         else:
             # position_embedding(...), not .weight[...]: its gradients are summed in a fixed order.
             x = self._inputs(prefix, tokens, positions) + self.position_embedding(positions)
+            if sketched is not None:
+                x = x + sketched.gather(1, positions[..., None].expand(-1, -1, sketched.shape[2]))
             rotation, mask = self._rotation(positions), self._inverse_probability_mask(probabilities)
         x = self.dropout(x)
-        for block, gates in zip(self.blocks, self.gates(prefix), strict=True):
-            x = block(x, rotation, mask, None if gates is None else gates[:, None])
+        for block in self.blocks:
+            x = block(x, rotation, mask)
         return self.head(self.ln_f(x))
 
     def _inputs(self, prefix: Tensor, tokens: Tensor, positions: slice | Tensor) -> Tensor:
@@ -263,6 +268,8 @@ class GPT(nn.Module):
     def step_from_input(self, x: Tensor, cache: KVCache) -> Tensor:
         """As `step`, from the next position's input (B, n_embd)."""
         x = x + self.position_embedding.weight[cache.position]
+        if cache.sketched is not None:
+            x = x + cache.sketched[:, cache.position][:, 0]
         rotation = None if self.rotation is None else self.rotation[:, cache.position].to(self.dtype).unbind()
         for layer, block in enumerate(self.blocks):
             x = block.step(x, rotation, cache, layer)
@@ -281,7 +288,7 @@ class GPT(nn.Module):
         """The cache of a new batch. prefix: (B, n_embd). rows: how many of the rows are no padding; None: all."""
         kind = EmbeddingBagCache if self.cache_dtype == torch.float16 else KVCache
         cache = kind(self.config, rows or len(prefix), device=self.device, dtype=self.cache_dtype)
-        cache.prefix, cache.gates = prefix, self.gates(prefix)
+        cache.prefix, cache.sketched = prefix, self.sketched_one_by_one(prefix)
         shape = len(prefix), self.config.block_size + 1
         cache.tokens = torch.full(shape, self.config.codebook_size, device=prefix.device)
         return cache

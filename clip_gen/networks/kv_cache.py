@@ -26,7 +26,7 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows, self.length = rows, 0
         self.prefix: Tensor | None = None  # (B, n_embd), the projected condition
-        self.gates: list[Tensor] | list[None] = [None] * config.n_layer  # of each layer's MLP, (B, 4 · n_embd)
+        self.sketched: Tensor | None = None  # (B, T, n_embd), what the sketch adds to the inputs
         self.tokens: Tensor | None = None  # (B, T + 1); codebook_size where no token is known
         self.mask: Tensor | None = None  # of the positions that `extend` returns; None: attend to all
 

@@ -59,8 +59,8 @@ def _test_rows(gpt: GPT) -> set[int]:
     """The numbers of TESTED_ROWS with which products give the same bits as with STANDARD_ROWS."""
     block, stable = gpt.blocks[0], set(TESTED_ROWS)
     around = gpt.around if gpt.neighbour_table is None else None
-    of_block = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, block.mlp.gate
-    for linear in filter(None, (*of_block, gpt.condition, around, gpt.head)):
+    linears = block.attn.qkv, block.attn.proj, block.mlp.fc, block.mlp.proj, gpt.condition, around, gpt.head
+    for linear in filter(None, linears):
         x = torch.randn(5 * STANDARD_ROWS, linear.in_features, generator=torch.Generator().manual_seed(0))
         expected = torch.cat([linear(rows) for rows in x.split(STANDARD_ROWS)])
         stable &= {

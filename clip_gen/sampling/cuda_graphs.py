@@ -77,11 +77,13 @@ def fused_step(gpt: GPT, x: Tensor, cache: StaticCache) -> Tensor:
     from clip_gen.sampling.triton_kernels import add_norm, attend  # needs Triton
 
     stream, branch = x + gpt.position_embedding.weight[cache.position], None
+    if cache.sketched is not None:
+        stream = stream + cache.sketched[:, cache.position][:, 0]
     for layer, block in enumerate(gpt.blocks):
         qkv = block.attn.qkv(add_norm(stream, branch, block.ln_1, gpt.dtype))
         y = attend(qkv, gpt.rotation, cache.keys[layer], cache.values[layer], cache.position)
         branch = block.attn.proj(y)
-        branch = block.mlp(add_norm(stream, branch, block.ln_2, gpt.dtype), cache.gates[layer])
+        branch = block.mlp(add_norm(stream, branch, block.ln_2, gpt.dtype))
     cache.advance()
     return gpt.head(add_norm(stream, branch, gpt.ln_f, stream.dtype))
 
@@ -100,7 +102,7 @@ class Recording:
         self.weights = weight_addresses(gpt)
         self.cache = StaticCache(config, rows, device=device, dtype=gpt.dtype)
         self.prefix = torch.zeros(rows, config.n_embd, device=device)
-        self.cache.gates = gpt.gates(self.prefix)
+        self.cache.sketched = gpt.sketched(self.prefix)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
         self.tokens = torch.zeros(rows, config.block_size + 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None  # (rows, V), of the last step
@@ -183,9 +185,8 @@ class RecordedSteps:
         self.recording = idle.pop() if idle else Recording(gpt, len(prefix))
         weakref.finalize(self, idle.append, self.recording)
         self.recording.prefix.copy_(prefix)
-        if gpt.config.condition_gates:
-            for buffer, gates in zip(self.recording.cache.gates, gpt.gates(prefix), strict=True):
-                buffer.copy_(gates)
+        if gpt.sketch is not None:
+            self.recording.cache.sketched.copy_(gpt.sketched_one_by_one(prefix))
         self.recording.cache.position.zero_()
 
     def __call__(self, last: Tensor | None) -> Tensor:

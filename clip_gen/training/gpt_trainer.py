@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled, process_count
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 
 # Without `neighbour_context`, the fraction of the stage after which all positions of an image are trained on again.
 WHOLE_FROM = 2 / 3
@@ -79,12 +79,9 @@ class GPTTrainer(Stage):
 
     def noisy(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T), of which a share of the images has some of another image, at a rate from 0 to 1."""
-        step = self.global_step * process_count() + self.global_rank
-        generator = torch.Generator().manual_seed(step)  # the same after a resume
-        count, length = tokens.shape
-        chosen, rates = torch.rand(2, count, 1, generator=generator)
-        replaced = torch.rand(count, length, generator=generator) < rates * (chosen < self.context_noise)
-        return torch.where(replaced.to(tokens.device), tokens.roll(1, dims=0), tokens)
+        chosen, rates = torch.rand(2, len(tokens), 1, device=tokens.device)
+        replaced = torch.rand(tokens.shape, device=tokens.device) < rates * (chosen < self.context_noise)
+        return torch.where(replaced, tokens.roll(1, dims=0), tokens)
 
     def validation_step(self, batch: tuple[Tensor, ...]) -> None:
         _, tokens, _, embeddings, _ = batch

@@ -35,6 +35,7 @@ from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.processes import wait_for
+from clip_gen.training.sketch_trainer import Sketching, SketchTrainer
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import (
@@ -49,6 +50,7 @@ from clip_gen.weights.model_folder import (
 from clip_gen.worlds.clip_trainer import ClipTrainer, fill_unseen_words
 from clip_gen.worlds.pairs import SeededPictures
 from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
+from clip_gen.worlds.text_trainer import align_texts
 from clip_gen.worlds.word_trainer import learn_words
 from clip_gen.worlds.world import load_world
 
@@ -62,29 +64,26 @@ PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
 NEEDS = {
     "clip": (),
     "vqgan": (),
-    "gpt": ("clip", "vqgan"),
-    "words": ("clip",),
-    "bridge": ("clip", "words"),
-    "ranker": ("clip", "vqgan", "gpt", "words", "bridge"),
+    "sketch": ("clip", "vqgan"),
+    "gpt": ("clip", "vqgan", "sketch"),
+    "text": ("clip",),
+    "words": ("clip", "text"),
+    "bridge": ("clip", "text", "words"),
+    "ranker": ("clip", "vqgan", "sketch", "gpt", "text", "words", "bridge"),
 }
+ENCODING = ("encoded_pictures", "embedding_noise", "condition_dropout", "condition_blur")
 # The fields of RecipeConfig, beside the seed and the sizes, that a part's weights depend on.
 FIELDS = {
     "clip": ("clip_fit",),
     "vqgan": ("vqgan_fit",),
-    "gpt": (
-        "gpt_fit",
-        "encoded_pictures",
-        "embedding_noise",
-        "condition_dropout",
-        "condition_blur",
-        "context_noise",
-        "contrast",
-    ),
+    "sketch": ("sketch_fit", *ENCODING),
+    "gpt": ("gpt_fit", *ENCODING, "context_noise", "contrast"),
+    "text": ("text_steps", "encoded_pictures"),
     "words": ("word_steps",),
     "bridge": (),
     "ranker": ("ranker_fit", "drawn_pictures"),
 }
-SHARED = ("vqgan", "gpt")  # trained by all processes; the first process alone trains the others
+SHARED = ("vqgan", "sketch", "gpt")  # trained by all processes; the first process alone trains the others
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,7 @@ class RecipeConfig:
     seed: int = 0
     clip_fit: FitConfig = field(default_factory=FitConfig)
     vqgan_fit: FitConfig = field(default_factory=FitConfig)
+    sketch_fit: FitConfig = field(default_factory=FitConfig)
     gpt_fit: FitConfig = field(default_factory=FitConfig)
     encoded_pictures: int = 100_000
     embedding_noise: float = 0.5
@@ -101,6 +101,7 @@ class RecipeConfig:
     condition_blur: float = 0.25
     context_noise: float = 0.0
     contrast: float = 0.0
+    text_steps: int = 1500
     word_steps: int = 500
     ranker_fit: FitConfig = field(default_factory=FitConfig)
     drawn_pictures: int = 8000
@@ -144,7 +145,9 @@ class Recipe:
         parts = {
             "clip": (networks.clip, self.train_clip),
             "vqgan": (networks.vqgan, self.train_vqgan),
+            "sketch": (Sketching(networks.gpt), self.train_sketch),
             "gpt": (networks.gpt, self.train_gpt),
+            "text": (networks.clip, self.train_text),
             "words": (networks.clip, self.train_words),
             "bridge": (networks.bridge, self.measure_bridge),
             "ranker": (networks.clip, self.train_ranker),
@@ -205,15 +208,30 @@ class Recipe:
         trainer = VQGANTrainer(self.networks.vqgan.train(), config)
         return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
 
+    def train_sketch(self, folder: Path) -> dict[str, object]:
+        """A transformer without a sketch has nothing to train here."""
+        gpt, seed = self.networks.gpt, self.config.seed
+        if gpt.sketch is None:
+            return {}
+        seen, unseen = self.encoded_pictures(), self.unseen_encoded_pictures()
+        trainer = SketchTrainer(gpt, self.config.sketch_fit)
+        trainer.sketching.requires_grad_(True).start_from(torch.tensor(seen.embeddings[:4000], dtype=torch.float32))
+        return fit("sketch", trainer, Endless(seen, seed), unseen, folder, seed=seed, machine=self.machine)
+
     def train_gpt(self, folder: Path) -> dict[str, object]:
         config, seed, networks = self.config.gpt_fit, self.config.seed, self.networks
-        pictures = self.pictures(self.world.pictures, 1024, UNSEEN)
-        unseen = EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
-        seen = Endless(self.encoded_pictures(), seed)
+        seen, unseen = Endless(self.encoded_pictures(), seed), self.unseen_encoded_pictures()
         start_from_codes(networks.gpt, networks.vqgan, seed)
         losses = {"contrast": self.config.contrast, "context_noise": self.config.context_noise}
-        trainer = GPTTrainer(networks.gpt.train().requires_grad_(True), config, **losses)
+        networks.gpt.train().requires_grad_(True)
+        if networks.gpt.sketch is not None:
+            Sketching(networks.gpt).requires_grad_(False)
+        trainer = GPTTrainer(networks.gpt, config, **losses)
         return fit("gpt", trainer, seen, unseen, folder, seed=seed, machine=self.machine)
+
+    def unseen_encoded_pictures(self) -> EncodedPictures:
+        pictures = self.pictures(self.world.pictures, 1024, UNSEEN)
+        return EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
 
     def encoded_pictures(self) -> EncodedPictures:
         """The pictures that the transformer trains on."""
@@ -240,6 +258,17 @@ class Recipe:
         paths = [folder / f"{part}-{self.fingerprint(part)}-{name}-{count}.npy" for part in parts]
         encode_once(pictures, {path: self.part(part)[0] for path, part in zip(paths, parts, strict=True)})
         return paths
+
+    def train_text(self, folder: Path) -> dict[str, object]:
+        """CLIP's text tower, without the words that were filled in, which follow from the others after the training."""
+        if self.world.captions is None:
+            return {}
+        clip, config = self.networks.clip, self.config
+        pictures = self.pictures(self.world.pictures, config.encoded_pictures, ENCODED)
+        embeddings = np.load(self.encode("train", pictures, "clip")[0])
+        load_part(clip, self.weights("clip"))
+        captions = lambda number: self.world.captions(pictures.rng(number))  # noqa: E731
+        return align_texts(clip, embeddings, captions, config.text_steps, config.seed)
 
     def train_words(self, folder: Path) -> dict[str, object]:
         """Words that no caption used. In a world without such words nothing changes."""

@@ -71,7 +71,7 @@ def test_float16_is_the_default_without_bfloat16_hardware(
 @pytest.mark.parametrize(("width", "heads"), [(256, 4), (36, 3)])
 def test_logits_of_a_candidate_do_not_depend_on_the_batch(width: int, heads: int, guidance: float) -> None:
     torch.manual_seed(0)
-    switches = dict.fromkeys(("neighbour_context", "head_bias", "rotary", "condition_gates"), True)
+    switches = dict.fromkeys(("neighbour_context", "head_bias", "rotary", "sketch_drawings"), 1)
     config = replace(TINY.gpt, n_embd=width, n_head=heads, **switches)
     gpt = GPT(config).eval().cast_for_inference(torch.float16)
     embedding, uniforms = F.normalize(torch.randn(32, 16), dim=1), candidate_uniforms(0, range(32), 4)

@@ -17,10 +17,10 @@ from clip_gen.files import ROOT
 from clip_gen.networks.gpt import GPT, grid_rotation, neighbour_positions, rotate, with_null_condition
 
 
-@pytest.fixture(params=[(), ("rotary",), ("rotary", "neighbour_context"), ("condition_gates",)], ids="-".join)
+@pytest.fixture(params=[(), ("rotary",), ("rotary", "neighbour_context"), ("sketch_drawings",)], ids="-".join)
 def gpt(request: pytest.FixtureRequest) -> GPT:
     torch.manual_seed(0)
-    return GPT(replace(TINY.gpt, **dict.fromkeys(request.param, True))).eval()
+    return GPT(replace(TINY.gpt, **dict.fromkeys(request.param, 1))).eval()
 
 
 @pytest.fixture

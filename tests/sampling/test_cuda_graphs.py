@@ -33,10 +33,10 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[(), ("neighbour_context",), ("condition_gates",)], ids="-".join)
+@pytest.fixture(params=[(), ("neighbour_context",), ("sketch_drawings",)], ids="-".join)
 def gpt(request: pytest.FixtureRequest, device: str) -> GPT:
     torch.manual_seed(0)
-    return GPT(replace(TINY.gpt, rotary=True, **dict.fromkeys(request.param, True))).eval().to(device)
+    return GPT(replace(TINY.gpt, rotary=True, **dict.fromkeys(request.param, 1))).eval().to(device)
 
 
 def new_batch(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling: Sampling | None = None) -> Batch:

@@ -430,9 +430,6 @@ def test_context_noise_shows_tokens_of_other_images_and_not_as_targets() -> None
     assert (rates > 0).float().mean() == pytest.approx(0.5 * 15 / 16, abs=0.1)
     assert torch.histc(rates[rates > 0], 3, 0, 1).min() > 40  # few in some images, nearly all in others
     assert loss == token_nats(gpt(conditions, gpt.seen), tokens).mean()
-    seen = gpt.seen
-    trainer.training_step(batch)
-    assert torch.equal(gpt.seen, seen)  # the noise depends on the step alone, so a resumed training has the same
 
 
 def test_muon_updates_the_matrix_of_the_neighbour_context() -> None:

@@ -69,9 +69,7 @@ class CaptionedPictures(SeededPictures):
     def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[str, str]]:
         rng = self.rng(index)
         scene = self.scene(rng)
-        text = vary(_shortened(describe(scene), rng), rng)
-        shorter = vary(leave_unsaid(describe(scene), rng, rng.choice([0.5, 0.85])), rng)
-        return render(scene, self.resolution), (text, shorter)
+        return render(scene, self.resolution), _captions_of(scene, rng)
 
     def scene(self, rng: np.random.Generator) -> Scene:
         layout = one_of(rng, RELATIONS) if rng.random() < PAIRS else None
@@ -96,6 +94,16 @@ class CaptionedPairs(CaptionedPictures):
 def sampled_caption(rng: np.random.Generator) -> str:
     """The standard caption of a random scene."""
     return caption(describe(sample_scene(rng)))
+
+
+def captions(rng: np.random.Generator) -> tuple[str, str]:
+    """A caption and a shorter caption of the picture that RenderedPictures draws with this generator."""
+    return _captions_of(sample_scene(rng), rng)
+
+
+def _captions_of(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    text = vary(_shortened(describe(scene), rng), rng)
+    return text, vary(leave_unsaid(describe(scene), rng, rng.choice([0.5, 0.85])), rng)
 
 
 def synonym_captions(rng: np.random.Generator) -> tuple[str, str]:

@@ -24,6 +24,7 @@ WORLD = World(
     captioned_pairs=pairs.CaptionedPairs,
     collate=partial(Collate, fits=pairs.fits, stated_answers=pairs.answers, shown_answers=pairs.shown_answers),
     sampled_caption=pairs.sampled_caption,
+    captions=pairs.captions,
     held_out=lambda: {kind: sorted(map(list, rows)) for kind, rows in held_out().items()},
     vocabulary=vocabulary,
     synonyms=synonyms,
