@@ -27,9 +27,24 @@ async def train(
         default="auto",
         choices=["auto", "keep", "learn"],
     ),
-    base: str | None = Input(
-        description="Base model: weights at an https URL or, on the command line, a path. Blank: the default.",
-        default=None,
+    base: str = Input(
+        description="auto: the default model if it knows such pictures, else published weights. Or a URL or a path.",
+        default="auto",
+    ),
+    base_clip: str = Input(
+        description="OpenAI's CLIP for base auto, downloaded if the default model does not know the pictures.",
+        default="ViT-B/32",
+        choices=[
+            "RN50",
+            "RN101",
+            "RN50x4",
+            "RN50x16",
+            "RN50x64",
+            "ViT-B/32",
+            "ViT-B/16",
+            "ViT-L/14",
+            "ViT-L/14@336px",
+        ],
     ),
     size: str = Input(
         description="base: fine-tune the base model. Others: train new networks of this size with the base's CLIP.",
@@ -131,7 +146,7 @@ async def train(
     )
     with one_training(scratch) as (folder, kept):
         base = await fetched_base(inputs["base"])
-        inputs["base"] = str(base.path) if base else None
+        inputs["base"] = str(base.path) if base else "auto"
         # Moved, so that it is removed with the folder even if Cog's worker is killed.
         inputs["images"] = shutil.move(images, folder / "images")
         out = folder / "out"

@@ -100,8 +100,8 @@ class RequestRules:
 
 
 async def fetched_base(base: str | None) -> WeightsFolder | None:
-    """The model from which a training starts; None for None or "". Raises the errors of RequestRules.open."""
-    if not base:
+    """The model from which a training starts; None for "auto" and "". Raises the errors of RequestRules.open."""
+    if base in (None, "", "auto"):
         return None
     stop = threading.Event()
     try:

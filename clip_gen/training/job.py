@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.prompts import parse_prompt, split_prompts
 from clip_gen.training import folder as training_folder
+from clip_gen.training.base import JUDGED_PICTURES, Choice, choose_base, chosen_folder, download
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, loader_with_workers, split_pictures
 from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
@@ -52,7 +53,6 @@ from clip_gen.weights.tarball import pack, resolve_weights
 log = logging.getLogger(__name__)
 
 RECORD = "record.json"  # of a finished stage
-JUDGED_PICTURES = 64  # on which a base's VQGAN is measured
 STAGES = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)}
 
 
@@ -66,6 +66,7 @@ class Training:
         self.out, self.work = out, out / "work"
         self.settings, self.machine = settings, machine or Machine()
         self.stages = STAGES.get(settings.stage, ())
+        self.choice: Choice | None = None  # of base auto
         self.is_first = not rank_zero_only.rank
         self.records: dict[str, dict[str, object]] = {}  # of the finished stages
         self.minutes = Minutes(self.work, settings.max_minutes)
@@ -81,6 +82,7 @@ class Training:
         busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
         with folder_lock(self.work, busy) if self.is_first else nullcontext():
             self.pictures = training_folder.unpack_once(self.images, self.out)
+            self.choose_base()
             self.plan_stages()
             self.clean_folder()
             self.build_networks()
@@ -104,21 +106,47 @@ class Training:
         self.images.check_outside(self.out)
 
     def load_base(self) -> None:
-        """Downloads and loads the base model."""
-        self.base = resolve_weights(self.settings.base or default_model(os.environ.get("COG_WEIGHTS"))[0])
-        self.networks = model_folder.load_base(self.base)
+        """Downloads and loads the base model that the settings name, or else the model that predicts."""
+        settings = self.settings
+        named = default_model(os.environ.get("COG_WEIGHTS"))[0] if settings.chooses_base else settings.base
+        self.base = resolve_weights(named)
+        self.networks = model_folder.load_base(self.base, needs_vqgan=settings.size == "base")
+
+    def choose_base(self) -> None:
+        """With base auto: keeps the model that predicts, or loads published weights in its place; see base.py."""
+        if not self.settings.chooses_base:
+            return
+        decision, has_begun = self.work / "base.json", bool(training_folder.saved_settings(self.out))
+        if self.is_first and not (has_begun and decision.is_file()):
+            pictures = PictureFiles(self.sample_of_pictures(), self.networks.config.vqgan.resolution)
+            choice = choose_base(self.networks, pictures, self.settings, self.on_gpu())
+            write_text_atomic(decision, json.dumps(asdict(download(choice, self.settings)), indent=1))
+        self.choice = Choice(**json.loads(decision.read_text()))
+        self.choice.log()
+        if self.choice.clip:
+            self.settings = replace(self.settings, size=self.choice.size)
+            self.base = chosen_folder(self.choice, self.work / "base", self.on_gpu())
+            self.networks = model_folder.load_base(self.base, needs_vqgan=bool(self.choice.vqgan))
+
+    def on_gpu(self) -> bool:
+        """Whether the training has a GPU. One that resumes on another machine keeps its plan."""
+        return training_folder.saved_settings(self.out).get("on_gpu", torch.cuda.is_available())
+
+    def sample_of_pictures(self) -> list[Path]:
+        """Some pictures at random, to judge a base on."""
+        held_back, others = split_pictures(self.pictures.paths, self.settings.seed)
+        return [*held_back, *others][:JUDGED_PICTURES]
 
     def plan_stages(self) -> None:
         """Plans the stages and saves the settings; ValueError if the training in the folder has others."""
         self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
-        # A training that resumes on another machine keeps its plan.
-        on_gpu = training_folder.saved_settings(self.out).get("on_gpu", torch.cuda.is_available())
-        settings = self.settings
+        settings, on_gpu = self.settings, self.on_gpu()
         if settings.mean_shift and not self.networks.bridge.text_mean.any():
             # Not measured, as in an imported model; a shift from it would be meaningless.
             log.info("the base's texts have no mean, so prompts stay where they are (mean_shift 0)")
             settings = replace(settings, mean_shift=0.0)
-        self.plan = plan(settings, self.networks.config, len(self.pictures.paths), on_gpu)
+        pictures = len(self.pictures.paths)
+        self.plan = plan(settings, self.networks.config, pictures, on_gpu, self.has_new_transformer())
         self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
         if self.is_first:
             log.info("squares: %s", self.plan.squares)
@@ -148,14 +176,17 @@ class Training:
 
     def build_networks(self) -> None:
         """The base's networks, or new ones beside its CLIP."""
-        if self.settings.size != "base":
+        if self.has_new_transformer():
             torch.manual_seed(self.settings.seed)
-            self.networks = replace(model_folder.build(self.plan.model), texts=self.networks.texts)
-            model_folder.load_part(self.networks.clip, self.base / "clip.safetensors")
-            model_folder.load_part(self.networks.bridge, self.base / "bridge.safetensors")
+            new = model_folder.build(self.plan.model)
+            vqgan = self.networks.vqgan if self.settings.size == "base" else new.vqgan
+            self.networks = replace(self.networks, vqgan=vqgan, gpt=new.gpt)
         self.networks = replace(self.networks, config=self.plan.model)
         self.networks.bridge.config = self.plan.model.bridge
         self.networks.clip.requires_grad_(False)
+
+    def has_new_transformer(self) -> bool:
+        return self.settings.size != "base" or not (self.base / "gpt.safetensors").is_file()
 
     @torch.no_grad()
     def measure_pictures(self) -> None:
@@ -229,7 +260,7 @@ class Training:
 
     def judged_pictures(self) -> PictureFiles:
         """The pictures on which the base's VQGAN is measured."""
-        return self.picture_files([*self.held_back_paths, *self.train_paths][:JUDGED_PICTURES])
+        return self.picture_files(self.sample_of_pictures())
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         settings, networks = self.settings, self.networks
@@ -239,7 +270,7 @@ class Training:
             self.report({}, [], "Running: the pictures are encoded for the transformer.")
         pictures, held_back = self.encode_train_pictures(), self.picture_files(self.held_back_paths)
         held_back = encode_held_back(held_back, networks, self.work / "encoded", settings.max_minutes)
-        if settings.size != "base":
+        if self.has_new_transformer():
             start_from_codes(networks.gpt, networks.vqgan, settings.seed)
         trainer = GPTTrainer(
             networks.gpt.train().requires_grad_(True),
@@ -333,9 +364,8 @@ class Training:
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:
         minutes = self.minutes.outside() + sum(values["minutes"] for values in stages.values())
-        base = {
-            "name": self.base.name,
-            "knows": self.networks.texts.get(model_folder.VOCABULARY, "").partition("\n")[0],
-        }
+        knows = self.networks.texts.get(model_folder.VOCABULARY, "").partition("\n")[0]
+        choice = asdict(self.choice) if self.choice else {}
+        base = {"name": self.choice.name if self.choice else self.base.name, "knows": knows, **choice}
         held_back = len(self.held_back_paths)
         return training_record(self.settings, self.plan, self.pictures, held_back, stages, minutes, base)

@@ -12,9 +12,11 @@ from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig
 from clip_gen.prompts import parse_prompt, split_prompts
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANLoss
+from clip_gen.weights.importers.openai_clip import SHA256
 
 STAGES = ("both", "vqgan", "transformer")
 TOKENS = ("auto", "keep", "learn")
+CLIPS = tuple(SHA256)  # of OpenAI
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 # `local` tokens are learnt fastest; they leave detail to the decoder.
@@ -67,7 +69,15 @@ class TrainSettings:
         "keep: train only the decoder. learn: train new tokens. auto: keep if the base reconstructs well.",
         choices=TOKENS,
     )
-    base: str = setting("", "Base model: weights at an https URL or, on the command line, a path. Blank: the default.")
+    base: str = setting(
+        "auto",
+        "auto: the default model if it knows such pictures, else published weights. Or a URL or a path.",
+    )
+    base_clip: str = setting(
+        "ViT-B/32",
+        "OpenAI's CLIP for base auto, downloaded if the default model does not know the pictures.",
+        choices=CLIPS,
+    )
     size: str = setting(
         "base",
         "base: fine-tune the base model. Others: train new networks of this size with the base's CLIP.",
@@ -98,6 +108,10 @@ class TrainSettings:
     precision: str = setting("auto", "auto: bfloat16 if supported.", choices=PRECISIONS)
     max_minutes: float = setting(0.0, "Time limit, after which weights are saved. 0: none.", ge=0)
     seed: int = setting(0, "The same seed and number of CPU threads give the same weights.", ge=0, le=2147483647)
+
+    @property
+    def chooses_base(self) -> bool:
+        return self.base in ("", "auto")
 
     def check(self) -> None:
         """Raises ValueError with the value and the remedy."""
@@ -143,15 +157,21 @@ class Plan:
     squares: str  # how pictures of other shapes become squares
 
 
-def plan(settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False) -> Plan:
-    """The plan for so many pictures; ValueError if the sizes in the settings do not fit together."""
+def plan(
+    settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False, new_transformer: bool = False
+) -> Plan:
+    """The plan for so many pictures; ValueError if the sizes in the settings do not fit together.
+
+    new_transformer: the base has none.
+    """
     model = replace(base, name=TRAINED) if settings.size == "base" else _new_model(settings, base, pictures)
     model = replace(model, bridge=replace(model.bridge, mean_shift=settings.mean_shift))
     model.check()
     # Small batches learn more from the same number of pictures, above all a VQGAN; a GPU is as fast with large ones.
     batch = 32 if on_gpu and model.vqgan.resolution <= 128 and pictures >= 1000 else 16
     vqgan = _vqgan_fit(settings, model, pictures, settings.batch_size or (batch if on_gpu else batch // 2))
-    transformer = _transformer_fit(settings, model, pictures, settings.batch_size or batch)
+    start = "scratch" if new_transformer or settings.size != "base" else "base"
+    transformer = _transformer_fit(settings, model, pictures, settings.batch_size or batch, start)
     loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight)
     return Plan(model, vqgan, loss, transformer, _views(settings, pictures), squares_in_words(settings))
 
@@ -165,8 +185,9 @@ def _vqgan_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch
     return _scheduled(FitConfig(steps, batch_size, rate, muon_rate, weight_decay=0.0), settings)
 
 
-def _transformer_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int) -> FitConfig:
-    start = "base" if settings.size == "base" else "scratch"
+def _transformer_fit(
+    settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int, start: str
+) -> FitConfig:
     steps = settings.transformer_steps or _usual_steps(GPT_STEPS[start], pictures, batch_size)
     rate = settings.transformer_learning_rate or GPT_RATES[start] * min(1.0, GPT_WIDTH / model.gpt.n_embd)
     muon_rate = MUON_RATES[start] / GPT_RATES[start] * rate

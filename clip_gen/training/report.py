@@ -63,21 +63,24 @@ def training_record(
     held_back: int,
     stages: Stages,
     minutes: float,
-    base: Mapping[str, str],
+    base: Mapping[str, object],
 ) -> dict[str, object]:
-    """minutes: of all starts. base: the name of its folder, and what its CLIP knows if the model says so."""
+    """minutes: of all starts. base: its name, what its CLIP knows if the model says so, and for base auto the Choice."""
     values = asdict(settings)
     # The record is public: no path of this machine, no secret of a URL.
     values["base"] = Path(urlsplit(settings.base).path).name
     # The last stage's limit counts: the export may have been interrupted and started again with another.
     values["max_minutes"] = next(reversed(stages.values()), {}).get("max_minutes", settings.max_minutes)
     return {
-        "base": {**base, "name": values["base"] or base["name"]},
+        "base": {**base, "name": base["name"] if settings.chooses_base else values["base"]},
         "pictures": pictures.as_json() | {"held_back": held_back},
         "settings": values,
         "plan": asdict(plan),
         "stages": stages,
-        "warnings": shortages(settings, len(pictures.paths) - held_back, stages),
+        "warnings": [
+            *([base["warning"]] if base.get("warning") else []),
+            *shortages(settings, len(pictures.paths) - held_back, stages),
+        ],
         "minutes": round(minutes, 1),
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},
     }

@@ -102,11 +102,17 @@ def _problems(record: Record) -> list[str]:
     gpt, psnr = record["stages"]["gpt"], reconstruction_psnr(record)
     steps, planned = gpt.get("steps", 0), gpt.get("planned_steps", 0)
     few = gpt.get("ended_by") == "time" and shortage("gpt", steps, planned, 1.0, gpt.get("fine_tunes", False))
-    problems = [f"the transformer had {steps:,} of {planned:,} steps"] if few else []
+    problems = [f"the CLIP of {record['base']['name']} does not know such pictures"] if _is_strange(record) else []
+    problems += [f"the transformer had {steps:,} of {planned:,} steps"] if few else []
     problems += ["reconstructions are poor"] if psnr is not None and psnr < POOR_DB else []
     if gpt.get("recognised", 1.0) < FOLLOWS:
         problems += ["what is drawn hardly follows its embedding, or the pictures are much alike"]
     return problems
+
+
+def _is_strange(record: Record) -> bool:
+    """Whether the base's CLIP was found not to know the pictures, and nothing better was to be had."""
+    return bool(record["base"].get("warning"))
 
 
 def _words(record: Record) -> list[str]:

@@ -101,9 +101,12 @@ def on_meta(build: Callable[[], Built], path: Path, remedy: str) -> Built:
         raise ModelFolderError(f"{path}: its sizes describe no network ({error}); {remedy}") from error
 
 
-def load_base(folder: str | Path) -> Networks:
-    """Loads a model folder for training. A missing transformer gets random weights; each has a null condition."""
-    networks = load_networks(folder, fresh=("gpt", "bridge"))
+def load_base(folder: str | Path, needs_vqgan: bool = True) -> Networks:
+    """Loads a model folder for training. A missing transformer gets random weights; each has a null condition.
+
+    needs_vqgan: False if a missing VQGAN gets random weights too.
+    """
+    networks = load_networks(folder, fresh=("gpt", "bridge") if needs_vqgan else ("vqgan", "gpt", "bridge"))
     gpt = with_null_condition(networks.gpt)
     return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config))
 

@@ -20,6 +20,7 @@ from clip_gen.weights.importers.inception import check_inception_folder, import_
 from clip_gen.weights.importers.lpips import check_lpips_folder, import_lpips
 from clip_gen.weights.importers.upscaler import check_upscaler_folder, import_upscaler
 from clip_gen.weights.model_folder import check_model_folder
+from clip_gen.weights.url import open_url
 
 CHECKPOINTS = checkpoints_folder()
 HFAILAB = "https://github.com/HFAiLab/clip-gen/releases/download/v0.1.0"
@@ -160,7 +161,9 @@ def main(arguments: argparse.Namespace) -> None:
         pull_upscaler(out or CHECKPOINTS / "upscaler", mirror, dtype)
 
 
-def pull_clip(name: str | None, out: Path | None, mirror: str | None, dtype: torch.dtype | None) -> None:
+def pull_clip(
+    name: str | None, out: Path | None = None, mirror: str | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Downloads one of OpenAI's CLIPs to a model folder."""
     if name not in CLIPS:
         raise ValueError(f'the name of the CLIP is "{name or ""}"; give one of {", ".join(CLIPS)}')
@@ -237,8 +240,7 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
             raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free there, wanted are {needed / 1e9:.1f}; make room")
         paths = {part: folder / file.name for part, file in files.items()}
         for part, file in files.items():
-            address = f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url
-            fetch(address, paths[part], file.sha256)
+            fetch(_address(file, mirror), paths[part], file.sha256)
         try:
             yield paths
         except ValueError:
@@ -247,3 +249,13 @@ def pulled(files: dict[str, Published], out: Path, mirror: str | None, room: int
                     paths[part].unlink(missing_ok=True)
             raise
     shutil.rmtree(folder)
+
+
+def _address(file: Published, mirror: str | None) -> str:
+    return f"{mirror.rstrip('/')}/{file.name}" if mirror else file.url
+
+
+def check_reachable(file: Published) -> None:
+    """OSError, HTTPException or ValueError unless the server, or the mirror, sends the first byte of the file."""
+    with open_url(_address(file, os.environ.get("CLIP_GEN_MIRROR")), headers={"Range": "bytes=0-0"}) as reply:
+        reply.read1(1)
