@@ -35,7 +35,8 @@ def command_words(command: str, arguments: Sequence[str]) -> list[str]:
     inputs = {name: parse_input(fields[name], text) if name in fields else text for name, text in texts.items()}
     if command == "train":
         os.environ.update(TRAIN_ENVIRONMENT | os.environ | {COMMAND: shlex.join(["script/train", *arguments])})
-        return train_words(checked(fields, **inputs), options.output or "trained")
+        words = train_words(checked(fields, **inputs), options.output or "trained")
+        return [*words, "--dry-run"] if options.dry_run else words
     return generate_words(inputs, fields, options.output or "output")
 
 
@@ -68,6 +69,8 @@ def option_parser(command: str, fields: Mapping[str, InputField]) -> argparse.Ar
     parser.add_argument("-i", "--input", help="an input; NAME=@FILE reads it from a file", **pair)
     parser.add_argument("-e", "--env", help="an environment variable, such as COG_WEIGHTS", **pair)
     parser.add_argument("-o", "--output", metavar="PATH", help=output)
+    if command == "train":
+        parser.add_argument("--dry-run", action="store_true", help="say what to expect, and stop there")
     return parser
 
 

@@ -7,10 +7,12 @@ prompt about them can work. So the model that predicts is the base only if its C
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +20,30 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_gen.config import GPTConfig
 from clip_gen.data.limits import reason_of
-from clip_gen.files import atomic_folder
+from clip_gen.files import atomic_folder, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.training.datasets import PictureFiles
+from clip_gen.training.folder import saved_settings
 from clip_gen.training.plan import MODEL_SIZES, TrainSettings
 from clip_gen.weights import pull
-from clip_gen.weights.model_folder import CONFIG, DISCRIMINATOR, Networks, load_config, load_record, write_description
+from clip_gen.weights.model_folder import (
+    CONFIG,
+    DISCRIMINATOR,
+    Networks,
+    load_base,
+    load_config,
+    load_record,
+    write_description,
+)
+
+if TYPE_CHECKING:
+    from clip_gen.training.job import Training
 
 log = logging.getLogger(__name__)
+
+DECISION = "base.json"  # in the folder work
 
 PUBLISHED_VQGAN = "imagenet-f16-1024"
 JUDGED_PICTURES = 64  # on which a base is measured
@@ -35,6 +52,31 @@ JUDGED_PICTURES = 64  # on which a base is measured
 STRANGE_NATS = 0.1
 # The mean cosine is 0.5 to 0.65 on a bundled CLIP's own world, and 0.95 or more on pictures that it cannot tell apart.
 ALIKE_COSINE = 0.9
+
+
+def settle_base(training: Training, is_dry: bool = False) -> None:
+    """With base auto: keeps the model that predicts, or loads published weights in its place.
+
+    is_dry: downloads and writes nothing, so files of the choice may be missing. A training that resumes keeps its base.
+    """
+    if not training.settings.chooses_base:
+        return
+    settings, decision = training.settings, training.work / DECISION
+    has_begun = bool(saved_settings(training.out))
+    if not training.is_first or (has_begun and decision.is_file()):
+        choice = Choice(**json.loads(decision.read_text()))
+    else:
+        pictures = PictureFiles(training.sample_of_pictures(), training.networks.config.vqgan.resolution)
+        choice = choose_base(training.networks, pictures, settings, training.on_gpu())
+        if not is_dry:
+            choice = download(choice, settings)
+            write_text_atomic(decision, json.dumps(asdict(choice), indent=1))
+    training.choice = choice
+    choice.log()
+    if choice.clip and not choice.files():
+        training.settings = replace(settings, size=choice.size)
+        training.base = chosen_folder(choice, training.work / "base", training.on_gpu())
+        training.networks = load_base(training.base, needs_vqgan=bool(choice.vqgan))
 
 
 @dataclass(frozen=True)
@@ -157,11 +199,11 @@ def choose_base(networks: Networks, pictures: Dataset, settings: TrainSettings, 
 
 
 def _measured(choice: Choice) -> str:
-    usual = "it was trained on such pictures" if choice.is_known else "it was trained on other pictures"
+    usual = "was trained on such pictures" if choice.is_known else "was trained on other pictures"
     apart = "hardly tells them apart" if choice.cosine >= ALIKE_COSINE else "tells them apart"
     return (
-        f"the CLIP of {choice.model}: {usual} (its activations differ by {choice.nats:.2f} nats, of at most "
-        f"{STRANGE_NATS:.2f}), and {apart} (mean cosine {choice.cosine:.2f})"
+        f"the CLIP of {choice.model} {usual} (its activations differ by {choice.nats:.2f} nats; by more than "
+        f"{STRANGE_NATS:g} on other pictures) and {apart} (mean cosine {choice.cosine:.2f})"
     )
 
 

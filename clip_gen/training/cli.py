@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from clip_gen.files import COMMAND
 from clip_gen.training.checkpoints import has_checkpoint
+from clip_gen.training.expectation import dry_run
 from clip_gen.training.fit import Machine
 from clip_gen.training.interrupts import ended_by_signals, watch_stdin
 from clip_gen.training.job import Training
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:  # TrainSettings.check() names a value that is no choice, and the remedy
             how = {"type": kind, "metavar": "|".join(choices or [kind.__name__])}
         parser.add_argument(f"--{spec.name.replace('_', '-')}", default=spec.default, help=words, **how)
+    parser.add_argument("--dry-run", action="store_true", help="say what to expect, and stop there")
     parser.add_argument("--watch-stdin", action="store_true", help="end at once when standard input closes")
 
 
@@ -64,7 +66,10 @@ def main(arguments: argparse.Namespace) -> None:
     machine = Machine(**{name: getattr(arguments, name) for name in MACHINE})
     try:
         with ended_by_signals(SECONDS_TO_END):
-            weights = Training(arguments.images, arguments.out, settings, machine).run()
+            training = Training(arguments.images, arguments.out, settings, machine)
+            if arguments.dry_run:
+                return dry_run(training)
+            weights = training.run()
     except SystemExit:  # by a signal
         if not rank_zero_only.rank:
             log.warning(how_to_resume(arguments.out))

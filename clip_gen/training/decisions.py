@@ -30,6 +30,11 @@ MIN_SIDE = 16  # pixels, for LPIPS
 GOOD_DB, BETTER_DB = 18.0, 6.0
 
 
+def uses_lpips(resolution: int) -> bool:
+    """Whether a stage 1 that begins now uses LPIPS, at this side of the pictures."""
+    return lpips_weights().is_file() and resolution >= MIN_SIDE
+
+
 def choose_lpips(folder: Path, resolution: int) -> FrozenLPIPS | None:
     """LPIPS if its weights were pulled before the training began, or None for CLIP's features; logs the choice.
 
@@ -37,7 +42,7 @@ def choose_lpips(folder: Path, resolution: int) -> FrozenLPIPS | None:
     """
     weights, choice = lpips_weights(), folder / "perceptual_loss"
     if not rank_zero_only.rank and not choice.is_file():
-        _write(choice, "LPIPS" if weights.is_file() and resolution >= MIN_SIDE else "CLIP")
+        _write(choice, "LPIPS" if uses_lpips(resolution) else "CLIP")
     wait_for(choice)
     if choice.read_text() == "CLIP":
         remedy = f"for LPIPS, run {PULL} before a training on pictures of {MIN_SIDE} pixels and more begins"

@@ -135,14 +135,11 @@ def _trainer(
     config: FitConfig, machine: Machine, folder: Path, callbacks: list[Callback], loggers: Sequence[Logger]
 ) -> pl.Trainer:
     """ValueError unless it uses all processes that torchrun started. Each would train alone into one folder."""
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if prefers_bfloat16(choose_device(), training=True) else "32-true"
     trainer = machine.trainer(
         loggers,
         log_every_n_steps=history_interval(config.steps),
         max_steps=config.steps,
-        precision=precision,
+        precision=lightning_precision(config),
         gradient_clip_val=1.0,
         callbacks=callbacks,
         plugins=[CheckpointFiles()],
@@ -159,6 +156,13 @@ def _trainer(
             "give --devices as many as torchrun starts on each machine"
         )
     return trainer
+
+
+def lightning_precision(config: FitConfig) -> str:
+    """The number format in Lightning's terms, with auto resolved for this machine."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if prefers_bfloat16(choose_device(), training=True) else "32-true"
 
 
 @contextmanager
@@ -197,6 +201,7 @@ def _quiet_lightning() -> None:
         "You're resuming from a checkpoint that ended before the epoch ended",  # the batches start after it
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "Found .* module\\(s\\) in eval mode at the start of training",  # the quantizer, if only the decoder is trained
+        "You defined a `validation_step` but have no `val_dataloader`",  # when steps are timed
         "The '.*dataloader' does not have many workers",  # validation needs none: its data is small or decoded already
     ):
         warnings.filterwarnings("ignore", message)

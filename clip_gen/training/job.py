@@ -28,12 +28,13 @@ from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.prompts import parse_prompt, split_prompts
 from clip_gen.training import folder as training_folder
-from clip_gen.training.base import JUDGED_PICTURES, Choice, choose_base, chosen_folder, download
+from clip_gen.training.base import JUDGED_PICTURES, Choice, settle_base
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, loader_with_workers, split_pictures
 from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
 from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_views
 from clip_gen.training.evaluations import Drawing, Evaluations, reconstruct, sample_with
+from clip_gen.training.expectation import log_expectation
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids
@@ -82,12 +83,14 @@ class Training:
         busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
         with folder_lock(self.work, busy) if self.is_first else nullcontext():
             self.pictures = training_folder.unpack_once(self.images, self.out)
-            self.choose_base()
+            settle_base(self)
             self.plan_stages()
             self.clean_folder()
             self.build_networks()
             was_finished = all(self.is_finished(stage) for stage in self.stages)
             if self.is_first:
+                if not any(has_checkpoint(self.work / stage) or self.is_finished(stage) for stage in self.stages):
+                    log_expectation(self)
                 self.measure_pictures()
                 self.announce_report(was_finished)
             self.train_stages()
@@ -112,22 +115,6 @@ class Training:
         self.base = resolve_weights(named)
         self.networks = model_folder.load_base(self.base, needs_vqgan=settings.size == "base")
 
-    def choose_base(self) -> None:
-        """With base auto: keeps the model that predicts, or loads published weights in its place; see base.py."""
-        if not self.settings.chooses_base:
-            return
-        decision, has_begun = self.work / "base.json", bool(training_folder.saved_settings(self.out))
-        if self.is_first and not (has_begun and decision.is_file()):
-            pictures = PictureFiles(self.sample_of_pictures(), self.networks.config.vqgan.resolution)
-            choice = choose_base(self.networks, pictures, self.settings, self.on_gpu())
-            write_text_atomic(decision, json.dumps(asdict(download(choice, self.settings)), indent=1))
-        self.choice = Choice(**json.loads(decision.read_text()))
-        self.choice.log()
-        if self.choice.clip:
-            self.settings = replace(self.settings, size=self.choice.size)
-            self.base = chosen_folder(self.choice, self.work / "base", self.on_gpu())
-            self.networks = model_folder.load_base(self.base, needs_vqgan=bool(self.choice.vqgan))
-
     def on_gpu(self) -> bool:
         """Whether the training has a GPU. One that resumes on another machine keeps its plan."""
         return training_folder.saved_settings(self.out).get("on_gpu", torch.cuda.is_available())
@@ -137,7 +124,7 @@ class Training:
         held_back, others = split_pictures(self.pictures.paths, self.settings.seed)
         return [*held_back, *others][:JUDGED_PICTURES]
 
-    def plan_stages(self) -> None:
+    def plan_stages(self, is_dry: bool = False) -> None:
         """Plans the stages and saves the settings; ValueError if the training in the folder has others."""
         self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
         settings, on_gpu = self.settings, self.on_gpu()
@@ -150,7 +137,8 @@ class Training:
         self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
         if self.is_first:
             log.info("squares: %s", self.plan.squares)
-            training_folder.save_settings(self.out, self.settings, self.base, on_gpu)
+            if not is_dry:
+                training_folder.save_settings(self.out, self.settings, self.base, on_gpu)
 
     def clean_folder(self) -> None:
         """Removes what an earlier start left incomplete, and tells the other processes that the folder is ready."""

@@ -65,7 +65,7 @@ def training_record(
     minutes: float,
     base: Mapping[str, object],
 ) -> dict[str, object]:
-    """minutes: of all starts. base: its name, what its CLIP knows if the model says so, and for base auto the Choice."""
+    """minutes: of all starts. base: its name, what its CLIP knows if the model says so, and the Choice of base auto."""
     values = asdict(settings)
     # The record is public: no path of this machine, no secret of a URL.
     values["base"] = Path(urlsplit(settings.base).path).name

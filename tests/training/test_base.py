@@ -187,6 +187,16 @@ def test_on_a_gpu_photographs_train_a_pulled_vqgan_with_a_pulled_clip(
     assert {path for path, _ in server.requests} == {f"/{name}" for name in server.files}
 
 
+def test_a_dry_run_names_what_would_be_downloaded_and_downloads_nothing(
+    server: BadServer, photo_zip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert main(["train", str(photo_zip), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "to download: ViT-B-32.pt (354 MB, MIT)" in caplog.messages
+    assert caplog.messages[-1].endswith("python -m clip_gen pull clip ViT-B/32")
+    assert server.requests == []
+
+
 def options(settings: TrainSettings) -> list[str]:
     """Those that differ from the defaults."""
     words = []
