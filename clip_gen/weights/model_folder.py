@@ -25,6 +25,7 @@ from clip_gen.networks.discriminator import build_discriminator, discriminator_l
 from clip_gen.networks.gpt import GPT, with_null_condition
 from clip_gen.networks.skip_init import SkipInit
 from clip_gen.networks.vqgan import VQGAN
+from clip_gen.weights.zero_rows import with_zero_rows, without_zero_rows
 
 Built = TypeVar("Built")
 
@@ -243,8 +244,9 @@ def load_part(network: nn.Module, path: Path) -> None:
 def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
     """The file's tensors, memory-mapped. ModelFolderError unless names and shapes fit and all numbers are finite."""
     _check_file(path)
-    tensors = read_tensors(path)
-    problem = _mismatch(network.state_dict(), tensors)
+    wanted = network.state_dict()
+    tensors = with_zero_rows(read_tensors(path), wanted)
+    problem = _mismatch(wanted, tensors)
     if problem:
         raise ModelFolderError(f"{path}: {problem}; it belongs to another {CONFIG} than the one beside it")
     for name, tensor in tensors.items():
@@ -322,7 +324,7 @@ def write_description(folder: Path, config: ModelConfig, training: dict[str, obj
 def save_part(network: nn.Module, path: Path) -> None:
     """Writes a network's tensors atomically: parameters in float16, buffers in float32, since those may overflow."""
     remedy = "train again at a lower rate"
-    write_part(narrowed(network, network.state_dict(), torch.float16, path.name, remedy), path)
+    write_part(without_zero_rows(narrowed(network, network.state_dict(), torch.float16, path.name, remedy)), path)
 
 
 def narrowed(

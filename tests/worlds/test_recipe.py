@@ -107,7 +107,7 @@ def test_parts_are_trained_after_those_that_they_need(
     words = ["--config", str(tmp_path / "recipe.yaml"), "--work", str(work), "--out", str(tmp_path / "model")]
     (work / MARK).write_text("train-shapes\n")
     assert main(["train-shapes", *words, "--parts", "bridge", "vqgan"]) == 0
-    assert parts == ["clip", "vqgan", "words", "bridge"]
+    assert parts == ["clip", "vqgan", "text", "words", "bridge"]
     assert not (tmp_path / "model").exists()
     parts.clear()
     assert main(["train-shapes", *words, "--parts", "ranker"]) == 0
@@ -138,11 +138,13 @@ def test_the_recipe_of_each_world_is_valid_and_names_its_world(world: str) -> No
 def test_a_model_of_emoji_and_the_tar_of_a_model_fine_tuned_from_it_name_the_artists(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_config(replace(RECIPE, world="emoji", word_steps=2), tmp_path / "recipe.yaml")
+    model = replace(TINY, gpt=replace(TINY.gpt, sketch_drawings=1, sketch_cells=2))
+    recipe = replace(RECIPE, world="emoji", model=model, sketch_fit=FIT, text_steps=2, word_steps=2)
+    write_config(recipe, tmp_path / "recipe.yaml")
     words = ["--config", str(tmp_path / "recipe.yaml"), "--work", str(tmp_path / "work")]
     with caplog.at_level(logging.INFO):
         assert main(["train-emoji", *words, "--out", str(tmp_path / "model")]) == 0
-    for part in ("clip", "vqgan", "gpt", "ranker"):
+    for part in ("clip", "vqgan", "sketch", "gpt", "ranker"):
         assert any(f"{part} 6/6" in line for line in caplog.messages)
     assert len(ClipGen.load(tmp_path / "model", "cpu").generate("a cat", candidates=1, num_outputs=1).images) == 1
     record = json.loads((tmp_path / "model" / "training.json").read_text())
@@ -288,6 +290,7 @@ def test_the_bundled_recipe_selects_informative_places_and_starts_from_the_codes
         return step(self, batch)
 
     monkeypatch.setattr(GPTTrainer, "training_step", watched)
+    recipe.load_or_train("sketch")
     recipe.load_or_train("gpt")
     for conditions, tokens, _, _, near_misses, places, chances in batches:
         assert places.shape == chances.shape
