@@ -1,4 +1,4 @@
-"""What a training did: its record, training.json, and report.html with curves, sample images and skipped files."""
+"""What a training did: its record, training.json, and its page, report.html."""
 
 from __future__ import annotations
 
@@ -40,17 +40,19 @@ RENEWED_EVERY = 30  # seconds, in the browser
 SHOWN_GRIDS, SHOWN_PICTURES, SHOWN_PER_PROMPT = 5, 6, 2
 MAX_SKIPPED = 1000  # files in the table
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em }
 h1, h2 { font-weight: 600; margin-bottom: 0.4em } h2 { margin-top: 2em; border-top: 1px solid #ddd; padding-top: 1em }
 table { border-collapse: collapse } td, th { padding: 2px 14px 2px 0; vertical-align: top; text-align: left }
-th { font-weight: 600 } td.quiet, .quiet { color: #666; font-size: 13px }
+th { font-weight: 600 }
 .grids { margin-bottom: 1.5em } .grids td, .grids th { padding: 2px 8px 2px 0; vertical-align: middle }
 .grids td { white-space: nowrap } .grids th { vertical-align: bottom } .grids .text { white-space: normal }
 .grids .text, .grids th { max-width: 9em }
-.grids img { width: 96px; height: 96px; image-rendering: pixelated; outline: 1px solid #ddd; margin: 1px 3px 1px 1px }
+.grids img { width: 96px; outline: 1px solid #ddd; margin: 1px 3px 1px 1px }
+.verdict, .warning { max-width: 62em }
 .verdict { background: #f3f6fb; border-left: 4px solid #2563eb; padding: 0.6em 1.2em } .verdict pre { margin: 0.4em 0 }
 .warning { background: #fff4e5; border-left: 4px solid #d97706; padding: 0.4em 1.2em; margin: 0.6em 0 }
-.running { font-weight: 600 } .curves { display: grid; grid-template-columns: 1fr 1fr; gap: 8px 24px }
+.running { font-weight: 600 }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 8px 24px }
 figure { margin: 0 } figure img { width: 100% } figcaption { color: #555; font-size: 13px; line-height: 1.35 }
 pre { overflow-x: auto } summary { cursor: pointer }
 """
@@ -131,17 +133,16 @@ def write_report(path: Path, work: Path, record: Mapping[str, object], running: 
 
     running: a sentence that says how far an unfinished training is; browsers then renew the page by themselves.
     """
-    settings = [(name, chosen, used, words) for name, chosen, used, words in resolved_settings(record)]
-    body = [*_top(record, running)]
+    body = _top(record, running)
     for name, stage in record["stages"].items():
         history = read_history(work / name / "history.jsonl")
         body += [f"<h2>{TITLES[name]}</h2>", *_grids(sorted((work / name / "grids").glob("*.png")))]
         body += [f"<div class=curves>{''.join(charts(name, history))}</div>"]
         values = [(key, value) for key, value in stage.items() if isinstance(value, int | float | str)]
         body += [f"<details><summary>The record of this stage</summary>{_table(values)}</details>"]
-    body += [*_pictures(record["pictures"])]
+    body += _pictures(record["pictures"])
     plan = html.escape(json.dumps(record["plan"], indent=2))
-    body += ["<h2>Settings</h2>", _table(settings, ("setting", "chosen", "used", "meaning"))]
+    body += ["<h2>Settings</h2>", _table(resolved_settings(record), ("setting", "chosen", "used", "meaning"))]
     body += [f"<details><summary>The plan, in full</summary><pre>{plan}</pre></details>"]
     renewed = f"<meta http-equiv=refresh content={RENEWED_EVERY}>" if running.startswith(RUNNING) else ""
     page = f"<!doctype html><html lang=en><meta charset=utf-8>{renewed}<title>Training</title><style>{STYLE}</style>"
@@ -167,10 +168,11 @@ def _pictures(pictures: Mapping[str, object]) -> list[str]:
     body = []
     if pictures["notes"]:
         body += ["<h2>Pictures changed for training</h2>", _table(pictures["notes"].items())]
-    skipped = [(one["name"], str(UnusableError(one["reason"], one["detail"]))) for one in pictures["skipped"]]
-    if skipped:
-        body += [f"<h2>Skipped files: {len(skipped):,}</h2>", _table(skipped[:MAX_SKIPPED])]
-    if len(skipped) > MAX_SKIPPED:
+    count, first = len(pictures["skipped"]), pictures["skipped"][:MAX_SKIPPED]
+    if count:
+        rows = [(one["name"], str(UnusableError(one["reason"], one["detail"]))) for one in first]
+        body += [f"<h2>Skipped files: {count:,}</h2>", _table(rows)]
+    if count > MAX_SKIPPED:
         body += [f"<p>training.json names all; here are the first {MAX_SKIPPED:,}.</p>"]
     return body
 

@@ -182,6 +182,16 @@ def test_a_page_renews_itself_only_while_the_training_runs(tmp_path: Path) -> No
         assert "Warning: too &lt;few&gt; steps" in page
 
 
+def test_the_page_names_the_first_thousand_of_many_skipped_files(tmp_path: Path) -> None:
+    skipped = [{"name": f"{i:04}.txt", "reason": "a text file", "detail": ""} for i in range(1200)]
+    many = record({})
+    many["pictures"] |= {"skipped": skipped}
+    write_report(tmp_path / "report.html", tmp_path, many)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("a text file") == 1000
+    assert all(words in page for words in ("Skipped files: 1,200", "training.json names all", "0999.txt"))
+
+
 def test_the_record_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
     earlier = record({"vqgan": VQGAN, "gpt": {"steps": 7, "minutes": 1.0}})
     earlier["settings"] = {"stage": "both", "unknown": 3}
