@@ -61,8 +61,11 @@ def dry_run(training: Training) -> None:
         log_expectation(training)
 
 
-def log_expectation(training: Training) -> None:
-    """Logs a line for each thing to expect. Takes up to two minutes for the timed steps."""
+def log_expectation(training: Training) -> float:
+    """Logs a line for each thing to expect. Takes up to two minutes for the timed steps.
+
+    Returns the minutes that encoding and stage 2 take; 0 if they were not timed.
+    """
     log.info("what to expect:")
     seconds = _timed(training)
     lines = {
@@ -75,6 +78,7 @@ def log_expectation(training: Training) -> None:
     }
     for name, text in lines.items():
         log.info("  %-9s %s", name, text)
+    return _seconds_of_stage_2(training, seconds) / 60
 
 
 def _sizes(training: Training) -> str:
@@ -99,7 +103,7 @@ def _stages(training: Training, seconds: dict[str, float]) -> dict[str, str]:
         if name == "gpt":
             lines[title] += f", after encoding {rows:,} views"
         if name in seconds:
-            duration = config.steps * seconds[name] + (rows * seconds["encoding"] if name == "gpt" else 0.0)
+            duration = _seconds_of_stage_2(training, seconds) if name == "gpt" else config.steps * seconds[name]
             total += duration
             lines[title] += f": about {_duration(duration)}, at {seconds[name]:.2g} s a step"
     if len(seconds) > 1:
@@ -107,6 +111,14 @@ def _stages(training: Training, seconds: dict[str, float]) -> dict[str, str]:
         ends = f"; max_minutes ends it after {_duration(60 * limit)}" if 0 < 60 * limit < total else ""
         lines["in all"] = f"about {_duration(total)}{ends}"
     return lines
+
+
+def _seconds_of_stage_2(training: Training, seconds: dict[str, float]) -> float:
+    """With encoding; 0 if it was not timed."""
+    if "gpt" not in seconds:
+        return 0.0
+    rows = len(training.train_paths) * training.plan.views
+    return training.plan.transformer.steps * seconds["gpt"] + rows * seconds["encoding"]
 
 
 def _duration(seconds: float) -> str:

@@ -48,7 +48,7 @@ class Machine:
     nodes: int = 1
     strategy: str = "auto"
     max_minutes: float = 0.0  # 0: until the last step
-    minutes_after: float = 0.0  # that the stages after this one may take at most; 0: there are none, or no limit
+    minutes_after: float = 0.0  # that the stages after this one take; 0: there are none, or it is not known
     save_seconds: float = 60.0  # between checkpoints
     evaluate_every: int = 0  # steps between evaluations on the held-back pictures; 0: none
     loggers: str = "auto"  # see logger_names()

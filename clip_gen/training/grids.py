@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pytorch_lightning.callbacks import Callback
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from clip_gen.files import atomic_file
 from clip_gen.images import from_bytes, to_pil
+from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.mixing import embed_prompt
+from clip_gen.prompts import parse_prompt, split_prompts
 from clip_gen.sampling.cuda_graphs import forget
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.callbacks import append_history
@@ -151,6 +154,16 @@ class SampleGrids(Grids):
     def _sample(self, gpt: GPT, conditions: Tensor) -> Tensor:
         uniforms = candidate_uniforms(self.seed, range(len(conditions)), gpt.config.block_size)
         return sample_tokens(gpt, conditions, uniforms, Sampling())
+
+
+def sample_prompts(text: str, clip: ClipEncoder) -> list[str]:
+    """The prompts of the setting; warns of those that are longer than CLIP reads."""
+    prompts = split_prompts(text)
+    parts = [part for prompt in prompts for part in parse_prompt(prompt, "a sample prompt")]
+    for part in parts if not rank_zero_only.rank else ():
+        if lost := clip.tokenize.left_out(part.text):
+            log.warning("a sample prompt is longer than CLIP reads; its end is left out: %r", lost)
+    return prompts
 
 
 def save_grid(rows: list[list[Image.Image]], path: str | Path, labels: Sequence[str]) -> None:

@@ -26,7 +26,6 @@ from clip_gen.data.sources import find_sources
 from clip_gen.files import folder_lock, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
-from clip_gen.prompts import parse_prompt, split_prompts
 from clip_gen.training import folder as training_folder
 from clip_gen.training.base import JUDGED_PICTURES, Choice, settle_base
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
@@ -37,7 +36,7 @@ from clip_gen.training.evaluations import Drawing, Evaluations, reconstruct, sam
 from clip_gen.training.expectation import log_expectation
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
-from clip_gen.training.grids import ReconstructionGrids, SampleGrids
+from clip_gen.training.grids import ReconstructionGrids, SampleGrids, sample_prompts
 from clip_gen.training.live_report import LiveReport
 from clip_gen.training.loggers import build_loggers, logger_names
 from clip_gen.training.minutes import Minutes
@@ -90,7 +89,7 @@ class Training:
             was_finished = all(self.is_finished(stage) for stage in self.stages)
             if self.is_first:
                 if not any(has_checkpoint(self.work / stage) or self.is_finished(stage) for stage in self.stages):
-                    log_expectation(self)
+                    self.minutes.expected = log_expectation(self)
                 self.measure_pictures()
                 self.announce_report(was_finished)
             self.train_stages()
@@ -268,7 +267,11 @@ class Training:
             vqgan=networks.vqgan,
             clip=networks.clip,
         )
-        callbacks = [SampleGrids(networks, held_back, self.sample_prompts(), folder, settings.seed)]
+        callbacks = [
+            SampleGrids(
+                networks, held_back, sample_prompts(settings.sample_prompts, networks.clip), folder, settings.seed
+            )
+        ]
         callbacks += self.evaluations("gpt", sample_with(networks, settings.seed))
         samples = Endless(pictures, settings.seed)
         values = self.fit("gpt", trainer, samples, held_back, callbacks, self.gpt_knows_tokens())
@@ -285,14 +288,6 @@ class Training:
         if self.settings.size != "base" or not model_folder.transformer_matches(self.base):
             return False
         return self.settings.stage == "transformer" or self.stage_record("vqgan")["tokens_kept"]
-
-    def sample_prompts(self) -> list[str]:
-        prompts = split_prompts(self.settings.sample_prompts)
-        parts = [part for prompt in prompts for part in parse_prompt(prompt, "a sample prompt")]
-        for part in parts if self.is_first else ():
-            if lost := self.networks.clip.tokenize.left_out(part.text):
-                log.warning("a sample prompt is longer than CLIP reads; its end is left out: %r", lost)
-        return prompts
 
     def encode_train_pictures(self) -> EncodedPictures:
         files, folder = self.picture_files(self.train_paths), self.work / "encoded"

@@ -18,6 +18,7 @@ class Minutes:
 
     def __init__(self, work: Path, max_minutes: float):
         self.saved, self.max_minutes, self.began = work / OUTSIDE, max_minutes, time.monotonic()
+        self.expected = 0.0  # minutes of the last stage and the encoding before it; 0: not known
 
     def outside(self) -> float:
         """Minutes of all starts outside the stages, such as on encoding."""
@@ -40,5 +41,8 @@ class Minutes:
         return max(MIN_MINUTES, self.max_minutes - self.outside() - sum(earlier))
 
     def after(self, minutes: float, is_last: bool) -> float:
-        """What is left of max_minutes for the stages after one of so many minutes; 0 if there are none or no limit."""
-        return 0.0 if is_last else max(0.0, self.max_minutes - self.outside() - minutes)
+        """What is left of max_minutes for the stages after one of so many minutes, or without a limit what is expected
+        of them; 0 if there are none.
+        """
+        left = max(0.0, self.max_minutes - self.outside() - minutes) if self.max_minutes else self.expected
+        return 0.0 if is_last else left

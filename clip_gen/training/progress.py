@@ -36,7 +36,8 @@ class Progress(Callback):
     """Step of total, pictures a second, time left, learning rate and the logged values.
 
     In a terminal it is one line, written over. Elsewhere it is a log line every `seconds` and one at the end.
-    minutes_after: that the stages after this one may take at most; 0: there are none, or their time is not limited.
+    minutes_after: that the stages after this one take, at most with a time limit and about so many without; 0: there
+    are none, or their time is not known.
     """
 
     def __init__(self, name: str, batch_size: int, limit: TimeLimit, minutes_after: float = 0.0, seconds: float = 30.0):
@@ -76,7 +77,8 @@ class Progress(Callback):
             return f"{pace}  0.0 min left"
         left = (trainer.max_steps - trainer.global_step) / self.speed if self.speed else float("inf")
         until = max(0.0, 60 * self.limit.minutes - self.limit.time_elapsed())
-        in_all = f", {until / 60 + self.minutes_after:.1f} at most in all" if self.minutes_after else ""
+        words, seconds = ("at most", until) if self.limit.minutes else ("about", left)
+        in_all = f", {words} {seconds / 60 + self.minutes_after:.1f} in all" if self.minutes_after else ""
         if self.limit.minutes and until < left:
             last_step = trainer.global_step + round(self.speed * until)
             return f"{pace}  {until / 60:.1f} min left{in_all}, until about step {last_step}"

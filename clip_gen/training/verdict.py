@@ -5,22 +5,22 @@ The verdict tells what was trained, how well it reconstructs, and whether prompt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.progress import shortage
 
-# Lower limits of PSNR in dB, and what reconstructions are like from there on. At 18 dB a base's tokens are kept
-# (decisions.py); published VQGANs reach about 20 dB on photographs.
+# What reconstructions are like from so many dB of PSNR on, if that is also so many dB better than each picture's mean
+# colour: plain pictures have a high PSNR with any VQGAN. The third are GOOD_DB and BETTER_DB of decisions.py.
+POOR = "poor: little more than blurs of colour"
 QUALITIES = (
-    (25.0, "very good: most details are kept"),
-    (21.0, "good: edges and larger details are kept"),
-    (18.0, "fair: things can be recognised, small details cannot"),
-    (15.0, "weak: only coarse shapes are kept"),
-    (0.0, "poor: little more than blurs of colour"),
+    (25.0, 15.0, "very good: most details are kept"),
+    (21.0, 10.0, "good: edges and larger details are kept"),
+    (18.0, 6.0, "fair: things can be recognised, small details cannot"),
+    (15.0, 3.0, "weak: only coarse shapes are kept"),
 )
-POOR_DB = QUALITIES[-2][0]
 FOLLOWS = 0.5  # the least share of drawings that CLIP recognises if they follow their embeddings
 
 Record = Mapping[str, object]  # as in training.json
@@ -57,17 +57,25 @@ def _settings(record: Record) -> dict[str, object]:
 
 
 def _reconstructions(record: Record) -> list[str]:
-    psnr = reconstruction_psnr(record)
+    psnr, mean_colour, quality = _quality(record)
     if psnr is None:
         return []
-    quality = next(words for least, words in QUALITIES if psnr >= least or least == 0)
-    return [f"The VQGAN gives held-back pictures back at {psnr:.1f} dB (PSNR), which is {quality}."]
+    compared = "" if mean_colour is None else f", {psnr - mean_colour:.1f} dB above their mean colours"
+    return [f"The VQGAN gives held-back pictures back at {psnr:.1f} dB (PSNR){compared}, which is {quality}."]
 
 
-def reconstruction_psnr(record: Record) -> float | None:
-    """In dB; None before the first measurement."""
-    stages = record["stages"]
-    return stages.get("vqgan", {}).get("val_psnr", stages.get("gpt", {}).get("psnr"))
+def _quality(record: Record) -> tuple[float | None, float | None, str]:
+    """PSNR of the reconstructions and of mean colours in dB, None where they were not measured, and one of the words
+    above.
+    """
+    vqgan, gpt = (record["stages"].get(name, {}) for name in ("vqgan", "gpt"))
+    psnr = vqgan.get("val_psnr", gpt.get("psnr"))
+    mean_colour = vqgan.get("val_mean_colour_psnr", gpt.get("mean_colour_psnr"))
+    if psnr is None:
+        return None, None, ""
+    gain = math.inf if mean_colour is None else psnr - mean_colour
+    reached = (words for least, least_gain, words in QUALITIES if psnr >= least and gain >= least_gain)
+    return psnr, mean_colour, next(reached, POOR)
 
 
 def _follows(record: Record) -> list[str]:
@@ -99,12 +107,12 @@ def _prompts(record: Record, is_running: bool) -> list[str]:
 
 
 def _problems(record: Record) -> list[str]:
-    gpt, psnr = record["stages"]["gpt"], reconstruction_psnr(record)
+    gpt = record["stages"]["gpt"]
     steps, planned = gpt.get("steps", 0), gpt.get("planned_steps", 0)
     few = gpt.get("ended_by") == "time" and shortage("gpt", steps, planned, 1.0, gpt.get("fine_tunes", False))
     problems = [f"the CLIP of {record['base']['name']} does not know such pictures"] if _is_strange(record) else []
     problems += [f"the transformer had {steps:,} of {planned:,} steps"] if few else []
-    problems += ["reconstructions are poor"] if psnr is not None and psnr < POOR_DB else []
+    problems += ["reconstructions are poor"] if _quality(record)[2] == POOR else []
     if gpt.get("recognised", 1.0) < FOLLOWS:
         problems += ["what is drawn hardly follows its embedding, or the pictures are much alike"]
     return problems

@@ -116,7 +116,9 @@ class VQGANTrainer(Stage):
         self.errors.append(reconstruction_errors(self.vqgan, from_bytes(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_psnr", mean_decibels(torch.cat(self.errors, dim=1))[0], sync_dist=True)
+        psnr, mean_colour = mean_decibels(torch.cat(self.errors, dim=1))
+        self.log("val_psnr", psnr, sync_dist=True)
+        self.log("val_mean_colour_psnr", mean_colour, sync_dist=True)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None, gradient_clip_algorithm: str | None

@@ -41,6 +41,7 @@ from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.grids import Grids, ReconstructionGrids, read_grid
 from clip_gen.training.live_report import LiveReport
+from clip_gen.training.minutes import Minutes
 from clip_gen.training.stage import FitConfig, Stage
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
 from clip_gen.weights.model_folder import save_part
@@ -317,7 +318,29 @@ def test_the_log_says_how_long_all_stages_take(
     with caplog.at_level(logging.INFO):
         train(tmp_path, machine=Machine(max_minutes=3, minutes_after=12))
     first = next(line for line in caplog.messages if line.startswith("toy "))
-    assert re.search(r" min left, 1[45]\.\d at most in all(, until about step \d+)?  learning rate \S+  loss ", first)
+    assert re.search(r" min left, at most 1[45]\.\d in all(, until about step \d+)?  learning rate \S+  loss ", first)
+
+
+@pytest.mark.parametrize("train", ["gpt"], indirect=True)
+def test_without_a_time_limit_the_log_says_what_is_expected_of_all_stages(
+    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.0, 0.0))  # seconds between lines
+    with caplog.at_level(logging.INFO):
+        train(tmp_path, machine=Machine(minutes_after=600))
+    first = next(line for line in caplog.messages if line.startswith("toy "))
+    assert re.search(r" min left, about 6\d\d\.\d in all  learning rate ", first)
+
+
+def test_minutes_after_a_stage_are_those_left_or_expected(tmp_path: Path) -> None:
+    limited, endless = Minutes(tmp_path, 60.0), Minutes(tmp_path, 0.0)
+    endless.expected = 45.0
+    assert limited.after(12.0, is_last=False) == pytest.approx(48, abs=0.1)
+    assert endless.after(0.0, is_last=False) == 45
+    assert limited.after(12.0, is_last=True) == endless.after(0.0, is_last=True) == 0
+    assert limited.for_stage(False, []) == pytest.approx(12)
+    assert limited.for_stage(True, [20.0]) == pytest.approx(40, abs=0.1)
+    assert endless.for_stage(True, [20.0]) == 0
 
 
 def test_the_forecast_is_one_plain_line_with_or_without_a_time_limit(

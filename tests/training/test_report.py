@@ -20,7 +20,8 @@ from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.report import evenly_spread, training_record, write_report
 from clip_gen.training.verdict import resolved_settings, verdict
 
-VQGAN = {"steps": 900, "planned_steps": 4000, "minutes": 3.0, "val_psnr": 22.3, "tokens_kept": True}
+VQGAN = {"steps": 900, "planned_steps": 4000, "minutes": 3.0, "tokens_kept": True}
+VQGAN |= {"val_psnr": 22.3, "val_mean_colour_psnr": 11.0}
 GPT = {"steps": 2000, "planned_steps": 2000, "ended_by": "steps", "minutes": 9.0, "recognised": 0.75}
 SHAPES = {"name": "shapes", "knows": "circles and squares"}
 PROMPTS_WORK = "Prompts can be expected to work"
@@ -41,7 +42,7 @@ def test_the_verdict_says_what_was_trained_on_what_and_how_well_it_reconstructs(
         "The VQGAN's decoder and the transformer of the base model shapes were trained further, on 95 pictures at "
         "16 × 16 pixels. 5 more were held back to measure on. "
     )
-    assert "back at 22.3 dB (PSNR), which is good: edges and larger details are kept." in said
+    assert "back at 22.3 dB (PSNR), 11.3 dB above their mean colours, which is good: edges and larger" in said
     assert "CLIP finds 75% nearest to the right picture." in said
     assert PROMPTS_WORK in said
     assert "knows only its own world, and nothing about other things: circles and squares." in said
@@ -63,6 +64,23 @@ def test_the_verdict_names_what_prompts_fail_by(gpt: dict[str, object], problem:
     assert said.startswith("The transformer of the base model shapes was trained further")
     assert THEY_DO_NOT + problem in said
     assert ("more max_minutes" in said) == (gpt.get("ended_by") == "time")
+
+
+@pytest.mark.parametrize(
+    ("psnr", "mean_colour", "word"),
+    [
+        (38.3, 17.0, "very good"),
+        (25.1, 17.0, "fair"),  # blurs on a plain ground
+        (20.0, 13.0, "fair"),  # a published VQGAN on photographs
+        (30.0, 28.0, "poor"),  # pale pictures
+        (14.0, 6.0, "poor"),
+    ],
+)
+def test_plain_pictures_do_not_count_as_well_reconstructed(psnr: float, mean_colour: float, word: str) -> None:
+    measured = {"val_psnr": psnr, "val_mean_colour_psnr": mean_colour}
+    assert f", which is {word}: " in verdict(record({"vqgan": VQGAN | measured, "gpt": GPT}))
+    same = GPT | {"psnr": psnr, "mean_colour_psnr": mean_colour}  # of a base's VQGAN
+    assert f", which is {word}: " in verdict(record({"gpt": same}, stage="transformer"))
 
 
 def test_a_vqgan_alone_works_with_prompts_only_if_its_tokens_were_kept() -> None:
