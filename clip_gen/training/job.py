@@ -267,11 +267,8 @@ class Training:
             vqgan=networks.vqgan,
             clip=networks.clip,
         )
-        callbacks = [
-            SampleGrids(
-                networks, held_back, sample_prompts(settings.sample_prompts, networks.clip), folder, settings.seed
-            )
-        ]
+        prompts = sample_prompts(settings.sample_prompts, networks.clip)
+        callbacks = [SampleGrids(networks, held_back, prompts, folder, settings.seed)]
         callbacks += self.evaluations("gpt", sample_with(networks, settings.seed))
         samples = Endless(pictures, settings.seed)
         values = self.fit("gpt", trainer, samples, held_back, callbacks, self.gpt_knows_tokens())
@@ -332,10 +329,9 @@ class Training:
 
     def export(self, was_finished: bool) -> None:
         """Writes the model folder, weights.tar and report.html."""
-        records = self.records
         if was_finished:
-            log_finished(self.out, records)
-        record = self.record(records) | earlier_record(self.out / "model", records)
+            log_finished(self.out, self.records)
+        record = self.record(self.records) | earlier_record(self.out / "model", self.records)
         model_folder.save_networks(self.networks, self.out / "model", record)
         pack(self.out / "model", self.out / "weights.tar")
         write_report(self.out / "report.html", self.work, record)
