@@ -281,7 +281,7 @@ def test_the_bundled_recipe_selects_informative_places_and_starts_from_the_codes
         (tmp_path / name / "settings.json").write_text(json.dumps(recipe.settings(name)))
         (tmp_path / name / "record.json").write_text("{}")
         recipe.load_or_train(name)
-        np.save(tmp_path / "encoded" / f"{name}-{recipe.fingerprint(name)}-unseen-1024.npy", unseen)
+        np.save(tmp_path / "encoded" / f"{name}-{recipe.fingerprint(name)}-unseen-{FEW}.npy", unseen)
 
     batches, step = [], GPTTrainer.training_step
 
