@@ -72,7 +72,7 @@ def closing_runs(loggers: Sequence[Logger]) -> Iterator[None]:
         yield
     finally:
         for logger in loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbLogger) and logger.version:  # a run that has begun
                 logger.experiment.finish()
 
 
