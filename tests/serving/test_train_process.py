@@ -19,6 +19,7 @@ from processes import command_lines, data_url, processes_of, trainings
 from scripts import as_inputs, run_script
 
 from clip_gen.files import ROOT
+from clip_gen.serving.cli import command_words
 from clip_gen.serving.inputs import checked
 from clip_gen.serving.request_weights import REFUSALS
 from clip_gen.serving.serve import write_schema
@@ -51,7 +52,7 @@ def test_every_input_is_an_option_of_the_command(photos: Path, capsys: pytest.Ca
     assert as_options({"crop": False, "sample_prompts": "a star|b", "base": None}) == [
         *("--no-crop", "--sample-prompts=a star|b")
     ]
-    assert not [word for word in words if word.startswith("--base")]
+    assert "--base=auto" in words
     from clip_gen.__main__ import main as command
 
     with pytest.raises(SystemExit) as exit:
@@ -95,6 +96,10 @@ def test_a_cancelled_training_ends_within_two_seconds(
 
     assert asyncio.run(cancelled()) < 2
     wait_for(lambda: not processes_of(groups[0].pid), seconds=2)
+
+
+def test_the_script_passes_a_dry_run_on(photos: Path) -> None:
+    assert command_words("train", ["-i", f"images=@{photos}", "--dry-run"])[-1] == "--dry-run"
 
 
 @pytest.fixture
