@@ -22,13 +22,17 @@ COLUMNS = ("what", "ours", "plain", "ratio", "target")
 
 @dataclass(frozen=True)
 class Figure:
-    """Our seconds, those of the plain reference if there is one, and the target if there is one."""
+    """Our seconds, those of the plain reference if there is one, and the target if there is one.
+
+    others: seconds of slower references, by what makes them slower.
+    """
 
     name: str
     ours: float
     plain: float | None = None
     min_ratio: float | None = None  # target: how many times as fast as the reference
     max_seconds: float | None = None  # or target: our seconds
+    others: dict[str, float] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -46,6 +50,8 @@ class Figure:
         cells = {"what": self.name, "ours": f"{self.ours:.4g} s"}
         if self.plain is not None:
             cells |= {"plain": f"{self.plain:.4g} s", "ratio": f"{self.ratio:.1f}×"}
+        for name, seconds in (self.others or {}).items():
+            cells[f"plain, {name}"] = f"{seconds:.4g} s, {seconds / self.ours:.1f}×"
         if self.met is not None:
             target = f"at most {self.max_seconds:g} s" if self.min_ratio is None else f"{self.min_ratio:g}× or more"
             cells["target"] = f"{target}: {'met' if self.met else 'MISSED'}"
@@ -55,7 +61,9 @@ class Figure:
 def table(figures: Sequence[Figure]) -> str:
     """A Markdown table of the figures, without empty columns."""
     rows = [figure.cells() for figure in figures]
-    return markdown(rows, [column for column in COLUMNS if any(column in row for row in rows)])
+    others = {column: None for row in rows for column in row if column not in COLUMNS}  # in their order
+    columns = [*COLUMNS[:-1], *others, COLUMNS[-1]]
+    return markdown(rows, [column for column in columns if any(column in row for row in rows)])
 
 
 def markdown(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> str:

@@ -1,13 +1,16 @@
-"""Sampling tokens, beside a plain loop without a cache that recomputes the whole sequence for every token.
+"""Sampling tokens, beside a plain float32 loop with a cache of keys and values, and one without a cache.
 
     script/bench --only sampling [--size bundled published] [--device cpu]
 
-The plain loop runs in float32 with batches of several sizes. It is timed at a few sequence lengths, and the rest is
-interpolated: a whole published picture would take minutes. The figures are seconds for a single candidate, beside the
-plain loop with a batch of one; and for each of 16 candidates, beside the plain loop with each batch size.
+The plain loops run with batches of several sizes; on a GPU the one with a cache also under torch.compile, and its
+seconds lead. The loop without a cache is timed at a few sequence lengths, and the rest is interpolated: a whole
+published picture would take minutes. The figures are seconds for a single candidate, beside the plain loops with a
+batch of one; and for each of 16 candidates, beside the plain loops with each batch size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -24,38 +27,54 @@ TIMED_LENGTHS = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # as shares of the longest s
 LARGE_BATCH = 64  # on a GPU
 # At the published size, in bfloat16, an H200 needs 84 ms to read weights and cache for all 256 tokens.
 MAX_SECONDS_ON_H200 = 3 * 0.084
-MIN_RATIOS = {("published", "cpu"): (13, 40)}  # a single candidate, each of 16
 
 
 def measure(subject: Subject) -> list[Figure]:
-    plain, ours = subject.plain.gpt, subject.ours.gpt
-    device, times = subject.device, subject.times
-    seconds_of_plain = subject.run(
-        lambda: {batch: plain_seconds(plain, device, batch, times) for batch in BATCHES[device.type]}
-    )
-    return subject.run(lambda: compare(seconds_of_plain, ours, subject), ours=True)
+    plain, ours, device, times = subject.plain.gpt, subject.ours.gpt, subject.device, subject.times
+
+    def by_batch(taken: Callable[[GPT, torch.device, int, int], float]) -> dict[int, float]:
+        return subject.run(lambda: {batch: taken(plain, device, batch, times) for batch in BATCHES[device.type]})
+
+    loops = {"compiled": by_batch(compiled_seconds)} if device.type == "cuda" else {}
+    loops |= {"with a cache": by_batch(plain_seconds), "without a cache": by_batch(seconds_without_cache)}
+    return subject.run(lambda: compare(loops, ours, subject), ours=True)
 
 
-def compare(plain: dict[int, float], gpt: GPT, subject: Subject) -> list[Figure]:
-    """Our seconds beside those of the plain loop, which are given by batch size."""
+def compare(loops: dict[str, dict[int, float]], gpt: GPT, subject: Subject) -> list[Figure]:
+    """Our seconds beside those of the plain loops, which are given by name and batch size; the first one leads."""
     device, times = subject.device, subject.times
-    min_single, min_each = MIN_RATIOS.get((subject.size, device.type), (None, None))
-    best = min(plain, key=plain.get)
-    figures = [Figure("a single candidate", our_seconds(gpt, device, 1, times), plain[1], min_single)]
+    leading, *others = loops
+
+    def figure(name: str, ours: float, batch: int) -> Figure:
+        return Figure(name, ours, loops[leading][batch], others={other: loops[other][batch] for other in others})
+
     each = our_seconds(gpt, device, 16, times)
-    for batch, taken in plain.items():
-        name = f"each of 16, plain in batches of {batch}"
-        figures.append(Figure(name, each, taken, min_each if batch == best else None))
+    figures = [figure("a single candidate", our_seconds(gpt, device, 1, times), 1)]
+    figures += [figure(f"each of 16, plain in batches of {batch}", each, batch) for batch in loops[leading]]
     if device.type == "cuda":
         limit = MAX_SECONDS_ON_H200 if subject.size == "published" and subject.on_h200 else None
+        best = [LARGE_BATCH * min(taken.values()) for taken in loops.values()]
         taken = LARGE_BATCH * our_seconds(gpt, device, LARGE_BATCH, times)
-        figures.append(Figure(f"all of {LARGE_BATCH}", taken, LARGE_BATCH * plain[best], max_seconds=limit))
+        slower = dict(zip(others, best[1:], strict=True))
+        figures.append(Figure(f"all of {LARGE_BATCH}", taken, best[0], max_seconds=limit, others=slower))
     return figures
 
 
+def plain_seconds(gpt: GPT, device: torch.device, batch: int, times: int, blocks: Callable | None = None) -> float:
+    """Seconds per candidate of the plain loop with a cache with this batch size."""
+    embedding = F.normalize(torch.randn(batch, gpt.config.embed_dim, device=device), dim=1)
+    uniforms = torch.rand(batch, gpt.config.block_size, device=device)
+    return seconds(lambda: reference.sample(gpt, embedding, uniforms, blocks), device, times) / batch
+
+
+def compiled_seconds(gpt: GPT, device: torch.device, batch: int, times: int) -> float:
+    torch.compiler.reset()
+    return plain_seconds(gpt, device, batch, times, torch.compile(reference.cached_blocks, mode="reduce-overhead"))
+
+
 @torch.inference_mode()
-def plain_seconds(gpt: GPT, device: torch.device, batch: int, times: int) -> float:
-    """Seconds per candidate of the plain loop with this batch size."""
+def seconds_without_cache(gpt: GPT, device: torch.device, batch: int, times: int) -> float:
+    """Seconds per candidate of the plain loop without a cache with this batch size."""
     embedding = F.normalize(torch.randn(batch, gpt.config.embed_dim, device=device), dim=1)
     uniform = torch.rand(batch, device=device)
     longest = gpt.config.block_size - 1
