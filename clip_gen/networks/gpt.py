@@ -227,17 +227,19 @@ class GPT(nn.Module):
         if self.around is not None:
             outside = self.config.codebook_size
             tokens = F.pad(tokens, (0, self.config.block_size + 1 - tokens.shape[1]), value=outside)
-            return self._neighbour_inputs(prefix, tokens, self.neighbour_positions[positions])
+            return self.neighbour_inputs(prefix, tokens, self.neighbour_positions[positions])
         previous = tokens if isinstance(positions, slice) else tokens.gather(1, positions[:, 1:] - 1)
         return torch.cat([prefix[:, None], self.token_embedding(previous)], dim=1)
 
-    def _neighbour_inputs(self, prefix: Tensor, tokens: Tensor, neighbours: Tensor) -> Tensor:
+    def neighbour_inputs(self, prefix: Tensor, tokens: Tensor, neighbours: Tensor) -> Tensor:
         """The inputs (B, K, n_embd) of K positions with these neighbours, (K, 4) or (B, K, 4).
 
         tokens: (B, T + 1), with codebook_size where no token is known, and at T.
         """
         neighbours = neighbours.expand(len(tokens), -1, -1)
         tokens = tokens.gather(1, neighbours.flatten(1)).view(neighbours.shape)
+        if self.neighbour_table is not None:
+            return prefix[:, None] + F.embedding(tokens + self.neighbour_starts, self.neighbour_table).sum(dim=2)
         inside = tokens < self.config.codebook_size
         embedded = self.token_embedding(tokens.clamp(max=self.config.codebook_size - 1))
         embedded = torch.where(inside[..., None], embedded, self.outside)  # (B, K, 4, n_embd)
@@ -269,18 +271,20 @@ class GPT(nn.Module):
         """As `step`, from the next position's input (B, n_embd)."""
         x = x + self.position_embedding.weight[cache.position]
         if cache.sketched is not None:
-            x = x + cache.sketched[:, cache.position][:, 0]
-        rotation = None if self.rotation is None else self.rotation[:, cache.position].to(self.dtype).unbind()
+            x = x + cache.sketched_here()
+        rotation = None
+        if self.rotation is not None:
+            rotation = self.rotation[:, cache.position, None, None].to(self.dtype).unbind()  # (1 or B, 1, 1, D) each
         for layer, block in enumerate(self.blocks):
             x = block.step(x, rotation, cache, layer)
         cache.advance()
         return self.head(self.ln_f(x))
 
     def neighbour_input(self, position: slice | Tensor, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """The input (B, n_embd) of a single position, (1,); tokens as in `_neighbour_inputs`."""
+        """The input (B, n_embd) of a single position, (1,); tokens as in `neighbour_inputs`."""
         neighbours = self.neighbour_positions[position]  # (1, 4)
         if self.neighbour_table is None:
-            return self._neighbour_inputs(prefix, tokens, neighbours)[:, 0]
+            return self.neighbour_inputs(prefix, tokens, neighbours)[:, 0]
         indices = tokens.index_select(1, neighbours[0]) + self.neighbour_starts
         return prefix + F.embedding(indices, self.neighbour_table).sum(dim=1)
 

@@ -35,6 +35,10 @@ class KVCache:
         """The next position, as an index of length 1."""
         return slice(self.length, self.length + 1)
 
+    def sketched_here(self) -> Tensor:
+        """What the sketch adds to the inputs of a step, (B, n_embd)."""
+        return self.sketched[:, self.position][:, 0]
+
     def advance(self) -> None:
         self.length += 1
 
@@ -82,9 +86,9 @@ class EmbeddingBagCache(KVCache):
         self.new_values[layer].copy_(value)
         keys, values = self.tables[layer]
         torch.mul(query.unsqueeze(2), self.scale, out=self.query)
-        scores = _bag_sums(keys, self.key_indices, self.key_offsets, self.flat_query)
+        scores = bag_sums(keys, self.key_indices, self.key_offsets, self.flat_query)
         shares = scores.view(len(self.value_rows), -1).narrow(1, 0, self.prepared_length).softmax(dim=1)
-        output = _bag_sums(values, self.value_indices, self.value_offsets, shares.view(-1))
+        output = bag_sums(values, self.value_indices, self.value_offsets, shares.view(-1))
         return output.view(value.shape).to(value.dtype)
 
     def _prepare(self, length: int) -> None:
@@ -105,5 +109,6 @@ class EmbeddingBagCache(KVCache):
         self.prepared_length = length
 
 
-def _bag_sums(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+def bag_sums(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Sums of rows of a table, each multiplied with its weight: one for each bag, which begins at an offset."""
     return torch.embedding_bag(table, indices, offsets, mode=0, per_sample_weights=weights)[0]

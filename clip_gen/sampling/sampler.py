@@ -11,6 +11,7 @@ from torch import Tensor
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.batch_sizes import pad_rows, padded_batch_size
 from clip_gen.sampling.cuda_graphs import RecordedSteps, has_kernels
+from clip_gen.sampling.windows import Window, WindowSteps, window_length
 from clip_gen.validation import check_sampling
 
 MIN_TEMPERATURE = 1e-4  # below it sampling is greedy, because dividing by less overflows
@@ -152,7 +153,16 @@ class Batch:
             prefixes.append(gpt.prefix(pad_rows(negative, rows)))
         self.width = rows if recorded else len(uniforms)
         prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
-        self.steps = RecordedSteps(gpt, prefix) if recorded else GrowingSteps(gpt, prefix, rows * self.passes)
+        window = 1 if recorded else window_length(gpt, len(uniforms), self.passes)
+        self.window: Window | None = None
+        if recorded:
+            self.steps = RecordedSteps(gpt, prefix)
+        elif window == 1:
+            self.steps = GrowingSteps(gpt, prefix, rows * self.passes)
+        else:
+            self.width = window  # rows of the logits
+            self.window = Window(self.tokens, window, self.kept and self.kept.tokens)
+            self.steps = WindowSteps(gpt, pad_rows(prefix, rows * self.passes), self.passes, window)
 
     @property
     def done(self) -> bool:
@@ -160,36 +170,53 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Samples the next token of every row."""
+        """Samples the next token of every row; of a single candidate sometimes several."""
+        if self.window is not None:
+            positions = self.window.move()
+            self.window.accept(positions, self._draw(self.steps(self.tokens, positions.start), positions))
+            self.length = self.window.final
+            return
         t = self.length
         last = pad_rows(self.tokens[:, t - 1], self.width) if t else None
         if last is not None and self.passes > 1:
             last = last.repeat(self.passes)
-        logits = [rows[: len(self.tokens)].float() for rows in self.steps(last).chunk(self.passes)]
-        chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
-        drawn = draw(filtered_probabilities(chosen, self.sampling), self.uniforms[:, t])
-        self.tokens[:, t] = drawn if self.kept is None else self.kept.replace(drawn, logits[0], t)
+        self.tokens[:, t : t + 1] = self._draw(self.steps(last), slice(t, t + 1))
         self.length += 1
+
+    def _draw(self, rows: Tensor, positions: slice) -> Tensor:
+        """The tokens (B, W) at these positions, from the logits (B · W, V) of every pass, which may be padded."""
+        uniforms = self.uniforms[:, positions]
+        logits = [rows[: uniforms.numel()].float() for rows in rows.chunk(self.passes)]
+        chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
+        drawn = draw(filtered_probabilities(chosen, self.sampling), uniforms.flatten()).view(uniforms.shape)
+        return drawn if self.kept is None else self.kept.replace(drawn, logits[0], positions)
 
 
 class KeptTokens:
     """Tokens (B, T) of a batch that are taken as they are, -1 where one is sampled, and how likely they are."""
 
     def __init__(self, tokens: Tensor):
-        self.tokens, self.are_kept = tokens, tokens >= 0
-        self.follow = self.are_kept & ((~self.are_kept).cumsum(dim=1) > 0)  # a sampled token
-        self.sums = torch.zeros(len(tokens), device=tokens.device)
+        self.tokens = tokens
+        are_kept = tokens >= 0
+        self.follow = are_kept & ((~are_kept).cumsum(dim=1) > 0)  # a sampled token
+        self.likelihoods = torch.zeros(tokens.shape, device=tokens.device)
 
-    def replace(self, drawn: Tensor, logits: Tensor, t: int) -> Tensor:
-        """The tokens (B,) at position t: the kept ones, elsewhere the drawn ones; logits: (B, V), without guidance."""
-        likelihoods = logits.log_softmax(dim=1).gather(1, self.tokens[:, t, None].clamp(min=0))[:, 0]
-        self.sums += torch.where(self.follow[:, t], likelihoods, 0.0)
-        return torch.where(self.are_kept[:, t], self.tokens[:, t], drawn)
+    def replace(self, drawn: Tensor, logits: Tensor, positions: slice) -> Tensor:
+        """The tokens (B, W) at these positions: the kept ones, elsewhere the drawn ones (B, W).
+
+        logits: (B · W, V), without guidance.
+        """
+        tokens = self.tokens[:, positions]
+        likelihoods = logits.log_softmax(dim=1).gather(1, tokens.clamp(min=0).reshape(-1, 1))
+        self.likelihoods[:, positions] = likelihoods.view(tokens.shape)
+        return torch.where(tokens < 0, drawn, tokens)
 
     @property
     def likelihood(self) -> Tensor:
         """The mean log-likelihood, in nats, of the kept tokens that follow a sampled one, (B,); 0 if there are none."""
-        return self.sums / self.follow.sum(dim=1).clamp(min=1)
+        # Not sum(dim=1): its rounding may depend on the number of rows.
+        sums = torch.where(self.follow, self.likelihoods, 0.0).cumsum(dim=1)[:, -1]
+        return sums / self.follow.sum(dim=1).clamp(min=1)
 
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:
