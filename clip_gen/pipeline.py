@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.hardware import choose_device, choose_dtype, one_thread, tensor_float32
+from clip_gen.hardware import choose_device, choose_dtype, one_thread, prefers_bfloat16, tensor_float32
 from clip_gen.images import resized_square, to_pil, to_tensor
 from clip_gen.networks.mixing import embed_prompt, slerp
 from clip_gen.prompts import parse_prompt
@@ -80,6 +80,7 @@ class ClipGen:
     """A loaded model folder: text or a picture in, pictures out."""
 
     source: WeightsFolder | None = None  # keeps its files, because the weights are memory-mapped from them
+    decodes_in_bfloat16 = False  # half the time for whole images; their difference from float32 is 40 dB below white
     loaded = "networks from elsewhere"  # or the parts with their sizes, and the seconds it took to load them
 
     def __init__(self, networks: Networks, device: torch.device, warnings: Sequence[str] = ()):
@@ -102,14 +103,17 @@ class ClipGen:
         weights: a model folder, a training's folder, a weights tar, a zip of a model folder, or a URL of a tar or zip.
         device: cpu, cuda, or auto for cuda if there is a GPU.
         dtype: of the transformer's matrices: float32, bfloat16, on an x86 CPU also float16, or auto for the fastest on
-        this hardware. Default: CLIP_GEN_DTYPE, else auto.
+        this hardware. Default: CLIP_GEN_DTYPE, else auto. Unless it is float32, a CPU that multiplies bfloat16 decodes
+        whole images in it.
         """
         started, chosen = time.monotonic(), choose_device(device)
+        matrices = choose_dtype(dtype, chosen)
         source = weights if isinstance(weights, WeightsFolder) else open_weights(weights)
         with one_thread():
             networks = load_networks(source.path, chosen)
-            networks.gpt.cast_for_inference(choose_dtype(dtype, chosen))
-            if chosen.type == "cpu" and networks.config.vqgan.patch == 1:
+            networks.gpt.cast_for_inference(matrices)
+            whole_images = chosen.type == "cpu" and networks.config.vqgan.patch == 1
+            if whole_images:
                 # A seventh faster for whole images, but a third slower for patches.
                 networks.vqgan.decoder.to(memory_format=torch.channels_last)
         problem = transformer_mismatch(source.path)
@@ -117,6 +121,8 @@ class ClipGen:
             log.warning("%s: %s", source.path, problem)
         model = cls(networks, chosen, [f"this model: {problem}"] if problem else [])
         model.source = source
+        fast = prefers_bfloat16(chosen, large_products=True)
+        model.decodes_in_bfloat16 = whole_images and matrices != torch.float32 and fast
         parts = ("clip", "vqgan", "gpt")
         sizes = [f"{part} {(source.path / f'{part}.safetensors').stat().st_size / 1e6:.1f} MB" for part in parts]
         model.loaded = f"{', '.join(sizes)} in {time.monotonic() - started:.1f} seconds"
@@ -322,7 +328,8 @@ class ClipGen:
         whole images. ValueError for a product that is not finite.
         """
         with tensor_float32(self.device, self.gpt.dtype != torch.float32):
-            images = self.vqgan.decode(tokens)
+            with torch.autocast("cpu", torch.bfloat16, self.decodes_in_bfloat16):
+                images = self.vqgan.decode(tokens).float()
             # Not strict: whole images and rows that pad the batch have no inpainting.
             for image, inpainting in zip(images, inpaintings, strict=False):
                 if inpainting is not None:

@@ -326,6 +326,25 @@ def test_whole_images_are_decoded_channels_last(tmp_path: Path, patch: int) -> N
         assert torch.allclose(loaded.decode(tokens), plain.decode(tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("patch", [1, 4])
+def test_whole_images_are_decoded_in_bfloat16_by_a_cpu_that_multiplies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: int
+) -> None:
+    vqgan = replace(TINY.vqgan, patch=patch, ch_mult=(1, 1, 1) if patch == 1 else (1,))
+    save_networks(build(replace(TINY, vqgan=vqgan)), tmp_path / "model", {})
+    tokens = torch.randint(0, vqgan.codebook_size, (1, vqgan.grid**2), generator=torch.Generator().manual_seed(0))
+
+    def images(has_bfloat16: bool, dtype: str | None = None) -> torch.Tensor:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bfloat16})
+        return ClipGen.load(tmp_path / "model", "cpu", dtype).decode_and_score(tokens, torch.ones(1, 16))[0]
+
+    exact, rounded = images(False), images(True)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(images(True, "float32"), exact)
+    assert torch.equal(rounded, exact) == (patch == 4)
+    assert torch.allclose(rounded, exact, atol=0.05)
+
+
 def test_bfloat16_logits_are_close_to_float32(tiny_model_folder: Path) -> None:
     exact, bfloat16 = (ClipGen.load(tiny_model_folder, "cpu", dtype).gpt for dtype in ("float32", "bfloat16"))
     embedding = torch.nn.functional.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)

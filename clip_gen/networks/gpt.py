@@ -282,11 +282,7 @@ class GPT(nn.Module):
 
     def neighbour_input(self, position: slice | Tensor, prefix: Tensor, tokens: Tensor) -> Tensor:
         """The input (B, n_embd) of a single position, (1,); tokens as in `neighbour_inputs`."""
-        neighbours = self.neighbour_positions[position]  # (1, 4)
-        if self.neighbour_table is None:
-            return self.neighbour_inputs(prefix, tokens, neighbours)[:, 0]
-        indices = tokens.index_select(1, neighbours[0]) + self.neighbour_starts
-        return prefix + F.embedding(indices, self.neighbour_table).sum(dim=1)
+        return self.neighbour_inputs(prefix, tokens, self.neighbour_positions[position])[:, 0]
 
     def new_cache(self, prefix: Tensor, rows: int | None = None) -> KVCache:
         """The cache of a new batch. prefix: (B, n_embd). rows: how many of the rows are no padding; None: all."""
