@@ -153,7 +153,7 @@ class Batch:
             prefixes.append(gpt.prefix(pad_rows(negative, rows)))
         self.width = rows if recorded else len(uniforms)
         prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
-        window = 1 if recorded else window_length(gpt, len(uniforms), self.passes)
+        window = 1 if recorded else window_length(gpt, *uniforms.shape, self.passes)
         self.window: Window | None = None
         if recorded:
             self.steps = RecordedSteps(gpt, prefix)

@@ -24,8 +24,8 @@ WINDOWS = {"small": (8, 6, 4), "large": (4, 5, 6)}
 LARGE_WIDTH = 512
 
 
-def window_length(gpt: GPT, candidates: int, passes: int) -> int:
-    """How many positions to compute in one step; 1 where windows are not faster.
+def window_length(gpt: GPT, candidates: int, length: int, passes: int) -> int:
+    """How many of `length` positions to compute in one step; 1 where windows are not faster.
 
     They are for a single candidate: two take as long as in single steps, since the slower one counts. A step's products
     have as many rows as positions, so this takes a number that gives a row the same bits as any other. Attention gives
@@ -35,8 +35,7 @@ def window_length(gpt: GPT, candidates: int, passes: int) -> int:
         return 1
     stable = [size for size in bitwise_stable_sizes(gpt) if size <= STANDARD_ROWS]
     windows = WINDOWS["large" if gpt.config.n_embd >= LARGE_WIDTH else "small"]
-    longest = gpt.config.block_size
-    return next((window for window in windows if window <= longest and window * passes in stable), 1)
+    return next((window for window in windows if window <= length and window * passes in stable), 1)
 
 
 class WindowCache(EmbeddingBagCache):

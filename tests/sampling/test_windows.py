@@ -99,12 +99,12 @@ def test_tokens_up_to_the_length_never_change() -> None:
 
 def test_a_single_candidate_in_float16_on_a_cpu_has_windows() -> None:
     gpt = network()
-    assert 4 <= window_length(gpt, 1, 2) <= window_length(gpt, 1, 1) <= 8
-    assert window_length(network(n_embd=512), 1, 1) <= 6
-    assert window_length(gpt, 2, 1) == 1
-    assert window_length(network(block_size=1), 1, 1) == 1
+    assert 4 <= window_length(gpt, 1, 100, 2) <= window_length(gpt, 1, 100, 1) <= 8
+    assert window_length(network(n_embd=512), 1, 100, 1) <= 6
+    assert window_length(gpt, 2, 100, 1) == 1
+    assert window_length(gpt, 1, 3, 1) == 1
     for dtype in (torch.float32, torch.bfloat16):
-        assert window_length(GPT(TINY.gpt).cast_for_inference(dtype), 1, 1) == 1
+        assert window_length(GPT(TINY.gpt).cast_for_inference(dtype), 1, 16, 1) == 1
 
 
 def test_the_bundled_model_takes_fewer_steps_than_tokens(single_steps: pytest.MonkeyPatch) -> None:
