@@ -62,16 +62,16 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def prefers_bfloat16(device: torch.device, large_products: bool = False) -> bool:
+def prefers_bfloat16(device: torch.device, training: bool = False) -> bool:
     """Whether products are faster in bfloat16 than in float32: on a GPU that supports it, and on a CPU with AMX.
 
-    A CPU with AVX512_BF16 counts for large products only: those of training and of decoding large images are faster
-    there (208 GFLOP/s on one core of an EPYC 9004, against 78), but the small ones of sampling are not.
+    A CPU with AVX512_BF16 counts in training only, and in decoding large images: their large products are faster there
+    (208 GFLOP/s on one core of an EPYC 9004, against 78), but the small ones of sampling are not.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or (large_products and capabilities.get("avx512_bf16")))
+    return bool(capabilities.get("amx_bf16") or (training and capabilities.get("avx512_bf16")))
 
 
 def supports_float16() -> bool:

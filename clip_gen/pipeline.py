@@ -121,7 +121,7 @@ class ClipGen:
             log.warning("%s: %s", source.path, problem)
         model = cls(networks, chosen, [f"this model: {problem}"] if problem else [])
         model.source = source
-        fast = prefers_bfloat16(chosen, large_products=True)
+        fast = prefers_bfloat16(chosen, training=True)  # the products are as large as in training
         model.decodes_in_bfloat16 = whole_images and matrices != torch.float32 and fast
         parts = ("clip", "vqgan", "gpt")
         sizes = [f"{part} {(source.path / f'{part}.safetensors').stat().st_size / 1e6:.1f} MB" for part in parts]

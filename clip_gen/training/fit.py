@@ -162,7 +162,7 @@ def lightning_precision(config: FitConfig) -> str:
     """The number format in Lightning's terms, with auto resolved for this machine."""
     if config.precision != "auto":
         return config.precision
-    return "bf16-mixed" if prefers_bfloat16(choose_device(), large_products=True) else "32-true"
+    return "bf16-mixed" if prefers_bfloat16(choose_device(), training=True) else "32-true"
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """(n, rows, columns) with all singular values brought to 1, within about a third, by the Newton-Schulz iteration
     with the coefficients of the Muon post, which trade exactness for speed.
     """
-    x = matrices.bfloat16() if prefers_bfloat16(matrices.device, large_products=True) else matrices.float()
+    x = matrices.bfloat16() if prefers_bfloat16(matrices.device, training=True) else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -684,7 +684,7 @@ def test_a_compiled_stage_has_the_losses_of_an_uncompiled_one(
     train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Muon's rounding to bfloat16 would enlarge differences in the last bits.
-    monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, large_products: False)
+    monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, training: False)
     plain, compiled = (
         train(tmp_path / str(compile), replace(CONFIG, steps=5, precision="32-true", compile=compile))
         for compile in (False, True)

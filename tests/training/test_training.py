@@ -161,7 +161,7 @@ def test_muon_updates_the_matrices_of_blocks_and_adamw_the_rest() -> None:
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_steps_like_torchs(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's always uses bfloat16, so in float32 ours differs by that rounding."""
-    monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, large_products: bfloat16)
+    monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, training: bfloat16)
     torch.manual_seed(0)
     ours = GPT(TINY.gpt).eval()
     theirs, before = deepcopy(ours), deepcopy(ours.blocks.state_dict())
@@ -191,7 +191,7 @@ def test_cpus_that_multiply_bfloat16_train_in_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
     monkeypatch.setattr("clip_gen.hardware.supports_float16", lambda: sampling_dtype is not None)
-    assert prefers_bfloat16(torch.device("cpu"), large_products=True) is trains_in_bfloat16
+    assert prefers_bfloat16(torch.device("cpu"), training=True) is trains_in_bfloat16
     assert choose_dtype("auto", torch.device("cpu")) == (sampling_dtype or torch.float32)
 
 
@@ -199,7 +199,7 @@ def test_cpus_that_multiply_bfloat16_train_in_it(
 def test_singular_values_become_nearly_one_for_any_shape(
     shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, large_products: False)
+    monkeypatch.setattr(stage_module, "prefers_bfloat16", lambda device, training: False)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result = orthogonal(matrices)
     u, values, v = torch.linalg.svd(matrices, full_matrices=False)
