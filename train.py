@@ -93,6 +93,12 @@ async def train(
     crop: bool = Input(description="Train on random crops too.", default=True),
     flip: bool = Input(description="Train on mirrored pictures too. Turn it off for text and faces.", default=True),
     shift: bool = Input(description="Move drawings and logos over their plain background.", default=False),
+    drop_similar: float = Input(
+        description="Drop pictures whose CLIP embedding has this cosine, or more, with another's. 0: keep all.",
+        default=0.0,
+        ge=0,
+        le=1,
+    ),
     letterbox: bool = Input(
         description="Show pictures whole, with bars, instead of cutting squares out of them.", default=False
     ),

@@ -15,6 +15,7 @@ from benchmarks import (
     published_size,
     speed,
     steering,
+    streaming,
 )
 
 BENCHMARKS = {
@@ -26,6 +27,7 @@ BENCHMARKS = {
     "masks": (masks.main, "one of two objects replaced by another, under a mask"),
     "previews": (previews.main, "how much progress and previews slow down drawing"),
     "steering": (steering.main, "image prompts, negative prompts and weights, graded by the judge"),
+    "streaming": (streaming.main, "memory and disk of a training on WebDataset shards larger than both"),
     "published-size": (published_size.main, "seconds and memory of the published model's size"),
 }
 

@@ -50,7 +50,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests.append((self.path, self.headers["Range"]))
         way = self.server.plan.pop(0) if self.server.plan else "well"
-        name = self.path.rpartition("/")[2]
+        name = self.path.partition("?")[0].rpartition("/")[2]
         if isinstance(way, int) or name not in self.server.files:
             self.send_error(way if isinstance(way, int) else 404)
             return

@@ -75,7 +75,7 @@ def unpack(source: Path | Sequence[Path], folder: Path, limits: Limits = LIMITS,
         with _writing(folder):
             for file, path in zip(chosen, paths, strict=True):
                 os.rename(file.path, part / path.name)
-            pictures.write_index(part)
+            pictures.write_index(part, folder)
             os.replace(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

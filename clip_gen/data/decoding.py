@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import warnings
@@ -55,7 +56,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(
-    path: Path,
+    path: Path | bytes,
     min_side: int = 1,
     max_aspect: float = math.inf,
     max_pixels: int = MAX_PIXELS,
@@ -65,11 +66,12 @@ def decode(
 
     A JPEG of more than `max_pixels` is decoded at a half, a quarter or an eighth of its size. So is one that still is
     at least `wanted_side` pixels wide and high. UnusableError if the file is not a picture, is damaged, or is too
-    small, thin or large. OSError if there is no file.
+    small, thin or large. OSError if there is no file. path: of the file, or its content.
     """
     _silence_pillow()
-    with path.open("rb") as file:
-        kind = kind_of(file.read(HEAD_BYTES), path.name)
+    is_content = isinstance(path, bytes)
+    with io.BytesIO(path) if is_content else path.open("rb") as file:
+        kind = kind_of(file.read(HEAD_BYTES), "" if is_content else path.name)
         file.seek(0)
         try:
             with _opened(file, kind) as image:

@@ -33,6 +33,7 @@ MACHINE = {
     "devices": "Number of GPUs, or of processes without a GPU.",
     "nodes": "Number of machines that train together.",
     "strategy": "One of Lightning's strategies, by name. Tested: auto and ddp, on CPUs.",
+    "shard_gb": "Gigabytes of small copies of shards' pictures that are kept on the disk, for stage 1.",
     "save_seconds": "Seconds between checkpoints.",
     "loggers": "Where curves and samples go beside the report: csv, tensorboard, wandb, some of them between commas, "
     "auto (CSV, and TensorBoard if it is installed) or none.",

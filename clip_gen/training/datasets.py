@@ -7,12 +7,12 @@ machines and after any number of restarts: all its randomness is drawn from (see
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil, isqrt
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.data.decoding import load_picture
 from clip_gen.hardware import release_memory, spare_cores
-from clip_gen.images import REDUCING_GAP, letterboxed, resized_square
 from clip_gen.networks.bridge import add_noise
+from clip_gen.training.squares import Squares
 
 MAX_HELD_BACK = 512  # pictures
 ORDER_STREAM, AUGMENT_STREAM = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
 NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
 MAX_SAMPLED = 2000  # images that enough_places looks at
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent ends
-MAX_GROUND_NOISE = 12  # levels of 255 by which a plain background may vary, as after JPEG compression
 
 
 def split_pictures(paths: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
@@ -77,42 +76,6 @@ class Endless(Dataset):
         return self.pictures.draw(int(self.order[index]), np.random.default_rng([self.seed, AUGMENT_STREAM, number]))
 
 
-@dataclass(frozen=True)
-class Squares:
-    """How a picture becomes (S, S, 3) uint8: `centre` takes the central square, `draw` a random one.
-
-    crop: the smallest crop, as a fraction of the shorter side; 1 for no crops. shift: see `shifted`. letterbox: the
-    whole picture with bars instead of a square of it; it is not cropped.
-    """
-
-    resolution: int
-    crop: float = 0.8
-    flip: bool = True
-    shift: bool = False
-    letterbox: bool = False
-
-    @property
-    def wanted_side(self) -> int:
-        """The side from which on a JPEG may be decoded at a smaller scale, since it would be reduced here."""
-        return ceil(REDUCING_GAP * self.resolution / self.crop)
-
-    def centre(self, picture: Image.Image) -> np.ndarray:
-        return self._square(picture, share=1.0, x=0.5, y=0.5)
-
-    def draw(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        # All numbers are drawn with any settings, so changing one setting leaves the other numbers the same.
-        share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
-        down, right = rng.random(2)
-        pixels = self._square(picture, share, x, y) if self.crop < 1 else self.centre(picture)
-        pixels = shifted(pixels, down, right) if self.shift else pixels
-        return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
-
-    def _square(self, picture: Image.Image, share: float, x: float, y: float) -> np.ndarray:
-        if self.letterbox:
-            return np.array(letterboxed(picture, self.resolution))
-        return np.array(resized_square(picture, self.resolution, share, x, y))
-
-
 class PictureFiles(Dataset):
     """Pictures on disk as (S, S, 3) uint8, by Squares(resolution, crop, ...): item i is centred, `draw` is random."""
 
@@ -132,23 +95,6 @@ class PictureFiles(Dataset):
         return load_picture(self.paths[index], self.squares.wanted_side)
 
 
-def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
-    """Moves the content of (S, S, 3) uint8 pixels on their plain background; down and right in [0, 1] say where to.
-
-    The content stays whole and at least as far from the edges as before, or a 32nd of the side. If the background is
-    not plain along two opposite edges, nothing moves between them.
-    """
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    content = (np.abs(pixels - ground) > MAX_GROUND_NOISE).any(axis=2)
-    moves = []
-    for lines, target in ((content.any(axis=1), down), (content.any(axis=0), right)):
-        filled = np.flatnonzero(lines)
-        before, after = (filled[0], len(lines) - 1 - filled[-1]) if len(filled) else (0, 0)
-        margin = min(before, after, max(1, len(lines) // 32))
-        moves.append(round((before + after - 2 * margin) * target) - (before - margin) if margin else 0)
-    return np.roll(pixels, moves, axis=(0, 1))
-
-
 class Views(Dataset):
     """Each picture in `count` random variants: item v · n + i is view v of picture i of n."""
 
@@ -160,6 +106,36 @@ class Views(Dataset):
 
     def __getitem__(self, row: int) -> object:
         return self.pictures.draw(row % len(self.pictures), np.random.default_rng([self.seed, AUGMENT_STREAM, row]))
+
+
+class JoinedRows:
+    """Arrays of equal rows, one after the other, whose rows are read by number, slice or numbers as from one array."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = arrays
+        self.ends = np.cumsum([len(array) for array in arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        numbers = np.array(range(len(self))[rows]) if isinstance(rows, slice) else np.asarray(rows)
+        # A row's number minus the end of its array is negative, and counts from that end.
+        of_array = np.searchsorted(self.ends, numbers, side="right")
+        if numbers.ndim == 0:
+            return self.arrays[of_array][numbers - self.ends[of_array]]
+        result = np.empty((len(numbers), *self.arrays[0].shape[1:]), self.arrays[0].dtype)
+        for number in np.unique(of_array):
+            chosen = of_array == number
+            result[chosen] = self.arrays[number][numbers[chosen] - self.ends[number]]
+        return result
+
+
+def open_rows(path: Path) -> np.ndarray | JoinedRows:
+    """The rows of a .npy, or of the .npy files that a .json lists; they stay on the disk."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    return JoinedRows([np.load(path.parent / name, mmap_mode="r") for name in json.loads(path.read_text())["files"]])
 
 
 class EncodedPictures(Dataset):
@@ -191,7 +167,7 @@ class EncodedPictures(Dataset):
         places: int = 0,
     ):
         self.embeddings, self.tokens, self.near_misses, self.neighbours = (
-            path and np.load(path, mmap_mode="r") for path in (embeddings, tokens, near_misses, neighbours)
+            path and open_rows(path) for path in (embeddings, tokens, near_misses, neighbours)
         )
         self.rows = min(len(self.embeddings), len(self.tokens))
         self.pictures = min(pictures or self.rows, self.rows)
@@ -250,12 +226,13 @@ def informative(tokens: np.ndarray) -> np.ndarray:
     return differs.reshape(tokens.shape)
 
 
-def enough_places(tokens: np.ndarray) -> int:
+def enough_places(tokens: np.ndarray | JoinedRows) -> int:
     """How many positions of tokens (N, T) to train on at a time: about the informative ones and an eighth of all; 0 for
     all, if leaving some out would save little.
     """
-    count = -(-(informative(tokens[:MAX_SAMPLED]).sum(axis=1).mean() + tokens.shape[1] / 8) // 16) * 16
-    return int(count) if count <= 0.75 * tokens.shape[1] else 0
+    some = tokens[:MAX_SAMPLED]
+    count = -(-(informative(some).sum(axis=1).mean() + some.shape[1] / 8) // 16) * 16
+    return int(count) if count <= 0.75 * some.shape[1] else 0
 
 
 def drawn_places(tokens: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

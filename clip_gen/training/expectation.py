@@ -50,7 +50,7 @@ def dry_run(training: Training) -> None:
     training.load_base()
     claim(training.out)
     with folder_lock(training.work, f"{training.out} is in use by another training; wait for it to end"):
-        training.pictures = unpack_once(training.images, training.out)
+        training.pictures = unpack_once(training.images, training.out, training.settings, training.machine.shard_gb)
         settle_base(training, is_dry=True)
         if training.choice and (files := training.choice.files()):
             log.info("to download: %s", ", ".join(map(str, files)))
@@ -93,7 +93,7 @@ def _sizes(training: Training) -> str:
 def _stages(training: Training, seconds: dict[str, float]) -> dict[str, str]:
     """A line for each step of the training, and for all of them if they were timed."""
     plan, lines, total = training.plan, {}, 0.0
-    rows = len(training.train_paths) * plan.views
+    rows = training.pictures.estimated or len(training.train_paths) * plan.views
     for name, title in (("vqgan", "stage 1"), ("gpt", "stage 2")):
         if name not in training.stages:
             continue
@@ -152,7 +152,8 @@ def _disk(training: Training) -> str:
     parameters = {name: _count(getattr(networks, name)) for name in ("clip", "vqgan", "gpt")}
     trained = [parameters[name] for name in training.stages]
     a_row = 2 * model.clip.embed_dim + 2 * model.gpt.block_size + 4 * MAX_NEIGHBOURS
-    encoded = len(training.train_paths) * training.plan.views * a_row if "gpt" in training.stages else 0
+    rows = training.pictures.estimated or len(training.train_paths) * training.plan.views
+    encoded = rows * a_row if "gpt" in training.stages else 0
     pictures = sum(path.stat().st_size for path in training.pictures.paths)
     needed = pictures + encoded + CHECKPOINT_BYTES * max(trained) + WEIGHTS_BYTES * sum(parameters.values())
     return f"{_size(needed)} in all, {_size(shutil.disk_usage(training.out).free)} free"

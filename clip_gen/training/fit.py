@@ -50,6 +50,7 @@ class Machine:
     max_minutes: float = 0.0  # 0: until the last step
     minutes_after: float = 0.0  # that the stages after this one take; 0: there are none, or it is not known
     save_seconds: float = 60.0  # between checkpoints
+    shard_gb: float = 1.5  # of shards' pictures that are kept on the disk
     evaluate_every: int = 0  # steps between evaluations on the held-back pictures; 0: none
     loggers: str = "auto"  # see logger_names()
 

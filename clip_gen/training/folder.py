@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 
 from clip_gen import files
@@ -17,6 +18,7 @@ from clip_gen.data.archive import Pictures, unpack
 from clip_gen.data.manifest import INDEX, unpacked
 from clip_gen.data.sources import Sources
 from clip_gen.training.plan import TrainSettings
+from clip_gen.training.shards import gather
 from clip_gen.weights.model_folder import FILES, check_model_folder
 
 KIND = "training"
@@ -30,7 +32,11 @@ def check(out: Path) -> None:
     files.check_claimable(out, KIND, has_settings(out))
     check_model_folder(out / "model")
     pictures = out / "work" / PICTURES
-    listed = {path.name for path in unpacked(pictures).paths} if (pictures / INDEX).is_file() else set()
+    listed = (
+        {path.relative_to(pictures).parts[0] for path in unpacked(pictures).paths}
+        if (pictures / INDEX).is_file()
+        else set()
+    )
     others = [name for name in files.list_names(pictures) if name not in {INDEX, *listed}]
     if others:
         raise ValueError(f"{pictures} holds {others[0]}, which no training put there; move it elsewhere")
@@ -56,8 +62,8 @@ def remove_incomplete_files(out: Path) -> None:
         files.remove_leftovers(folder, seconds=0)
 
 
-def unpack_once(images: Sources, out: Path) -> Pictures:
-    """The pictures of `images`, unpacked into work/pictures unless they are there already.
+def unpack_once(images: Sources, out: Path, settings: TrainSettings, shard_gb: float = inf) -> Pictures:
+    """The pictures of `images`, unpacked into work/pictures unless they are there already; of shards see `gather`.
 
     ValueError if the training in `out` began with other pictures. Pictures that were unpacked for a training that did
     not begin are replaced.
@@ -75,8 +81,11 @@ def unpack_once(images: Sources, out: Path) -> Pictures:
         return unpacked(folder)
     source.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    paths = images.paths
-    pictures = unpack(paths[0] if len(paths) == 1 else paths, folder, name=str(images))
+    if images.shards:
+        pictures = gather(images.shards, folder, settings.resolution, 1e9 * shard_gb, settings.seed)
+    else:
+        paths = images.paths[0] if len(images.paths) == 1 else images.paths
+        pictures = unpack(paths, folder, name=str(images))
     files.write_text_atomic(source, now)
     return pictures
 

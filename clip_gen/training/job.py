@@ -31,7 +31,7 @@ from clip_gen.training.base import JUDGED_PICTURES, Choice, settle_base
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, loader_with_workers, split_pictures
 from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
-from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_views
+from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_parts
 from clip_gen.training.evaluations import Drawing, Evaluations, reconstruct, sample_with
 from clip_gen.training.expectation import log_expectation
 from clip_gen.training.fit import Machine, fit
@@ -40,10 +40,12 @@ from clip_gen.training.grids import ReconstructionGrids, SampleGrids, sample_pro
 from clip_gen.training.live_report import LiveReport
 from clip_gen.training.loggers import build_loggers, logger_names
 from clip_gen.training.minutes import Minutes
+from clip_gen.training.near_duplicates import without_near_duplicates
 from clip_gen.training.plan import TrainSettings, plan
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.progress import Forecast, stage_title
 from clip_gen.training.report import earlier_record, log_finished, training_record, write_report
+from clip_gen.training.shards import shard_parts
 from clip_gen.training.stage import Stage
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights import model_folder
@@ -59,9 +61,7 @@ STAGES = {"both": ("vqgan", "gpt"), "vqgan": ("vqgan",), "transformer": ("gpt",)
 class Training:
     """One training in its folder."""
 
-    def __init__(
-        self, images: Path | Sequence[str], out: Path, settings: TrainSettings, machine: Machine | None = None
-    ):
+    def __init__(self, images: Path | list[str], out: Path, settings: TrainSettings, machine: Machine | None = None):
         self.names = [images] if isinstance(images, Path) else images
         self.out, self.work = out, out / "work"
         self.settings, self.machine = settings, machine or Machine()
@@ -81,7 +81,7 @@ class Training:
             wait_for_announcement(self.work / "ready")
         busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
         with folder_lock(self.work, busy) if self.is_first else nullcontext():
-            self.pictures = training_folder.unpack_once(self.images, self.out)
+            self.pictures = training_folder.unpack_once(self.images, self.out, self.settings, self.machine.shard_gb)
             settle_base(self)
             self.plan_stages()
             self.clean_folder()
@@ -125,13 +125,15 @@ class Training:
 
     def plan_stages(self, is_dry: bool = False) -> None:
         """Plans the stages and saves the settings; ValueError if the training in the folder has others."""
+        drop, clip = self.settings.drop_similar, self.networks.clip
+        self.pictures = without_near_duplicates(self.pictures, clip, drop, self.work)
         self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
         settings, on_gpu = self.settings, self.on_gpu()
         if settings.mean_shift and not self.networks.bridge.text_mean.any():
             # Not measured, as in an imported model; a shift from it would be meaningless.
             log.info("the base's texts have no mean, so prompts stay where they are (mean_shift 0)")
             settings = replace(settings, mean_shift=0.0)
-        pictures = len(self.pictures.paths)
+        pictures = self.pictures.count
         self.plan = plan(settings, self.networks.config, pictures, on_gpu, self.has_new_transformer())
         self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
         if self.is_first:
@@ -145,7 +147,7 @@ class Training:
             training_folder.remove_incomplete_files(self.out)
             self.reopen_last_stage()
             if not has_checkpoint(self.work / "gpt"):  # which depends on the views
-                remove_incomplete_views(self.work / "encoded", len(self.train_paths) * self.plan.views)
+                remove_incomplete_parts(self.work / "encoded")
             self.ready = announce(self.work / "ready")
 
     def reopen_last_stage(self) -> None:
@@ -287,8 +289,12 @@ class Training:
         return self.settings.stage == "transformer" or self.stage_record("vqgan")["tokens_kept"]
 
     def encode_train_pictures(self) -> EncodedPictures:
-        files, folder = self.picture_files(self.train_paths), self.work / "encoded"
-        return encode_train_pictures(files, self.plan.views, self.networks, folder, self.settings)
+        files, pictures, streamed = self.picture_files(self.train_paths), self.pictures, ()
+        if pictures.estimated:  # too many to keep them
+            left_out = pictures.names_of(self.held_back_paths)
+            streamed = shard_parts(self.images.shards, files.squares, left_out, self.settings.seed)
+        counts = self.plan.views, pictures.estimated
+        return encode_train_pictures(files, self.networks, self.work / "encoded", self.settings, streamed, *counts)
 
     def fit(
         self,

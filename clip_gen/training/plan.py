@@ -103,6 +103,9 @@ class TrainSettings:
     crop: bool = setting(True, "Train on random crops too.")
     flip: bool = setting(True, "Train on mirrored pictures too. Turn it off for text and faces.")
     shift: bool = setting(False, "Move drawings and logos over their plain background.")
+    drop_similar: float = setting(
+        0.0, "Drop pictures whose CLIP embedding has this cosine, or more, with another's. 0: keep all.", ge=0, le=1
+    )
     letterbox: bool = setting(False, "Show pictures whole, with bars, instead of cutting squares out of them.")
     sample_prompts: str = setting("", "Prompts drawn for the report, one a line.", max_length=2000)
     precision: str = setting("auto", "auto: bfloat16 if supported.", choices=PRECISIONS)

@@ -1,14 +1,16 @@
-"""How the processes of a training wait for files in its folder, which the first process writes."""
+"""How the processes of a training share its folder: they wait for files of the first one, and divide work."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+import torch
 
 PARENT = os.getppid()  # 1 where that is a container's first process
 
@@ -38,6 +40,58 @@ def wait_for(path: Path, is_ready: Callable[[Path], bool] = Path.is_file) -> Non
         if os.getppid() != PARENT:
             raise OSError(f"{path} is missing, and the process that writes it has ended; see what it printed above")
         time.sleep(0.2)
+
+
+def count() -> int:
+    """How many processes torchrun or Lightning has started for this training, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def use_own_gpu() -> None:
+    """Makes this process's GPU the current one, before Lightning does."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def divided(paths: Sequence[Path]) -> Iterator[Path]:
+    """The paths that do not exist yet, each given to one of the processes that call this, which then makes it.
+
+    A process has a path until it asks for the next one. If it ends before it has made the path, another process gets
+    it. Ends when all paths exist.
+    """
+    while missing := [path for path in paths if not path.exists()]:
+        for path in missing:
+            with _lock(path, wait=False) as is_mine:
+                if is_mine and not path.exists():
+                    yield path
+        time.sleep(0.1)
+
+
+def wait_until_free(paths: Sequence[Path]) -> None:
+    """Waits until no process makes one of these paths any more."""
+    for path in paths:
+        if not path.exists():
+            with _lock(path, wait=True):
+                pass
+
+
+@contextmanager
+def _lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process has the lock of a path to be made. The lock ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f"{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            if path.exists():
+                lock.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_UN)  # workers that were forked meanwhile have the file open too
 
 
 def _is_locked(path: Path) -> bool:

@@ -45,6 +45,8 @@ def _what(record: Record, is_running: bool) -> list[str]:
     learnt, held_back = pictures["used"] - pictures["held_back"], pictures["held_back"]
     side, files = record["plan"]["model"]["vqgan"]["resolution"], len(pictures["skipped"])
     skipped = f" {files:,} {'file was' if files == 1 else 'files were'} skipped." if files else ""
+    if estimated := pictures.get("estimated"):
+        skipped += f" The transformer learns from all of about {estimated:,} pictures, whose shards are streamed."
     return [
         f"{what[0].upper()}{what[1:]}, on {learnt:,} pictures at {side} × {side} pixels.",
         f"{held_back:,} more were held back to measure on.{skipped}",

@@ -59,7 +59,7 @@ def test_timing_changes_no_weights_and_no_random_numbers(
     training.check()
     training.load_base()
     training_folder.claim(training.out)
-    training.pictures = training_folder.unpack_once(training.images, training.out)
+    training.pictures = training_folder.unpack_once(training.images, training.out, training.settings)
     training.plan_stages()
     training.build_networks()
     parts = [training.networks.vqgan, training.networks.gpt, training.networks.clip]

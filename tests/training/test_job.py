@@ -63,7 +63,7 @@ def prepared(images: Path, out: Path, settings: TrainSettings, machine: Machine 
     training.check()
     training.load_base()
     training_folder.claim(out)
-    training.pictures = training_folder.unpack_once(training.images, out)
+    training.pictures = training_folder.unpack_once(training.images, out, settings)
     training.plan_stages()
     training.clean_folder()
     training.build_networks()
@@ -261,9 +261,7 @@ def test_warnings_for_few_steps_on_a_base_and_for_pictures_left_out(
     with caplog.at_level(logging.INFO):
         Training(many, tmp_path / "few", replace(chosen, transformer_steps=10**6, max_minutes=1e-3)).run()
     logged = "\n".join(caplog.messages)
-    assert re.search(
-        r"embeddings-learnt.npy, .*: 32 of 3,040 views, \d+ a second; about 32 fit into 5e-05 minutes", logged
-    )
+    assert re.search(r"encoding: 32 of 3,040 views, \d+ a second; about 32 fit into 5e-05 minutes", logged)
     steps, pictures = json.loads((tmp_path / "few" / "model" / "training.json").read_text())["warnings"]
     assert re.search(
         r"stage 1 of 1: the transformer, ends by time at about step [\d,]+ of 1,000,000, after 0.1 minutes: too few "
@@ -359,7 +357,7 @@ training = Training(Path({str(photos)!r}), Path({str(tmp_path)!r}), {chosen!r})
 training.check()
 training.load_base()
 wait_for_announcement(training.work / "ready")
-training.pictures = training_folder.unpack_once(training.images, training.out)
+training.pictures = training_folder.unpack_once(training.images, training.out, training.settings)
 training.plan_stages()
 training.clean_folder()
 training.build_networks()

@@ -92,7 +92,7 @@ def test_tokens_of_a_large_codebook_are_stored_completely(tmp_path: Path) -> Non
     tokens = vqgan.encode(from_bytes(torch.stack([torch.from_numpy(pictures[i]) for i in range(8)])))
     assert tokens.max() >= 2**16
     assert torch.equal(torch.stack([encoded[i][1] for i in range(8)]), tokens)
-    assert encoded.tokens.dtype == np.int32
+    assert encoded.tokens.dtype == np.uint32
     small = encode(tiny_networks(), pictures, tmp_path / "small")
     assert small.tokens.dtype == np.uint16
 
