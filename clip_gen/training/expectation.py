@@ -70,6 +70,7 @@ def log_expectation(training: Training) -> float:
     seconds = _timed(training)
     lines = {
         "pictures": f"{training.pictures.summary()}; {len(training.held_back_paths)} are held back to measure on",
+        "squares": training.plan.squares,
         "base": training.choice.in_words() if training.choice else training.base.name,
         "sizes": _sizes(training),
         **_stages(training, seconds),

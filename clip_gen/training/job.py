@@ -125,21 +125,17 @@ class Training:
 
     def plan_stages(self, is_dry: bool = False) -> None:
         """Plans the stages and saves the settings; ValueError if the training in the folder has others."""
-        drop, clip = self.settings.drop_similar, self.networks.clip
-        self.pictures = without_near_duplicates(self.pictures, clip, drop, self.work)
-        self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
         settings, on_gpu = self.settings, self.on_gpu()
+        self.pictures = without_near_duplicates(self.pictures, self.networks.clip, settings.drop_similar, self.work)
+        self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
         if settings.mean_shift and not self.networks.bridge.text_mean.any():
             # Not measured, as in an imported model; a shift from it would be meaningless.
             log.info("the base's texts have no mean, so prompts stay where they are (mean_shift 0)")
             settings = replace(settings, mean_shift=0.0)
-        pictures = self.pictures.count
-        self.plan = plan(settings, self.networks.config, pictures, on_gpu, self.has_new_transformer())
+        self.plan = plan(settings, self.networks.config, self.pictures.count, on_gpu, self.has_new_transformer())
         self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
-        if self.is_first:
-            log.info("squares: %s", self.plan.squares)
-            if not is_dry:
-                training_folder.save_settings(self.out, self.settings, self.base, on_gpu)
+        if self.is_first and not is_dry:
+            training_folder.save_settings(self.out, self.settings, self.base, on_gpu)
 
     def clean_folder(self) -> None:
         """Removes what an earlier start left incomplete, and tells the other processes that the folder is ready."""
@@ -289,11 +285,9 @@ class Training:
         return self.settings.stage == "transformer" or self.stage_record("vqgan")["tokens_kept"]
 
     def encode_train_pictures(self) -> EncodedPictures:
-        files, pictures, streamed = self.picture_files(self.train_paths), self.pictures, ()
-        if pictures.estimated:  # too many to keep them
-            left_out = pictures.names_of(self.held_back_paths)
-            streamed = shard_parts(self.images.shards, files.squares, left_out, self.settings.seed)
-        counts = self.plan.views, pictures.estimated
+        files, seed = self.picture_files(self.train_paths), self.settings.seed
+        streamed = shard_parts(self.images.shards, self.pictures, self.held_back_paths, files.squares, seed)
+        counts = self.plan.views, self.pictures.estimated
         return encode_train_pictures(files, self.networks, self.work / "encoded", self.settings, streamed, *counts)
 
     def fit(

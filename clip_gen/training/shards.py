@@ -238,15 +238,17 @@ def _decoded(content: bytes, wanted_side: int) -> tuple[str, Image.Image, tuple[
 
 
 def shard_parts(
-    shards: Sequence[str], squares: Squares, left_out: Collection[str], seed: int
+    shards: Sequence[str], pictures: Pictures, held_back: Collection[Path], squares: Squares, seed: int
 ) -> list[Callable[[], Iterator[Tensor]]]:
     """For each shard what gives its usable pictures, in batches (B, S, S, 3) uint8, each drawn once at random.
 
-    left_out: names of pictures that are not used, as in Pictures.names.
+    Pictures held back are left out. Empty if all pictures of the shards are kept.
     """
-    names = frozenset(left_out)
+    if not pictures.estimated:
+        return []
+    left_out = frozenset(pictures.names_of(held_back))
     streams = [[seed, AUGMENT_STREAM, number] for number in range(len(shards))]
-    return [partial(_batches, shard, squares, names, seeds) for shard, seeds in zip(shards, streams, strict=True)]
+    return [partial(_batches, shard, squares, left_out, seeds) for shard, seeds in zip(shards, streams, strict=True)]
 
 
 def _batches(shard: str, squares: Squares, left_out: frozenset[str], seeds: list[int]) -> Iterator[Tensor]:

@@ -36,6 +36,7 @@ def test_a_dry_run_says_what_to_expect_and_trains_nothing(
         "24 usable pictures; skipped: a duplicate (1); a text file (1); 2 are held back to measure on"
     )
     assert lines["base"] == "tiny"
+    assert lines["squares"].startswith(("centre crop", "random crop"))
     vqgan, gpt = "16 pixels, 4 x 4 tokens of 32 codes; VQGAN of", "transformer of 2 layers of width 16, "
     assert re.fullmatch(rf"{vqgan} [\d,]+ parameters; {gpt}[\d,]+", lines["sizes"])
     stages = [line.strip() for line in caplog.messages if line.startswith("  stage")]

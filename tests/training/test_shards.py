@@ -18,7 +18,7 @@ from PIL import Image
 
 from clip_gen.__main__ import main
 from clip_gen.data.limits import ArchiveError
-from clip_gen.data.manifest import unpacked
+from clip_gen.data.manifest import Pictures, unpacked
 from clip_gen.files import ROOT
 from clip_gen.training import shards as shards_module
 from clip_gen.training.datasets import open_rows
@@ -144,15 +144,18 @@ def test_only_a_sample_is_kept_if_the_disk_has_no_room_for_all(tmp_path: Path) -
 
 def test_batches_of_a_shard_have_a_view_of_each_picture_but_those_left_out(tmp_path: Path) -> None:
     shards, squares = write_shards(tmp_path), Squares(24, crop=1.0, flip=False)
-    parts = shard_parts(shards, squares, ["03.tar/000031.png", "03.tar/000035.png"], seed=1)
+    paths = [Path(name) for name in ("31.png", "35.png", "39.png")]
+    sample = Pictures(paths, [], names=[f"03.tar/0000{path}" for path in paths], estimated=40)
+    parts = shard_parts(shards, sample, paths[:2], squares, seed=1)
     shown = torch.cat(list(parts[3]()))
     wanted = [number for number in range(30, 40) if number not in (31, 35)]
     pictures = RenderedPictures(40, 5, 24)
     assert torch.equal(shown, torch.stack([torch.from_numpy(pictures[number]) for number in wanted]))
-    parts = shard_parts(shards, Squares(24), [], seed=1)
+    parts = shard_parts(shards, sample, [], Squares(24), seed=1)
     first, second = (torch.cat(list(parts[0]())) for _ in range(2))
     assert torch.equal(first, second)  # as after a resume
-    assert not torch.equal(first, torch.cat(list(shard_parts(shards, Squares(24), [], seed=2)[0]())))
+    assert not shard_parts(shards, Pictures(paths, []), [], Squares(24), seed=1)  # all are kept
+    assert not torch.equal(first, torch.cat(list(shard_parts(shards, sample, [], Squares(24), seed=2)[0]())))
 
 
 @pytest.mark.parametrize("shard_gb", [1e-6, 1.5])
