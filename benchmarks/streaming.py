@@ -77,7 +77,7 @@ def measure(pictures: int, model: str, shard_gb: float) -> dict[str, object]:
         "GB of shards": round(pictures * size / 1e9, 3),
         "GB sent": round(server.sent / 1e9, 3),
         "encoded": encoded,
-        "GB of memory": round(memory * 1024 / 1e9, 3),  # with the largest worker, and the server's
+        "GB of memory": round(memory * 1024 / 1e9, 3),  # pages shared with the largest worker count twice
         "GB of disk": round(disk / 1e9, 4),
         "GB of copies": round(copies / 1e9, 4),
         "minutes": round((time.monotonic() - began) / 60, 2),

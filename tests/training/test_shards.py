@@ -194,4 +194,4 @@ def test_shards_of_large_photographs_need_little_memory_and_disk(tmp_path: Path)
     assert row["GB of disk"] < 0.3  # most of it checkpoints and weights
     assert row["GB sent"] > row["GB of shards"]  # it was read again for stage 2
     assert row["encoded"] == 12
-    assert row["GB of memory"] < 1.5  # of which torch takes half
+    assert row["GB of memory"] < 3  # pages that the training shares with its workers count twice
