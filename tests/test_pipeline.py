@@ -118,12 +118,15 @@ uniforms = sampler.candidate_uniforms(0, range(most), 8)
 embedding = torch.nn.functional.normalize(torch.randn(1, 128), dim=1)
 for guidance in (1.0, 2.0):
     seen.clear()
-    for n in (most, 20, 16, 3, 1):
+    sampling = sampler.Sampling(guidance=guidance)
+    for n in (most, 20, 16, 3, 2):
         n = min(n, most)
-        sampler.sample_tokens(gpt, embedding.expand(n, -1), uniforms[:n], sampler.Sampling(guidance=guidance))
+        tokens = sampler.sample_tokens(gpt, embedding.expand(n, -1), uniforms[:n], sampling)
         assert all(torch.equal(a[:n], b[:n]) for a, b in zip(seen[:8], seen[-8:])), (guidance, n)
         if guidance != 1:
             assert all(torch.equal(a[most : most + n], b[n : 2 * n]) for a, b in zip(seen[:8], seen[-8:])), n
+    alone = sampler.sample_tokens(gpt, embedding, uniforms[:1], sampling)  # in windows of several positions
+    assert torch.equal(alone, tokens[:1]), guidance
 """
     environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AUTO"}
     subprocess.run([sys.executable, "-c", code, dtype], check=True, env=environment)
