@@ -24,7 +24,7 @@ class FitConfig:
     steps: int = 10_000
     batch_size: int = 64  # of all processes together
     learning_rate: float = 1e-3
-    muon_rate: float = 0.0  # of Muon, for a transformer's matrices and a VQGAN's convolutions; 0: AdamW for all
+    muon_rate: float = 0.0  # of Muon, for matrices and convolutions; 0: AdamW for all
     warmup: int = 200  # steps
     weight_decay: float = 0.01
     ema_decay: float = 0.999  # of the averaged weights, which are the result

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from clip_gen.images import for_clip, from_bytes
 from clip_gen.networks.clip_encoder import WORD_END, ClipEncoder
-from clip_gen.training.stage import FitConfig, Stage, adamw, compiled
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
 
 UNSAID = -1  # an answer that a caption does not give
 NAMING_ONLY = 0.15  # share of the steps at the start; beside the contrast, naming takes many times as long to learn
@@ -100,7 +100,12 @@ class ClipTrainer(Stage):
 
     def configure_optimizers(self) -> dict[str, object]:
         learnt = nn.ModuleList([self.clip, self.naming])
-        return self.learning(adamw(learnt, self.config, betas=(0.9, 0.98)))
+        if not self.config.muon_rate:
+            return self.learning(adamw(learnt, self.config, betas=(0.9, 0.98)))
+        towers = [*self.clip.visual.named_parameters(), *self.clip.transformer.named_parameters()]
+        # The matrices of the attention pool are so large that Muon's products with them take half of a step.
+        matrices = [weight for name, weight in towers if weight.dim() in (2, 4) and not name.startswith("attnpool.")]
+        return self.learning(Muon(learnt, matrices, self.config))
 
     @torch.no_grad()
     def clear_unseen_words(self) -> None:

@@ -319,6 +319,18 @@ def test_the_batch_norms_of_clip_are_trained(trained: Recipe) -> None:
     assert norm.running_mean.abs().sum() > 0
 
 
+def test_muon_trains_the_towers_of_clip_but_not_the_large_matrices_of_its_attention_pool() -> None:
+    encoder = ClipEncoder(TINY.clip)
+    trainer = ClipTrainer(encoder, CHOICES, replace(FIT, muon_rate=1e-3))
+    matrices, others = trainer.configure_optimizers()["optimizer"].param_groups
+    names = {id(parameter): name for name, parameter in encoder.clip.named_parameters()}
+    with_muon = {names[id(parameter)] for parameter in matrices["params"]}
+    with_adamw = {names.get(id(parameter), "naming") for parameter in others["params"]}
+    assert {"visual.conv1.weight", "transformer.resblocks.0.mlp.c_fc.weight"} <= with_muon
+    assert {"visual.attnpool.q_proj.weight", "token_embedding.weight", "text_projection", "naming"} <= with_adamw
+    assert not with_muon & with_adamw
+
+
 def test_words_never_trained_have_zero_embeddings(trained: Recipe) -> None:
     clip = trained.networks.clip
     table = clip.clip.token_embedding.weight
