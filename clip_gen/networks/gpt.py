@@ -108,6 +108,17 @@ class Block(nn.Module):
         return x + self.mlp.forward(self.ln_2.forward(x))
 
 
+def project_condition(
+    condition: nn.Linear, null_condition: Tensor | None, embedding: Tensor, unconditional: Tensor | None
+) -> Tensor:
+    """As GPT.prefix, with these parameters of a transformer."""
+    projected = condition(embedding)
+    if unconditional is None:
+        return projected
+    assert null_condition is not None, "a transformer without a null condition is never unconditional"
+    return torch.where(unconditional[:, None], null_condition.to(projected.dtype), projected)
+
+
 class GPT(nn.Module):
     """`forward` gives the logits of all positions at once, `step` one position at a time, with a cache of keys and
     values.
@@ -167,11 +178,7 @@ class GPT(nn.Module):
         embedding: (B, E), unit length. unconditional: (B,) bool; those rows get the learned null condition of
         classifier-free guidance, which replaces a tenth of the conditions in training.
         """
-        condition = self.condition(embedding)
-        if unconditional is None:
-            return condition
-        assert self.null_condition is not None, "a transformer without a null condition is never unconditional"
-        return torch.where(unconditional[:, None], self.null_condition.to(condition.dtype), condition)
+        return project_condition(self.condition, self.null_condition, embedding, unconditional)
 
     def sketched(self, prefix: Tensor) -> Tensor | None:
         """What the sketch of a condition (B, n_embd) adds to the inputs of all positions, (B, T, n_embd)."""

@@ -121,10 +121,16 @@ def fit(
     stage.load_state_dict(ema.weights())  # Lightning does not if the checkpoint was of the last step
     values = history.last_values(trainer) | (best.restore(stage) if best else {})
     stage.to(memory_format=torch.contiguous_format)  # as networks loaded from files are
-    steps, starts = trainer.global_step, limit.starts(trainer.global_step)
     if trainer.is_global_zero:
         validated = "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("val_"))
-        log.info("%s: %d steps done  %s", name, steps, validated)
+        log.info("%s: %d steps done  %s", name, trainer.global_step, validated)
+    return _record(trainer, config, values, limit, best)
+
+
+def _record(
+    trainer: pl.Trainer, config: FitConfig, values: dict[str, object], limit: TimeLimit, best: KeepBest | None
+) -> dict[str, object]:
+    steps, starts = trainer.global_step, limit.starts(trainer.global_step)
     ended_by = "steps" if steps >= config.steps else "validation" if best and best.out_of_patience else "time"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     minutes = round(sum(start["minutes"] for start in starts), 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clip_gen.networks.gpt import GPT
+from clip_gen.networks.gpt import GPT, project_condition
 from clip_gen.training.gpt_trainer import token_nats
 from clip_gen.training.stage import FitConfig, Stage, adamw
 
@@ -28,7 +28,7 @@ class Sketching(nn.Module):
 
     def forward(self, conditions: Tensor, unconditional: Tensor, places: Tensor | None = None) -> Tensor:
         """Logits (B, K, V), as GPT.forward, of places (B, K) or of all positions."""
-        prefix = GPT.prefix(self, conditions, unconditional)
+        prefix = project_condition(self.condition, self.null_condition, conditions, unconditional)
         return self.sketch.head(self.sketch(prefix, places))
 
 

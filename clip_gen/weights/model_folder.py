@@ -193,8 +193,7 @@ def transformer_mismatch(folder: Path) -> str | None:
 
 def _section(record: dict[str, object], name: str) -> dict[str, object]:
     """A JSON object in a JSON object; empty if there is none."""
-    section = record.get(name)
-    return section if isinstance(section, dict) else {}
+    return section if isinstance(section := record.get(name), dict) else {}
 
 
 def folder_sha256(folder: Path) -> str:
@@ -246,8 +245,7 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
     _check_file(path)
     wanted = network.state_dict()
     tensors = with_zero_rows(read_tensors(path), wanted)
-    problem = _mismatch(wanted, tensors)
-    if problem:
+    if problem := _mismatch(wanted, tensors):
         raise ModelFolderError(f"{path}: {problem}; it belongs to another {CONFIG} than the one beside it")
     for name, tensor in tensors.items():
         if not all_finite(tensor):
@@ -348,6 +346,5 @@ def write_part(tensors: dict[str, Tensor], path: Path) -> None:
         try:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
         except SafetensorError as error:
-            raise OSError(
-                f"{path}: could not be written ({error}); make room, and start the same command again"
-            ) from error
+            reason = f"could not be written ({error}); make room, and start the same command again"
+            raise OSError(f"{path}: {reason}") from error

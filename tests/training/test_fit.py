@@ -311,25 +311,28 @@ def test_progress_is_logged_at_intervals(
 
 
 @pytest.mark.parametrize("train", ["gpt"], indirect=True)
+@pytest.mark.parametrize(
+    ("max_minutes", "minutes_after", "said"),
+    [
+        (3, 12, r" min left, at most 1[45]\.\d in all(, until about step \d+)?  learning rate \S+  loss "),
+        (0, 600, r" min left, about 6\d\d\.\d in all  learning rate "),
+    ],
+    ids=["with a time limit", "without one"],
+)
 def test_the_log_says_how_long_all_stages_take(
-    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    train: Callable,
+    max_minutes: float,
+    minutes_after: float,
+    said: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.0, 0.0))  # seconds between lines
     with caplog.at_level(logging.INFO):
-        train(tmp_path, machine=Machine(max_minutes=3, minutes_after=12))
+        train(tmp_path, machine=Machine(max_minutes=max_minutes, minutes_after=minutes_after))
     first = next(line for line in caplog.messages if line.startswith("toy "))
-    assert re.search(r" min left, at most 1[45]\.\d in all(, until about step \d+)?  learning rate \S+  loss ", first)
-
-
-@pytest.mark.parametrize("train", ["gpt"], indirect=True)
-def test_without_a_time_limit_the_log_says_what_is_expected_of_all_stages(
-    train: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", (0.0, 0.0))  # seconds between lines
-    with caplog.at_level(logging.INFO):
-        train(tmp_path, machine=Machine(minutes_after=600))
-    first = next(line for line in caplog.messages if line.startswith("toy "))
-    assert re.search(r" min left, about 6\d\d\.\d in all  learning rate ", first)
+    assert re.search(said, first)
 
 
 def test_minutes_after_a_stage_are_those_left_or_expected(tmp_path: Path) -> None:
