@@ -8,6 +8,7 @@ import sys
 from benchmarks import (
     busy_machine,
     contact_sheet,
+    few_pictures,
     masks,
     own_pictures,
     precision,
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "contact-sheet": (contact_sheet.main, "the README's pictures"),
     "precision": (precision.main, "picture quality with weights in float16 and bfloat16"),
     "own-pictures": (own_pictures.main, "quality and memory of trainings on your own pictures"),
+    "few-pictures": (few_pictures.main, "style, things and copies after fine-tuning on few pictures"),
     "masks": (masks.main, "one of two objects replaced by another, under a mask"),
     "previews": (previews.main, "how much progress and previews slow down drawing"),
     "steering": (steering.main, "image prompts, negative prompts and weights, graded by the judge"),

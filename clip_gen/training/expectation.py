@@ -30,6 +30,7 @@ from clip_gen.training.encoding import MAX_NEIGHBOURS
 from clip_gen.training.fit import Machine, lightning_precision
 from clip_gen.training.folder import claim, unpack_once
 from clip_gen.training.gpt_trainer import GPTTrainer
+from clip_gen.training.lora import choose_parameters
 from clip_gen.training.stage import Stage
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 
@@ -101,8 +102,12 @@ def _stages(training: Training, seconds: dict[str, float]) -> dict[str, str]:
         config = plan.vqgan if name == "vqgan" else plan.transformer
         most = "at most " if config.patience else ""
         lines[title] = f"{most}{config.steps:,} steps of {config.batch_size} pictures"
+        if not config.steps:
+            lines[title] = "left out: the base's VQGAN reconstructs the pictures very well"
         if name == "gpt":
             lines[title] += f", after encoding {rows:,} views"
+            if plan.lora_rank:
+                lines["few"] = _lora(training)
         if name in seconds:
             duration = _seconds_of_stage_2(training, seconds) if name == "gpt" else config.steps * seconds[name]
             total += duration
@@ -112,6 +117,16 @@ def _stages(training: Training, seconds: dict[str, float]) -> dict[str, str]:
         ends = f"; max_minutes ends it after {_duration(60 * limit)}" if 0 < 60 * limit < total else ""
         lines["in all"] = f"about {_duration(total)}{ends}"
     return lines
+
+
+def _lora(training: Training) -> str:
+    gpt, rank = copy.deepcopy(training.networks.gpt), training.plan.lora_rank
+    choose_parameters(gpt, rank, training.tokens.known)
+    trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
+    return (
+        f"pictures: fine-tunes {_rounded(trained)} parameters, additions of rank {rank} to the transformer's "
+        f"{_rounded(_count(training.networks.gpt))} (LoRA); lora=off trains all"
+    )
 
 
 def _seconds_of_stage_2(training: Training, seconds: dict[str, float]) -> float:
@@ -174,8 +189,10 @@ def _timed(training: Training) -> dict[str, float]:
             seconds["vqgan"] = seconds_per_step(_vqgan_stage(training), samples, training.machine)
         if "gpt" in long and "gpt" in training.stages:
             config = replace(plan.transformer, steps=TIMED_STEPS, compile=False)
-            stage = GPTTrainer(copy.deepcopy(training.networks.gpt).train().requires_grad_(True), config)
-            seconds["gpt"] = seconds_per_step(stage, RandomTokens(plan.model.gpt), training.machine)
+            gpt = copy.deepcopy(training.networks.gpt).train()
+            choose_parameters(gpt, plan.lora_rank, training.tokens.known)
+            samples = RandomTokens(plan.model.gpt)
+            seconds["gpt"] = seconds_per_step(GPTTrainer(gpt, config), samples, training.machine)
             seconds["encoding"] = _seconds_per_view(training)
     return seconds
 

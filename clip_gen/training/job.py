@@ -29,8 +29,9 @@ from clip_gen.images import from_bytes
 from clip_gen.training import folder as training_folder
 from clip_gen.training.base import JUDGED_PICTURES, Choice, settle_base
 from clip_gen.training.checkpoints import PREVIOUS, find_checkpoint, has_checkpoint
+from clip_gen.training.copies import find_copies
 from clip_gen.training.datasets import EncodedPictures, Endless, PictureFiles, loader_with_workers, split_pictures
-from clip_gen.training.decisions import choose_lpips, decide_to_keep_tokens, warn_if_poor
+from clip_gen.training.decisions import choose_lpips, left_out, settle_tokens, warn_if_poor
 from clip_gen.training.encoding import encode_held_back, encode_train_pictures, remove_incomplete_parts
 from clip_gen.training.evaluations import Drawing, Evaluations, reconstruct, sample_with
 from clip_gen.training.expectation import log_expectation
@@ -39,9 +40,10 @@ from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.grids import ReconstructionGrids, SampleGrids, sample_prompts
 from clip_gen.training.live_report import LiveReport
 from clip_gen.training.loggers import build_loggers, logger_names
+from clip_gen.training.lora import choose_parameters, merge_lora
 from clip_gen.training.minutes import Minutes
 from clip_gen.training.near_duplicates import without_near_duplicates
-from clip_gen.training.plan import TrainSettings, plan
+from clip_gen.training.plan import FEW_PICTURES, TrainSettings, plan
 from clip_gen.training.processes import announce, wait_for, wait_for_announcement
 from clip_gen.training.progress import Forecast, stage_title
 from clip_gen.training.report import earlier_record, log_finished, training_record, write_report
@@ -132,7 +134,9 @@ class Training:
             # Not measured, as in an imported model; a shift from it would be meaningless.
             log.info("the base's texts have no mean, so prompts stay where they are (mean_shift 0)")
             settings = replace(settings, mean_shift=0.0)
-        self.plan = plan(settings, self.networks.config, self.pictures.count, on_gpu, self.has_new_transformer())
+        self.tokens = settle_tokens(self, is_dry)
+        counts = self.pictures.count, on_gpu, self.has_new_transformer()
+        self.plan = plan(settings, self.networks.config, *counts, self.tokens)
         self.machine = self.machine.with_gpus_for(self.plan.vqgan.batch_size, self.plan.transformer.batch_size)
         if self.is_first and not is_dry:
             training_folder.save_settings(self.out, self.settings, self.base, on_gpu)
@@ -182,9 +186,7 @@ class Training:
         self.networks.bridge.image_mean.copy_(embeddings.mean(dim=0))
 
     def picture_files(self, paths: Sequence[Path]) -> PictureFiles:
-        settings, crop = self.settings, 0.8 if self.settings.crop else 1.0
-        how = {"crop": crop, "flip": settings.flip, "shift": settings.shift, "letterbox": settings.letterbox}
-        return PictureFiles(paths, self.plan.model.vqgan.resolution, **how)
+        return PictureFiles(paths, self.plan.model.vqgan.resolution, **self.plan.augmentation(self.settings))
 
     def train_stages(self) -> None:
         """Trains the unfinished stages, loads the results into the networks, and sets the record of each."""
@@ -220,7 +222,9 @@ class Training:
 
     def train_vqgan(self, folder: Path) -> dict[str, object]:
         settings, held_back = self.settings, self.picture_files(self.held_back_paths)
-        keeps_tokens = self.keeps_tokens(folder / "tokens.json")
+        if not self.plan.vqgan.steps:
+            return left_out(self.networks.vqgan, held_back)
+        keeps_tokens = self.tokens.kept
         vqgan = self.networks.vqgan.train().requires_grad_(True)
         has_perceptual_loss = self.plan.vqgan_loss.perceptual > 0
         lpips = choose_lpips(folder, vqgan.config.resolution) if has_perceptual_loss else None
@@ -236,29 +240,20 @@ class Training:
             values["perceptual_loss"] = "CLIP" if lpips is None else "LPIPS"
         return values
 
-    def keeps_tokens(self, decision: Path) -> bool:
-        """Whether only the decoder trains, so the tokens keep the meaning that the base's transformer has learnt."""
-        settings = self.settings
-        if settings.tokens != "auto" or settings.size != "base" or not model_folder.transformer_matches(self.base):
-            return settings.tokens == "keep"
-        return decide_to_keep_tokens(self.networks.vqgan, self.judged_pictures(), decision)
-
-    def judged_pictures(self) -> PictureFiles:
-        """The pictures on which the base's VQGAN is measured."""
-        return self.picture_files(self.sample_of_pictures())
-
     def train_gpt(self, folder: Path) -> dict[str, object]:
         settings, networks = self.settings, self.networks
         is_judged = settings.stage == "transformer" and self.is_first
-        quality = warn_if_poor(networks.vqgan, self.judged_pictures()) if is_judged else {}
+        quality = warn_if_poor(self) if is_judged else {}
         if self.is_first:
             self.report({}, [], "Running: the pictures are encoded for the transformer.")
         pictures, held_back = self.encode_train_pictures(), self.picture_files(self.held_back_paths)
         held_back = encode_held_back(held_back, networks, self.work / "encoded", settings.max_minutes)
         if self.has_new_transformer():
             start_from_codes(networks.gpt, networks.vqgan, settings.seed)
+        torch.manual_seed(settings.seed)
+        choose_parameters(networks.gpt.train(), self.plan.lora_rank, self.tokens.known)
         trainer = GPTTrainer(
-            networks.gpt.train().requires_grad_(True),
+            networks.gpt,
             self.plan.transformer,
             contrast=settings.contrast_weight,
             embedding_loss=settings.embedding_loss_weight,
@@ -269,7 +264,10 @@ class Training:
         callbacks = [SampleGrids(networks, held_back, prompts, folder, settings.seed)]
         callbacks += self.evaluations("gpt", sample_with(networks, settings.seed))
         samples = Endless(pictures, settings.seed)
-        values = self.fit("gpt", trainer, samples, held_back, callbacks, self.gpt_knows_tokens())
+        values = self.fit("gpt", trainer, samples, held_back, callbacks, self.tokens.known)
+        merge_lora(networks.gpt)
+        if self.is_first and (self.plan.lora_rank or self.pictures.count <= FEW_PICTURES):
+            values |= find_copies(networks, self.picture_files(self.train_paths), settings.seed)
         encoded = {"pictures": len(pictures), "views": pictures.rows, "places": pictures.places or "all"}
         return values | quality | encoded
 
@@ -277,12 +275,6 @@ class Training:
         """What measures held-back pictures, if the command asks for it."""
         every, pictures = self.machine.evaluate_every, self.picture_files(self.held_back_paths)
         return [Evaluations(stage, every, pictures, self.networks.clip, draw, self.work / stage)] if every else []
-
-    def gpt_knows_tokens(self) -> bool:
-        """Whether the base's transformer was trained on the tokens that it gets now."""
-        if self.settings.size != "base" or not model_folder.transformer_matches(self.base):
-            return False
-        return self.settings.stage == "transformer" or self.stage_record("vqgan")["tokens_kept"]
 
     def encode_train_pictures(self) -> EncodedPictures:
         files, seed = self.picture_files(self.train_paths), self.settings.seed
@@ -338,7 +330,7 @@ class Training:
         for sentence in record["warnings"]:
             log.warning(sentence)
         log.info("weights: %s  report: %s", self.out / "weights.tar", self.out / "report.html")
-        if self.settings.stage == "vqgan" and not self.gpt_knows_tokens():
+        if self.settings.stage == "vqgan" and not self.tokens.known:
             log.warning("the transformer does not know these tokens yet: train stage transformer from these weights")
 
     def record(self, stages: dict[str, dict[str, object]]) -> dict[str, object]:

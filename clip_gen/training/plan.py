@@ -18,6 +18,7 @@ STAGES = ("both", "vqgan", "transformer")
 TOKENS = ("auto", "keep", "learn")
 CLIPS = tuple(SHA256)  # of OpenAI
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
+LORA = ("auto", "on", "off")
 
 # `local` tokens are learnt fastest; they leave detail to the decoder.
 LAPTOP_VQGAN = VQGANConfig(
@@ -42,13 +43,18 @@ MIN_CODES, MAX_CODES = 16, 16384
 # Learning rates. A VQGAN's depend on its number of levels. A transformer's are for a width of GPT_WIDTH and shrink in
 # proportion to a greater one, arXiv 2203.03466. Its blocks' matrices have Muon's rates, the rest AdamW's.
 VQGAN_RATES = {1: 2e-3, 2: 2e-3, 3: 1e-3, 4: 1e-3, 5: 3e-4}
-GPT_RATES, GPT_WIDTH = {"scratch": 4.5e-3, "base": 0.9e-3}, 256
-MUON_RATES = {"scratch": 6e-3, "base": 3.6e-3}
+GPT_RATES, GPT_WIDTH = {"scratch": 4.5e-3, "base": 0.9e-3, "few": 3e-3}, 256
+MUON_RATES = {"scratch": 6e-3, "base": 3.6e-3, "few": 0.0}
 FINE_TUNING_FACTOR = 0.6  # on a VQGAN's rate, so fine-tuning does not destroy what it has learnt
 
 # (minimum steps, passes over the pictures, maximum steps)
-VQGAN_STEPS = {"scratch": (4_000, 100, 60_000), "base": (1_500, 30, 20_000)}
-GPT_STEPS = {"scratch": (5_000, 150, 100_000), "base": (2_000, 50, 40_000)}
+VQGAN_STEPS = {"scratch": (4_000, 100, 60_000), "base": (1_500, 30, 20_000), "few": (300, 30, 20_000)}
+GPT_STEPS = {"scratch": (5_000, 150, 100_000), "base": (2_000, 50, 40_000), "few": (600, 50, 40_000)}
+
+# Few pictures: LoRA trains a small part of the base's transformer, and augmentation is stronger.
+FEW_PICTURES = 200
+LORA_RANK = 32
+CROP, FEW_CROP = 0.8, 0.65  # the smallest random crop, as a fraction of the shorter side
 
 
 def setting(default: object, description: str, **limits: object) -> Any:
@@ -68,6 +74,11 @@ class TrainSettings:
         "auto",
         "keep: train only the decoder. learn: train new tokens. auto: keep if the base reconstructs well.",
         choices=TOKENS,
+    )
+    lora: str = setting(
+        "auto",
+        "on: LoRA and strong augmentation, for few pictures. auto: on up to 200 pictures.",
+        choices=LORA,
     )
     base: str = setting(
         "auto",
@@ -135,6 +146,9 @@ class TrainSettings:
             raise ValueError(f"stage transformer needs the base model's VQGAN: leave out size {self.size}")
         if self.stage == "transformer" and self.tokens != "auto":
             raise ValueError(f"tokens is {self.tokens}, but stage transformer leaves the VQGAN as it is: leave it out")
+        if self.lora == "on" and (is_new or self.tokens == "learn"):
+            given = f"size {self.size}" if is_new else "tokens learn"
+            raise ValueError(f"lora is on, but it needs the base's transformer and its tokens: leave out {given}")
 
 
 def check_limits(name: str, value: object, limits: Mapping[str, Any]) -> None:
@@ -149,6 +163,22 @@ def check_limits(name: str, value: object, limits: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """What becomes of the tokens of a training's base.
+
+    kept: its encoder and codebook are not trained. known: kept, and the base's transformer was trained on them.
+    very_well: its VQGAN was measured, and reconstructs the pictures so well that it needs no training.
+    """
+
+    kept: bool = False
+    known: bool = False
+    very_well: bool = False
+
+
+NEW_TOKENS = Tokens()
+
+
+@dataclass(frozen=True)
 class Plan:
     """The model to train and how each stage trains it."""
 
@@ -158,30 +188,59 @@ class Plan:
     transformer: FitConfig
     views: int  # of each picture for the transformer: crops, flips and shifts
     squares: str  # how pictures of other shapes become squares
+    lora_rank: int = 0  # of the additions to the transformer's matrices; 0: all of it is trained
+
+    def augmentation(self, settings: TrainSettings) -> dict[str, float | bool]:
+        """The arguments of Squares beside the resolution."""
+        few = self.lora_rank > 0
+        crop = (FEW_CROP if few else CROP) if settings.crop else 1.0
+        how = {"crop": crop, "flip": settings.flip, "shift": settings.shift, "letterbox": settings.letterbox}
+        return how | {"scatter": few and settings.crop}
 
 
 def plan(
-    settings: TrainSettings, base: ModelConfig, pictures: int, on_gpu: bool = False, new_transformer: bool = False
+    settings: TrainSettings,
+    base: ModelConfig,
+    pictures: int,
+    on_gpu: bool = False,
+    new_transformer: bool = False,
+    tokens: Tokens = NEW_TOKENS,
 ) -> Plan:
-    """The plan for so many pictures; ValueError if the sizes in the settings do not fit together.
+    """The plan for so many pictures; ValueError if the settings do not fit together, or LoRA does not fit the base.
 
     new_transformer: the base has none.
     """
+    few = _uses_lora(settings, pictures, tokens)
     model = replace(base, name=TRAINED) if settings.size == "base" else _new_model(settings, base, pictures)
     model = replace(model, bridge=replace(model.bridge, mean_shift=settings.mean_shift))
     model.check()
     # Small batches learn more from the same number of pictures, above all a VQGAN; a GPU is as fast with large ones.
     batch = 32 if on_gpu and model.vqgan.resolution <= 128 and pictures >= 1000 else 16
-    vqgan = _vqgan_fit(settings, model, pictures, settings.batch_size or (batch if on_gpu else batch // 2))
-    start = "scratch" if new_transformer or settings.size != "base" else "base"
+    start = "scratch" if settings.size != "base" else "few" if few else "base"
+    vqgan = _vqgan_fit(settings, model, pictures, settings.batch_size or (batch if on_gpu else batch // 2), start)
+    if few and tokens.very_well and not settings.vqgan_steps:
+        vqgan = replace(vqgan, steps=0)
+    start = "scratch" if new_transformer else start
     transformer = _transformer_fit(settings, model, pictures, settings.batch_size or batch, start)
     loss = VQGANLoss(settings.perceptual_weight, settings.adversarial_weight)
-    return Plan(model, vqgan, loss, transformer, _views(settings, pictures), squares_in_words(settings))
+    squares = squares_in_words(settings, few)
+    return Plan(model, vqgan, loss, transformer, _views(settings, pictures), squares, LORA_RANK if few else 0)
 
 
-def _vqgan_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int) -> FitConfig:
+def _uses_lora(settings: TrainSettings, pictures: int, tokens: Tokens) -> bool:
+    """ValueError if it was asked for, and the base's transformer does not know the tokens."""
+    if settings.lora == "on" and not tokens.known:
+        raise ValueError(
+            "lora is on, but the base has no transformer that knows its tokens, or its VQGAN reconstructs these "
+            "pictures too poorly to keep them: leave lora out, or give tokens keep or a base with a transformer"
+        )
+    is_chosen = settings.lora == "on" or (settings.lora == "auto" and pictures <= FEW_PICTURES)
+    return is_chosen and tokens.known and settings.stage != "vqgan"
+
+
+def _vqgan_fit(settings: TrainSettings, model: ModelConfig, pictures: int, batch_size: int, start: str) -> FitConfig:
     levels = len(model.vqgan.ch_mult)
-    start, factor = ("base", FINE_TUNING_FACTOR) if settings.size == "base" else ("scratch", 1.0)
+    factor = 1.0 if start == "scratch" else FINE_TUNING_FACTOR
     steps = settings.vqgan_steps or _usual_steps(VQGAN_STEPS[start], pictures, batch_size)
     rate = settings.vqgan_learning_rate or factor * VQGAN_RATES.get(levels, 3e-4)
     muon_rate = rate if levels == 1 else 0.0  # Muon was measured on VQGANs with one level only
@@ -222,11 +281,15 @@ def _views(settings: TrainSettings, pictures: int) -> int:
     return max(1, min(32, max(8, 40_000 // pictures), 400_000 // pictures))
 
 
-def squares_in_words(settings: TrainSettings) -> str:
+def squares_in_words(settings: TrainSettings, few: bool = False) -> str:
     if settings.letterbox:
         return "letterbox: each picture whole, with bars in the colour of its edges"
     if settings.crop:
-        return "random crop: squares of 80 to 100 % of the shorter side, anywhere in the picture"
+        drawings = "; drawings are shrunk and moved on their plain background instead" if few else ""
+        least = FEW_CROP if few else CROP
+        return (
+            f"random crop: squares of {100 * least:.0f} to 100 % of the shorter side, anywhere in the picture{drawings}"
+        )
     return "centre crop: the square in the middle of each picture"
 
 

@@ -21,6 +21,7 @@ from clip_gen.data.archive import Pictures
 from clip_gen.data.decoding import UnusableError
 from clip_gen.files import write_text_atomic
 from clip_gen.prompts import split_prompts
+from clip_gen.training import copies
 from clip_gen.training.callbacks import read_history
 from clip_gen.training.curves import charts
 from clip_gen.training.encoding import few_pictures
@@ -82,6 +83,7 @@ def training_record(
         "warnings": [
             *([base["warning"]] if base.get("warning") else []),
             *shortages(settings, len(pictures.paths) - held_back, stages),
+            *filter(None, [copies.warning(stages.get("gpt", {}))]),
         ],
         "minutes": round(minutes, 1),
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "vector-quantize-pytorch")},

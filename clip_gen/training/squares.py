@@ -18,7 +18,8 @@ class Squares:
     """How a picture becomes (S, S, 3) uint8: `centre` takes the central square, `draw` a random one.
 
     crop: the smallest crop, as a fraction of the shorter side; 1 for no crops. shift: see `shifted`. letterbox: the
-    whole picture with bars instead of a square of it; it is not cropped.
+    whole picture with bars instead of a square of it; it is not cropped. scatter: every other draw of a picture with a
+    plain background is `scattered` and the others stay whole; only other pictures are cropped.
     """
 
     resolution: int
@@ -26,6 +27,7 @@ class Squares:
     flip: bool = True
     shift: bool = False
     letterbox: bool = False
+    scatter: bool = False
 
     @property
     def wanted_side(self) -> int:
@@ -39,7 +41,11 @@ class Squares:
         # All numbers are drawn with any settings, so changing one setting leaves the other numbers the same.
         share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
         down, right = rng.random(2)
-        pixels = self._square(picture, share, x, y) if self.crop < 1 else self.centre(picture)
+        pixels = self.centre(picture)
+        if self.scatter and has_plain_ground(pixels):
+            pixels = scattered(pixels, share, down, right) if rng.random() < 0.5 else pixels
+        elif self.crop < 1:
+            pixels = self._square(picture, share, x, y)
         pixels = shifted(pixels, down, right) if self.shift else pixels
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
 
@@ -55,8 +61,7 @@ def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
     The content stays whole and at least as far from the edges as before, or a 32nd of the side. If the background is
     not plain along two opposite edges, nothing moves between them.
     """
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    content = (np.abs(pixels - ground) > MAX_GROUND_NOISE).any(axis=2)
+    content = (np.abs(pixels - np.median(edges(pixels), axis=0)) > MAX_GROUND_NOISE).any(axis=2)
     moves = []
     for lines, target in ((content.any(axis=1), down), (content.any(axis=0), right)):
         filled = np.flatnonzero(lines)
@@ -64,3 +69,25 @@ def shifted(pixels: np.ndarray, down: float, right: float) -> np.ndarray:
         margin = min(before, after, max(1, len(lines) // 32))
         moves.append(round((before + after - 2 * margin) * target) - (before - margin) if margin else 0)
     return np.roll(pixels, moves, axis=(0, 1))
+
+
+def edges(pixels: np.ndarray) -> np.ndarray:
+    """The outermost pixels of (S, S, 3), (4 S, 3)."""
+    return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+
+
+def has_plain_ground(pixels: np.ndarray) -> bool:
+    """Whether the edges of (S, S, 3) uint8 pixels have a single colour, as around a drawing."""
+    around = edges(pixels)
+    return bool((np.abs(around - np.median(around, axis=0)) <= MAX_GROUND_NOISE).all())
+
+
+def scattered(pixels: np.ndarray, share: float, down: float, right: float) -> np.ndarray:
+    """The picture shrunk to a share of its side, on its plain background; down and right in [0, 1] say where."""
+    side = len(pixels)
+    small = np.asarray(Image.fromarray(pixels).resize([max(1, round(share * side))] * 2, Image.Resampling.BOX))
+    top, left = round((side - len(small)) * down), round((side - len(small)) * right)
+    result = np.empty_like(pixels)
+    result[:] = np.median(edges(pixels), axis=0)
+    result[top : top + len(small), left : left + len(small)] = small
+    return result

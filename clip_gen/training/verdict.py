@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 
+from clip_gen.training import copies
 from clip_gen.training.plan import TrainSettings
 from clip_gen.training.progress import shortage
 
@@ -28,15 +29,18 @@ Record = Mapping[str, object]  # as in training.json
 
 def verdict(record: Record, is_running: bool = False) -> str:
     """One paragraph about a training that is finished, or so far."""
-    sentences = [*_what(record, is_running), *_reconstructions(record), *_follows(record)]
+    sentences = [*_what(record, is_running), *_reconstructions(record), *_follows(record), *_copies(record)]
     return " ".join([*sentences, *_prompts(record, is_running), *_time(record, is_running)])
 
 
 def _what(record: Record, is_running: bool) -> list[str]:
     settings, pictures, base = _settings(record), record["pictures"], record["base"]["name"]
-    decoder = "'s decoder" if record["stages"].get("vqgan", {}).get("tokens_kept") else ""
-    names = {"vqgan": f"the VQGAN{decoder}", "transformer": "the transformer"}
-    parts = names.get(settings["stage"], f"the VQGAN{decoder} and the transformer")
+    vqgan, small = record["stages"].get("vqgan", {}), record["plan"].get("lora_rank", 0)
+    decoder = "'s decoder" if vqgan.get("tokens_kept") else ""
+    gpt = f"a small part of the transformer (LoRA of rank {small})" if small else "the transformer"
+    is_left_out = settings["stage"] == "both" and vqgan.get("planned_steps") == 0
+    names = {"vqgan": f"the VQGAN{decoder}", "transformer": gpt} | ({"both": gpt} if is_left_out else {})
+    parts = names.get(settings["stage"], f"the VQGAN{decoder} and {gpt}")
     verb = ("are" if is_running else "were") if " and " in parts else ("is" if is_running else "was")
     if settings["size"] == "base":
         what = f"{parts} of the base model {base} {verb} trained further"
@@ -88,6 +92,11 @@ def _follows(record: Record) -> list[str]:
         f"Of what the transformer draws from embeddings of held-back pictures, CLIP finds {share:.0%} nearest to the "
         "right picture."
     ]
+
+
+def _copies(record: Record) -> list[str]:
+    words = copies.in_words(record["stages"].get("gpt", {}))
+    return [f"Copies: {words}."] if words else []
 
 
 def _prompts(record: Record, is_running: bool) -> list[str]:
@@ -173,6 +182,7 @@ def _used(record: Record) -> dict[str, str]:
     }
     kept = stages.get("vqgan", {}).get("tokens_kept")
     used |= {"tokens": "keep" if kept else "learn"} if kept is not None else {}
+    used |= {"lora": f"on, of rank {plan['lora_rank']}"} if plan.get("lora_rank") else {"lora": "off"}
     perceptual = stages.get("vqgan", {}).get("perceptual_loss")
     used |= {"perceptual_weight": f"{values['perceptual_weight']:g}, by {perceptual}"} if perceptual else {}
     precisions = {str(stage["precision"]) for stage in stages.values() if "precision" in stage}

@@ -180,6 +180,12 @@ def test_train_has_the_descriptions_limits_and_defaults_of_train_settings() -> N
         assert train.INPUTS[name].kind is type(field.default), name
 
 
+def test_train_passes_every_input_on() -> None:
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(train.train))) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if getattr(node.func, "id", "") == "checked")
+    assert {keyword.arg for keyword in call.keywords} == {*train.INPUTS, None}
+
+
 def test_inputs_of_predict_are_ordered_and_described() -> None:
     properties = build_schema()["components"]["schemas"]["Input"]["properties"]
     assert list(properties) == [

@@ -37,9 +37,10 @@ from clip_gen.networks.discriminator import build_discriminator
 from clip_gen.training import cli, job
 from clip_gen.training import folder as training_folder
 from clip_gen.training.datasets import PictureFiles, Views
+from clip_gen.training.decisions import TOKENS, settle_tokens
 from clip_gen.training.fit import Machine
 from clip_gen.training.job import Training
-from clip_gen.training.plan import MODEL_SIZES, TrainSettings, plan
+from clip_gen.training.plan import MODEL_SIZES, NEW_TOKENS, Tokens, TrainSettings, plan
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import ModelFolderError, save_networks, save_part, transformer_matches
 from clip_gen.weights.tarball import resolve_weights
@@ -376,7 +377,6 @@ print(training.encode_train_pictures().rows, flush=True)
 def test_incomplete_files_of_a_killed_training_are_removed(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     prepared(photos, tmp_path, toy)
     left = tmp_path / "work" / "vqgan" / ".clip-gen-saving-x1y2"
-    left.parent.mkdir()
     left.write_text("half a checkpoint")
     prepared(photos, tmp_path, toy)
     assert not left.exists()
@@ -419,8 +419,8 @@ def test_tokens_that_the_bases_transformer_does_not_know_are_not_kept(
     base = Path(shutil.copytree(toy.base, tmp_path / "base"))
     record = {"settings": {"stage": "vqgan"}, "stages": {"vqgan": {"tokens_kept": False}}}
     (base / "training.json").write_text(json.dumps(record))
-    assert prepared(photos, tmp_path / "out", replace(toy, base=str(base))).keeps_tokens(tmp_path / "x") is False
-    assert not (tmp_path / "x").exists()
+    assert prepared(photos, tmp_path / "out", replace(toy, base=str(base))).tokens == NEW_TOKENS
+    assert not (tmp_path / "out" / "work" / TOKENS).exists()
 
 
 def test_a_published_discriminator_is_fine_tuned(
@@ -738,10 +738,9 @@ def test_pale_pictures_do_not_count_as_well_reconstructed(tmp_path: Path, pale: 
     training = prepared(
         tmp_path / "pictures", tmp_path / "out", TrainSettings(base=str(ROOT / "checkpoints" / "shapes"))
     )
-    decision = tmp_path / "tokens.json"
-    assert training.keeps_tokens(decision) is kept
-    decision.write_text(json.dumps(not kept))  # an earlier decision is kept
-    assert training.keeps_tokens(decision) is not kept
+    assert training.tokens.kept is kept
+    (training.work / TOKENS).write_text(json.dumps(not kept))  # an earlier version's decision is kept
+    assert settle_tokens(training) == Tokens(not kept, not kept)
 
 
 def test_pictures_of_one_colour_do_not_decide_whether_tokens_are_kept(tmp_path: Path) -> None:
@@ -757,7 +756,7 @@ def test_pictures_of_one_colour_do_not_decide_whether_tokens_are_kept(tmp_path: 
         settings = TrainSettings(base=str(ROOT / "checkpoints" / "shapes"), seed=seed)
         training = prepared(tmp_path / "pictures", tmp_path / str(seed), settings)
         assert len(training.pictures.paths) == 63
-        assert training.keeps_tokens(tmp_path / str(seed) / "tokens.json") is True
+        assert training.tokens.kept
 
 
 def test_learning_rates_are_lower_for_base_models_and_wide_networks(tiny_model: ClipGen) -> None:
