@@ -46,6 +46,8 @@ def find_copies(networks: Networks, pictures: PictureFiles, seed: int) -> dict[s
         )
         forget(networks.gpt)  # recorded CUDA graphs would keep their memory
         features, drawn = network(batches), network([vqgan.decode(tokens).clamp(-1, 1)])
+    centre = features.mean(dim=0)  # distances between embeddings that are much alike would be rounded to nothing
+    drawn, features = drawn - centre, features - centre
     close = int(is_close(nearest(drawn, features)[0][:, 0], features).sum())
     log.info("copies: %s", in_words({"drawn": DRAWN, "close_to_training": close}))
     return {"drawn": DRAWN, "close_to_training": close}
