@@ -107,8 +107,8 @@ def save_settings(out: Path, settings: TrainSettings, base: Path, on_gpu: bool) 
             f"{out} holds a training from another base than {settings.base or base}; "
             "give the same model to resume it, or name another folder"
         )
-    # An earlier version without a setting worked like its default.
-    before = asdict(TrainSettings()) | before if before else values
+    # An earlier version without a setting worked like its default, except that it had no LoRA.
+    before = asdict(TrainSettings()) | {"lora": "off"} | before if before else values
     for name in sorted(values.keys() & before.keys()):
         if before[name] != values[name]:
             raise ValueError(

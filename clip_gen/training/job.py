@@ -127,7 +127,10 @@ class Training:
 
     def plan_stages(self, is_dry: bool = False) -> None:
         """Plans the stages and saves the settings; ValueError if the training in the folder has others."""
-        settings, on_gpu = self.settings, self.on_gpu()
+        saved, on_gpu = training_folder.saved_settings(self.out), self.on_gpu()
+        if saved and self.settings.lora == "auto":  # earlier versions had no LoRA
+            self.settings = replace(self.settings, lora=saved.get("lora", "off"))
+        settings = self.settings
         self.pictures = without_near_duplicates(self.pictures, self.networks.clip, settings.drop_similar, self.work)
         self.held_back_paths, self.train_paths = split_pictures(self.pictures.paths, self.settings.seed)
         if settings.mean_shift and not self.networks.bridge.text_mean.any():

@@ -41,11 +41,9 @@ class Squares:
         # All numbers are drawn with any settings, so changing one setting leaves the other numbers the same.
         share, x, y, mirrored = rng.uniform(self.crop, 1), rng.random(), rng.random(), rng.random() < 0.5
         down, right = rng.random(2)
-        pixels = self.centre(picture)
-        if self.scatter and has_plain_ground(pixels):
-            pixels = scattered(pixels, share, down, right) if rng.random() < 0.5 else pixels
-        elif self.crop < 1:
-            pixels = self._square(picture, share, x, y)
+        pixels = self._square(picture, share, x, y) if self.crop < 1 else self.centre(picture)
+        if self.scatter and has_plain_ground(whole := self.centre(picture)):
+            pixels = scattered(whole, share, down, right) if rng.random() < 0.5 else whole
         pixels = shifted(pixels, down, right) if self.shift else pixels
         return np.ascontiguousarray(pixels[:, ::-1]) if self.flip and mirrored else pixels
 

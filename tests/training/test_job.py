@@ -331,6 +331,19 @@ def test_a_setting_missing_in_an_old_folder_has_its_default(photos: Path, toy: T
     prepared(photos, tmp_path, toy)
 
 
+def test_a_training_that_an_earlier_version_began_without_lora_resumes_without_it(
+    photos: Path, toy: TrainSettings, tmp_path: Path
+) -> None:
+    toy = replace(toy, stage="transformer")
+    assert prepared(photos, tmp_path, toy).plan.lora_rank
+    saved = tmp_path / "work" / "settings.json"
+    saved.write_text(json.dumps({k: v for k, v in json.loads(saved.read_text()).items() if k != "lora"}))
+    for _ in range(2):
+        assert not prepared(photos, tmp_path, toy).plan.lora_rank
+    with pytest.raises(ValueError, match="holds a training with lora 'off', not 'on'"):
+        prepared(photos, tmp_path, replace(toy, lora="on"))
+
+
 def test_two_trainings_do_not_share_a_folder(photos: Path, toy: TrainSettings, tmp_path: Path) -> None:
     busy = f"{tmp_path} is in use by another training; wait for it to end, or name another folder"
     busy += rf" \(process {os.getpid()} holds it\)"
