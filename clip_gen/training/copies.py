@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
-from clip_gen.metrics.features import choose_features
 from clip_gen.metrics.intervals import Share
 from clip_gen.metrics.neighbours import is_close, nearest
 from clip_gen.sampling.cuda_graphs import forget
@@ -35,9 +34,8 @@ def find_copies(networks: Networks, pictures: PictureFiles, seed: int) -> dict[s
     networks.gpt.eval().requires_grad_(False)
     clip, vqgan = networks.clip, networks.vqgan
     with on_device(clip, vqgan, networks.gpt) as device:
-        network = choose_features("auto", clip, networks.config.name, device)
-        batches = [from_bytes(batch.to(device)) for batch in loader_with_workers(pictures, batch_size=DRAWN)]
-        embeddings = torch.cat([clip.encode_image(images) for images in batches])
+        batches = loader_with_workers(pictures, batch_size=DRAWN)
+        embeddings = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in batches])
         tokens = sample_tokens(
             networks.gpt,
             mixtures(embeddings, DRAWN, seed),
@@ -45,10 +43,10 @@ def find_copies(networks: Networks, pictures: PictureFiles, seed: int) -> dict[s
             Sampling(),
         )
         forget(networks.gpt)  # recorded CUDA graphs would keep their memory
-        features, drawn = network(batches), network([vqgan.decode(tokens).clamp(-1, 1)])
-    centre = features.mean(dim=0)  # distances between embeddings that are much alike would be rounded to nothing
-    drawn, features = drawn - centre, features - centre
-    close = int(is_close(nearest(drawn, features)[0][:, 0], features).sum())
+        drawn = clip.encode_image(vqgan.decode(tokens).clamp(-1, 1))
+    centre = embeddings.mean(dim=0)  # distances between embeddings that are much alike would be rounded to nothing
+    drawn, embeddings = (drawn - centre).cpu(), (embeddings - centre).cpu()
+    close = int(is_close(nearest(drawn, embeddings)[0][:, 0], embeddings).sum())
     log.info("copies: %s", in_words({"drawn": DRAWN, "close_to_training": close}))
     return {"drawn": DRAWN, "close_to_training": close}
 
@@ -67,7 +65,7 @@ def in_words(record: Mapping[str, object]) -> str:
         return ""
     return (
         f"{record['close_to_training']} of {record['drawn']} pictures drawn from mixtures of two training pictures are "
-        "as close to a training picture as these are to each other; about half is usual, nearly all are copies"
+        "as close to a training picture as these are to each other; about half is usual, all would be copies"
     )
 
 
