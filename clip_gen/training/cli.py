@@ -99,6 +99,7 @@ def process_that_ended(error: RuntimeError) -> str | None:
 
 def how_to_resume(out: Path) -> str:
     command = os.environ.get(COMMAND) or shlex.join(sys.orig_argv)
+    this = "under torchrun as before, this command" if "TORCHELASTIC_RUN_ID" in os.environ else "this command"
     if any(has_checkpoint(folder) for folder in (out / "work").glob("*")):
-        return f"{out} holds a checkpoint; this command resumes the training: {command}"
-    return f"{out} holds no checkpoint yet; this command starts the training: {command}"
+        return f"{out} holds a checkpoint; {this} resumes the training: {command}"
+    return f"{out} holds no checkpoint yet; {this} starts the training: {command}"
