@@ -307,6 +307,14 @@ def test_every_benchmark_has_help(name: str, capsys: pytest.CaptureFixture[str])
     assert "usage:" in capsys.readouterr().out
 
 
+def test_the_memory_of_all_metrics_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    main(["metrics-memory", "--pictures", "70", "--features", "16", "--out", str(out)])
+    row = json.loads(out.read_text())["row"]
+    assert row["metrics"] == 11  # FID, KID, CMMD, IS; precision, recall, density, coverage; copies; two of prompts
+    assert 0 < row["GB at the start"] <= row["GB at the peak"]
+
+
 # Quality
 
 

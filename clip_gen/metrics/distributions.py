@@ -30,8 +30,8 @@ def fid(real: Tensor, generated: Tensor) -> float:
     """Fréchet distance between Gaussians with the sets' means and covariances, arXiv 1706.08500."""
     metric = FrechetInceptionDistance(_Features(real.shape[1])).set_dtype(torch.float64)
     for features, is_real in ((real, True), (generated, False)):
-        for part in features.double().split(BLOCK):
-            metric.update(part, real=is_real)
+        for part in features.split(BLOCK):  # of which the copies in double precision are small
+            metric.update(part.double(), real=is_real)
     return float(metric.compute())
 
 
