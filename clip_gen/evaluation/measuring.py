@@ -15,7 +15,8 @@ from clip_gen.images import from_bytes
 from clip_gen.metrics.clip_scores import clip_scores, retrieved
 from clip_gen.metrics.distributions import cmmd, fid, kid
 from clip_gen.metrics.features import FeatureNetwork, clip_features
-from clip_gen.metrics.intervals import Estimate, jackknife, mean, share
+from clip_gen.metrics.inception_score import PARTS, inception_score
+from clip_gen.metrics.intervals import Estimate, jackknife, mean, of_tenths, share
 from clip_gen.metrics.neighbours import DENSITY_NEIGHBOURS, is_close, nearest, overlap
 from clip_gen.metrics.reconstruction import similarities
 from clip_gen.networks.clip_encoder import ClipEncoder
@@ -136,6 +137,10 @@ class Measuring:
         self._distance(source, "FID", fid, real.features, measured.features, name, note)
         self._distance(source, "KID × 1000", _kid_times_1000, real.features, measured.features, name)
         self._distance(source, "CMMD", cmmd, real.embeddings, measured.embeddings, self.clip_network.name)
+        if self.network.classify and len(measured) >= PARTS:
+            scores = inception_score(measured.features, self.network.classify)
+            note = "few pictures bias IS downwards" if len(measured) < ENOUGH_FOR_FID else ""
+            self._add(source, "IS", of_tenths(scores), name, len(measured), 0, note)
 
     def _distance(
         self,

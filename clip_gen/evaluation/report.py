@@ -37,6 +37,8 @@ EXPLAINED = {
     **{name: f"FID of pictures that are blurred with a radius of {name[-1]} pixels" for name in BLURS},
     "KID × 1000": "the same question without the bias of small sets; may be below 0",
     "CMMD": "distance between the CLIP embeddings of both sets",
+    "IS": "inception score: how certain InceptionV3 is of what a picture shows, and how many things all of them show; "
+    "small sets have a lower one, and real pictures play no part",
     "precision": "share of drawn pictures that look like real ones",
     "recall": "share of real pictures that look like drawn ones",
     "density": "how many real neighbourhoods a drawn picture lies in; 1 for pictures of the same kind",

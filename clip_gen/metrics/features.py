@@ -23,11 +23,12 @@ INSTALL = "pip install torch-fidelity==0.4.0"
 @dataclass(frozen=True)
 class FeatureNetwork:
     """name: in reports, since figures with different features do not compare. extract: images (B, 3, S, S) in [-1, 1]
-    to features (B, D) float32.
+    to features (B, D) float32. classify: features (B, D) to logits (B, C), on the CPU; None: it knows no classes.
     """
 
     name: str
     extract: Callable[[Tensor], Tensor]
+    classify: Callable[[Tensor], Tensor] | None = None
 
     @torch.inference_mode()
     def __call__(self, batches: Iterable[Tensor]) -> Tensor:
@@ -41,7 +42,9 @@ def clip_features(encoder: ClipEncoder, name: str) -> FeatureNetwork:
 
 
 def inception_features(weights: Path, device: torch.device) -> FeatureNetwork:
-    """The 2,048 pooled features of InceptionV3 as in the original FID. ValueError if they cannot be computed here."""
+    """The 2,048 pooled features of InceptionV3 as in the original FID, and the logits of the original inception score,
+    which have no bias. ValueError if they cannot be computed here.
+    """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError(f"InceptionV3 features need torch-fidelity; run {INSTALL}, or give --features clip")
     if not weights.is_file():
@@ -51,7 +54,10 @@ def inception_features(weights: Path, device: torch.device) -> FeatureNetwork:
     def extract(images: Tensor) -> Tensor:
         return network(to_bytes(images).permute(0, 3, 1, 2))[0]
 
-    return FeatureNetwork("InceptionV3 of the original FID (2048)", extract)
+    def classify(features: Tensor) -> Tensor:
+        return features @ network.fc.weight.T.cpu()
+
+    return FeatureNetwork("InceptionV3 of the original FID (2048)", extract, classify)
 
 
 def choose_features(chosen: str, encoder: ClipEncoder, name: str, device: torch.device) -> FeatureNetwork:

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_networks
 from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
+from clip_gen.evaluation.measuring import Drawn, Measuring
 from clip_gen.evaluation.pictures import bias_of
 from clip_gen.images import resized_square, to_tensor
 from clip_gen.metrics.distributions import cmmd, fid
+from clip_gen.metrics.features import FeatureNetwork
+from clip_gen.metrics.inception_score import inception_score
 from clip_gen.prompts_file import MANIFEST
 
 PROMPTS = "a large red circle\na star\na small blue heart:2 | a ring\na star\n"
@@ -85,6 +89,21 @@ def test_the_figures_are_those_of_the_pictures_in_its_folder(
     assert found[source, "CMMD"]["value"] == pytest.approx(cmmd(*embeddings), rel=1e-4)
     scores = 100 * (embeddings[0][:20] * embeddings[1]).sum(dim=1)
     assert found[source, "CLIP score"]["value"] == pytest.approx(float(scores.mean()), rel=1e-5)
+
+
+def test_features_with_classes_give_an_inception_score(tiny_model: ClipGen) -> None:
+    weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    encoder = tiny_model.clip_encoder
+    network = FeatureNetwork("classes", encoder.encode_image, lambda features: 10 * features @ weight)
+    measuring = Measuring(network, encoder, "tiny", tiny_model.device, bias="")
+    pictures = [torch.rand(60, 3, 16, 16) * 2 - 1 for _ in range(2)]
+    real, drawn = (measuring.features(iter([images])) for images in pictures)
+    measuring.drawn("from prompts", Drawn([Path()] * 60, drawn), real, real)
+    [found] = [figure for figure in measuring.figures if figure.name == "IS"]
+    assert found.value == pytest.approx(float(inception_score(drawn.features, network.classify).mean()))
+    assert 1 < found.low < found.value < found.high
+    assert (found.features, found.counts, found.arrow) == ("classes", "60", "↑")
+    assert found.note == "few pictures bias IS downwards"
 
 
 def test_the_pictures_are_those_that_generate_draws(evaluated: tuple[Path, dict], tiny_model: ClipGen) -> None:

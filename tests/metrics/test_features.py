@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_server import bad_server
+from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from clip_gen import ClipGen
@@ -55,13 +56,16 @@ def test_pulled_inception_gives_the_features_of_torch_fidelity(
     assert record["sha256"] == hashlib.sha256(published).hexdigest()
     (tmp_path / "published.pth").write_bytes(published)
     path = str(tmp_path / "published.pth")
-    theirs = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
+    layers = ["2048", "logits_unbiased"]
+    theirs = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=path)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     network = inception_features(inception / "inception.safetensors", CPU)
     found = network([images[:1], images[1:]])
     assert network.name == "InceptionV3 of the original FID (2048)"
-    assert torch.allclose(found, theirs(to_bytes(images).permute(0, 3, 1, 2))[0], atol=1e-5)
+    features, logits = theirs(to_bytes(images).permute(0, 3, 1, 2))
+    assert torch.allclose(found, features, atol=1e-5)
     assert found.shape == (2, 2048)
+    assert torch.allclose(network.classify(found), logits, atol=1e-5)
 
 
 def test_features_are_inceptions_if_it_was_pulled_and_else_those_of_the_models_clip(
@@ -80,6 +84,12 @@ def test_features_are_inceptions_if_it_was_pulled_and_else_those_of_the_models_c
     (tmp_path / "inception.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"inception\.safetensors: damaged"):
         choose_features("auto", encoder, "tiny", CPU)
+
+
+def test_another_network_in_the_place_of_inceptions_is_refused(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "inception.safetensors")  # of torchvision's
+    with pytest.raises(ValueError, match="does not fit InceptionV3; run python -m clip_gen pull inception again"):
+        inception_features(tmp_path / "inception.safetensors", CPU)
 
 
 def test_clip_features_are_embeddings_of_any_model_folder(tiny_model: ClipGen, tiny_model_folder: Path) -> None:

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.spatial
+import scipy.special
 import scipy.stats
 import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from clip_gen.metrics.clip_scores import clip_scores, retrieved
 from clip_gen.metrics.distributions import cmmd, fid, kid
-from clip_gen.metrics.intervals import Share, jackknife, mean, share
+from clip_gen.metrics.inception_score import inception_score
+from clip_gen.metrics.intervals import Share, jackknife, mean, of_tenths, share
 from clip_gen.metrics.neighbours import is_close, nearest, overlap
 from clip_gen.metrics.reconstruction import similarities
 
@@ -91,6 +94,29 @@ def test_cmmd_is_the_published_formula() -> None:
     wanted = 1000 * (kernel(real, real) + kernel(other, other) - 2 * kernel(real, other))
     assert cmmd(real.float(), other.float()) == pytest.approx(wanted, rel=1e-4)
     assert cmmd(real, real) == pytest.approx(0, abs=1e-9)
+
+
+def test_inception_score_is_that_of_torch_fidelity_and_of_the_published_formula() -> None:
+    weight = torch.randn(16, 30, generator=torch.Generator().manual_seed(1))
+    scores = inception_score(REAL, lambda rows: rows @ weight)
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    theirs = isc_features_to_metric((REAL @ weight)[order], splits=10, shuffle=False)
+    assert float(scores.mean()) == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert float(scores.std(correction=0)) == pytest.approx(theirs["inception_score_std"], rel=1e-4)
+    classes = scipy.special.softmax((REAL @ weight)[order[:70]].double().numpy(), axis=1)
+    divergences = [scipy.stats.entropy(own, classes.mean(axis=0)) for own in classes]
+    assert float(scores[0]) == pytest.approx(math.exp(np.mean(divergences)), rel=1e-5)
+
+
+def test_inception_score_is_the_number_of_classes_that_are_certain() -> None:
+    certain = 1000 * torch.eye(5).repeat(400, 1)
+    scores = inception_score(certain, lambda rows: rows)
+    assert (scores > 4.7).all()  # a random part of 200 has each class about as often
+    assert (scores <= 5 + 1e-9).all()
+    assert inception_score(certain[:1].expand(200, 5), lambda rows: rows).tolist() == pytest.approx([1] * 10)
+    assert inception_score(torch.zeros(200, 5), lambda rows: rows).tolist() == pytest.approx([1] * 10)
+    wanted = scipy.stats.t.interval(0.95, 9, scores.mean(), scipy.stats.sem(scores))
+    assert (of_tenths(scores).low, of_tenths(scores).high) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_precision_recall_density_and_coverage_are_the_published_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
