@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.error import URLError
 
 from clip_gen.data.decoding import MAX_PIXELS
 from clip_gen.files import shortened
@@ -69,5 +70,7 @@ class Meter:
 
 
 def reason_of(error: Exception | str) -> str:
-    """The message of an error, shortened; for an OSError without its path."""
+    """The message of an error, shortened; for an OSError without its path, for a URLError that of its cause."""
+    if type(error) is URLError:
+        return reason_of(error.reason)
     return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__)

@@ -16,6 +16,7 @@ import torch
 from bad_server import BadServer, bad_server
 from conftest import FIXTURES, TINY, picture_bytes
 from importer_files import VIT, clip_state, taming_files
+from nasty_zip import write_nasty_zip
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -59,12 +60,14 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-@pytest.fixture
-def photo_zip(photographs: list[Path], tmp_path: Path) -> Path:
-    with zipfile.ZipFile(tmp_path / "photographs.zip", "w") as archive:
-        for path in photographs:
-            archive.write(path, path.name)
-    return tmp_path / "photographs.zip"
+@pytest.fixture(scope="module")
+def photo_zip(photographs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs among files of every kind that people's zips hold."""
+    path = write_nasty_zip(tmp_path_factory.mktemp("zips") / "photographs.zip", holiday=6, huge=(1200, 900))
+    with zipfile.ZipFile(path, "a") as archive:
+        for picture in photographs:
+            archive.write(picture, f"photographs/{picture.name}")
+    return path
 
 
 def drawings(background: str | None, folder: Path) -> PictureFiles:
@@ -144,7 +147,9 @@ def test_without_a_network_the_model_reconstructs_and_says_that_no_prompt_can_wo
     settings = replace(TOY, vqgan_steps=8, stage="vqgan", perceptual_weight=0.0)
     tar = Training(photo_zip, tmp_path / "out", settings).run()
     [warning] = {line for line in caplog.messages if "could not be downloaded" in line}
-    assert warning.startswith("the CLIP of shapes does not know such pictures, and ViT-B-32.pt could not be downloaded")
+    assert warning.startswith(
+        "the CLIP of shapes does not know such pictures, and ViT-B-32.pt could not be downloaded (Connection refused)"
+    )
     assert (
         "no prompt about them can work; where there is a network, run python -m clip_gen pull clip ViT-B/32" in warning
     )
@@ -152,11 +157,15 @@ def test_without_a_network_the_model_reconstructs_and_says_that_no_prompt_can_wo
     record = json.loads((tmp_path / "out" / "model" / "training.json").read_text())
     assert warning in record["warnings"]
     assert record["base"]["model"] == "shapes"
-    assert record["stages"]["vqgan"]["val_psnr"] > 18
+    assert record["pictures"]["used"] == 58  # 24 and 6 photographs, and 28 odd ones
+    reasons = {skipped["reason"] for skipped in record["pictures"]["skipped"]}
+    assert {"a duplicate", "a text file", "camera raw: export as JPEG", "an archive inside: unpack it first"} <= reasons
+    values = record["stages"]["vqgan"]
+    assert values["val_psnr"] > max(18, values["val_mean_colour_psnr"] + 3)
     assert ClipGen.load(tar.parent / "model", "cpu").config.vqgan.resolution == 64
 
 
-def test_photographs_train_new_networks_with_a_pulled_clip(
+def test_photographs_train_new_networks_with_a_pulled_clip_and_then_draw(
     server: BadServer, photo_zip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.plan = ["well", "drop"]  # the first asks whether there is a network; then the download resumes
@@ -167,7 +176,10 @@ def test_photographs_train_new_networks_with_a_pulled_clip(
     theirs = load_file(tmp_path / "checkpoints" / "clip-vit-b-32" / "clip.safetensors")
     ours = model.clip_encoder.state_dict()["clip.text_projection"]
     assert torch.equal(ours, theirs["clip.text_projection"].half().float())
-    assert len(model.generate("a cat", candidates=2, num_outputs=1, seed=0).images) == 1
+    words = ["generate", "a cat", "--model", str(tmp_path / "out" / "weights.tar"), "--out", str(tmp_path / "drawn")]
+    assert main([*words, "--candidates=2", "--num-outputs=1"]) == 0
+    with Image.open(tmp_path / "drawn" / "0.png") as picture:
+        assert (picture.size, picture.text["prompt"]) == ((16, 16), "a cat")
     caplog.set_level(logging.INFO)
     # The same command resumes, also without the network.
     server.files = {}

@@ -297,7 +297,7 @@ def test_a_named_cache_that_cannot_be_written_to_is_refused(weights_tar: Path, m
         ("/no/such/thing", "/no/such/thing: no such file or folder; give a model folder"),
         ("", "the name of the weights is empty; give a model folder"),
         ("ftp://example.com/weights.tar", "no such file or folder"),
-        ("http://127.0.0.1:9/weights.tar", "http://127.0.0.1:9/weights.tar: cannot be opened (<urlopen error"),
+        ("http://127.0.0.1:9/weights.tar", "http://127.0.0.1:9/weights.tar: cannot be opened (Connection refused)"),
         ("http://[bad/x", "Invalid IPv6 URL"),
         ("http://", "no host given"),
         ("http://exämple.com/weights.tar", "a URL is ASCII"),
