@@ -47,8 +47,9 @@ def find_copies(networks: Networks, pictures: PictureFiles, seed: int) -> dict[s
     centre = embeddings.mean(dim=0)  # distances between embeddings that are much alike would be rounded to nothing
     drawn, embeddings = (drawn - centre).cpu(), (embeddings - centre).cpu()
     close = int(is_close(nearest(drawn, embeddings)[0][:, 0], embeddings).sum())
-    log.info("copies: %s", in_words({"drawn": DRAWN, "close_to_training": close}))
-    return {"drawn": DRAWN, "close_to_training": close}
+    found = {"drawn": DRAWN, "close_to_training": close}
+    log.info("copies: %s", in_words(found))
+    return found
 
 
 def mixtures(embeddings: Tensor, count: int, seed: int) -> Tensor:
@@ -65,7 +66,7 @@ def in_words(record: Mapping[str, object]) -> str:
         return ""
     return (
         f"{record['close_to_training']} of {record['drawn']} pictures drawn from mixtures of two training pictures are "
-        "as close to a training picture as these are to each other; about half is usual, all would be copies"
+        "as close to a training picture as half of these are to another; half is usual, all would be copies"
     )
 
 

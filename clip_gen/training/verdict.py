@@ -95,8 +95,10 @@ def _follows(record: Record) -> list[str]:
 
 
 def _copies(record: Record) -> list[str]:
-    words = copies.in_words(record["stages"].get("gpt", {}))
-    return [f"Copies: {words}."] if words else []
+    """A transformer that copies has a warning instead."""
+    gpt = record["stages"].get("gpt", {})
+    words = "" if copies.warning(gpt) else copies.in_words(gpt)
+    return [f"It does not seem to copy training pictures: {words}."] if words else []
 
 
 def _prompts(record: Record, is_running: bool) -> list[str]:

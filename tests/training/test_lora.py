@@ -154,7 +154,11 @@ def test_a_training_on_few_pictures_keeps_what_it_does_not_need_to_change(
     assert record["stages"]["vqgan"]["steps"] == 0
     assert record["stages"]["gpt"]["drawn"] == DRAWN
     page = (tmp_path / "report.html").read_text()
-    for words in (f"A small part of the transformer (LoRA of rank {LORA_RANK}) of the base", "Copies: ", "on, of rank"):
+    for words in (
+        f"A small part of the transformer (LoRA of rank {LORA_RANK}) of the base",
+        "to copy training pictures: ",
+        "on, of rank",
+    ):
         assert words in page, words
 
 
