@@ -1,10 +1,11 @@
 """Fine-tuning on few pictures: does the model take over their style, keep its words, and draw no copies?
 
-    .venv/bin/python -m benchmarks few-pictures BASE PICTURES --others FOLDER --out /tmp/few [--learn 50] [--minutes 10]
+    .venv/bin/python -m benchmarks few-pictures BASE artists/new --others artists --out /tmp/few [--minutes 10]
 
 PICTURES is a folder of one kind, such as the drawings of an artist whom the base does not know, NAME.png each. BASE is
 fine-tuned on some of them. Then the things of the others are drawn: the prompt is the text in NAME.txt, or else
-"a NAME". `--others` has a folder for each other kind, such as the artists of the base. It prints
+"a NAME". `--others` has a folder for each other kind, such as the artists of the base; PICTURES may be among them, and
+does not count there. It prints
 
 accepted: the share of drawn pictures that a classifier of the kinds takes for the new kind; `accepted_before` is that
 of the base's, `accepted_of_pictures` that of pictures that the classifier has not seen, after the VQGAN, and
@@ -72,8 +73,8 @@ def main(words: list[str]) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    learnt, others = divided(pictures_in(arguments.pictures), arguments.learn, arguments.seed)
-    asked = others[: arguments.draw]
+    learnt, unseen = divided(pictures_in(arguments.pictures), arguments.learn, arguments.seed)
+    asked = unseen[: arguments.draw]
     prompts, names = [prompt_of(path) for path in asked], [path.stem for path in asked]
     base = ClipGen.load(arguments.base, "cpu")
     settings = TrainSettings(
@@ -82,7 +83,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     Training([str(path) for path in learnt], arguments.out / "trained", settings).run()
     model = ClipGen.load(arguments.out / "trained" / "model", "cpu")
     before, after = drawn(base, prompts), drawn(model, prompts)
-    kinds = [pictures_in(arguments.pictures), *map(pictures_in, sorted(arguments.others.iterdir()))]
+    folders = (path for path in sorted(arguments.others.iterdir()) if path.is_dir())
+    others = [folder for folder in folders if not folder.samefile(arguments.pictures)]
+    kinds = [pictures_in(folder) for folder in (arguments.pictures, *others)]
     judged = judge(model, kinds, [before, after], arguments.classifier_steps, arguments.seed)
     close, neighbours = copied(model, after, learnt)
     sheet(before, after, [squares([learnt[i]], len(after[0]))[0] for i in neighbours]).save(arguments.out / "sheet.png")
@@ -94,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def divided(paths: Sequence[Path], learn: int, seed: int) -> tuple[list[Path], list[Path]]:

@@ -28,7 +28,7 @@ def write_pictures(folder: Path, colour: tuple[int, int, int]) -> Path:
 
 
 def test_the_benchmark_trains_draws_and_judges(tiny_model_folder: Path, tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "new", (220, 30, 30))
+    pictures = write_pictures(tmp_path / "others" / "new", (220, 30, 30))
     for name, colour in (("blue", (30, 30, 220)), ("green", (30, 200, 30))):
         write_pictures(tmp_path / "others" / name, colour)
     words = ["--others", str(tmp_path / "others"), "--out", str(tmp_path / "out"), "--learn", "9", "--draw", "3"]
