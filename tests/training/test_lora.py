@@ -111,7 +111,7 @@ def test_few_pictures_are_fine_tuned_by_lora_unless_told_otherwise() -> None:
         made = plan(TrainSettings(**settings), TINY, pictures, tokens=tokens)
         return made.lora_rank, made.vqgan.steps, made.transformer.steps
 
-    assert planned(50) == (LORA_RANK, 300, 600)
+    assert planned(50) == (LORA_RANK, 300, 1200)
     assert planned(200)[0] == planned(5000, lora="on")[0] == LORA_RANK
     assert planned(50, lora="off") == (0, 1500, 2000)
     assert planned(201)[0] == 0
