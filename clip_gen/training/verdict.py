@@ -140,7 +140,7 @@ def _words(record: Record) -> list[str]:
     """Which words CLIP knows. It is the base's, and no training on pictures teaches it others."""
     base, knows = record["base"]["name"], record["base"].get("knows")
     if knows:
-        return [f"The CLIP of {base} knows only its own world, and nothing about other things: {knows}."]
+        return [f"The CLIP of {base} knows its own world and nothing else. It knows {knows}."]
     return [f"Words come from the CLIP of {base}, which this training leaves as it is."]
 
 
