@@ -23,9 +23,9 @@ from clip_gen.evaluation.time_plot import time_plot
 from clip_gen.files import check_claimable, claim_folder, write_text_atomic
 from clip_gen.generate import load_model
 from clip_gen.images import to_tensor
-from clip_gen.metrics.distributions import cmmd
+from clip_gen.metrics.distributions import cmmd_with_interval
 from clip_gen.metrics.features import clip_features
-from clip_gen.metrics.intervals import Estimate, jackknife, mean, share
+from clip_gen.metrics.intervals import Estimate, mean, share
 from clip_gen.pipeline import ClipGen
 from clip_gen.validation import MAX_CANDIDATES, check_number
 from clip_gen.worlds.grading import world_of
@@ -209,7 +209,7 @@ class Comparison:
             drawn = network(to_tensor([picture]).to(device) for picture in pictures)
             seconds = statistics.median(point["seconds"] for point in measured if point["seconds"] is not None)
             scores = mean(torch.tensor([100 * point["score"] for point in measured]))
-            distance = jackknife(cmmd, real, drawn)
+            distance = cmmd_with_interval(real, drawn)
             found.append(Point(method, budget, seconds, len(pictures), share(right), scores, distance))
         return found
 

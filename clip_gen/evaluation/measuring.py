@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from clip_gen.evaluation.figures import Figure
 from clip_gen.images import from_bytes
 from clip_gen.metrics.clip_scores import clip_scores, retrieved
-from clip_gen.metrics.distributions import cmmd, fid, kid
+from clip_gen.metrics.distributions import cmmd_with_interval, fid, kid
 from clip_gen.metrics.features import FeatureNetwork, clip_features
 from clip_gen.metrics.inception_score import PARTS, inception_score
 from clip_gen.metrics.intervals import Estimate, jackknife, mean, of_tenths, share
@@ -136,7 +136,8 @@ class Measuring:
             note = f"fewer pictures than features ({dim}) bias FID upwards"
         self._distance(source, "FID", fid, real.features, measured.features, name, note)
         self._distance(source, "KID × 1000", _kid_times_1000, real.features, measured.features, name)
-        self._distance(source, "CMMD", cmmd, real.embeddings, measured.embeddings, self.clip_network.name)
+        found = cmmd_with_interval(real.embeddings, measured.embeddings)
+        self._add(source, "CMMD", found, self.clip_network.name, len(measured), len(real))
         if self.network.classify and len(measured) >= PARTS:
             scores = inception_score(measured.features, self.network.classify)
             note = "few pictures bias IS downwards" if len(measured) < ENOUGH_FOR_FID else ""

@@ -6,12 +6,16 @@ Figures with different features do not compare, nor do FIDs of sets of different
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
+
+from clip_gen.metrics.intervals import GROUPS, Estimate, leaving_out
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as published
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD, as published
@@ -54,13 +58,40 @@ def kid(real: Tensor, generated: Tensor, seed: int = 0) -> float:
 
 def cmmd(real: Tensor, generated: Tensor) -> float:
     """Squared maximum mean discrepancy of CLIP embeddings with a Gaussian kernel, times 1,000, arXiv 2401.09603."""
-    within = _mean_kernel(real, real) + _mean_kernel(generated, generated)
-    return SCALE * (within - 2 * _mean_kernel(real, generated))
+    sums = [_kernel_sum(*pair) for pair in ((real, real), (generated, generated), (real, generated))]
+    return _discrepancy(*sums, len(real), len(generated))
 
 
-def _mean_kernel(first: Tensor, second: Tensor) -> float:
+def cmmd_with_interval(real: Tensor, generated: Tensor) -> Estimate:
+    """CMMD and the interval that intervals.jackknife gives it, from sums of kernels between tenths: computing CMMD
+    again without each tenth takes eleven times as long, which is hours for 50,000 pictures.
+    """
+    if min(len(real), len(generated)) < 2 * GROUPS:
+        return Estimate(cmmd(real, generated), math.nan, math.nan)
+    tenths = [[part[group::GROUPS] for group in range(GROUPS)] for part in (real, generated)]
+    sums = [_kernel_sums(tenths[i], tenths[j]) for i, j in ((0, 0), (1, 1), (0, 1))]
+    sizes = [torch.tensor([len(tenth) for tenth in some], dtype=torch.float64) for some in tenths]
+
+    def without(group: int | None) -> float:
+        kept = torch.tensor([float(other != group) for other in range(GROUPS)], dtype=torch.float64)
+        return _discrepancy(*(float(kept @ part @ kept) for part in sums), *(float(kept @ size) for size in sizes))
+
+    return leaving_out(without(None), [without(group) for group in range(GROUPS)])
+
+
+def _discrepancy(real: float, generated: float, between: float, real_count: float, generated_count: float) -> float:
+    """From the sums of the kernels within both sets and between them."""
+    within = real / real_count**2 + generated / generated_count**2
+    return SCALE * (within - 2 * between / (real_count * generated_count))
+
+
+def _kernel_sums(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Between each two parts of two sets, (10, 10) float64."""
+    return torch.tensor([[_kernel_sum(one, other) for other in second] for one in first], dtype=torch.float64)
+
+
+def _kernel_sum(first: Tensor, second: Tensor) -> float:
     """In double precision: the kernels are all close to 1, and what counts are their differences."""
     second = second.double()
     blocks = (torch.cdist(part.double(), second).square() for part in first.split(BLOCK))
-    total = sum(torch.exp(squared / (-2 * SIGMA**2)).sum() for squared in blocks)
-    return float(total) / (len(first) * len(second))
+    return float(sum(torch.exp(squared / (-2 * SIGMA**2)).sum() for squared in blocks))

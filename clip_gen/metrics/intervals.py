@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,11 @@ def jackknife(distance: Callable[[Tensor, Tensor], float], real: Tensor, generat
     if min(len(real), len(generated)) < 2 * GROUPS:
         return Estimate(value, math.nan, math.nan)
     kept = [[torch.arange(len(part)) % GROUPS != group for part in (real, generated)] for group in range(GROUPS)]
-    others = torch.tensor([distance(real[first], generated[second]) for first, second in kept], dtype=torch.float64)
-    error = math.sqrt((GROUPS - 1) * float(others.var(correction=0)))
+    return leaving_out(value, [distance(real[first], generated[second]) for first, second in kept])
+
+
+def leaving_out(value: float, others: Sequence[float]) -> Estimate:
+    """The jackknife interval of a value, from the values without each tenth."""
+    variance = float(torch.tensor(others, dtype=torch.float64).var(correction=0))
+    error = math.sqrt((GROUPS - 1) * variance)
     return Estimate(value, value - T9 * error, value + T9 * error)

@@ -18,7 +18,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from clip_gen.metrics.clip_scores import clip_scores, retrieved
-from clip_gen.metrics.distributions import cmmd, fid, kid
+from clip_gen.metrics.distributions import cmmd, cmmd_with_interval, fid, kid
 from clip_gen.metrics.inception_score import inception_score
 from clip_gen.metrics.intervals import Share, jackknife, mean, of_tenths, share
 from clip_gen.metrics.neighbours import is_close, nearest, overlap
@@ -94,6 +94,15 @@ def test_cmmd_is_the_published_formula() -> None:
     wanted = 1000 * (kernel(real, real) + kernel(other, other) - 2 * kernel(real, other))
     assert cmmd(real.float(), other.float()) == pytest.approx(wanted, rel=1e-4)
     assert cmmd(real, real) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_of_cmmd_is_the_jackknifes() -> None:
+    real, other = (torch.nn.functional.normalize(part[:123], dim=1) for part in (REAL, OTHER))
+    found, wanted = cmmd_with_interval(real, other[:95]), jackknife(cmmd, real, other[:95])
+    assert (found.value, found.low, found.high) == pytest.approx((wanted.value, wanted.low, wanted.high), rel=1e-6)
+    few = cmmd_with_interval(real[:19], other)
+    assert few.value == pytest.approx(cmmd(real[:19], other))
+    assert math.isnan(few.low)
 
 
 def test_inception_score_is_that_of_torch_fidelity_and_of_the_published_formula() -> None:
