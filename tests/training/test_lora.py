@@ -31,10 +31,11 @@ from clip_gen.training.lora import LoRALinear, choose_parameters, merge_lora
 from clip_gen.training.plan import LORA_RANK, Tokens, TrainSettings, plan
 from clip_gen.training.squares import Squares
 from clip_gen.training.stage import FitConfig, adamw
-from clip_gen.weights.model_folder import load_base
+from clip_gen.weights.model_folder import load_base, save_networks
 
 TOY = TrainSettings(stage="transformer", transformer_steps=8, batch_size=4, precision="32-true", crop=False, flip=False)
 WITH_SKETCH = replace(TINY.gpt, neighbour_context=True, sketch_drawings=1, sketch_cells=2)
+SKETCHED = "sketch.", "condition.", "null_condition"  # what the sketch depends on
 KNOWN = Tokens(kept=True, known=True)
 
 
@@ -63,13 +64,13 @@ def test_lora_trains_additions_and_the_null_condition_only() -> None:
 
 
 def test_a_sketch_stays_as_it_is_if_it_knows_the_tokens() -> None:
-    every, reads = set(GPT(WITH_SKETCH).state_dict()), ("sketch.", "condition.", "null_condition")
+    every = set(GPT(WITH_SKETCH).state_dict())
     gpt = GPT(WITH_SKETCH)
     choose_parameters(gpt, 4, knows_tokens=True)
     assert {name.rpartition(".")[2] for name in trained_names(gpt)} == {"down", "up"}
     gpt = GPT(WITH_SKETCH)
     choose_parameters(gpt, 0, knows_tokens=True)
-    assert trained_names(gpt) == {name for name in every if not name.startswith(reads)}
+    assert trained_names(gpt) == {name for name in every if not name.startswith(SKETCHED)}
     gpt = GPT(WITH_SKETCH)
     choose_parameters(gpt, 0, knows_tokens=False)
     assert trained_names(gpt) == every - {"sketch.head.weight", "sketch.head.bias"}
@@ -167,9 +168,11 @@ class Killed(Exception):
 
 
 def test_an_interrupted_training_by_lora_ends_with_the_same_weights(
-    photos: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(TOY, base=str(tiny_model_folder))
+    """From a base with a sketch, which is not trained."""
+    save_networks(tiny_networks(config=replace(TINY, gpt=WITH_SKETCH)), tmp_path / "base", training={})
+    settings = replace(TOY, base=str(tmp_path / "base"))
     step: Callable = GPTTrainer.training_step
 
     def killed(stage: GPTTrainer, batch: tuple) -> torch.Tensor:
@@ -186,8 +189,11 @@ def test_an_interrupted_training_by_lora_ends_with_the_same_weights(
     assert saved["global_step"] == 5
     assert "gpt.head.up" in saved["state_dict"]
     Training(photos, tmp_path / "cut", settings).run()
-    whole, found = (load_file(tmp_path / out / "model" / "gpt.safetensors") for out in ("whole", "cut"))
+    folders = (tmp_path / "base", tmp_path / "whole" / "model", tmp_path / "cut" / "model")
+    base, whole, found = (load_file(folder / "gpt.safetensors") for folder in folders)
     assert all(torch.equal(value, found[name]) for name, value in whole.items())
+    assert all(torch.equal(value, whole[name]) for name, value in base.items() if name.startswith(SKETCHED))
+    assert not torch.equal(base["blocks.0.mlp.fc.weight"], whole["blocks.0.mlp.fc.weight"])
 
 
 def test_lora_fine_tunes_an_imported_model_and_gives_it_a_null_condition(photos: Path, tmp_path: Path) -> None:
