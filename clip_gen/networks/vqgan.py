@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.config import VQGANConfig
+from clip_gen.networks import local_encoder
 from clip_gen.networks.quantizers import QUANTIZERS
 
 
@@ -48,6 +49,8 @@ class VQGAN(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
                 module.eps = config.norm_eps
+        if config.local:
+            local_encoder.simplify(self.encoder)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.quantizer = QUANTIZERS[config.quantizer](config)

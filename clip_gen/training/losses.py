@@ -52,10 +52,13 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(images: Tensor, reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
     """The factor that gives the adversarial loss the gradient norm of the reconstruction loss at the decoder's last
     layer; at most 1e4.
+
+    images: the decoder's. The two losses are given by their gradients at these, so their networks need not be passed
+    backwards again.
     """
-    (target,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (actual,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    (target,) = torch.autograd.grad(images, last_layer, reconstruction, retain_graph=True)
+    (actual,) = torch.autograd.grad(images, last_layer, adversarial, retain_graph=True)
     return (target.norm() / (actual.norm() + 1e-4)).clamp(max=1e4).detach()

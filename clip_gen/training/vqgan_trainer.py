@@ -55,8 +55,10 @@ class VQGANTrainer(Stage):
             for part in (vqgan.decoder, vqgan.post_quant_conv):
                 part.requires_grad_(True)
             vqgan.quantizer.eval()
-        # Convolutions are fastest with channels last.
-        self.vqgan, self.weights = vqgan.to(memory_format=torch.channels_last), loss
+        # Convolutions are fastest with channels last, but torch's group norms on a CPU are slow then, unless compiled.
+        if config.compile or torch.cuda.is_available():
+            vqgan.to(memory_format=torch.channels_last)
+        self.vqgan, self.weights = vqgan, loss
         # On a GPU the backward pass that torch 2.11 compiles fails at the memory format of its own weight gradients.
         if config.compile and not torch.cuda.is_available():
             compiled(vqgan.encoder, dynamic=vqgan.config.local)  # the number of distinct patches varies
@@ -78,31 +80,52 @@ class VQGANTrainer(Stage):
     def training_step(self, batch: Tensor) -> Tensor:
         images = from_bytes(batch)
         out = self.vqgan(images)
-        difference = out.images.float() - images
-        # The absolute error keeps edges sharp; the squared error avoids large errors of single pixels.
-        reconstruction = difference.abs().mean() + difference.square().mean()
-        values = {"l1": difference.abs().mean(), **self._codebook_use(out.tokens)}
-        if self.weights.perceptual:
-            values["perceptual"] = perceptual_distance(*self.frozen, out.images, images)
-            reconstruction = reconstruction + self.weights.perceptual * values["perceptual"]
-        loss = reconstruction + out.loss
+        decoded = out.images.float()
+        # The losses see a copy, so that their gradients at it serve twice: to weigh them, and to train the decoder.
+        fakes = decoded.detach().requires_grad_()
+        values = self._codebook_use(out.tokens)
+        reconstruction = self._reconstruction(images, fakes, values)
+        (gradient,) = torch.autograd.grad(reconstruction, fakes)
+        loss = out.loss
+        values["loss"] = reconstruction.detach() + out.loss.detach()
         if self.discriminator is not None:
-            loss = loss + self._adversarial(images, out.images, reconstruction, values)
-        self.log_dict({"loss": loss, **values}, batch_size=len(batch), sync_dist=True)
+            adversarial, told_apart = self._adversarial(images, fakes, decoded, gradient, values)
+            gradient, loss = gradient + adversarial, loss + told_apart
+        self.log_dict(values, batch_size=len(batch), sync_dist=True)
+        return loss + (gradient * decoded).sum()
+
+    def _reconstruction(self, images: Tensor, fakes: Tensor, values: dict[str, Tensor]) -> Tensor:
+        difference = fakes - images
+        # The absolute error keeps edges sharp; the squared error avoids large errors of single pixels.
+        values["l1"] = difference.abs().mean()
+        loss = values["l1"] + difference.square().mean()
+        if self.weights.perceptual:
+            some = -(-len(images) // 2)  # half of them: batches are random, and CLIP takes most of the time
+            values["perceptual"] = perceptual_distance(*self.frozen, fakes[:some], images[:some])
+            loss = loss + self.weights.perceptual * values["perceptual"]
         return loss
 
-    def _adversarial(self, images: Tensor, fakes: Tensor, reconstruction: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """The sum of the generator's and the discriminator's losses; each trains its own network only."""
+    def _adversarial(
+        self, images: Tensor, fakes: Tensor, decoded: Tensor, reconstruction: Tensor, values: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of the generator's loss at the fakes, (B, 3, S, S), and the discriminator's loss.
+
+        decoded: the fakes as the decoder's output. reconstruction: the gradient of the other losses at the fakes.
+        """
         if self.fraction_done < self.weights.adversarial_from:
             # DDP needs a gradient for every parameter, even zero.
-            return 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
+            unused = 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
+            return torch.zeros_like(fakes), unused
         self.discriminator.requires_grad_(False)
         fooled = -self.discriminator(fakes).mean()
-        weight = adaptive_weight(reconstruction, fooled, self.vqgan.decoder.conv_out.weight)
+        (gradient,) = torch.autograd.grad(fooled, fakes)
         self.discriminator.requires_grad_(True)
+        weight = adaptive_weight(decoded, reconstruction, gradient, self.vqgan.decoder.conv_out.weight)
         told_apart = hinge_loss(self.discriminator(images), self.discriminator(fakes.detach()))
+        share = self.weights.adversarial * weight
+        values["loss"] = values["loss"] + share * fooled.detach() + told_apart.detach()
         values |= {"fooled": fooled, "told_apart": told_apart, "adversarial_weight": weight}
-        return self.weights.adversarial * weight * fooled + told_apart
+        return share * gradient, told_apart
 
     def _codebook_use(self, tokens: Tensor) -> dict[str, Tensor]:
         """The share of codes in this batch, and the perplexity of their distribution."""

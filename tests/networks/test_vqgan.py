@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY
-from taming.modules.diffusionmodules.model import Decoder
+from taming.modules.diffusionmodules.model import Decoder, Encoder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -159,3 +159,26 @@ def test_building_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_quantizer_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r'"magic".*cosine'):
         VQGAN(replace(TINY.vqgan, quantizer="magic"))
+
+
+def test_the_encoder_of_single_pixels_computes_what_tamings_does() -> None:
+    """Up to rounding: outputs, the names of the parameters, and their gradients."""
+    torch.manual_seed(0)
+    config = SIZES["local"]
+    ours = VQGAN(config).encoder
+    channels = 3 * config.patch**2
+    sizes = {name: getattr(config, name) for name in ("ch", "ch_mult", "num_res_blocks", "attn_resolutions")}
+    side = config.resolution // config.patch
+    tamings = Encoder(
+        **sizes, out_ch=channels, in_channels=channels, resolution=side, z_channels=config.z_channels, double_z=False
+    )
+    tamings.load_state_dict(ours.state_dict())  # in float64: groups of two channels amplify rounding
+    pixels = torch.randn(5, channels, 1, 1, dtype=torch.float64)
+    results = [encoder.double()(pixels) for encoder in (ours, tamings)]
+    assert torch.allclose(*results, atol=1e-5)
+    for result in results:
+        result.square().sum().backward()
+    expected = dict(tamings.named_parameters())
+    assert list(expected) == [name for name, _ in ours.named_parameters()]
+    for name, parameter in ours.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4), name

@@ -39,6 +39,7 @@ from clip_gen.training.datasets import (
 from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import fit
 from clip_gen.training.gpt_trainer import MAX_ROUNDING, GPTTrainer, embedding_loss, start_from_codes, token_nats
+from clip_gen.training.losses import hinge_loss, perceptual_distance
 from clip_gen.training.processes import wait_for
 from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, orthogonal
 from clip_gen.training.vqgan_trainer import VQGANLoss, VQGANTrainer
@@ -241,6 +242,36 @@ def test_gradients_are_clipped_for_each_network_separately() -> None:
     assert torch.equal(trainer.vqgan.decoder.conv_in.weight.grad, small)
     norms = torch.stack([parameter.grad.norm() for parameter in trainer.discriminator.parameters()])
     assert float(norms.norm()) == pytest.approx(1, abs=1e-3)
+
+
+def test_stage_1_trains_by_the_gradient_of_the_weighted_sum_of_its_losses() -> None:
+    """As when the sum is passed backwards as a whole."""
+    torch.manual_seed(0)
+    networks = tiny_networks()
+    loss = VQGANLoss(perceptual=0.5, adversarial=0.5, adversarial_from=0.0)
+    vqgan = networks.vqgan.train().requires_grad_(True)
+    trainer = VQGANTrainer(deepcopy(vqgan), FIT, loss, networks.clip)
+    trainer.log_dict = lambda values, **_: logged.update(values)
+    logged: dict[str, torch.Tensor] = {}
+    batch = torch.from_numpy(np.stack([RenderedPictures(2, 2, 16)[i] for i in range(2)]))
+    trainer.training_step(batch).backward()
+    found = {name: parameter.grad.clone() for name, parameter in trainer.named_parameters()}
+
+    images, critic = from_bytes(batch), trainer.discriminator
+    out = vqgan(images)
+    difference = out.images - images
+    reconstruction = difference.abs().mean() + difference.square().mean()
+    reconstruction = reconstruction + 0.5 * perceptual_distance(networks.clip, out.images[:1], images[:1])
+    fooled, last = -critic(out.images).mean(), vqgan.decoder.conv_out.weight
+    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (reconstruction, fooled)]
+    weight = norms[0] / (norms[1] + 1e-4)
+    generator = reconstruction + out.loss + 0.5 * weight.detach() * fooled
+    told_apart = hinge_loss(critic(images), critic(out.images.detach()))
+    assert float(logged["loss"]) == pytest.approx(float((generator + told_apart).detach()), rel=1e-4)
+    for prefix, network, part in (("vqgan", vqgan, generator), ("discriminator", critic, told_apart)):
+        gradients = torch.autograd.grad(part, list(network.parameters()), retain_graph=True)
+        for (name, _), gradient in zip(network.named_parameters(), gradients, strict=True):
+            assert torch.allclose(found[f"{prefix}.{name}"], gradient, rtol=1e-3, atol=1e-6), name
 
 
 @torch.no_grad()
@@ -745,7 +776,8 @@ import os, sys, time
 from pathlib import Path
 file, waiting = map(Path, sys.argv[1:])
 if not (child := os.fork()):
-    from clip_gen.training.processes import wait_for
+    from clip_gen.training.losses import hinge_loss, perceptual_distance
+from clip_gen.training.processes import wait_for
     waiting.write_text(str(os.getppid()))
     wait_for(file)
     os._exit(0)
