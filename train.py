@@ -54,7 +54,7 @@ async def train(
     size: str = Input(
         description="base: fine-tune the base model. Others: train new networks of this size with the base's CLIP.",
         default="base",
-        choices=["base", "laptop", "small", "medium", "published"],
+        choices=["base", "laptop", "laptop-128", "laptop-256", "small", "medium", "published"],
     ),
     resolution: int = Input(
         description="Side of the pictures of new networks, a multiple of 16. 0: by size.", default=0, ge=0, le=1024
@@ -111,6 +111,9 @@ async def train(
     precision: str = Input(
         description="auto: bfloat16 if supported.", default="auto", choices=["auto", "32-true", "bf16-mixed"]
     ),
+    gradient_checkpointing: bool = Input(
+        description="Compute activations again instead of keeping them: less memory, slower steps.", default=False
+    ),
     max_minutes: float = Input(description="Time limit, after which weights are saved. 0: none.", default=0.0, ge=0),
     seed: int = Input(
         description="The same seed and number of CPU threads give the same weights.", default=0, ge=0, le=2147483647
@@ -154,6 +157,7 @@ async def train(
         letterbox=letterbox,
         sample_prompts=sample_prompts,
         precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
         max_minutes=max_minutes,
         seed=seed,
         **unknown,

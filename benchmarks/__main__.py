@@ -16,8 +16,10 @@ from benchmarks import (
     previews,
     published_size,
     speed,
+    stage_one,
     steering,
     streaming,
+    training_sizes,
 )
 
 BENCHMARKS = {
@@ -32,6 +34,8 @@ BENCHMARKS = {
     "previews": (previews.main, "how much progress and previews slow down drawing"),
     "steering": (steering.main, "image prompts, negative prompts and weights, graded by the judge"),
     "streaming": (streaming.main, "memory and disk of a training on WebDataset shards larger than both"),
+    "stage-1": (stage_one.main, "pictures a second and PSNR of stage 1, of two versions in turns"),
+    "training-sizes": (training_sizes.main, "memory and pictures a second of training each size"),
     "published-size": (published_size.main, "seconds and memory of the published model's size"),
 }
 

@@ -16,19 +16,21 @@ def simplify(encoder: Encoder) -> None:
     for name, module in list(encoder.named_modules()):
         if isinstance(module, AttnBlock):
             encoder.set_submodule(name, SelfAttention(module))
-        elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+        elif isinstance(module, nn.Conv2d):
             encoder.set_submodule(name, KernelCentre(module))
 
 
 class KernelCentre(nn.Module):
-    """A convolution of 3 × 3: only the centre of the kernel meets the pixel, the rest meets padding."""
+    """A convolution: only the centre of its kernel meets the pixel, the rest meets padding."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
         self.weight, self.bias = convolution.weight, convolution.bias
+        self.centre = self.weight.shape[2] // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.flatten(1), self.weight[:, :, 1, 1], self.bias)[:, :, None, None]
+        weight = self.weight[:, :, self.centre, self.centre]
+        return F.linear(x.flatten(1), weight, self.bias)[:, :, None, None]
 
 
 class SelfAttention(nn.Module):

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from typing import NamedTuple
 
 import torch
-from taming.modules.diffusionmodules.model import Decoder, Encoder
+from taming.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder, ResnetBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +54,11 @@ class VQGAN(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.quantizer = QUANTIZERS[config.quantizer](config)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks and those with attention, whose activations are most of all."""
+        return [module for module in self.modules() if isinstance(module, ResnetBlock | AttnBlock)]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The quantizer's input, (B, codebook_dim, h, w), and None.

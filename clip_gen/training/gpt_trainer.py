@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.gpt import GPT
 from clip_gen.networks.vqgan import VQGAN
-from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled
+from clip_gen.training.stage import FitConfig, Muon, Stage, adamw, compiled, recompute_activations
 
 # Without `neighbour_context`, the fraction of the stage after which all positions of an image are trained on again.
 WHOLE_FROM = 2 / 3
@@ -45,6 +45,8 @@ class GPTTrainer(Stage):
     ):
         super().__init__(config, frozen=[vqgan, clip] if vqgan else [])
         self.gpt, self.contrast, self.context_noise, self.embedding_loss = gpt, contrast, context_noise, embedding_loss
+        if config.gradient_checkpointing:
+            recompute_activations(gpt.blocks)
         if config.compile:
             compiled(gpt)
 

@@ -24,9 +24,12 @@ LORA = ("auto", "on", "off")
 LAPTOP_VQGAN = VQGANConfig(
     resolution=64, patch=4, local=True, ch=96, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), z_channels=96
 )
+LAPTOP_GPT = GPTConfig(n_layer=4, n_head=3, n_embd=192, rotary=True, neighbour_context=True)
 # In an hour on two cores a small transformer learns more than a large one, because it sees many times as many pictures.
 MODEL_SIZES: dict[str, tuple[VQGANConfig, GPTConfig]] = {
-    "laptop": (LAPTOP_VQGAN, GPTConfig(n_layer=4, n_head=3, n_embd=192, rotary=True, neighbour_context=True)),
+    "laptop": (LAPTOP_VQGAN, LAPTOP_GPT),
+    "laptop-128": (replace(LAPTOP_VQGAN, resolution=128, patch=8), LAPTOP_GPT),  # as many tokens, of larger squares
+    "laptop-256": (replace(LAPTOP_VQGAN, resolution=256, patch=16), LAPTOP_GPT),
     "small": (
         VQGANConfig(resolution=128, ch=64, ch_mult=(1, 2, 2, 4), z_channels=128),
         GPTConfig(n_layer=12, n_head=8, n_embd=512, rotary=True),
@@ -120,6 +123,9 @@ class TrainSettings:
     letterbox: bool = setting(False, "Show pictures whole, with bars, instead of cutting squares out of them.")
     sample_prompts: str = setting("", "Prompts drawn for the report, one a line.", max_length=2000)
     precision: str = setting("auto", "auto: bfloat16 if supported.", choices=PRECISIONS)
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again instead of keeping them: less memory, slower steps."
+    )
     max_minutes: float = setting(0.0, "Time limit, after which weights are saved. 0: none.", ge=0)
     seed: int = setting(0, "The same seed and number of CPU threads give the same weights.", ge=0, le=2147483647)
 
@@ -271,7 +277,8 @@ def _scheduled(config: FitConfig, settings: TrainSettings) -> FitConfig:
         ema_decay=0.995,
         validate_every=max(1, config.steps // 40),
         precision=settings.precision,
-        compile=is_long and shutil.which("g++") is not None,
+        compile=is_long and not settings.gradient_checkpointing and shutil.which("g++") is not None,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +14,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 
 from clip_gen.hardware import prefers_bfloat16
 
@@ -32,6 +34,7 @@ class FitConfig:
     patience: int = 0  # validations without a lower loss that end the stage with the best weights; 0: keep the last
     precision: str = "auto"  # Lightning's; auto: bfloat16 where the hardware multiplies it, else float32
     compile: bool = False  # torch.compile the network: slower start, faster steps; needs a C++ compiler
+    gradient_checkpointing: bool = False  # less memory, slower steps
 
 
 class Stage(pl.LightningModule):
@@ -91,6 +94,14 @@ def compiled(network: nn.Module, dynamic: bool | None = None) -> None:
     network.compile(dynamic=dynamic)
 
 
+def recompute_activations(blocks: Iterable[nn.Module]) -> None:
+    """Gradient checkpointing in place: of each block only the inputs are kept, and the backward pass computes the rest
+    again, with the same dropout, so the gradients stay the same. arXiv 1604.06174.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def adamw(network: nn.Module, config: FitConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and convolutions only, not on biases, norms and other vectors."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -98,7 +109,7 @@ def adamw(network: nn.Module, config: FitConfig, betas: tuple[float, float]) -> 
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
 class Muon(torch.optim.Optimizer):
@@ -114,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         with_muon = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in network.parameters() if id(parameter) not in with_muon]
         super().__init__([{"params": matrices}, {"params": others}], {})
-        self.adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.param_groups[0] |= {"lr": config.muon_rate, "weight_decay": config.weight_decay, "momentum": 0.95}
         self._share_with_adamw()
 

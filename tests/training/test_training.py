@@ -245,7 +245,7 @@ def test_gradients_are_clipped_for_each_network_separately() -> None:
 
 
 def test_stage_1_trains_by_the_gradient_of_the_weighted_sum_of_its_losses() -> None:
-    """As when the sum is passed backwards as a whole."""
+    """As when the sum is passed backwards as a whole. CLIP and the discriminator see half of the batch."""
     torch.manual_seed(0)
     networks = tiny_networks()
     loss = VQGANLoss(perceptual=0.5, adversarial=0.5, adversarial_from=0.0)
@@ -262,16 +262,49 @@ def test_stage_1_trains_by_the_gradient_of_the_weighted_sum_of_its_losses() -> N
     difference = out.images - images
     reconstruction = difference.abs().mean() + difference.square().mean()
     reconstruction = reconstruction + 0.5 * perceptual_distance(networks.clip, out.images[:1], images[:1])
-    fooled, last = -critic(out.images).mean(), vqgan.decoder.conv_out.weight
+    fooled, last = -critic(out.images[:1]).mean(), vqgan.decoder.conv_out.weight
     norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (reconstruction, fooled)]
     weight = norms[0] / (norms[1] + 1e-4)
     generator = reconstruction + out.loss + 0.5 * weight.detach() * fooled
-    told_apart = hinge_loss(critic(images), critic(out.images.detach()))
+    told_apart = hinge_loss(critic(images[:1]), critic(out.images[:1].detach()))
     assert float(logged["loss"]) == pytest.approx(float((generator + told_apart).detach()), rel=1e-4)
     for prefix, network, part in (("vqgan", vqgan, generator), ("discriminator", critic, told_apart)):
         gradients = torch.autograd.grad(part, list(network.parameters()), retain_graph=True)
         for (name, _), gradient in zip(network.named_parameters(), gradients, strict=True):
             assert torch.allclose(found[f"{prefix}.{name}"], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "gpt"])
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(stage: str) -> None:
+    networks, generator = tiny_networks(), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    conditions, tokens = torch.randn(8, 16, generator=generator), torch.randint(0, 32, (8, 16), generator=generator)
+    batch = images if stage == "vqgan" else (conditions, tokens, torch.zeros(8, dtype=torch.bool), *[conditions] * 2)
+
+    def trained(is_checkpointed: bool) -> tuple[int, list[torch.Tensor]]:
+        """The bytes of the tensors that are kept for the backward pass, and the gradients."""
+        network = deepcopy(getattr(networks, stage)).train().requires_grad_(True)
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        config = replace(FIT, gradient_checkpointing=is_checkpointed)
+        trainer = VQGANTrainer(network, config) if stage == "vqgan" else GPTTrainer(network, config)
+        trainer.log_dict = lambda *_, **__: None
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = trainer.training_step(batch)
+        loss.backward()
+        return sum(tensor.nbytes for tensor in kept.values()), [p.grad for p in network.parameters()]
+
+    (plain, expected), (checkpointed, found) = trained(False), trained(True)
+    assert checkpointed < 0.6 * plain
+    assert all(map(torch.equal, found, expected))
 
 
 @torch.no_grad()
