@@ -809,8 +809,7 @@ import os, sys, time
 from pathlib import Path
 file, waiting = map(Path, sys.argv[1:])
 if not (child := os.fork()):
-    from clip_gen.training.losses import hinge_loss, perceptual_distance
-from clip_gen.training.processes import wait_for
+    from clip_gen.training.processes import wait_for
     waiting.write_text(str(os.getppid()))
     wait_for(file)
     os._exit(0)
