@@ -21,6 +21,7 @@ LIMITS = {
     **dict.fromkeys(("n_layer", "vision_layers", "transformer_layers"), (1, 256)),
     "sketch_drawings": (0, 64),
     "sketch_cells": (1, 64),
+    "memory": (0, MAX_SIZE),
     "num_res_blocks": (1, 32),  # per resolution; published VQGANs have 2 or 3
     "resolution": (1, 2048),  # small weights may describe large pictures: one with 2**18 pixels a side needs 800 GB
     "context_length": (3, MAX_SIZE),  # a word between two marks
@@ -94,9 +95,11 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """How text embeddings are shifted towards image embeddings (networks/bridge.py)."""
+    """How text embeddings become such as images have (networks/bridge.py)."""
 
     mean_shift: float = 0.0  # share of the gap between the mean text and image embeddings; 1: all of it
+    memory: int = 0  # embeddings of pictures to remember (networks/memory.py); 0: no memory
+    memory_axes: int = 40  # numbers to remember of each
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class ModelConfig:
     def check(self) -> None:
         """ValueError if a size is out of range or the parts do not fit together."""
         vqgan, gpt, clip = self.vqgan, self.gpt, self.clip
-        for part in ("clip", "vqgan", "gpt"):
+        for part in ("clip", "vqgan", "gpt", "bridge"):
             for name, value in vars(getattr(self, part)).items():
                 least, most = LIMITS.get(name, (1, MAX_SIZE))
                 for size in value if isinstance(value, tuple) else [value]:

@@ -210,10 +210,11 @@ class ClipGen:
             inpainting = read_inpainting(init_image, mask, self.config.vqgan.resolution, self.device)
             log.info(inpainting.note)
         seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
-        uniforms = candidate_uniforms(seed, range(candidates), self.config.gpt.block_size)
+        numbers = candidate_uniforms(seed, range(candidates), self.config.gpt.block_size + 1)
+        uniforms, chances = numbers[:, :-1], numbers[:, -1]
         best_only = num_outputs if clip_rerank else None
         listener = None if on_progress is None else Listener(on_progress, progress_seconds, previews)
-        request = Request(self, condition, uniforms, sampling, best_only, should_stop, inpainting, listener)
+        request = Request(self, condition, uniforms, sampling, best_only, should_stop, inpainting, listener, chances)
         best = shared_batcher(self.device).draw(request)
         if on_progress is not None:
             on_progress(request.progress(uniforms.numel(), best[0].image if previews else None))
@@ -308,6 +309,13 @@ class ClipGen:
         if not condition.prompt:
             return picture, negative
         return slerp(self.embed_prompt(condition.prompt), picture, condition.image_weight), negative
+
+    def conditions(self, request: Request) -> Tensor:
+        """What each candidate is drawn from, (K, E): what the bridge makes of a text, or the embedding of a picture."""
+        asked, count = request.condition, len(request.uniforms)
+        if asked.picture is not None and (not asked.prompt or asked.image_weight == 1):
+            return request.embedding.expand(count, -1)
+        return self.bridge.conditions(request.embedding, request.chances)
 
     def embed_prompt(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E), moved by the bridge."""

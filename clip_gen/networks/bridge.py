@@ -1,4 +1,4 @@
-"""The gap between text and image embeddings: noise in training, a mean shift in prediction.
+"""The gap between text and image embeddings: noise in training, a mean shift and a memory in prediction.
 
 The mean shift: "Connect, Collapse, Corrupt", arXiv 2401.08567.
 """
@@ -10,21 +10,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_gen.config import BridgeConfig
+from clip_gen.networks.memory import Memory
 
 
 class Bridge(nn.Module):
-    """Shifts text embeddings by the difference of the mean image and the mean text embedding."""
+    """Shifts text embeddings by the difference of the mean image and the mean text embedding.
+
+    With a memory, candidates are drawn from embeddings of pictures near them.
+    """
 
     def __init__(self, embed_dim: int, config: BridgeConfig):
         super().__init__()
         self.config = config
         self.register_buffer("text_mean", torch.zeros(embed_dim))
         self.register_buffer("image_mean", torch.zeros(embed_dim))
+        self.memory = Memory(embed_dim, config) if config.memory else None
 
     def forward(self, text_embedding: Tensor) -> Tensor:
         """(B, E) unit length to (B, E) unit length."""
         gap = self.image_mean - self.text_mean
         return F.normalize(text_embedding + self.config.mean_shift * gap, dim=-1)
+
+    def conditions(self, embedding: Tensor, chances: Tensor) -> Tensor:
+        """What candidates of a text are drawn from, (n, E). embedding: (1, E), shifted. chances: as in Memory."""
+        return embedding.expand(len(chances), -1) if self.memory is None else self.memory.near(embedding, chances)
 
 
 def add_noise(embedding: Tensor, strength: float | Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -31,6 +31,9 @@ class Model(Protocol):
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """The embeddings (1, E) of what to show and of what not to show, if that is given."""
 
+    def conditions(self, request: Request) -> Tensor:
+        """What each candidate of an embedded request is drawn from, (K, E)."""
+
     def kept_tokens(self, inpainting: Inpainting) -> Tensor:
         """The tokens (T,) of a picture, and -1 for those to sample."""
 
@@ -66,7 +69,7 @@ class Request:
 
     num_outputs: how many of the best are kept, best first; None: all, in their order. should_stop: called before every
     token; the request ends with Stopped once it returns True. inpainting: the picture to redraw a part of, if any.
-    listener: hears how far the request is.
+    listener: hears how far the request is. chances: (K,) in [0, 1), which embeddings of the model's memory they take.
     """
 
     model: Model
@@ -77,10 +80,12 @@ class Request:
     should_stop: Callable[[], bool] | None = None
     inpainting: Inpainting | None = None
     listener: Listener | None = None
+    chances: Tensor | None = None
     result: Future[list[Candidate]] = field(default_factory=Future)
     asked_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0  # when its first batch started
     embedding: Tensor | None = None  # (1, E)
+    conditions: Tensor | None = None  # (K, E)
     negative: Tensor | None = None  # (1, E), if the condition says what not to show
     kept: Tensor | None = None  # (T,) with an inpainting: the picture's tokens, and -1 for those to sample
     started: int = 0  # candidates that are in a batch or were
@@ -167,7 +172,7 @@ class RunningBatch:
         self._rows: dict[Request, list[int]] = {}  # of its candidates, the one that the last preview showed first
         for request in self.requests:
             request.started_at = request.started_at or self.started_at
-        embedding = torch.cat([candidate.request.embedding for candidate in candidates])
+        embedding = torch.stack([candidate.request.conditions[candidate.number] for candidate in candidates])
         uniforms = torch.stack([candidate.request.uniforms[candidate.number] for candidate in candidates])
         first = candidates[0].request
         negative = None

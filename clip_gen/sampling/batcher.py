@@ -136,6 +136,7 @@ class Batcher:
             with errors_to([request]):
                 set_threads(request.model.decode_threads)
                 request.embedding, request.negative = request.model.embed(request.condition)
+                request.conditions = request.model.conditions(request)
                 if request.inpainting is not None:
                     request.kept = request.model.kept_tokens(request.inpainting)
 

@@ -103,13 +103,15 @@ def on_meta(build: Callable[[], Built], path: Path, remedy: str) -> Built:
 
 
 def load_base(folder: str | Path, needs_vqgan: bool = True) -> Networks:
-    """Loads a model folder for training. A missing transformer gets random weights; each has a null condition.
+    """Loads a model folder for training, without the bridge's memory. Each transformer has a null condition, and a
+    missing one random weights.
 
     needs_vqgan: False if a missing VQGAN gets random weights too.
     """
     networks = load_networks(folder, fresh=("gpt", "bridge") if needs_vqgan else ("vqgan", "gpt", "bridge"))
-    gpt = with_null_condition(networks.gpt)
-    return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config))
+    gpt, bridge = with_null_condition(networks.gpt), networks.bridge
+    bridge.memory, bridge.config = None, replace(bridge.config, memory=0)  # it is of the base's pictures
+    return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config, bridge=bridge.config))
 
 
 def _assign(network: nn.Module, tensors: dict[str, Tensor]) -> None:

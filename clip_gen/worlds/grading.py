@@ -142,14 +142,16 @@ class Evaluation:
     def candidates(self, chosen: list[Case], start: int, source: str) -> list[list[Candidate]]:
         """Samples and grades the candidates of each case; `start` is the number of the first case."""
         model = self.model
-        condition = text = model.bridge(model.clip_encoder.encode_text([case.prompt for case in chosen]))
-        if source == "image":
-            condition = model.clip_encoder.encode_image(self._renders(chosen))
+        text = model.bridge(model.clip_encoder.encode_text([case.prompt for case in chosen]))
         length = model.config.gpt.block_size
         # A different seed for each prompt, as with different users.
-        uniforms = [candidate_uniforms(self.seed + start + i, range(CANDIDATES), length) for i in range(len(chosen))]
-        condition = condition.repeat_interleave(CANDIDATES, dim=0)
-        tokens = sample_tokens(model.gpt, condition, torch.cat(uniforms), self.sampling)
+        seeds = range(self.seed + start, self.seed + start + len(chosen))
+        numbers = torch.stack([candidate_uniforms(seed, range(CANDIDATES), length + 1) for seed in seeds])
+        if source == "image":
+            condition = model.clip_encoder.encode_image(self._renders(chosen)).repeat_interleave(CANDIDATES, dim=0)
+        else:
+            condition = torch.cat(list(map(model.bridge.conditions, text.split(1), numbers[:, :, -1])))
+        tokens = sample_tokens(model.gpt, condition, numbers[:, :, :-1].flatten(0, 1), self.sampling)
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
         embeddings = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1)
         scores = (embeddings @ text[:, :, None]).flatten().tolist()

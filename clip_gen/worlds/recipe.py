@@ -3,9 +3,9 @@
     python -m clip_gen train-shapes [--config RECIPE.yaml] [--out checkpoints/shapes] [--work runs/shapes]
 
 CLIP trains on pairs of pictures and captions; the VQGAN and the transformer on pictures only; CLIP's text tower learns
-words that no caption used; the bridge gets the mean embeddings; and at last CLIP's image tower is trained to rank. The
-work folder keeps every finished part, and an interrupted part resumes from its last checkpoint. With --parts several
-processes can train different parts in one work folder at the same time, as in script/train-world.
+words that no caption used; the bridge gets the mean embeddings and a memory; and at last CLIP's image tower is trained
+to rank. The work folder keeps every finished part, and an interrupted part resumes from its last checkpoint. With
+--parts several processes can train different parts in one work folder at the same time, as in script/train-world.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ FIELDS = {
     "gpt": ("gpt_fit", *ENCODING, "context_noise", "contrast"),
     "text": ("text_steps", "encoded_pictures"),
     "words": ("word_steps",),
-    "bridge": (),
+    "bridge": ("encoded_pictures",),
     "ranker": ("ranker_fit", "drawn_pictures"),
 }
 SHARED = ("vqgan", "sketch", "gpt")  # trained by all processes; the first process alone trains the others
@@ -288,9 +288,14 @@ class Recipe:
             text = clip.encode_text(captions).mean(dim=0)
         bridge.image_mean.copy_(image)
         bridge.text_mean.copy_(text)
+        if bridge.memory is not None:
+            bridge.memory.fill(torch.tensor(self.encoded_pictures().embeddings[:], dtype=torch.float32))
         return {"gap": round(float((image - text).norm()), 4)}
 
     def train_ranker(self, folder: Path) -> dict[str, object]:
+        """Without pictures to draw for it CLIP stays as it is."""
+        if not self.config.drawn_pictures:
+            return {}
         networks, seed = self.networks, self.config.seed
         pictures = self.pictures(self.world.captioned_pictures, self.config.drawn_pictures, RANKED)
         unseen_pictures = self.pictures(self.world.captioned_pictures, 512, UNSEEN)

@@ -58,6 +58,9 @@ class FakeModel:
         negative = condition.negative_prompt
         return embedding(int(condition.prompt)), embedding(int(negative)) if negative else None
 
+    def conditions(self, request: Request) -> Tensor:
+        return request.embedding.expand(len(request.uniforms), -1)
+
     def kept_tokens(self, inpainting: FakeInpainting) -> Tensor:
         return inpainting.kept
 

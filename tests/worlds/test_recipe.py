@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
-from clip_gen.config import read_config, write_config
+from clip_gen.config import BridgeConfig, read_config, write_config
 from clip_gen.files import MARK, ROOT, folder_lock
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.training.gpt_trainer import GPTTrainer
@@ -38,7 +38,7 @@ from clip_gen.worlds.world import WORLDS, load_world
 FEW = 64  # pictures, where a part is validated and where the bridge is measured
 FIT = FitConfig(steps=6, batch_size=8, warmup=2, ema_decay=0.5)
 RECIPE = RecipeConfig(
-    model=TINY,
+    model=replace(TINY, bridge=BridgeConfig(memory=32, memory_axes=8)),
     clip_fit=FIT,
     vqgan_fit=FIT,
     gpt_fit=FIT,
@@ -82,6 +82,17 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
         assert record["config"][f"{part}_fit"]["steps"] == 6
     assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
     assert not (tmp_path / "model" / "LICENSES.md").exists()
+    assert len(trained.networks.bridge.memory.rows.unique(dim=0)) > 16
+
+
+def test_without_pictures_to_rank_clip_stays_as_it_is(trained: Recipe, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(trained.work, tmp_path / "work", ignore=shutil.ignore_patterns("ranker")))
+    recipe = Recipe(replace(RECIPE, drawn_pictures=0), work)
+    for part in NEEDS:
+        recipe.load_or_train(part)
+    assert json.loads((work / "ranker" / "record.json").read_text()) == {}
+    ranked, words = (load_file(work / part / f"{part}.safetensors") for part in ("ranker", "words"))
+    assert all(torch.equal(tensor, ranked[name]) for name, tensor in words.items())
 
 
 def test_a_finished_part_is_not_trained_again(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
