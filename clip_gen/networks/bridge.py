@@ -5,6 +5,8 @@ The mean shift: "Connect, Collapse, Corrupt", arXiv 2401.08567.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +27,11 @@ class Bridge(nn.Module):
         self.register_buffer("text_mean", torch.zeros(embed_dim))
         self.register_buffer("image_mean", torch.zeros(embed_dim))
         self.memory = Memory(embed_dim, config) if config.memory else None
+
+    def without_memory(self) -> Bridge:
+        """Forgets the pictures that a base was trained on, in place."""
+        self.memory, self.config = None, replace(self.config, memory=0)
+        return self
 
     def forward(self, text_embedding: Tensor) -> Tensor:
         """(B, E) unit length to (B, E) unit length."""

@@ -75,7 +75,7 @@ def _add_norm(stream, branch, weight, bias, out, eps, WIDTH: tl.constexpr, BLOCK
 
 @triton.jit
 def _rotated(x, rotation, place, channel, inside, LENGTH: tl.constexpr, SIZE: tl.constexpr):
-    """gpt.rotate, for the head at x."""
+    """grid.rotate, for the head at x."""
     itself = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
     partner = tl.load(x + (channel + SIZE // 2) % SIZE, mask=inside, other=0.0).to(tl.float32)
     angle = rotation + place * SIZE + channel

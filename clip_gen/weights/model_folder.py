@@ -103,14 +103,12 @@ def on_meta(build: Callable[[], Built], path: Path, remedy: str) -> Built:
 
 
 def load_base(folder: str | Path, needs_vqgan: bool = True) -> Networks:
-    """Loads a model folder for training, without the bridge's memory. Each transformer has a null condition, and a
-    missing one random weights.
+    """Loads a model folder for training, without the bridge's memory. A missing transformer gets random weights.
 
     needs_vqgan: False if a missing VQGAN gets random weights too.
     """
     networks = load_networks(folder, fresh=("gpt", "bridge") if needs_vqgan else ("vqgan", "gpt", "bridge"))
-    gpt, bridge = with_null_condition(networks.gpt), networks.bridge
-    bridge.memory, bridge.config = None, replace(bridge.config, memory=0)  # it is of the base's pictures
+    gpt, bridge = with_null_condition(networks.gpt), networks.bridge.without_memory()
     return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config, bridge=bridge.config))
 
 

@@ -284,13 +284,12 @@ class Recipe:
         unseen = self.pictures(self.world.pictures, 4000, UNSEEN)
         captions = [self.world.sampled_caption(unseen.rng(i)) for i in range(len(unseen))]
         with on_device(clip) as device:
-            image = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader]).mean(dim=0)
-            text = clip.encode_text(captions).mean(dim=0)
-        bridge.image_mean.copy_(image)
-        bridge.text_mean.copy_(text)
+            images = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
+            bridge.image_mean.copy_(images.mean(dim=0))
+            bridge.text_mean.copy_(clip.encode_text(captions).mean(dim=0))
         if bridge.memory is not None:
             bridge.memory.fill(torch.tensor(self.encoded_pictures().embeddings[:], dtype=torch.float32))
-        return {"gap": round(float((image - text).norm()), 4)}
+        return {"gap": round(float((bridge.image_mean - bridge.text_mean).norm()), 4)}
 
     def train_ranker(self, folder: Path) -> dict[str, object]:
         """Without pictures to draw for it CLIP stays as it is."""

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
 from clip_gen.files import ROOT
-from clip_gen.networks.gpt import GPT, grid_rotation, neighbour_positions, rotate, with_null_condition
+from clip_gen.networks.gpt import GPT, with_null_condition
+from clip_gen.networks.grid import grid_rotation, neighbour_positions, rotate
 
 
 @pytest.fixture(params=[(), ("rotary",), ("rotary", "neighbour_context"), ("sketch_drawings",)], ids="-".join)

@@ -14,7 +14,8 @@ from conftest import TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clip_gen.networks.gpt import GPT, grid_rotation, rotate
+from clip_gen.networks.gpt import GPT
+from clip_gen.networks.grid import grid_rotation, rotate
 from clip_gen.sampling import sampler
 from clip_gen.sampling.cuda_graphs import StaticCache, fused_step
 

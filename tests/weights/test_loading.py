@@ -15,7 +15,7 @@ from conftest import TINY, tiny_networks
 from safetensors.torch import load_file, save_file
 
 from clip_gen.files import ROOT
-from clip_gen.networks.gpt import grid_rotation
+from clip_gen.networks.grid import grid_rotation
 from clip_gen.weights.model_folder import PARTS, Networks, build, load_networks, save_networks, write_part
 
 MEGABYTE = 2**20
