@@ -109,7 +109,7 @@ def adamw(network: nn.Module, config: FitConfig, betas: tuple[float, float]) -> 
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
 
 
 class Muon(torch.optim.Optimizer):
@@ -125,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         with_muon = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in network.parameters() if id(parameter) not in with_muon]
         super().__init__([{"params": matrices}, {"params": others}], {})
-        self.adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adamw = torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.param_groups[0] |= {"lr": config.muon_rate, "weight_decay": config.weight_decay, "momentum": 0.95}
         self._share_with_adamw()
 

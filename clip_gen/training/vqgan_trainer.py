@@ -99,7 +99,7 @@ class VQGANTrainer(Stage):
         if self.discriminator is not None:
             adversarial, told_apart = self._adversarial(images, fakes, decoded, gradient, values)
             gradient, loss = gradient + adversarial, loss + told_apart
-        self.log_dict(values, batch_size=len(batch), sync_dist=True)
+        self.log_dict({"loss": values.pop("loss"), **values}, batch_size=len(batch), sync_dist=True)
         return loss + (gradient * decoded).sum()
 
     def _reconstruction(self, images: Tensor, fakes: Tensor, values: dict[str, Tensor]) -> Tensor:

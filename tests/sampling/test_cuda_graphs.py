@@ -124,6 +124,9 @@ def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pyt
         def embed(self, condition: Condition) -> tuple[Tensor, None]:
             return F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1), None
 
+        def conditions(self, request: Request) -> Tensor:
+            return request.embedding.expand(len(request.uniforms), -1)
+
         def decode(self, tokens: Tensor, embeddings: Tensor, _: object) -> list[tuple[Image.Image, float]]:
             return [(Image.new("L", (1, 1)), 0.0)] * len(tokens)
 
