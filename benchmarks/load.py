@@ -146,7 +146,7 @@ class Client(HttpUser):
     @task(1)
     def sends_bad_inputs(self) -> None:
         self.ask("bad input", "POST", "/predictions", {"input": {"prompt": 5}}, 422)
-        self.ask("bad body", "POST", "/predictions", {"inputs": {}}, 422)
+        self.ask("bad body", "POST", "/predictions", {"input": []}, 422)
 
 
 @events.init.add_listener
