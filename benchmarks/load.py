@@ -29,6 +29,7 @@ from locust.env import Environment
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = Path("/tmp/coglet/predictions")  # Cog's; predict.py removes them a minute after a prediction
+NAMES = f"load-{os.getpid()}-"  # of this run's predictions
 START_SECONDS, SETTLED_SECONDS, FOLDER_SECONDS, MAX_GROWTH = 300, 180, 65, 0.1
 DRAWING = {"prompt": "a large red circle", "num_outputs": 1, "candidates": 4}
 
@@ -75,7 +76,7 @@ class Load:
         self.server.wait(timeout=60)
         self.receiver.shutdown()
         files = [path for path in Path(self.scratch).rglob("*") if path.is_file()]
-        return [str(path) for path in (*files, *FOLDERS.glob("load-*"))]
+        return [str(path) for path in (*files, *FOLDERS.glob(f"{NAMES}*"))]
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):
@@ -122,7 +123,7 @@ class Client(HttpUser):
 
     @task(2)
     def draws_later(self) -> str:
-        name = f"load-{uuid.uuid4()}"
+        name = f"{NAMES}{uuid.uuid4()}"
         body = {"input": DRAWING, "webhook": load.webhook, "webhook_events_filter": ["completed"]}
         load.waiting.add(name)
         if not self.ask("asynchronous", "PUT", f"/predictions/{name}", body, 202, headers={"Prefer": "respond-async"}):
