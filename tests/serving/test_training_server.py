@@ -99,7 +99,7 @@ def test_a_training_in_a_read_only_project_keeps_its_weights_in_a_temporary_fold
     status, state = server.request("PUT", "/trainings/one", {"input": {}})
     assert (status, state["status"]) == (202, "processing")
     assert "24 usable pictures" in state["logs"]
-    wait_for(lambda: receiver.messages[-1][1]["status"] != "processing", seconds=60)
+    wait_for(lambda: receiver.messages[-1][1]["status"] != "processing", seconds=180)
     reply = receiver.messages[-1][1]
     assert reply["status"] == "succeeded", reply
     scratch = server.log.parent

@@ -245,7 +245,8 @@ def test_too_few_steps_are_a_warning_at_the_start_and_at_the_end(
     assert (vqgan["planned_steps"], vqgan["ended_by"], gpt["ended_by"]) == (10**6, "time", "steps")
     assert vqgan["forecast_steps"] == int(re.search(r"step ([\d,]+)", logged[first])[1].replace(",", ""))
     assert 0.2 < vqgan["forecast_steps"] / vqgan["steps"] < 5
-    (last,) = record["warnings"]
+    # After a single step the transformer may also draw copies, which is another warning.
+    (last,) = [warning for warning in record["warnings"] if warning.startswith("vqgan")]
     assert logged.index(last) > over
     assert last.startswith(f"vqgan: its time ended after {vqgan['steps']:,} of 1,000,000 steps, too few for more than")
     minutes = float(re.search("about ([0-9,.]+),", last)[1].replace(",", ""))

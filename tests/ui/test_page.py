@@ -97,9 +97,13 @@ def test_earlier_drawings_survive_a_reload_and_bring_their_settings_back(page: B
     page.load()
     page.wait(lambda: len(page.all("#past .thumbnail-item")) > 1)
     assert page.value("#prompt textarea") == ""
-    page.click("#past .thumbnail-item", 1)
-    page.status("An earlier drawing")
-    page.wait(lambda: page.value("#prompt textarea") == "a green cross")
+
+    def chosen() -> bool:  # a click gets lost while the page draws its list again
+        page.click("#past .thumbnail-item", 1)
+        page.status("An earlier drawing")
+        return page.value("#prompt textarea") == "a green cross"
+
+    page.wait(chosen)
     assert (page.value("#seed input"), page.value("#negative_prompt textarea")) == ("11", "red")
     page.click("#picture button", -1)
     assert page.value("#command textarea") == found["command"]
