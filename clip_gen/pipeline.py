@@ -315,7 +315,7 @@ class ClipGen:
         asked, count = request.condition, len(request.uniforms)
         if asked.picture is not None and (not asked.prompt or asked.image_weight == 1):
             return request.embedding.expand(count, -1)
-        return self.bridge.conditions(request.embedding, request.chances)
+        return self.bridge.conditions(request.embedding, request.chances[None])
 
     def embed_prompt(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E), moved by the bridge."""

@@ -23,7 +23,7 @@ INSTALL = "pip install torch-fidelity==0.4.0"
 @dataclass(frozen=True)
 class FeatureNetwork:
     """name: in reports, since figures with different features do not compare. extract: images (B, 3, S, S) in [-1, 1]
-    to features (B, D) float32. classify: features (B, D) to logits (B, C), on the CPU; None: it knows no classes.
+    to features (B, D) float32. classify: features (B, D) to logits (B, C), on the CPU; None: it has no classes.
     """
 
     name: str

@@ -38,9 +38,11 @@ class Bridge(nn.Module):
         gap = self.image_mean - self.text_mean
         return F.normalize(text_embedding + self.config.mean_shift * gap, dim=-1)
 
-    def conditions(self, embedding: Tensor, chances: Tensor) -> Tensor:
-        """What candidates of a text are drawn from, (n, E). embedding: (1, E), shifted. chances: as in Memory."""
-        return embedding.expand(len(chances), -1) if self.memory is None else self.memory.near(embedding, chances)
+    def conditions(self, embeddings: Tensor, chances: Tensor) -> Tensor:
+        """What n candidates of each text are drawn from, (B · n, E). embeddings: (B, E), shifted. chances: (B, n)."""
+        if self.memory is None:
+            return embeddings.repeat_interleave(chances.shape[1], dim=0)
+        return self.memory.near(embeddings, chances).flatten(0, 1)
 
 
 def add_noise(embedding: Tensor, strength: float | Tensor, generator: torch.Generator | None = None) -> Tensor:

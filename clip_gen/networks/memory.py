@@ -48,14 +48,16 @@ class Memory(nn.Module):
         self.steps.copy_(kept.abs().amax(dim=0).clamp(min=1e-6) / 127)
         self.rows.copy_((kept / self.steps).round())
 
-    def near(self, embedding: Tensor, chances: Tensor) -> Tensor:
-        """Remembered embeddings (n, E) near an embedding (1, E). chances: (n,) in [0, 1), which one to take."""
+    def near(self, embeddings: Tensor, chances: Tensor) -> Tensor:
+        """For each of embeddings (B, E) n remembered ones near it, (B, n, E). chances: (B, n) in [0, 1), which ones."""
         places = self.rows * self.steps
-        similarity = F.normalize(places, dim=1) @ F.normalize((embedding - self.mean) @ self.axes.T, dim=1)[0]
-        values, nearest = similarity.topk(min(NEAREST, len(places)))
-        shares = (values / SOFTNESS).softmax(dim=0).cumsum(dim=0)
-        taken = torch.searchsorted(shares, chances.to(shares).contiguous()).clamp(max=len(shares) - 1)
-        return F.normalize(places[nearest] @ self.axes + self.mean, dim=1)[taken]
+        asked = F.normalize((embeddings - self.mean) @ self.axes.T, dim=1)
+        values, nearest = (asked @ F.normalize(places, dim=1).T).topk(min(NEAREST, len(places)))
+        shares = (values / SOFTNESS).softmax(dim=1).cumsum(dim=1)
+        taken = torch.searchsorted(shares, chances.to(shares).contiguous()).clamp(max=shares.shape[1] - 1)
+        # All nearest ones, whatever n: the rounding of a product depends on its size.
+        near = F.normalize(places[nearest] @ self.axes + self.mean, dim=2)
+        return near.gather(1, taken[..., None].expand(-1, -1, near.shape[2]))
 
 
 def nearest_before(places: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class Evaluation:
         if source == "image":
             condition = model.clip_encoder.encode_image(self._renders(chosen)).repeat_interleave(CANDIDATES, dim=0)
         else:
-            condition = torch.cat(list(map(model.bridge.conditions, text.split(1), numbers[:, :, -1])))
+            condition = model.bridge.conditions(text, numbers[:, :, -1])
         tokens = sample_tokens(model.gpt, condition, numbers[:, :, :-1].flatten(0, 1), self.sampling)
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
         embeddings = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1)

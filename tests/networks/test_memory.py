@@ -41,7 +41,7 @@ def test_candidates_take_the_embeddings_of_different_pictures_that_fit() -> None
     for thing in range(THINGS):
         fitting = embeddings[thing * ARTISTS : (thing + 1) * ARTISTS]
         text = F.normalize(fitting.mean(dim=0, keepdim=True), dim=1)
-        cosine = memory.near(text, torch.linspace(0, 0.9, 10)) @ embeddings.T
+        cosine = memory.near(text, torch.linspace(0, 0.9, 10)[None])[0] @ embeddings.T
         assert (cosine.amax(dim=1) > 0.999).all()  # a byte for each number is nearly exact
         taken = cosine.argmax(dim=1)
         assert (taken // ARTISTS == thing).float().mean() >= 0.9
@@ -49,15 +49,20 @@ def test_candidates_take_the_embeddings_of_different_pictures_that_fit() -> None
 
 
 def test_a_candidate_takes_the_same_embedding_whatever_the_number_of_candidates() -> None:
-    memory, chances = filled(pictures(), THINGS * ARTISTS), torch.rand(20, generator=torch.Generator().manual_seed(1))
+    memory, chances = (
+        filled(pictures(), THINGS * ARTISTS),
+        torch.rand(1, 20, generator=torch.Generator().manual_seed(1)),
+    )
     text = F.normalize(torch.ones(1, 16), dim=1)
     many = memory.near(text, chances)
-    assert torch.equal(memory.near(text, chances[:3]), many[:3])
-    assert torch.equal(memory.near(text, chances[7:8]), many[7:8])
+    assert torch.equal(memory.near(text, chances[:, :3]), many[:, :3])
+    assert torch.equal(memory.near(text, chances[:, 7:8]), many[:, 7:8])
 
 
 def test_a_chance_of_nearly_one_is_a_picture_too() -> None:
-    assert filled(pictures(), 3).near(F.normalize(torch.ones(1, 16), dim=1), torch.tensor([0.9999999])).isfinite().all()
+    assert (
+        filled(pictures(), 3).near(F.normalize(torch.ones(1, 16), dim=1), torch.tensor([[0.9999999]])).isfinite().all()
+    )
 
 
 def test_copies_are_forgotten_first() -> None:
@@ -82,7 +87,7 @@ def test_too_few_embeddings_for_a_memory_are_an_error() -> None:
 
 def test_without_a_memory_all_candidates_are_drawn_from_the_text() -> None:
     text = F.normalize(torch.ones(1, 16), dim=1)
-    assert torch.equal(Bridge(16, BridgeConfig()).conditions(text, torch.rand(3)), text.expand(3, -1))
+    assert torch.equal(Bridge(16, BridgeConfig()).conditions(text, torch.rand(1, 3)), text.expand(3, -1))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,7 @@ def test_a_model_draws_texts_from_its_memory_and_pictures_from_themselves(
     near = model.bridge.memory.near
     monkeypatch.setattr(model.bridge.memory, "near", lambda *inputs: taken.append(near(*inputs)) or taken[-1])
     many = model.generate("a red circle", candidates=8, num_outputs=8, seed=3, clip_rerank=False)
-    assert len(taken[0].unique(dim=0)) > 1
+    assert len(taken[0][0].unique(dim=0)) > 1
     few = model.generate("a red circle", candidates=2, num_outputs=2, seed=3, clip_rerank=False)
     assert torch.equal(few.tokens, many.tokens[:2])
     picture = Image.new("RGB", (16, 16), "red")
