@@ -29,7 +29,8 @@ class Share:
         n, p = self.total, self.value
         centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
         half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # Exact at the ends, where rounding would leave the share itself outside.
+        return (centre - half if self.right else 0.0, centre + half if self.right < n else 1.0)
 
     def __str__(self) -> str:
         low, high = self.interval

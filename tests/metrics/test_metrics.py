@@ -181,7 +181,9 @@ def test_r_precision_chooses_among_a_hundred_other_prompts() -> None:
 def test_intervals_are_wilsons_and_normal() -> None:
     assert Share(50, 100).interval == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert Share(500, 500).interval == pytest.approx((0.9924, 1.0), abs=1e-4)
-    assert Share(0, 10).interval[0] == 0
+    for total in (5, 10, 500, 1000):  # without rounding errors: the share itself must lie in its interval
+        assert Share(0, total).interval[0] == 0
+        assert Share(total, total).interval[1] == 1
     found = share(torch.tensor([True] * 3 + [False]))
     assert (found.value, found.low, found.high) == (0.75, *Share(3, 4).interval)
     values = features(200, 8)[:, 0]
