@@ -100,6 +100,7 @@ class BridgeConfig:
     mean_shift: float = 0.0  # share of the gap between the mean text and image embeddings; 1: all of it
     memory: int = 0  # embeddings of pictures to remember (networks/memory.py); 0: no memory
     memory_axes: int = 40  # numbers to remember of each
+    unsaid_axes: int = 2  # directions of what texts leave unsaid, such as one of three styles
 
 
 @dataclass(frozen=True)

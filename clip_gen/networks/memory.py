@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from clip_gen.config import BridgeConfig
 
-NEAREST, SOFTNESS = (
-    16,
-    0.05,
-)  # a picture is drawn from so many; a cosine that is lower by SOFTNESS makes it e times rarer
+NEAREST = 16  # a picture is drawn from so many
+SOFTNESS = 0.02  # a cosine that is lower by this makes a picture e times rarer
+SHOWS_ALL = 0.93  # see Memory
+RIDGE = 1e-4  # of the regression; a number of an embedding has a variance of about 1e-3
 CHUNK = 2000  # embeddings that are compared with all others at once
 
 
@@ -21,6 +21,12 @@ class Memory(nn.Module):
     Many pictures fit a text, and its embedding lies between theirs, where no picture's embedding lies. A transformer
     draws a mixture of these pictures from there. So each candidate takes the embedding of a remembered picture near the
     text, as in kNN-Diffusion, arXiv 2204.02849. Near is by the cosine of the differences from the mean embedding.
+
+    A text is about the mean of the pictures that fit it, so a fitting picture's difference reaches as far in the
+    direction of the text's as that does. A picture that reaches less than SHOWS_ALL of it lacks something that the text
+    says, as when no picture has this combination. Then the candidate takes the text's embedding, with what this
+    picture has and texts leave unsaid, such as the style: along a few directions in which pictures differ most from
+    their captions.
     """
 
     def __init__(self, embed_dim: int, config: BridgeConfig):
@@ -30,6 +36,9 @@ class Memory(nn.Module):
         self.register_buffer("axes", torch.zeros(axes, embed_dim))
         self.register_buffer("steps", torch.ones(axes))  # of a byte
         self.register_buffer("rows", torch.zeros(config.memory, axes, dtype=torch.int8))
+        self.register_buffer("unsaid_mean", torch.zeros(embed_dim))
+        self.register_buffer("unsaid_from", torch.zeros(embed_dim, config.unsaid_axes))
+        self.register_buffer("unsaid_axes", torch.zeros(config.unsaid_axes, embed_dim))
 
     @torch.no_grad()
     def fill(self, embeddings: Tensor) -> None:
@@ -48,15 +57,38 @@ class Memory(nn.Module):
         self.steps.copy_(kept.abs().amax(dim=0).clamp(min=1e-6) / 127)
         self.rows.copy_((kept / self.steps).round())
 
+    @torch.no_grad()
+    def learn_unsaid(self, pictures: Tensor, texts: Tensor) -> None:
+        """Learns what texts leave unsaid from embeddings (N, E) of pictures and of a caption of each.
+
+        By regression of the difference on the picture, reduced to the directions in which it varies most. Call `fill`
+        before.
+        """
+        centred, differences = pictures - self.mean, pictures - texts
+        self.unsaid_mean.copy_(differences.mean(dim=0))
+        covariance = centred.T @ centred / len(centred) + RIDGE * torch.eye(len(self.mean))
+        weights = torch.linalg.solve(covariance, centred.T @ (differences - self.unsaid_mean) / len(centred))
+        told = centred @ weights
+        directions = torch.linalg.eigh(told.T @ told).eigenvectors[:, -len(self.unsaid_axes) :]
+        self.unsaid_from.copy_(weights @ directions)
+        self.unsaid_axes.copy_(directions.T)
+
+    def unsaid(self, pictures: Tensor) -> Tensor:
+        """What texts leave unsaid about pictures, as a difference of embeddings: (..., E) to (..., E)."""
+        return self.unsaid_mean + (pictures - self.mean) @ self.unsaid_from @ self.unsaid_axes
+
     def near(self, embeddings: Tensor, chances: Tensor) -> Tensor:
-        """For each of embeddings (B, E) n remembered ones near it, (B, n, E). chances: (B, n) in [0, 1), which ones."""
+        """For each of embeddings (B, E) n embeddings to draw from, (B, n, E). chances: (B, n) in [0, 1), which ones."""
         places = self.rows * self.steps
-        asked = F.normalize((embeddings - self.mean) @ self.axes.T, dim=1)
-        values, nearest = (asked @ F.normalize(places, dim=1).T).topk(min(NEAREST, len(places)))
+        asked = (embeddings - self.mean) @ self.axes.T
+        values, nearest = (F.normalize(asked, dim=1) @ F.normalize(places, dim=1).T).topk(min(NEAREST, len(places)))
         shares = (values / SOFTNESS).softmax(dim=1).cumsum(dim=1)
         taken = torch.searchsorted(shares, chances.to(shares).contiguous()).clamp(max=shares.shape[1] - 1)
         # All nearest ones, whatever n: the rounding of a product depends on its size.
         near = F.normalize(places[nearest] @ self.axes + self.mean, dim=2)
+        reach = (places[nearest] @ asked[..., None])[..., 0] / asked.square().sum(dim=1, keepdim=True)
+        moved = F.normalize(embeddings[:, None] + self.unsaid(near), dim=2)
+        near = torch.where((reach >= SHOWS_ALL)[..., None], near, moved)
         return near.gather(1, taken[..., None].expand(-1, -1, near.shape[2]))
 
 

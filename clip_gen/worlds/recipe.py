@@ -278,7 +278,7 @@ class Recipe:
 
     @torch.no_grad()
     def measure_bridge(self, folder: Path) -> dict[str, object]:
-        """The mean embeddings of 4,000 pictures and of the captions of 4,000 other scenes."""
+        """The mean embeddings of 4,000 pictures and of the captions of 4,000 other scenes; and the memory."""
         bridge, clip = self.networks.bridge, self.networks.clip
         loader = loader_with_workers(self.pictures(self.world.pictures, 4000, PICTURES), batch_size=64)
         unseen = self.pictures(self.world.pictures, 4000, UNSEEN)
@@ -288,8 +288,19 @@ class Recipe:
             bridge.image_mean.copy_(images.mean(dim=0))
             bridge.text_mean.copy_(clip.encode_text(captions).mean(dim=0))
         if bridge.memory is not None:
-            bridge.memory.fill(torch.tensor(self.encoded_pictures().embeddings[:], dtype=torch.float32))
+            self.fill_memory()
         return {"gap": round(float((bridge.image_mean - bridge.text_mean).norm()), 4)}
+
+    @torch.no_grad()
+    def fill_memory(self) -> None:
+        memory, clip, world = self.networks.bridge.memory, self.networks.clip, self.world
+        embeddings = torch.tensor(self.encoded_pictures().embeddings[:], dtype=torch.float32)
+        memory.fill(embeddings)
+        if world.captions is not None:
+            pictures = self.pictures(world.pictures, self.config.encoded_pictures, ENCODED)
+            numbers = range(min(4000, len(pictures)))
+            texts = clip.encode_text([world.captions(pictures.rng(number))[0] for number in numbers])
+            memory.learn_unsaid(embeddings[: len(texts)], texts)
 
     def train_ranker(self, folder: Path) -> dict[str, object]:
         """Without pictures to draw for it CLIP stays as it is."""
