@@ -49,8 +49,9 @@ class Generation:
 
     images: list[Image.Image]
     # Cosine of each image's CLIP embedding with the prompt's, which the bridge has moved, or with that of prompt and
-    # picture mixed. With a negative prompt: minus the cosine with its embedding. With a mask: plus the mean
-    # log-likelihood of the kept tokens that follow a sampled one.
+    # picture mixed. If the model has a memory: the mean of this and of the cosine with what the image was drawn from.
+    # With a negative prompt: minus the cosine with its embedding. With a mask: plus the mean log-likelihood of the kept
+    # tokens that follow a sampled one.
     scores: list[float]
     tokens: Tensor  # (num_outputs, T) int64, on the CPU
     seed: int
@@ -282,7 +283,7 @@ class ClipGen:
 
     @torch.inference_mode()
     def preview(
-        self, tokens: Tensor, embedding: Tensor, inpainting: Inpainting | None = None
+        self, tokens: Tensor, embeddings: Tensor, inpainting: Inpainting | None = None
     ) -> list[tuple[Image.Image, float]]:
         """As `decode`, of unfinished candidates: tokens (n, T), -1 where there is none yet, which becomes gray.
 
@@ -290,7 +291,7 @@ class ClipGen:
         """
         config = self.config.vqgan
         filled = fill_unsampled(tokens, config.grid)
-        images, scores = self.decode_and_score(filled, embedding, [inpainting] * len(tokens))
+        images, scores = self.decode_and_score(filled, embeddings, [inpainting] * len(tokens))
         missing = (tokens < 0).unflatten(1, (config.grid, config.grid))[:, None].float()
         images = images * (1 - F.interpolate(missing, scale_factor=config.resolution // config.grid))
         if inpainting is not None:

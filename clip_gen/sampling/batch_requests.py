@@ -46,9 +46,9 @@ class Model(Protocol):
         """
 
     def preview(
-        self, tokens: Tensor, embedding: Tensor, inpainting: Inpainting | None
+        self, tokens: Tensor, embeddings: Tensor, inpainting: Inpainting | None
     ) -> list[tuple[Image.Image, float]]:
-        """Images and scores of unfinished candidates: tokens (n, T), -1 where there is none yet; embedding (1, E)."""
+        """As `decode`, of unfinished candidates: tokens (n, T), -1 where there is none yet."""
 
 
 @dataclass(eq=False)
@@ -111,10 +111,14 @@ class Request:
             "rows_in_batch": round(sum(rows) / len(rows), 2),
         }
 
-    @property
-    def ranked_by(self) -> Tensor:
-        """(1, E), whose product with the embedding of an image is its score."""
-        return self.embedding if self.negative is None else self.embedding - self.negative
+    def ranked_by(self, number: int) -> Tensor:
+        """(1, E), whose product with the embedding of a candidate's image is its score.
+
+        The mean of what is asked for and of what the candidate was drawn from, which differ if the model has a memory:
+        an image that is unlike the latter is badly drawn.
+        """
+        wanted = (self.embedding + self.conditions[number]) / 2
+        return wanted if self.negative is None else wanted - self.negative
 
     def can_share_batch(self, other: Request) -> bool:
         alike = self.sampling == other.sampling and (self.negative is None) == (other.negative is None)
@@ -220,7 +224,8 @@ class RunningBatch:
         tokens = self.batch.tokens[compared]
         kept = -1 if self.batch.kept is None else self.batch.kept.tokens[compared, self.batch.length :]
         tokens[:, self.batch.length :] = kept
-        pictures = request.model.preview(tokens, request.ranked_by, request.inpainting)
+        wanted = torch.cat([request.ranked_by(self.candidates[row].number) for row in compared])
+        pictures = request.model.preview(tokens, wanted, request.inpainting)
         better, (image, _) = max(zip(compared, pictures, strict=True), key=lambda pair: pair[1][1])
         self._rows[request] = [better, *rows[2:], *(row for row in compared if row != better)]
         return image

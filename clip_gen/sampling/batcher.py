@@ -229,7 +229,7 @@ class Batcher:
 def decode(candidates: list[Candidate]) -> None:
     """Decodes candidates of one model, at most at_a_time, and adds them to their requests."""
     tokens = torch.stack([candidate.tokens for candidate in candidates])
-    embeddings = torch.cat([candidate.request.ranked_by for candidate in candidates])
+    embeddings = torch.cat([candidate.request.ranked_by(candidate.number) for candidate in candidates])
     inpaintings = [candidate.request.inpainting for candidate in candidates]
     decoded = candidates[0].request.model.decode(tokens, embeddings, inpaintings)
     for candidate, image_and_score in zip(candidates, decoded, strict=True):

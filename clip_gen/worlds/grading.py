@@ -154,7 +154,9 @@ class Evaluation:
         tokens = sample_tokens(model.gpt, condition, numbers[:, :, :-1].flatten(0, 1), self.sampling)
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
         embeddings = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1)
-        scores = (embeddings @ text[:, :, None]).flatten().tolist()
+        # As candidates are ranked (batch_requests.py). Those of images are ranked by the text alone.
+        drawn_from = text[:, None] if source == "image" else condition.view_as(embeddings)
+        scores = (embeddings * (text[:, None] + drawn_from) / 2).sum(dim=2).flatten().tolist()
         pictures = to_pil(images)
         verdicts = self.verdicts(pictures, [case for case in chosen for _ in range(CANDIDATES)])
         candidates = list(map(Candidate, pictures, scores, verdicts))
