@@ -57,9 +57,7 @@ class Predictor(BaseRunner):
     @concurrent(max=12)
     async def run(
         self,
-        prompt: str = Input(
-            description="What to draw. With weights: a red circle:2 | a blue star:0.5", default="", max_length=1000
-        ),
+        prompt: str = Input(description="What to draw. With weights: a cat:2 | a dog:0.5", default="", max_length=1000),
         image: Path | None = Input(
             description="A picture to draw variations of, or to mix with the prompt.", default=None, accept="image/*"
         ),

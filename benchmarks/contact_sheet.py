@@ -1,4 +1,4 @@
-"""The contact sheet of the README: the best pictures of a few prompts by the bundled model, not selected by hand.
+"""The contact sheet of the README: the best pictures of a few prompts by the default model, not selected by hand.
 
 .venv/bin/python -m benchmarks contact-sheet --out docs/sheet.png
 """
@@ -10,21 +10,21 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.models import BUNDLED
 from clip_gen.files import ROOT
 from clip_gen.pipeline import ClipGen
+from clip_gen.weights.default_model import BUNDLED
 
 PROMPTS = (
-    "a large red circle on a white background",
-    "a small yellow star on a brown background",
-    "a large blue heart on a gray background",
-    "a large orange cross on a black background",
-    "a large purple star on a white background",
-    "a small pink ring on a black background",
-    "a large green square above a small red triangle on a white background",
-    "a small cyan circle left of a large purple diamond on a gray background",
+    "a cat",
+    "a slice of pizza",
+    "a red umbrella",
+    "a dog on a blue background",
+    "a rocket on a black background",
+    "a flower on a yellow background",
+    "three apples on a green background",
+    "a house left of a tree",
 )
-COLUMNS, BEST, SCALE, GAP, TEXT = 2, 4, 2, 6, 22
+COLUMNS, BEST, SCALE, GAP, TEXT = 2, 4, 1, 6, 22
 
 
 def contact_sheet(model: ClipGen, prompts: tuple[str, ...] = PROMPTS, seed: int = 0) -> Image.Image:

@@ -52,7 +52,7 @@ PRESETS = {"coco": {"candidates": 64, "num_outputs": 8, "top_k": 500, "top_p": 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", default="", help='what to draw; with weights: "a red circle:2 | a star:1"')
+    parser.add_argument("prompt", nargs="?", default="", help='what to draw; with weights: "a cat:2 | a dog:1"')
     parser.add_argument(
         "--prompts-file", type=Path, help="draw each line of a text, CSV or JSONL file; finished ones are skipped"
     )

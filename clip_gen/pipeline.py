@@ -49,7 +49,7 @@ class Generation:
 
     images: list[Image.Image]
     # Cosine of each image's CLIP embedding with the prompt's, which the bridge has moved, or with that of prompt and
-    # picture mixed. If the model has a memory: the mean of this and of the cosine with what the image was drawn from.
+    # picture mixed. If the model has a memory: mostly the cosine with what the image was drawn from.
     # With a negative prompt: minus the cosine with its embedding. With a mask: plus the mean log-likelihood of the kept
     # tokens that follow a sampled one.
     scores: list[float]

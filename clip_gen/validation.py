@@ -11,7 +11,7 @@ from clip_gen.prompts import parse_prompt
 
 MAX_CANDIDATES = 256  # repeated in predict.py, since Cog needs a literal
 MAX_SEED = 2**31 - 1
-SAY_WHAT = "say what to draw, for example: a large red circle"
+SAY_WHAT = "say what to draw, for example: a cat on a blue background"
 
 # Emoji outside Unicode's category So, and the keycap that makes emoji of # and *.
 OTHER_EMOJI = "‼⁉↔◻◼◽◾⤴⤵〰\u20e3"

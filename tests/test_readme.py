@@ -53,7 +53,7 @@ def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     names: dict[str, object] = {}
     exec(block.replace("candidates=16", "candidates=4"), names)
     assert len(names["result"].images) == 4
-    assert Image.open(tmp_path / "circle.png").size == (64, 64)
+    assert Image.open(tmp_path / "cat.png").size == (128, 128)
 
 
 def test_the_readme_is_short() -> None:

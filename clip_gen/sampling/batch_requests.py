@@ -20,6 +20,8 @@ from clip_gen.sampling.inpainting import Inpainting
 from clip_gen.sampling.progress import Listener, Progress
 from clip_gen.sampling.sampler import Batch, Sampling, Stopped
 
+DRAWN_FROM = 0.8  # share of what a candidate was drawn from when it is ranked
+
 
 class Model(Protocol):
     """What a batcher needs of a model. It calls the methods in its own thread."""
@@ -114,10 +116,10 @@ class Request:
     def ranked_by(self, number: int) -> Tensor:
         """(1, E), whose product with the embedding of a candidate's image is its score.
 
-        The mean of what is asked for and of what the candidate was drawn from, which differ if the model has a memory:
-        an image that is unlike the latter is badly drawn.
+        Between what is asked for and what the candidate was drawn from, which differ if the model has a memory: an
+        image that is unlike the latter is badly drawn.
         """
-        wanted = (self.embedding + self.conditions[number]) / 2
+        wanted = self.embedding.lerp(self.conditions[number], DRAWN_FROM)
         return wanted if self.negative is None else wanted - self.negative
 
     def can_share_batch(self, other: Request) -> bool:

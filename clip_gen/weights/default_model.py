@@ -11,7 +11,7 @@ from clip_gen.weights.model_folder import CONFIG
 from clip_gen.weights.pull import CHECKPOINTS, pull_coco
 from clip_gen.weights.url import is_url
 
-BUNDLED = CHECKPOINTS / "shapes"
+BUNDLED = CHECKPOINTS / "emoji"
 COCO = CHECKPOINTS / "coco"
 
 
@@ -33,7 +33,7 @@ def default_model(named: str | None = None) -> tuple[str, str]:
             "no model is installed: `clip-gen pull coco` downloads one of photographs (2 GB); "
             "or name a model folder, a weights tar or its URL"
         )
-    return str(BUNDLED), "no other was named or pulled; it knows plain shapes only"
+    return str(BUNDLED), "no other was named or pulled; it draws emoji only"
 
 
 def find_weights(name: str) -> str:

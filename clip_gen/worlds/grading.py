@@ -26,6 +26,7 @@ from clip_gen.hardware import spare_cores
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.metrics.intervals import Share
 from clip_gen.pipeline import ClipGen
+from clip_gen.sampling.batch_requests import DRAWN_FROM
 from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
 from clip_gen.training.losses import decibels, squared_errors
 from clip_gen.worlds.judged import Case, JudgedWorld, load_judged_world
@@ -154,9 +155,11 @@ class Evaluation:
         tokens = sample_tokens(model.gpt, condition, numbers[:, :, :-1].flatten(0, 1), self.sampling)
         images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
         embeddings = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1)
-        # As candidates are ranked (batch_requests.py). Those of images are ranked by the text alone.
-        drawn_from = text[:, None] if source == "image" else condition.view_as(embeddings)
-        scores = (embeddings * (text[:, None] + drawn_from) / 2).sum(dim=2).flatten().tolist()
+        # As in batch_requests.py; those of images are ranked by the text alone.
+        wanted = text[:, None].expand_as(embeddings)
+        if source == "text":
+            wanted = wanted.lerp(condition.view_as(embeddings), DRAWN_FROM)
+        scores = (embeddings * wanted).sum(dim=2).flatten().tolist()
         pictures = to_pil(images)
         verdicts = self.verdicts(pictures, [case for case in chosen for _ in range(CANDIDATES)])
         candidates = list(map(Candidate, pictures, scores, verdicts))

@@ -77,7 +77,7 @@ FIELDS = {
     "clip": ("clip_fit",),
     "vqgan": ("vqgan_fit",),
     "sketch": ("sketch_fit", *ENCODING),
-    "gpt": ("gpt_fit", *ENCODING, "context_noise", "contrast"),
+    "gpt": ("gpt_fit", *ENCODING, "context_noise", "contrast", "temperature"),
     "text": ("text_steps", "encoded_pictures"),
     "words": ("word_steps",),
     "bridge": ("encoded_pictures",),
@@ -101,6 +101,7 @@ class RecipeConfig:
     condition_blur: float = 0.25
     context_noise: float = 0.0
     contrast: float = 0.0
+    temperature: float = 1.0  # that the transformer has at temperature 1 after training
     text_steps: int = 1500
     word_steps: int = 500
     ranker_fit: FitConfig = field(default_factory=FitConfig)
@@ -227,7 +228,10 @@ class Recipe:
         if networks.gpt.sketch is not None:
             Sketching(networks.gpt).requires_grad_(False)
         trainer = GPTTrainer(networks.gpt, config, **losses)
-        return fit("gpt", trainer, seen, unseen, folder, seed=seed, machine=self.machine)
+        record = fit("gpt", trainer, seen, unseen, folder, seed=seed, machine=self.machine)
+        with torch.no_grad():
+            networks.gpt.head.weight.div_(self.config.temperature)
+        return record
 
     def unseen_encoded_pictures(self) -> EncodedPictures:
         pictures = self.pictures(self.world.pictures, 1024, UNSEEN)

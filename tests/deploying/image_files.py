@@ -36,7 +36,7 @@ def copy_image_files(folder: Path) -> Path:
     def ignored(parent: str, names: list[str]) -> set[str]:
         inside = os.path.relpath(parent, ROOT)
         paths = {name: os.path.normpath(os.path.join(inside, name)) for name in names}
-        pulled = {name for name in names if inside == "checkpoints" and name not in ("README.md", "shapes")}
+        pulled = {name for name in names if inside == "checkpoints" and name not in ("README.md", "emoji", "shapes")}
         return pulled | {name for name, path in paths.items() if is_ignored(path)}
 
     shutil.copytree(ROOT, folder, ignore=ignored)

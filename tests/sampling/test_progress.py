@@ -12,10 +12,10 @@ from model_files import slow_folder
 from PIL import Image, ImageChops
 
 from clip_gen import ClipGen, Generation
+from clip_gen.files import ROOT
 from clip_gen.sampling.batch_sizes import max_candidates
 from clip_gen.sampling.batcher import PREVIEW_SHARE
 from clip_gen.sampling.progress import Progress, fill_unsampled
-from clip_gen.weights.default_model import BUNDLED
 
 PROMPT = "a large red circle"
 AT_ONCE = {"progress_seconds": 0.0}
@@ -75,7 +75,7 @@ def test_listening_and_previews_change_nothing(model: ClipGen, monkeypatch: pyte
 
 def test_a_preview_shows_the_sampled_part_and_is_gray_below(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clip_gen.sampling.batcher.PREVIEW_SHARE", 1.0)
-    shapes = ClipGen.load(BUNDLED, "cpu")
+    shapes = ClipGen.load(ROOT / "checkpoints" / "shapes", "cpu")
     result, reports = heard(shapes, candidates=1, num_outputs=1, previews=True, **AT_ONCE)
     for report in (one for one in reports if one.preview is not None and one.tokens < 256):
         rows, more = divmod(report.tokens, 16)  # of tokens of 4 by 4 pixels

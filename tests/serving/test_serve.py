@@ -224,7 +224,7 @@ def test_all_wrong_inputs_are_listed(server: Server) -> None:
         ({"prompt": " \n"}, "say what to draw"),
         (
             {"prompt": ""},
-            "there is neither a prompt nor an image; say what to draw, for example: a large red circle, or",
+            "there is neither a prompt nor an image; say what to draw, for example: a cat on a blue background, or",
         ),
         ({"prompt": "a star:2 | a: red"}, "prompt has the part 'a: red', whose weight is 'red'; give a number, 0 to"),
         ({"image": "/etc/hostname"}, 'image is "/etc/hostname"; give a file'),

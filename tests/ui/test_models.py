@@ -11,8 +11,7 @@ import pytest
 from clip_gen import ClipGen
 from clip_gen.files import ROOT
 from clip_gen.ui import models
-from clip_gen.ui.models import MAX_EXAMPLES, Models, examples, model_choices
-from clip_gen.weights.default_model import BUNDLED
+from clip_gen.ui.models import BUNDLED, MAX_EXAMPLES, Models, examples, model_choices
 
 
 def test_bundled_pulled_and_trained_models_are_listed(
@@ -35,12 +34,13 @@ def test_bundled_pulled_and_trained_models_are_listed(
     assert Models().get("trained").config.name == "tiny"
 
 
-def test_examples_have_only_words_that_the_model_knows() -> None:
-    shapes = ClipGen.load(BUNDLED, "cpu")
-    found = examples(shapes)
+@pytest.mark.parametrize("name", BUNDLED)
+def test_examples_have_only_words_that_the_model_knows(name: str) -> None:
+    model = ClipGen.load(ROOT / "checkpoints" / name, "cpu")
+    found = examples(model)
     assert 4 <= len(found) <= MAX_EXAMPLES
     for prompt in found:
-        assert shapes.generate(prompt, candidates=1, num_outputs=1).warnings == []
+        assert model.generate(prompt, candidates=1, num_outputs=1).warnings == []
 
 
 def test_a_model_is_loaded_once_and_again_after_it_was_trained_again(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -54,6 +54,7 @@ def test_a_model_is_loaded_once_and_again_after_it_was_trained_again(tiny_model_
         loaded.get("nowhere")
 
 
-def test_names_in_checkpoints_are_those_that_a_command_takes() -> None:
-    assert ("shapes (bundled)", "checkpoints/shapes") in model_choices()
-    assert (ROOT / "checkpoints/shapes/config.yaml").is_file()
+@pytest.mark.parametrize("name", BUNDLED)
+def test_names_in_checkpoints_are_those_that_a_command_takes(name: str) -> None:
+    assert (f"{name} (bundled)", f"checkpoints/{name}") in model_choices()
+    assert (ROOT / f"checkpoints/{name}/config.yaml").is_file()

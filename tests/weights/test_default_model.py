@@ -26,10 +26,10 @@ def _checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_bundled_model_is_used_if_there_is_no_other() -> None:
-    assert ROOT / "checkpoints" / "shapes" == BUNDLED
+    assert ROOT / "checkpoints" / "emoji" == BUNDLED
     source, reason = default_model.default_model()
     assert source == str(BUNDLED)
-    assert "plain shapes only" in reason
+    assert "emoji only" in reason
 
 
 def test_a_pulled_coco_model_is_preferred_to_the_bundled_one(tiny_model_folder: Path, tmp_path: Path) -> None:
