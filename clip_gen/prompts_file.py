@@ -88,7 +88,9 @@ def draw_lines(
     lines = lines[share[0] :: share[1]]
     waiting = undrawn_lines(model, lines, folder)
     names = {name for line in waiting for name in line.names(start)}
-    check_folder(folder, sorted(names), overwrite)
+    keys = {line.key(model) for line in waiting}
+    ours = {record["file"] for record in _read_manifest(folder) if record["key"] in keys}
+    check_folder(folder, sorted(names - ours), overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     _forget(folder / MANIFEST, names)
     say(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
@@ -99,9 +101,12 @@ def draw_lines(
         settings = drawing_settings(line.settings)
         result = model.generate(**settings, should_stop=stop.is_set, on_progress=bar.listener())
         paths = [folder / name for name in line.names(start)]
-        records = _write(line, model, result, paths, stop.is_set)
+        about = description(model, result, line.settings)
+        records = _records(line, model, result, paths, about)
+        # Before the pictures: after a kill between the two, the next run must know whose pictures they are.
         with writing, _locked(folder / MANIFEST) as manifest:
             manifest.write(_as_lines(records))
+        _write(line, model, result, paths, about, stop.is_set)
         return f"{folder / records[0]['file']}  score {result.scores[0]:.4f}  {line.settings['prompt']}"
 
     with bar, ThreadPoolExecutor(_at_once(waiting)) as pool:
@@ -150,18 +155,29 @@ def _forget(manifest: Path, names: Collection[str]) -> None:
             file.write(kept)
 
 
-def _write(
-    line: Line, model: ClipGen, result: Generation, paths: Sequence[Path], should_stop: Callable[[], bool]
+def _records(
+    line: Line, model: ClipGen, result: Generation, paths: Sequence[Path], about: dict[str, object]
 ) -> list[dict[str, object]]:
-    """Writes the pictures of a line. Returns their records, which have what a picture's metadata has."""
-    about, sheet = description(model, result, line.settings), paths[-1] if line.settings["output_grid"] else None
+    """The records of a line's pictures, which have what a picture's metadata has."""
+    numbered = enumerate(zip(paths[: len(result.images)], result.scores, strict=True))
+    own = [{"file": path.name, "number": number, "score": round(score, 4)} for number, (path, score) in numbered]
+    return [one | {"line": line.number, "key": line.key(model)} | about for one in own]
+
+
+def _write(
+    line: Line,
+    model: ClipGen,
+    result: Generation,
+    paths: Sequence[Path],
+    about: dict[str, object],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Writes the pictures of a line."""
+    sheet = paths[-1] if line.settings["output_grid"] else None
     metadata, paths = about if line.settings["output_metadata"] else None, paths[: len(result.images)]
     output_format, quality, size = (line.settings[f"output_{name}"] for name in ("format", "quality", "size"))
     enlarge = enlarger(size, model.device, should_stop)
     write_pictures(result, paths, metadata, output_format, quality, sheet, enlarge)
-    numbered = enumerate(zip(paths, result.scores, strict=True))
-    own = [{"file": path.name, "number": number, "score": round(score, 4)} for number, (path, score) in numbered]
-    return [one | {"line": line.number, "key": line.key(model)} | about for one in own]
 
 
 def _as_lines(records: Iterable[Mapping[str, object]]) -> str:
