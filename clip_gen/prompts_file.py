@@ -87,12 +87,7 @@ def draw_lines(
     """
     lines = lines[share[0] :: share[1]]
     waiting = undrawn_lines(model, lines, folder)
-    names = {name for line in waiting for name in line.names(start)}
-    keys = {line.key(model) for line in waiting}
-    ours = {record["file"] for record in _read_manifest(folder) if record["key"] in keys}
-    check_folder(folder, sorted(names - ours), overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    _forget(folder / MANIFEST, names)
+    _claim_names(model, waiting, folder, start, overwrite)
     say(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
     stop, writing = threading.Event(), threading.Lock()
     bar = LiveBar(len(waiting) if share[0] == 0 else 0)  # one for all processes
@@ -128,6 +123,16 @@ def undrawn_lines(model: ClipGen, lines: Sequence[Line], folder: Path) -> list[L
     there = Counter(record["key"] for record in records if (folder / record["file"]).is_file())
     finished = {record["key"] for record in records if there[record["key"]] == record["num_outputs"]}
     return [line for line in lines if line.key(model) not in finished]
+
+
+def _claim_names(model: ClipGen, waiting: Sequence[Line], folder: Path, start: str, overwrite: bool) -> None:
+    """Makes the folder ready for the pictures of lines. ValueError if files of their names are of other prompts."""
+    names = {name for line in waiting for name in line.names(start)}
+    keys = {line.key(model) for line in waiting}
+    ours = {record["file"] for record in _read_manifest(folder) if record["key"] in keys}
+    check_folder(folder, sorted(names - ours), overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget(folder / MANIFEST, names)
 
 
 def _at_once(lines: Sequence[Line]) -> int:

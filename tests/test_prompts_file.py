@@ -104,6 +104,16 @@ def test_a_second_run_draws_only_what_is_missing(
     assert records(tmp_path) == before
 
 
+def test_a_run_that_was_killed_between_the_pictures_of_a_line_resumes(words: list[str], tmp_path: Path) -> None:
+    path = written(tmp_path / "prompts.txt", "a red circle")
+    assert main([*words, path, "--num-outputs=2"]) == 0
+    kept = pixels(tmp_path / "out" / "0001.1.png")
+    (tmp_path / "out" / "0001.1.png").unlink()
+    assert main([*words, path, "--num-outputs=2"]) == 0
+    assert pixels(tmp_path / "out" / "0001.1.png") == kept
+    assert sorted(records(tmp_path)) == ["0001.0.png", "0001.1.png"]
+
+
 def test_pictures_of_a_changed_line_are_replaced_only_with_overwrite(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

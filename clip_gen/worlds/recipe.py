@@ -28,9 +28,7 @@ from torch import nn
 import clip_gen
 from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import claim_folder, folder_lock, sha256_of, write_text_atomic
-from clip_gen.hardware import on_device
-from clip_gen.images import from_bytes
-from clip_gen.training.datasets import EncodedPictures, Endless, enough_places, loader_with_workers
+from clip_gen.training.datasets import EncodedPictures, Endless, enough_places
 from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
@@ -47,6 +45,7 @@ from clip_gen.weights.model_folder import (
     save_networks,
     save_part,
 )
+from clip_gen.worlds.bridge_measuring import fill_memory, measure_means
 from clip_gen.worlds.clip_trainer import ClipTrainer, fill_unseen_words
 from clip_gen.worlds.pairs import SeededPictures
 from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
@@ -280,31 +279,17 @@ class Recipe:
             return {}
         return learn_words(self.networks.clip, self.world.synonym_captions, self.config.word_steps, self.config.seed)
 
-    @torch.no_grad()
     def measure_bridge(self, folder: Path) -> dict[str, object]:
-        """The mean embeddings of 4,000 pictures and of the captions of 4,000 other scenes; and the memory."""
-        bridge, clip = self.networks.bridge, self.networks.clip
-        loader = loader_with_workers(self.pictures(self.world.pictures, 4000, PICTURES), batch_size=64)
-        unseen = self.pictures(self.world.pictures, 4000, UNSEEN)
-        captions = [self.world.sampled_caption(unseen.rng(i)) for i in range(len(unseen))]
-        with on_device(clip) as device:
-            images = torch.cat([clip.encode_image(from_bytes(batch.to(device))) for batch in loader])
-            bridge.image_mean.copy_(images.mean(dim=0))
-            bridge.text_mean.copy_(clip.encode_text(captions).mean(dim=0))
+        bridge, clip, world = self.networks.bridge, self.networks.clip, self.world
+        unseen = self.pictures(world.pictures, 4000, UNSEEN)
+        captions = [world.sampled_caption(unseen.rng(number)) for number in range(len(unseen))]
+        gap = measure_means(bridge, clip, self.pictures(world.pictures, 4000, PICTURES), captions)
         if bridge.memory is not None:
-            self.fill_memory()
-        return {"gap": round(float((bridge.image_mean - bridge.text_mean).norm()), 4)}
-
-    @torch.no_grad()
-    def fill_memory(self) -> None:
-        memory, clip, world = self.networks.bridge.memory, self.networks.clip, self.world
-        embeddings = torch.tensor(self.encoded_pictures().embeddings[:], dtype=torch.float32)
-        memory.fill(embeddings)
-        if world.captions is not None:
             pictures = self.pictures(world.pictures, self.config.encoded_pictures, ENCODED)
-            numbers = range(min(4000, len(pictures)))
-            texts = clip.encode_text([world.captions(pictures.rng(number))[0] for number in numbers])
-            memory.learn_unsaid(embeddings[: len(texts)], texts)
+            numbers = range(min(4000, len(pictures)) if world.captions else 0)
+            captions = [world.captions(pictures.rng(number))[0] for number in numbers]
+            fill_memory(bridge.memory, clip, self.encoded_pictures().embeddings, captions)
+        return {"gap": round(gap, 4)}
 
     def train_ranker(self, folder: Path) -> dict[str, object]:
         """Without pictures to draw for it CLIP stays as it is."""
