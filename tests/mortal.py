@@ -11,20 +11,22 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 
 def watched(function: Callable[..., None]) -> Callable[..., None]:
-    calls = itertools.count(1)
+    calls, one_at_a_time = itertools.count(1), threading.Lock()  # so the calls before the last are finished
 
     def slowly(*arguments: object, **options: object) -> None:
-        time.sleep(0.3)
-        if os.environ.get("KILLED") == os.environ["RANK"] and next(calls) == int(os.environ["LAST"]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        function(*arguments, **options)
-        print(*(argument.name for argument in arguments if isinstance(argument, Path)), flush=True)
+        with one_at_a_time:
+            time.sleep(0.3)
+            if os.environ.get("KILLED") == os.environ["RANK"] and next(calls) == int(os.environ["LAST"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            function(*arguments, **options)
+            print(*(argument.name for argument in arguments if isinstance(argument, Path)), flush=True)
 
     return slowly
 

@@ -74,7 +74,7 @@ def test_prompts_of_a_file_are_shared_and_those_of_a_killed_process_drawn_on_res
     words = ["generate", "--model", str(tiny_model_folder), "--prompts-file", prompts, "--candidates=2"]
     words += ["--num-outputs=1", "--seed=7", "--out"]
     assert run([*words, str(out)], WRITE, first, KILLED="1", LAST="4") != 0
-    assert 1 <= len(drawn(out)) < PROMPTS
+    assert 3 <= len(drawn(out)) < PROMPTS
     finished = {json.loads(line)["file"] for line in (out / "manifest.jsonl").read_text().splitlines()}
     finished &= drawn(out).keys()  # without one that was recorded before the kill and not written yet
     before = {name: (out / name).stat().st_mtime_ns for name in finished}
