@@ -28,7 +28,7 @@ from torch import nn
 import clip_gen
 from clip_gen.config import ModelConfig, read_config
 from clip_gen.files import claim_folder, folder_lock, sha256_of, write_text_atomic
-from clip_gen.training.datasets import EncodedPictures, Endless, enough_places
+from clip_gen.training.datasets import EncodedPictures, Endless, enough_places, open_rows
 from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
@@ -57,7 +57,7 @@ CONFIGS = Path(clip_gen.__file__).parent / "configs"
 SETTINGS, RECORD = "settings.json", "record.json"  # in the folder of a part
 
 # Streams of pictures with different seeds, so that they have no picture in common.
-PAIRS, PICTURES, ENCODED, UNSEEN, RANKED = STREAMS = range(5)
+PAIRS, PICTURES, ENCODED, UNSEEN, RANKED, HARD = STREAMS = range(6)
 
 # The parts in the order of training, each with the parts that it needs.
 NEEDS = {
@@ -70,7 +70,7 @@ NEEDS = {
     "bridge": ("clip", "text", "words"),
     "ranker": ("clip", "vqgan", "sketch", "gpt", "text", "words", "bridge"),
 }
-ENCODING = ("encoded_pictures", "embedding_noise", "condition_dropout", "condition_blur")
+ENCODING = ("encoded_pictures", "hard_pictures", "embedding_noise", "condition_dropout", "condition_blur")
 # The fields of RecipeConfig, beside the seed and the sizes, that a part's weights depend on.
 FIELDS = {
     "clip": ("clip_fit",),
@@ -95,6 +95,7 @@ class RecipeConfig:
     sketch_fit: FitConfig = field(default_factory=FitConfig)
     gpt_fit: FitConfig = field(default_factory=FitConfig)
     encoded_pictures: int = 100_000
+    hard_pictures: int = 0  # that the transformer trains on besides these
     embedding_noise: float = 0.5
     condition_dropout: float = 0.1
     condition_blur: float = 0.25
@@ -237,22 +238,26 @@ class Recipe:
         return EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
 
     def encoded_pictures(self) -> EncodedPictures:
-        """The pictures that the transformer trains on."""
-        config, count = self.config, self.config.encoded_pictures
-        pictures, missed = (
-            self.pictures(kind, count, ENCODED) for kind in (self.world.pictures, self.world.near_misses)
-        )
-        embeddings, tokens = self.encode("train", pictures, "clip", "vqgan")
-        neighbours = embeddings.with_name(f"neighbours-of-{embeddings.name}")
+        """The pictures that the transformer trains on. Hard ones are their own near misses, which do not count."""
+        config, count, parts = self.config, self.config.encoded_pictures, ("clip", "vqgan")
+        near_misses = None
+        embeddings, tokens = self.encode("train", self.pictures(self.world.pictures, count, ENCODED), *parts)
+        if config.contrast:
+            near_misses = self.encode("missed", self.pictures(self.world.near_misses, count, ENCODED), "clip")[0]
+        if config.hard_pictures:
+            hard = self.encode("hard", self.pictures(self.world.hard_pictures, config.hard_pictures, HARD), *parts)
+            embeddings, tokens = self.join(embeddings, hard[0]), self.join(tokens, hard[1])
+            near_misses = near_misses and self.join(near_misses, hard[0])
+        neighbours = embeddings.with_name(f"neighbours-of-{embeddings.stem}.npy")
         return EncodedPictures(
             embeddings,
             tokens,
             noise=config.embedding_noise,
             dropout=config.condition_dropout,
-            near_misses=self.encode("missed", missed, "clip")[0] if config.contrast else None,
+            near_misses=near_misses,
             neighbours=find_neighbours(embeddings, 0, neighbours, config.seed) if config.condition_blur else None,
             blur=config.condition_blur,
-            places=enough_places(np.load(tokens, mmap_mode="r")),
+            places=enough_places(open_rows(tokens)),
         )
 
     def encode(self, name: str, pictures: SeededPictures, *parts: str) -> list[Path]:
@@ -261,6 +266,14 @@ class Recipe:
         paths = [folder / f"{part}-{self.fingerprint(part)}-{name}-{count}.npy" for part in parts]
         encode_once(pictures, {path: self.part(part)[0] for path, part in zip(paths, parts, strict=True)})
         return paths
+
+    def join(self, first: Path, second: Path) -> Path:
+        """A file that open_rows reads as the rows of two .npy files, one after the other."""
+        joined = first.with_name(f"{first.stem}-and-{second.stem}.json")
+        if self.is_first:
+            write_text_atomic(joined, json.dumps({"files": [first.name, second.name]}))
+        wait_for(joined)
+        return joined
 
     def train_text(self, folder: Path) -> dict[str, object]:
         """CLIP's text tower, without the words that were filled in, which follow from the others after the training."""
@@ -288,7 +301,7 @@ class Recipe:
             pictures = self.pictures(world.pictures, self.config.encoded_pictures, ENCODED)
             numbers = range(min(4000, len(pictures)) if world.captions else 0)
             captions = [world.captions(pictures.rng(number))[0] for number in numbers]
-            fill_memory(bridge.memory, clip, self.encoded_pictures().embeddings, captions)
+            fill_memory(bridge.memory, clip, np.load(self.encode("train", pictures, "clip")[0]), captions)
         return {"gap": round(gap, 4)}
 
     def train_ranker(self, folder: Path) -> dict[str, object]:

@@ -20,8 +20,9 @@ class World:
     """A world's part of the recipe. Each dataset takes a count, a seed and a resolution.
 
     pictures: (S, S, 3) uint8 without held-out combinations; vqgan_pictures: those that the VQGAN trains on;
-    near_misses: for each of `pictures` one that differs in what belongs to which. captioned_pictures: a picture with a
-    caption and a shorter one. captioned_pairs: groups for CLIP, which `collate(context_length)` joins to batches.
+    hard_pictures: more for the transformer, of scenes that it learns slowly; near_misses: for each of `pictures` one
+    that differs in what belongs to which. captioned_pictures: a picture with a caption and a shorter one.
+    captioned_pairs: groups for CLIP, which `collate(context_length)` joins to batches.
     choices: the number of answers to each question that the batches answer.
     """
 
@@ -29,6 +30,7 @@ class World:
     choices: tuple[int, ...]
     pictures: type[SeededPictures]
     vqgan_pictures: type[SeededPictures]
+    hard_pictures: type[SeededPictures]
     near_misses: type[SeededPictures]
     captioned_pictures: type[SeededPictures]
     captioned_pairs: type[SeededPictures]

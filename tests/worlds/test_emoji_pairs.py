@@ -19,6 +19,7 @@ from clip_gen.worlds.emoji.pairs import (
     NATURAL,
     CaptionedPairs,
     CaptionedPictures,
+    HardPictures,
     NearMisses,
     RenderedPictures,
     answers,
@@ -55,6 +56,16 @@ def test_a_picture_depends_only_on_seed_and_number() -> None:
     assert first.captions == again.captions
     assert np.array_equal(first.pictures, again.pictures)
     assert np.array_equal(first.spoilt, again.spoilt)
+
+
+def test_hard_pictures_have_more_colours_and_more_with_two_things() -> None:
+    usual, hard = (
+        [kind(400, 1, 64).scene(np.random.default_rng(i)) for i in range(400)]
+        for kind in (RenderedPictures, HardPictures)
+    )
+    assert not any(scene.held_out for scene in hard)
+    for counted in (lambda scene: scene.layout in RELATIONS, lambda scene: scene.items[0].colour is not None):
+        assert 1.4 * sum(map(counted, usual)) < sum(map(counted, hard)) < 300
 
 
 def test_pictures_and_near_misses_have_nothing_held_out_and_those_of_clip_do() -> None:

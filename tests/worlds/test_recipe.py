@@ -44,6 +44,7 @@ RECIPE = RecipeConfig(
     gpt_fit=FIT,
     ranker_fit=FIT,
     encoded_pictures=64,
+    hard_pictures=32,
     contrast=4.0,
     drawn_pictures=48,
     condition_blur=0.5,
@@ -83,6 +84,16 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
     assert record["held_out"] == ["cyan diamond", "green cross", "orange ring", "purple star", "yellow heart"]
     assert not (tmp_path / "model" / "LICENSES.md").exists()
     assert len(trained.networks.bridge.memory.rows.unique(dim=0)) > 16
+
+
+def test_the_transformer_trains_on_hard_pictures_too(trained: Recipe) -> None:
+    seen, usual = trained.encoded_pictures(), trained.encode("train", SeededPictures(64, 0, 16), "clip", "vqgan")
+    assert len(seen) == 64 + 32
+    assert np.array_equal(seen.embeddings[:64], np.load(usual[0]))
+    assert np.array_equal(seen.tokens[:64], np.load(usual[1]))
+    assert len(np.unique(seen.tokens[64:], axis=0)) > 16
+    samples = [seen.draw(number, np.random.default_rng(number)) for number in (3, 70)]
+    assert [torch.equal(condition, near_miss) for condition, _, _, _, near_miss, *_ in samples] == [False, True]
 
 
 def test_without_pictures_to_rank_clip_stays_as_it_is(trained: Recipe, tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from clip_gen.worlds.emoji.captions import Description, caption, describe, leave
 from clip_gen.worlds.emoji.drawings import COLOURS, STYLES, dominant_hue
 from clip_gen.worlds.emoji.related_nouns import related_nouns
 from clip_gen.worlds.emoji.rendering import render
-from clip_gen.worlds.emoji.sampling import another, is_clear, one_of, sample_item, sample_scene
+from clip_gen.worlds.emoji.sampling import (
+    HARD_RECOLOURED,
+    HARD_SHARES,
+    another,
+    is_clear,
+    one_of,
+    sample_item,
+    sample_scene,
+)
 from clip_gen.worlds.emoji.scenes import BACKGROUNDS, COUNTS, LAYOUTS, RELATIONS, Scene, with_items
 from clip_gen.worlds.emoji.spoiling import spoil
 from clip_gen.worlds.emoji.words import kinds, things
@@ -46,6 +54,13 @@ class RenderedPictures(SeededPictures):
 
     def scene(self, rng: np.random.Generator) -> Scene:
         return sample_scene(rng)
+
+
+class HardPictures(RenderedPictures):
+    """Like RenderedPictures, with more small and more recoloured drawings, and more that have company."""
+
+    def scene(self, rng: np.random.Generator) -> Scene:
+        return sample_scene(rng, shares=HARD_SHARES, recoloured=HARD_RECOLOURED)
 
 
 class NearMisses(RenderedPictures):

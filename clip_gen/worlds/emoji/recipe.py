@@ -19,6 +19,7 @@ WORLD = World(
     choices=pairs.CHOICES,
     pictures=pairs.RenderedPictures,
     vqgan_pictures=pairs.RenderedPictures,
+    hard_pictures=pairs.HardPictures,
     near_misses=pairs.NearMisses,
     captioned_pictures=pairs.CaptionedPictures,
     captioned_pairs=pairs.CaptionedPairs,

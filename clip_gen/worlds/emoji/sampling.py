@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -11,21 +11,35 @@ from clip_gen.worlds.emoji.rendering import is_visible
 from clip_gen.worlds.emoji.scenes import BACKGROUNDS, CORNERS, COUNTS, LAYOUTS, RELATIONS, Item, Scene
 from clip_gen.worlds.emoji.words import things
 
+
 # How often each layout is sampled. A large drawing has three times the tokens of a small one.
-SHARES = {"large": 0.48, "small": 0.05}
-SHARES |= dict.fromkeys(CORNERS, 0.11 / 4) | dict.fromkeys(RELATIONS, 0.25 / 4) | dict.fromkeys(COUNTS, 0.11 / 3)
+def _shares(large: float, small: float, corner: float, two: float, many: float) -> dict[str, float]:
+    shares = {"large": large, "small": small} | dict.fromkeys(CORNERS, corner / len(CORNERS))
+    return shares | dict.fromkeys(RELATIONS, two / len(RELATIONS)) | dict.fromkeys(COUNTS, many / len(COUNTS))
+
+
+SHARES = _shares(large=0.48, small=0.05, corner=0.11, two=0.25, many=0.11)
 RECOLOURED = 0.3  # share of the drawings with a dominant hue that get another colour
+HARD_SHARES = _shares(large=0.30, small=0.03, corner=0.10, two=0.45, many=0.12)
+HARD_RECOLOURED = 0.75
 
 
-def sample_scene(rng: np.random.Generator, *, layout: str | None = None, held_out: str = "never") -> Scene:
-    """A random scene in which everything can be seen; with `layout`, of that layout.
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    layout: str | None = None,
+    held_out: str = "never",
+    shares: Mapping[str, float] = SHARES,
+    recoloured: float = RECOLOURED,
+) -> Scene:
+    """A random scene in which everything can be seen; of `layout`, or of the layouts with these shares.
 
     held_out: "never" excludes the held-out combinations, "may" allows them.
     """
     if held_out not in ("never", "may"):
         raise ValueError(f'held_out is "{held_out}"; it takes "never" or "may"')
     while True:
-        scene = _sample(rng, layout or list(SHARES)[rng.choice(len(SHARES), p=list(SHARES.values()))])
+        scene = _sample(rng, layout or list(shares)[rng.choice(len(shares), p=list(shares.values()))], recoloured)
         if is_clear(scene) and (held_out == "may" or not scene.held_out):
             return scene
 
@@ -37,15 +51,15 @@ def is_clear(scene: Scene) -> bool:
     return distinct and all(is_visible(item, scene.background) for item in set(scene.items))
 
 
-def _sample(rng: np.random.Generator, layout: str) -> Scene:
+def _sample(rng: np.random.Generator, layout: str, recoloured: float) -> Scene:
     background, style = one_of(rng, BACKGROUNDS), one_of(rng, STYLES)
-    items = tuple(sample_item(rng, style) for _ in range(2 if layout in RELATIONS else 1))
+    items = tuple(sample_item(rng, style, recoloured) for _ in range(2 if layout in RELATIONS else 1))
     return Scene(background, layout, items if layout in RELATIONS else items * len(LAYOUTS[layout]))
 
 
-def sample_item(rng: np.random.Generator, style: str) -> Item:
+def sample_item(rng: np.random.Generator, style: str, recoloured: float = RECOLOURED) -> Item:
     name, colour = one_of(rng, things()), None
-    if rng.random() < RECOLOURED and dominant_hue(name, style) is not None:
+    if rng.random() < recoloured and dominant_hue(name, style) is not None:
         colour = one_of(rng, COLOURS)
     return Item(name, style, colour)
 
