@@ -11,7 +11,7 @@ from torch import Tensor
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.batch_sizes import pad_rows, padded_batch_size
 from clip_gen.sampling.cuda_graphs import RecordedSteps, has_kernels
-from clip_gen.sampling.windows import Window, WindowSteps, window_length
+from clip_gen.sampling.windows import Window, WindowSteps, first_guesses, window_length
 from clip_gen.validation import check_sampling
 
 MIN_TEMPERATURE = 1e-4  # below it sampling is greedy, because dividing by less overflows
@@ -161,7 +161,7 @@ class Batch:
             self.steps = GrowingSteps(gpt, prefix, rows * self.passes)
         else:
             self.width = window  # rows of the logits
-            self.window = Window(self.tokens, window, self.kept and self.kept.tokens)
+            self.window = Window(self.tokens, window, self.kept and self.kept.tokens, first_guesses(gpt, prefix[:1]))
             self.steps = WindowSteps(gpt, pad_rows(prefix, rows * self.passes), self.passes, window)
 
     @property

@@ -18,10 +18,15 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.networks.kv_cache import EmbeddingBagCache, bag_sums
 from clip_gen.sampling.batch_sizes import STANDARD_ROWS, bitwise_stable_sizes
 
-# Positions of a window, the first choice first. In longer ones too few guesses are right. A large model takes hardly
-# longer for 4 rows than for 1, but longer for 8; in a small one calls take most of the time.
-WINDOWS = {"small": (8, 6, 4), "large": (4, 5, 6)}
+# Positions of a window, the first choice first. In longer ones too few guesses are right: a sketch guesses better. A
+# large model takes hardly longer for 4 rows than for 1, but longer for 8; in a small one calls take most of the time.
+WINDOWS = {"small": (8, 6, 4), "sketched": (16, 12, 8, 6, 4), "large": (4, 5, 6)}
 LARGE_WIDTH = 512
+
+
+def first_guesses(gpt: GPT, prefix: Tensor) -> Tensor | None:
+    """The likeliest tokens (B, T) of a prefix (B, n_embd), by the sketch; None without a sketch."""
+    return None if gpt.sketch is None else gpt.sketch.head(gpt.sketch(prefix)).argmax(dim=2)
 
 
 def window_length(gpt: GPT, candidates: int, length: int, passes: int) -> int:
@@ -34,8 +39,8 @@ def window_length(gpt: GPT, candidates: int, length: int, passes: int) -> int:
     if candidates > 1 or gpt.cache_dtype != torch.float16:
         return 1
     stable = [size for size in bitwise_stable_sizes(gpt) if size <= STANDARD_ROWS]
-    windows = WINDOWS["large" if gpt.config.n_embd >= LARGE_WIDTH else "small"]
-    return next((window for window in windows if window <= length and window * passes in stable), 1)
+    kind = "large" if gpt.config.n_embd >= LARGE_WIDTH else "sketched" if gpt.sketch is not None else "small"
+    return next((window for window in WINDOWS[kind] if window <= length and window * passes in stable), 1)
 
 
 class WindowCache(EmbeddingBagCache):
@@ -134,21 +139,24 @@ class WindowSteps:
 class Window:
     """The window of a candidate whose tokens (1, T) are final up to a position, and guesses after it."""
 
-    def __init__(self, tokens: Tensor, window: int, kept: Tensor | None):
-        """kept: (1, T), tokens that are known, -1 elsewhere; None: all are drawn."""
-        self.tokens, self.window, self.side = tokens, window, math.isqrt(tokens.shape[1])
+    def __init__(self, tokens: Tensor, window: int, kept: Tensor | None, guesses: Tensor | None):
+        """kept: (1, T), tokens that are known, -1 elsewhere; None: all are drawn. guesses: (1, T), the first ones."""
+        self.tokens, self.window, self.side, self.guesses = tokens, window, math.isqrt(tokens.shape[1]), guesses
         self.kept = torch.full_like(tokens, -1) if kept is None else kept
         self.final = self.guessed = 0  # how many tokens are final, and how many are final or guesses
         tokens.zero_()
 
     def move(self) -> slice:
-        """The next positions. First guesses are the known token, or the one above, or the last one."""
+        """The next positions. Without `guesses` a first guess is the known token, or the one above, or the last one."""
         start = min(self.final, self.tokens.shape[1] - self.window)
         end = start + self.window
-        for position in range(self.guessed, end):
-            above = position - self.side if position >= self.side else max(self.final - 1, 0)
-            self.tokens[:, position] = self.tokens[:, above]
         new = slice(self.guessed, end)
+        if self.guesses is not None:
+            self.tokens[:, new] = self.guesses[:, new]
+        else:
+            for position in range(self.guessed, end):
+                above = position - self.side if position >= self.side else max(self.final - 1, 0)
+                self.tokens[:, position] = self.tokens[:, above]
         self.tokens[:, new] = torch.where(self.kept[:, new] < 0, self.tokens[:, new], self.kept[:, new])
         self.guessed = max(self.guessed, end)
         return slice(start, end)

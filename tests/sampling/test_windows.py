@@ -43,6 +43,14 @@ def finished(batch: Batch) -> Batch:
     return batch
 
 
+def steps_of(batch: Batch) -> int:
+    steps = 0
+    while not batch.done:
+        batch.step()
+        steps += 1
+    return steps
+
+
 @pytest.fixture
 def single_steps(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Batches take single steps until this is undone."""
@@ -81,11 +89,19 @@ def test_kept_tokens_stay_and_are_rated_with_the_same_bits(single_steps: pytest.
 
 def test_kept_tokens_are_right_guesses() -> None:
     gpt, kept = network(), torch.randint(0, 32, (1, 100))
-    batch, steps = new_batch(gpt, 1, kept=kept), 0
-    while not batch.done:
-        batch.step()
-        steps += 1
-    assert steps == -(-100 // batch.window.window)
+    batch = new_batch(gpt, 1, kept=kept)
+    assert steps_of(batch) == -(-100 // batch.window.window)
+
+
+def test_the_first_guesses_are_the_likeliest_tokens_of_the_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt = network(sketch_drawings=2)
+    tokens = finished(new_batch(gpt, 1)).tokens
+    prefix = gpt.prefix(F.normalize(torch.randn(1, 16, generator=torch.manual_seed(1)), dim=1))
+    assert torch.equal(new_batch(gpt, 1).window.guesses, gpt.sketch.head(gpt.sketch(prefix)).argmax(dim=2))
+    monkeypatch.setattr(sampler, "first_guesses", lambda *given: tokens)
+    batch = new_batch(gpt, 1)
+    assert steps_of(batch) == -(-100 // batch.window.window)
+    assert torch.equal(batch.tokens, tokens)
 
 
 def test_tokens_up_to_the_length_never_change() -> None:
@@ -100,6 +116,7 @@ def test_tokens_up_to_the_length_never_change() -> None:
 def test_a_single_candidate_in_float16_on_a_cpu_has_windows() -> None:
     gpt = network()
     assert 4 <= window_length(gpt, 1, 100, 2) <= window_length(gpt, 1, 100, 1) <= 8
+    assert window_length(gpt, 1, 100, 1) <= window_length(network(sketch_drawings=1), 1, 100, 1) <= 16
     assert window_length(network(n_embd=512), 1, 100, 1) <= 6
     assert window_length(gpt, 2, 100, 1) == 1
     assert window_length(gpt, 1, 3, 1) == 1
@@ -107,15 +124,24 @@ def test_a_single_candidate_in_float16_on_a_cpu_has_windows() -> None:
         assert window_length(GPT(TINY.gpt).cast_for_inference(dtype), 1, 16, 1) == 1
 
 
-def test_the_bundled_model_takes_fewer_steps_than_tokens(single_steps: pytest.MonkeyPatch) -> None:
-    model = ClipGen.load(BUNDLED, "cpu", "float16")
-    embedding, _ = model.embed(Condition("a small pink heart above a large purple cross on a brown background", None))
+PROMPTS = {
+    "shapes": (BUNDLED, "a small pink heart above a large purple cross on a brown background", 100),
+    "emoji": (BUNDLED.with_name("emoji"), "a cat on a blue background", 50),
+}
+
+
+@pytest.mark.parametrize("world", PROMPTS)
+def test_the_bundled_models_take_fewer_steps_than_tokens(single_steps: pytest.MonkeyPatch, world: str) -> None:
+    folder, prompt, most = PROMPTS[world]
+    model = ClipGen.load(folder, "cpu", "float16")
+    embedding, _ = model.embed(Condition(prompt, None))
     uniforms = candidate_uniforms(0, range(1), 256)
     expected = finished(Batch(model.gpt, embedding, uniforms, Sampling()))
     single_steps.undo()
-    batch, steps = Batch(model.gpt, embedding, uniforms, Sampling()), 0
-    while not batch.done:
-        batch.step()
-        steps += 1
-    assert steps <= 100
+    batch = Batch(model.gpt, embedding, uniforms, Sampling())
+    steps = steps_of(batch)
+    assert steps <= most
     assert torch.equal(batch.tokens, expected.tokens)
+    if batch.window.guesses is not None:
+        single_steps.setattr(sampler, "first_guesses", lambda *given: None)
+        assert steps_of(Batch(model.gpt, embedding, uniforms, Sampling())) > steps
