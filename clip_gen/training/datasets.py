@@ -200,7 +200,9 @@ class EncodedPictures(Dataset):
             some = self.neighbours[row, : int(self.neighbours.shape[1] ** rng.random())]
             others = self._embedding(self.embeddings[some])
             condition = near_miss = F.normalize(embedding + others.sum(dim=0), dim=0)
-        sample = pushed(condition), tokens, bool(rng.random() < self.dropout), embedding, pushed(near_miss)
+        has_near_miss, condition = near_miss is not condition, pushed(condition)
+        near_miss = pushed(near_miss) if has_near_miss else condition
+        sample = condition, tokens, bool(rng.random() < self.dropout), embedding, near_miss
         if not self.places:
             return sample
         places, probabilities = drawn_places(tokens.numpy(), self.places, rng)

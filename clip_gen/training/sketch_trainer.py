@@ -9,6 +9,8 @@ from clip_gen.networks.gpt import GPT, project_condition
 from clip_gen.training.gpt_trainer import token_nats
 from clip_gen.training.stage import FitConfig, Stage, adamw
 
+SKETCH_PLACES = 64  # in a picture that it trains on: more pictures teach more than more places
+
 
 class Sketching(nn.Module):
     """What the sketch of a transformer depends on: its tensors, under the same names as in the transformer."""

@@ -33,7 +33,7 @@ from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.processes import wait_for
-from clip_gen.training.sketch_trainer import Sketching, SketchTrainer
+from clip_gen.training.sketch_trainer import SKETCH_PLACES, Sketching, SketchTrainer
 from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import (
@@ -75,8 +75,8 @@ ENCODING = ("encoded_pictures", "hard_pictures", "embedding_noise", "condition_d
 FIELDS = {
     "clip": ("clip_fit",),
     "vqgan": ("vqgan_fit",),
-    "sketch": ("sketch_fit", *ENCODING),
-    "gpt": ("gpt_fit", *ENCODING, "context_noise", "contrast", "temperature"),
+    "sketch": ("start", "sketch_fit", *ENCODING),
+    "gpt": ("start", "gpt_fit", *ENCODING, "context_noise", "contrast", "temperature"),
     "text": ("text_steps", "encoded_pictures"),
     "words": ("word_steps",),
     "bridge": ("encoded_pictures",),
@@ -89,6 +89,7 @@ SHARED = ("vqgan", "sketch", "gpt")  # trained by all processes; the first proce
 class RecipeConfig:
     world: str = "shapes"
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: str = ""  # a model folder of the same sizes, whose sketch and transformer are trained further; "": none
     seed: int = 0
     clip_fit: FitConfig = field(default_factory=FitConfig)
     vqgan_fit: FitConfig = field(default_factory=FitConfig)
@@ -214,15 +215,22 @@ class Recipe:
         gpt, seed = self.networks.gpt, self.config.seed
         if gpt.sketch is None:
             return {}
-        seen, unseen = self.encoded_pictures(), self.unseen_encoded_pictures()
+        seen, unseen = self.encoded_pictures(SKETCH_PLACES), self.unseen_encoded_pictures()
         trainer = SketchTrainer(gpt, self.config.sketch_fit)
-        trainer.sketching.requires_grad_(True).start_from(torch.tensor(seen.embeddings[:4000], dtype=torch.float32))
+        if self.config.start:
+            load_part(gpt, Path(self.config.start) / "gpt.safetensors")
+        else:
+            trainer.sketching.start_from(torch.tensor(seen.embeddings[:4000], dtype=torch.float32))
+        trainer.sketching.requires_grad_(True)
         return fit("sketch", trainer, Endless(seen, seed), unseen, folder, seed=seed, machine=self.machine)
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         config, seed, networks = self.config.gpt_fit, self.config.seed, self.networks
         seen, unseen = Endless(self.encoded_pictures(), seed), self.unseen_encoded_pictures()
-        start_from_codes(networks.gpt, networks.vqgan, seed)
+        if self.config.start:
+            self.start_gpt()
+        else:
+            start_from_codes(networks.gpt, networks.vqgan, seed)
         losses = {"contrast": self.config.contrast, "context_noise": self.config.context_noise}
         networks.gpt.train().requires_grad_(True)
         if networks.gpt.sketch is not None:
@@ -233,12 +241,24 @@ class Recipe:
             networks.gpt.head.weight.div_(self.config.temperature)
         return record
 
+    def start_gpt(self) -> None:
+        """Loads the transformer to train further, at the temperature that it was trained with. Keeps the new sketch."""
+        gpt = self.networks.gpt
+        sketch = {name: tensor.clone() for name, tensor in Sketching(gpt).state_dict().items()} if gpt.sketch else {}
+        load_part(gpt, Path(self.config.start) / "gpt.safetensors")
+        gpt.load_state_dict(sketch, strict=False)
+        with torch.no_grad():
+            gpt.head.weight.mul_(self.config.temperature)
+
     def unseen_encoded_pictures(self) -> EncodedPictures:
         pictures = self.pictures(self.world.pictures, 1024, UNSEEN)
         return EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
 
-    def encoded_pictures(self) -> EncodedPictures:
-        """The pictures that the transformer trains on. Hard ones are their own near misses, which do not count."""
+    def encoded_pictures(self, places: int | None = None) -> EncodedPictures:
+        """The pictures that the transformer trains on, at `places` positions each or enough of them.
+
+        Hard pictures are their own near misses, which do not count.
+        """
         config, count, parts = self.config, self.config.encoded_pictures, ("clip", "vqgan")
         near_misses = None
         embeddings, tokens = self.encode("train", self.pictures(self.world.pictures, count, ENCODED), *parts)
@@ -248,6 +268,7 @@ class Recipe:
             hard = self.encode("hard", self.pictures(self.world.hard_pictures, config.hard_pictures, HARD), *parts)
             embeddings, tokens = self.join(embeddings, hard[0]), self.join(tokens, hard[1])
             near_misses = near_misses and self.join(near_misses, hard[0])
+        enough = enough_places(open_rows(tokens))
         neighbours = embeddings.with_name(f"neighbours-of-{embeddings.stem}.npy")
         return EncodedPictures(
             embeddings,
@@ -257,7 +278,7 @@ class Recipe:
             near_misses=near_misses,
             neighbours=find_neighbours(embeddings, 0, neighbours, config.seed) if config.condition_blur else None,
             blur=config.condition_blur,
-            places=enough_places(open_rows(tokens)),
+            places=min(enough, places or enough),
         )
 
     def encode(self, name: str, pictures: SeededPictures, *parts: str) -> list[Path]:

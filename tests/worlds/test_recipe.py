@@ -96,6 +96,26 @@ def test_the_transformer_trains_on_hard_pictures_too(trained: Recipe) -> None:
     assert [torch.equal(condition, near_miss) for condition, _, _, _, near_miss, *_ in samples] == [False, True]
 
 
+def test_a_transformer_can_start_from_that_of_a_model_folder(trained: Recipe, tmp_path: Path) -> None:
+    model = replace(RECIPE.model, gpt=replace(TINY.gpt, sketch_drawings=1, sketch_cells=2))
+    config = replace(RECIPE, model=model, sketch_fit=FIT, temperature=0.5, contrast=0.0)
+    parts, left_out = ("sketch", "gpt"), shutil.ignore_patterns("sketch", "gpt")
+    first = Recipe(config, Path(shutil.copytree(trained.work, tmp_path / "first", ignore=left_out)))
+    for part in parts:
+        first.load_or_train(part)
+    save_networks(first.networks, tmp_path / "model", {})
+
+    still = FitConfig(steps=2, batch_size=8, learning_rate=1e-9, ema_decay=0.0)
+    config = replace(config, start=str(tmp_path / "model"), sketch_fit=still, gpt_fit=still)
+    again = Recipe(config, Path(shutil.copytree(trained.work, tmp_path / "again", ignore=left_out)))
+    for part in parts:
+        again.load_or_train(part)
+    for name, tensor in first.networks.gpt.state_dict().items():
+        assert torch.allclose(again.networks.gpt.state_dict()[name], tensor, atol=1e-3), name
+    with pytest.raises(ValueError, match="another recipe"):
+        Recipe(replace(config, start=""), again.work).load_or_train("sketch")
+
+
 def test_without_pictures_to_rank_clip_stays_as_it_is(trained: Recipe, tmp_path: Path) -> None:
     work = Path(shutil.copytree(trained.work, tmp_path / "work", ignore=shutil.ignore_patterns("ranker")))
     recipe = Recipe(replace(RECIPE, drawn_pictures=0), work)
