@@ -21,6 +21,7 @@ from clip_gen.weights.model_folder import Networks, build, save_networks
 Result = TypeVar("Result")
 
 BUNDLED = ROOT / "checkpoints" / "shapes"
+EMOJI = BUNDLED.with_name("emoji")
 PROMPT = "a large red circle on a white background"
 # The sizes of HFAiLab's model, with OpenAI's ViT-B/32.
 PUBLISHED = ModelConfig(

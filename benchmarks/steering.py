@@ -1,6 +1,6 @@
-"""Image prompts, negative prompts and weights on the bundled model, graded by the judge.
+"""Image prompts, negative prompts and weights on the bundled models, graded by the judges.
 
-    python -m benchmarks steering [--only images negative weights] [--pictures 500] [--out steering.json]
+    python -m benchmarks steering [--only images negative weights emoji] [--pictures 500] [--out steering.json]
 
 Half an hour on an idle core. The file keeps the verdict of every picture: the same command continues an interrupted
 run, and more --pictures add to those that are judged.
@@ -9,6 +9,7 @@ images: fresh renders as image prompts; the best of 16 candidates must show ever
 negative: prompts that leave the colour unsaid; how often the best of 4 shows red, with negative_prompt="red", without
 it, and without it at the guidance that it brings.
 weights: `A:w | B:1-w` for prompts A and B of other shape and colour; how many of the 4 best of 16 show A.
+emoji: as images, with checkpoints/emoji and renders of one thing; the best of 16 must show that thing.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ from PIL import Image
 
 from benchmarks.figures import RESULTS, machine
 from benchmarks.masks import shown
-from benchmarks.models import BUNDLED
+from benchmarks.models import BUNDLED, EMOJI
 from clip_gen import ClipGen
 from clip_gen.files import write_text_atomic
 from clip_gen.metrics.intervals import Share
 from clip_gen.pipeline import NEGATIVE_GUIDANCE
 from clip_gen.prompts import mixed_prompt
+from clip_gen.worlds.emoji.captions import describe as describe_emoji
+from clip_gen.worlds.emoji.judge import grade as grade_emoji
+from clip_gen.worlds.emoji.judge import read as read_emoji
+from clip_gen.worlds.emoji.rendering import render as render_emoji
+from clip_gen.worlds.emoji.sampling import sample_scene as sample_emoji
 from clip_gen.worlds.shapes.captions import Description, ItemDescription, caption, describe
 from clip_gen.worlds.shapes.judge import MAX_COLOUR_ERROR, MIN_ITEM_PIXELS, read, satisfies
 from clip_gen.worlds.shapes.rendering import render
@@ -41,7 +47,7 @@ SEED = 340  # of the scenes and prompts
 RED = np.array(COLOURS["red"], float)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of A
 OUTPUTS = 4  # pictures of one draw for the weights
-MIN_KEPT, MAX_RED, ENDS = 0.95, 0.02, (0.10, 0.90)  # the targets
+MIN_KEPT, MAX_RED, ENDS, MIN_THINGS = 0.95, 0.02, (0.10, 0.90), 0.85  # the targets
 
 Draw = Callable[[ClipGen, int], list[bool]]  # draws the pictures of this number, and judges them
 
@@ -84,6 +90,15 @@ def two_prompts(number: int) -> tuple[Description, Description]:
             return first, replace(first, items=(other,))
 
 
+def keeps_the_thing(model: ClipGen, number: int) -> list[bool]:
+    rng = np.random.default_rng([SEED, 3, number])
+    while len((scene := sample_emoji(rng)).items) > 1:
+        pass
+    picture = Image.fromarray(render_emoji(scene, model.config.vqgan.resolution))
+    result = model.generate(image=picture, candidates=16, num_outputs=1, seed=number)
+    return [grade_emoji(read_emoji(np.asarray(result.images[0])), describe_emoji(scene))["name"]]
+
+
 PARTS: dict[str, dict[str, Draw]] = {
     "images": {"every attribute": keeps_every_attribute},
     "negative": {
@@ -92,6 +107,7 @@ PARTS: dict[str, dict[str, Draw]] = {
         f"without it, guidance {NEGATIVE_GUIDANCE:g}": partial(has_red, guidance=NEGATIVE_GUIDANCE),
     },
     "weights": {f"A's weight is {weight:g}": partial(shows_first, weight=weight) for weight in WEIGHTS},
+    "emoji": {"the thing": keeps_the_thing},
 }
 
 
@@ -100,6 +116,8 @@ def is_met(part: str, shares: Sequence[Share]) -> bool:
     first, last = shares[0].value, shares[-1].value
     if part == "images":
         return first >= MIN_KEPT
+    if part == "emoji":
+        return first >= MIN_THINGS
     if part == "negative":
         return first <= MAX_RED
     falls = any(later.value < share.interval[0] for share, later in pairwise(shares))
@@ -124,11 +142,11 @@ def main(words: list[str]) -> None:
     arguments = parser.parse_args(words)
     if arguments.pictures < 1:
         parser.error(f"--pictures is {arguments.pictures}; give 1 or more")
-    model = ClipGen.load(BUNDLED, arguments.device)
-    facts = {"machine": machine(model.device), "model": model.sha256}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     for part in arguments.only:
+        model = ClipGen.load(EMOJI if part == "emoji" else BUNDLED, arguments.device)
+        facts = {"machine": machine(model.device), "model": model.sha256}
         before = results.get(part, {})
         kept = before["verdicts"] if before.get("model") == model.sha256 else {}
         verdicts = {row: kept.get(row, "") for row in PARTS[part]}

@@ -12,7 +12,7 @@ from conftest import TINY, tiny_networks
 
 from benchmarks import masks, previews, steering
 from benchmarks.__main__ import main
-from benchmarks.models import BUNDLED
+from benchmarks.models import BUNDLED, EMOJI
 from clip_gen import ClipGen
 from clip_gen.metrics.intervals import Share
 from clip_gen.weights.model_folder import save_networks
@@ -36,7 +36,8 @@ def blurry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_steering_keeps_every_verdict_and_continues_after_them(
     blurry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(steering, "BUNDLED", blurry)
+    for name in ("BUNDLED", "EMOJI"):
+        monkeypatch.setattr(steering, name, blurry)
     asked, generate, out = [], ClipGen.generate, tmp_path / "results" / "steering.json"
 
     def watched(model: ClipGen, *words: str, seed: int, **settings: object) -> object:
@@ -53,7 +54,7 @@ def test_steering_keeps_every_verdict_and_continues_after_them(
     assert (kept["images"]["rows"]["every attribute"]["total"], kept["images"]["met"]) == (5, False)
     assert [len(found.split()) for found in kept["negative"]["verdicts"].values()] == [1, 0, 0]
     main([*words, "--pictures", "6"])
-    assert asked == [*range(5), 0, 1, 5, *range(1, 6), *range(6), *range(6), *[0, 1] * 5]
+    assert asked == [*range(5), 0, 1, 5, *range(1, 6), *range(6), *range(6), *[0, 1] * 5, *range(6)]
     results = json.loads(out.read_text())
     assert results["images"]["verdicts"] == {"every attribute": "0 0 0 0 0 0"}
     assert {row["total"] for row in results["negative"]["rows"].values()} == {6}
@@ -79,11 +80,12 @@ def test_at_least_one_picture_is_judged(capsys: pytest.CaptureFixture[str]) -> N
     assert "--pictures is 0; give 1 or more" in capsys.readouterr().err
 
 
-def test_the_bundled_model_follows_pictures_and_weights() -> None:
+def test_the_bundled_models_follow_pictures_and_weights() -> None:
     model = ClipGen.load(BUNDLED, "cpu")
     assert any(steering.keeps_every_attribute(model, number) == [True] for number in range(2))
     assert sum(steering.shows_first(model, 0, weight=1.0)) >= 3
     assert sum(steering.shows_first(model, 0, weight=0.0)) <= 1
+    assert any(steering.keeps_the_thing(ClipGen.load(EMOJI, "cpu"), number) == [True] for number in range(2))
 
 
 @pytest.mark.parametrize("colour", COLOURS)
@@ -109,6 +111,8 @@ def test_two_prompts_differ_in_shape_and_colour_and_are_not_held_out() -> None:
         ("images", [94], False),
         ("negative", [2, 30, 40], True),
         ("negative", [3, 30, 40], False),
+        ("emoji", [85], True),
+        ("emoji", [84], False),
         ("weights", [9, 30, 50, 70, 91], True),
         ("weights", [9, 50, 49, 70, 91], True),
         ("weights", [9, 50, 20, 70, 91], False),
