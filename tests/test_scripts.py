@@ -19,7 +19,7 @@ from clip_gen import ClipGen
 from clip_gen.config import write_config
 from clip_gen.files import MARK, ROOT
 from clip_gen.training.stage import FitConfig
-from clip_gen.worlds.recipe import RecipeConfig
+from clip_gen.worlds.recipe_config import RecipeConfig
 
 UI = pytest.param("ui", marks=pytest.mark.skipif(bool(missing()), reason=f"the page needs {missing()}"))
 

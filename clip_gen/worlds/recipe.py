@@ -15,7 +15,7 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,15 +26,13 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 import clip_gen
-from clip_gen.config import ModelConfig, read_config
+from clip_gen.config import read_config
 from clip_gen.files import claim_folder, folder_lock, sha256_of, write_text_atomic
-from clip_gen.training.datasets import EncodedPictures, Endless, enough_places, open_rows
-from clip_gen.training.encoding import encode_once, find_neighbours
+from clip_gen.training.datasets import Endless
 from clip_gen.training.fit import Machine, fit
 from clip_gen.training.gpt_trainer import GPTTrainer, start_from_codes
 from clip_gen.training.processes import wait_for
 from clip_gen.training.sketch_trainer import SKETCH_PLACES, Sketching, SketchTrainer
-from clip_gen.training.stage import FitConfig
 from clip_gen.training.vqgan_trainer import VQGANTrainer
 from clip_gen.weights.model_folder import (
     LICENSES,
@@ -47,17 +45,15 @@ from clip_gen.weights.model_folder import (
 )
 from clip_gen.worlds.bridge_measuring import fill_memory, measure_means
 from clip_gen.worlds.clip_trainer import ClipTrainer, fill_unseen_words
-from clip_gen.worlds.pairs import SeededPictures
 from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
+from clip_gen.worlds.recipe_config import RecipeConfig
+from clip_gen.worlds.recipe_pictures import ENCODED, PAIRS, PICTURES, RANKED, UNSEEN, RecipePictures
 from clip_gen.worlds.text_trainer import align_texts
 from clip_gen.worlds.word_trainer import learn_words
 from clip_gen.worlds.world import load_world
 
 CONFIGS = Path(clip_gen.__file__).parent / "configs"
 SETTINGS, RECORD = "settings.json", "record.json"  # in the folder of a part
-
-# Streams of pictures with different seeds, so that they have no picture in common.
-PAIRS, PICTURES, ENCODED, UNSEEN, RANKED, HARD = STREAMS = range(6)
 
 # The parts in the order of training, each with the parts that it needs.
 NEEDS = {
@@ -85,30 +81,6 @@ FIELDS = {
 SHARED = ("vqgan", "sketch", "gpt")  # trained by all processes; the first process alone trains the others
 
 
-@dataclass(frozen=True)
-class RecipeConfig:
-    world: str = "shapes"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    start: str = ""  # a model folder of the same sizes, whose sketch and transformer are trained further; "": none
-    seed: int = 0
-    clip_fit: FitConfig = field(default_factory=FitConfig)
-    vqgan_fit: FitConfig = field(default_factory=FitConfig)
-    sketch_fit: FitConfig = field(default_factory=FitConfig)
-    gpt_fit: FitConfig = field(default_factory=FitConfig)
-    encoded_pictures: int = 100_000
-    hard_pictures: int = 0  # that the transformer trains on besides these
-    embedding_noise: float = 0.5
-    condition_dropout: float = 0.1
-    condition_blur: float = 0.25
-    context_noise: float = 0.0
-    contrast: float = 0.0
-    temperature: float = 1.0  # that the transformer has at temperature 1 after training
-    text_steps: int = 1500
-    word_steps: int = 500
-    ranker_fit: FitConfig = field(default_factory=FitConfig)
-    drawn_pictures: int = 8000
-
-
 class Recipe:
     """Trains the parts in a work folder."""
 
@@ -118,6 +90,7 @@ class Recipe:
         self.world = load_world(config.world)
         self.one_process = replace(self.machine, devices="1", nodes=1)
         self.networks = build(config.model)
+        self.pictures = RecipePictures(config, self.world, work / "encoded", self.encoder)
         self.is_first = not rank_zero_only.rank
 
     def load_or_train(self, name: str) -> None:
@@ -163,6 +136,10 @@ class Recipe:
         """Identifies the weights of a finished part."""
         return sha256_of(self.weights(name))[:12]
 
+    def encoder(self, part: str) -> tuple[nn.Module, str]:
+        """The network of a finished part, and the fingerprint of its weights."""
+        return self.part(part)[0], self.fingerprint(part)
+
     def lock(self, folder: Path) -> AbstractContextManager[None]:
         """Keeps other trainings out of a part's folder; ValueError while one is using it."""
         busy = f"{folder} is in use by another training; wait for it to end, or name another --work folder"
@@ -187,15 +164,11 @@ class Recipe:
         if (is_finished or has_begun) and before != settings:
             raise ValueError(f"{folder} was trained by another recipe; remove it, or name another --work folder")
 
-    def pictures(self, kind: type[SeededPictures], count: int, stream: int, side: int | None = None) -> SeededPictures:
-        """`side` in pixels; None: the VQGAN's resolution."""
-        return kind(count, len(STREAMS) * self.config.seed + stream, side or self.config.model.vqgan.resolution)
-
     def train_clip(self, folder: Path) -> dict[str, object]:
         config, seed, clip = self.config.clip_fit, self.config.seed, self.networks.clip
         side, pairs = clip.config.image_resolution, self.world.captioned_pairs
-        seen = self.pictures(pairs, config.steps * config.batch_size, PAIRS, side)
-        unseen = self.pictures(pairs, 512, UNSEEN, side)
+        seen = self.pictures.of(pairs, config.steps * config.batch_size, PAIRS, side)
+        unseen = self.pictures.of(pairs, 512, UNSEEN, side)
         collate = self.world.collate(clip.config.context_length)
         trainer = ClipTrainer(clip, self.world.choices, config)
         # In one process: if processes shared a batch, each caption would have fewer wrong pictures to compare with.
@@ -205,8 +178,8 @@ class Recipe:
 
     def train_vqgan(self, folder: Path) -> dict[str, object]:
         config = self.config.vqgan_fit
-        seen = self.pictures(self.world.vqgan_pictures, config.steps * config.batch_size, PICTURES)
-        unseen = self.pictures(self.world.pictures, 512, UNSEEN)
+        seen = self.pictures.of(self.world.vqgan_pictures, config.steps * config.batch_size, PICTURES)
+        unseen = self.pictures.of(self.world.pictures, 512, UNSEEN)
         trainer = VQGANTrainer(self.networks.vqgan.train(), config)
         return fit("vqgan", trainer, seen, unseen, folder, seed=self.config.seed, machine=self.machine)
 
@@ -215,7 +188,7 @@ class Recipe:
         gpt, seed = self.networks.gpt, self.config.seed
         if gpt.sketch is None:
             return {}
-        seen, unseen = self.encoded_pictures(SKETCH_PLACES), self.unseen_encoded_pictures()
+        seen, unseen = self.pictures.encoded(SKETCH_PLACES), self.pictures.unseen()
         trainer = SketchTrainer(gpt, self.config.sketch_fit)
         if self.config.start:
             load_part(gpt, Path(self.config.start) / "gpt.safetensors")
@@ -226,7 +199,7 @@ class Recipe:
 
     def train_gpt(self, folder: Path) -> dict[str, object]:
         config, seed, networks = self.config.gpt_fit, self.config.seed, self.networks
-        seen, unseen = Endless(self.encoded_pictures(), seed), self.unseen_encoded_pictures()
+        seen, unseen = Endless(self.pictures.encoded(), seed), self.pictures.unseen()
         if self.config.start:
             self.start_gpt()
         else:
@@ -250,59 +223,13 @@ class Recipe:
         with torch.no_grad():
             gpt.head.weight.mul_(self.config.temperature)
 
-    def unseen_encoded_pictures(self) -> EncodedPictures:
-        pictures = self.pictures(self.world.pictures, 1024, UNSEEN)
-        return EncodedPictures(*self.encode("unseen", pictures, "clip", "vqgan"))
-
-    def encoded_pictures(self, places: int | None = None) -> EncodedPictures:
-        """The pictures that the transformer trains on, at `places` positions each or enough of them.
-
-        Hard pictures are their own near misses, which do not count.
-        """
-        config, count, parts = self.config, self.config.encoded_pictures, ("clip", "vqgan")
-        near_misses = None
-        embeddings, tokens = self.encode("train", self.pictures(self.world.pictures, count, ENCODED), *parts)
-        if config.contrast:
-            near_misses = self.encode("missed", self.pictures(self.world.near_misses, count, ENCODED), "clip")[0]
-        if config.hard_pictures:
-            hard = self.encode("hard", self.pictures(self.world.hard_pictures, config.hard_pictures, HARD), *parts)
-            embeddings, tokens = self.join(embeddings, hard[0]), self.join(tokens, hard[1])
-            near_misses = near_misses and self.join(near_misses, hard[0])
-        enough = enough_places(open_rows(tokens))
-        neighbours = embeddings.with_name(f"neighbours-of-{embeddings.stem}.npy")
-        return EncodedPictures(
-            embeddings,
-            tokens,
-            noise=config.embedding_noise,
-            dropout=config.condition_dropout,
-            near_misses=near_misses,
-            neighbours=find_neighbours(embeddings, 0, neighbours, config.seed) if config.condition_blur else None,
-            blur=config.condition_blur,
-            places=min(enough, places or enough),
-        )
-
-    def encode(self, name: str, pictures: SeededPictures, *parts: str) -> list[Path]:
-        """Encodes the pictures by networks of this recipe; the file names tell for which weights."""
-        folder, count = self.work / "encoded", len(pictures)
-        paths = [folder / f"{part}-{self.fingerprint(part)}-{name}-{count}.npy" for part in parts]
-        encode_once(pictures, {path: self.part(part)[0] for path, part in zip(paths, parts, strict=True)})
-        return paths
-
-    def join(self, first: Path, second: Path) -> Path:
-        """A file that open_rows reads as the rows of two .npy files, one after the other."""
-        joined = first.with_name(f"{first.stem}-and-{second.stem}.json")
-        if self.is_first:
-            write_text_atomic(joined, json.dumps({"files": [first.name, second.name]}))
-        wait_for(joined)
-        return joined
-
     def train_text(self, folder: Path) -> dict[str, object]:
         """CLIP's text tower, without the words that were filled in, which follow from the others after the training."""
         if self.world.captions is None:
             return {}
         clip, config = self.networks.clip, self.config
-        pictures = self.pictures(self.world.pictures, config.encoded_pictures, ENCODED)
-        embeddings = np.load(self.encode("train", pictures, "clip")[0])
+        pictures = self.pictures.of(self.world.pictures, config.encoded_pictures, ENCODED)
+        embeddings = np.load(self.pictures.encode("train", pictures, "clip")[0])
         load_part(clip, self.weights("clip"))
         captions = lambda number: self.world.captions(pictures.rng(number))  # noqa: E731
         return align_texts(clip, embeddings, captions, config.text_steps, config.seed)
@@ -315,14 +242,14 @@ class Recipe:
 
     def measure_bridge(self, folder: Path) -> dict[str, object]:
         bridge, clip, world = self.networks.bridge, self.networks.clip, self.world
-        unseen = self.pictures(world.pictures, 4000, UNSEEN)
+        unseen = self.pictures.of(world.pictures, 4000, UNSEEN)
         captions = [world.sampled_caption(unseen.rng(number)) for number in range(len(unseen))]
-        gap = measure_means(bridge, clip, self.pictures(world.pictures, 4000, PICTURES), captions)
+        gap = measure_means(bridge, clip, self.pictures.of(world.pictures, 4000, PICTURES), captions)
         if bridge.memory is not None:
-            pictures = self.pictures(world.pictures, self.config.encoded_pictures, ENCODED)
+            pictures = self.pictures.of(world.pictures, self.config.encoded_pictures, ENCODED)
             numbers = range(min(4000, len(pictures)) if world.captions else 0)
             captions = [world.captions(pictures.rng(number))[0] for number in numbers]
-            fill_memory(bridge.memory, clip, np.load(self.encode("train", pictures, "clip")[0]), captions)
+            fill_memory(bridge.memory, clip, np.load(self.pictures.encode("train", pictures, "clip")[0]), captions)
         return {"gap": round(gap, 4)}
 
     def train_ranker(self, folder: Path) -> dict[str, object]:
@@ -330,8 +257,8 @@ class Recipe:
         if not self.config.drawn_pictures:
             return {}
         networks, seed = self.networks, self.config.seed
-        pictures = self.pictures(self.world.captioned_pictures, self.config.drawn_pictures, RANKED)
-        unseen_pictures = self.pictures(self.world.captioned_pictures, 512, UNSEEN)
+        pictures = self.pictures.of(self.world.captioned_pictures, self.config.drawn_pictures, RANKED)
+        unseen_pictures = self.pictures.of(self.world.captioned_pictures, 512, UNSEEN)
         seen = ranked_pictures(networks, pictures, pictures.seed, folder, "drawn")
         unseen = ranked_pictures(networks, unseen_pictures, unseen_pictures.seed, folder, "unseen")
         trainer = RankerTrainer(networks.clip, self.config.ranker_fit)

@@ -35,7 +35,8 @@ from clip_gen.worlds.emoji.scenes import BACKGROUNDS, COUNTS, LAYOUTS, RELATIONS
 from clip_gen.worlds.emoji.spoiling import spoil
 from clip_gen.worlds.emoji.words import things
 from clip_gen.worlds.pairs import GROUP, PairGroup
-from clip_gen.worlds.recipe import CONFIGS, RecipeConfig
+from clip_gen.worlds.recipe import CONFIGS
+from clip_gen.worlds.recipe_config import RecipeConfig
 
 CAT, DOG = Item("cat", "noto"), Item("dog", "noto", "blue")
 CATS_AND_DOGS = Scene("white", "left of", (CAT, DOG))

@@ -30,7 +30,9 @@ from clip_gen.weights.model_folder import save_networks
 from clip_gen.weights.tarball import open_weights
 from clip_gen.worlds.clip_trainer import UNSAID, ClipTrainer, Naming, contrastive_loss
 from clip_gen.worlds.pairs import SeededPictures
-from clip_gen.worlds.recipe import CONFIGS, NEEDS, Recipe, RecipeConfig
+from clip_gen.worlds.recipe import CONFIGS, NEEDS, Recipe
+from clip_gen.worlds.recipe_config import RecipeConfig
+from clip_gen.worlds.recipe_pictures import RecipePictures
 from clip_gen.worlds.shapes.pairs import CHOICES, CaptionedPairs
 from clip_gen.worlds.shapes.recipe import WORLD
 from clip_gen.worlds.world import WORLDS, load_world
@@ -54,13 +56,13 @@ RECIPE = RecipeConfig(
 @pytest.fixture(scope="module", autouse=True)
 def _few_pictures() -> Iterator[None]:
     """Otherwise each part is validated with 512 pictures or more, and the bridge measured with 8,000."""
-    pictures = Recipe.pictures
+    pictures = RecipePictures.of
 
-    def few(recipe: Recipe, kind: type[SeededPictures], count: int, *more: int) -> SeededPictures:
+    def few(recipe: RecipePictures, kind: type[SeededPictures], count: int, *more: int) -> SeededPictures:
         return pictures(recipe, kind, min(count, FEW), *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recipe, "pictures", few)
+        patch.setattr(RecipePictures, "of", few)
         yield
 
 
@@ -87,7 +89,8 @@ def test_the_recipe_makes_a_model_folder_that_predicts(trained: Recipe, tmp_path
 
 
 def test_the_transformer_trains_on_hard_pictures_too(trained: Recipe) -> None:
-    seen, usual = trained.encoded_pictures(), trained.encode("train", SeededPictures(64, 0, 16), "clip", "vqgan")
+    pictures = trained.pictures
+    seen, usual = pictures.encoded(), pictures.encode("train", SeededPictures(64, 0, 16), "clip", "vqgan")
     assert len(seen) == 64 + 32
     assert np.array_equal(seen.embeddings[:64], np.load(usual[0]))
     assert np.array_equal(seen.tokens[:64], np.load(usual[1]))
