@@ -20,6 +20,7 @@ from benchmarks import (
     steering,
     streaming,
     training_sizes,
+    windows,
 )
 
 BENCHMARKS = {
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "stage-1": (stage_one.main, "pictures a second and PSNR of stage 1, of two versions in turns"),
     "training-sizes": (training_sizes.main, "memory and pictures a second of training each size"),
     "published-size": (published_size.main, "seconds and memory of the published model's size"),
+    "windows": (windows.main, "a single candidate in windows of tokens and in single steps"),
 }
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks import busy_machine, figures, precision, reference, server_speed, speed, token_speed
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.figures import Figure
-from benchmarks.models import PROMPT, PUBLISHED, Subject, write_published
+from benchmarks.models import BUNDLED, PROMPT, PUBLISHED, Subject, write_published
 from clip_gen import ClipGen
 from clip_gen.files import ROOT
 from clip_gen.networks.gpt import GPT
@@ -331,3 +331,12 @@ def test_precision_compares_candidate_by_candidate(tiny_model_folder: Path) -> N
     assert better["float16"]["points"] == 12.5
     assert better["float16"]["within"] == pytest.approx(1.96 * np.std([25, 0, 0, 25], ddof=1) / 2, abs=1e-4)
     assert better["bfloat16"]["points"] == 0
+
+
+def test_windows_and_single_steps_draw_the_same_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["windows", "--models", str(BUNDLED), "--pictures", "2", "--out", str(tmp_path / "windows.json")])
+    (row,) = json.loads((tmp_path / "windows.json").read_text())["models"]
+    assert (row["model"], row["pictures"], row["same tokens"]) == ("shapes", 2, 2)
+    assert 256 / 8 <= row["steps"] < 256
+    assert row["by CPU seconds"] > 1
+    assert "| shapes | " in capsys.readouterr().out
