@@ -73,7 +73,7 @@ FIELDS = {
     "vqgan": ("vqgan_fit",),
     "sketch": ("start", "sketch_fit", *ENCODING),
     "gpt": ("start", "gpt_fit", *ENCODING, "context_noise", "contrast", "temperature"),
-    "text": ("text_steps", "encoded_pictures"),
+    "text": ("text_steps", "encoded_pictures", "hard_pictures"),
     "words": ("word_steps",),
     "bridge": ("encoded_pictures",),
     "ranker": ("ranker_fit", "drawn_pictures"),
@@ -228,10 +228,8 @@ class Recipe:
         if self.world.captions is None:
             return {}
         clip, config = self.networks.clip, self.config
-        pictures = self.pictures.of(self.world.pictures, config.encoded_pictures, ENCODED)
-        embeddings = np.load(self.pictures.encode("train", pictures, "clip")[0])
+        embeddings, captions = self.pictures.captioned()
         load_part(clip, self.weights("clip"))
-        captions = lambda number: self.world.captions(pictures.rng(number))  # noqa: E731
         return align_texts(clip, embeddings, captions, config.text_steps, config.seed)
 
     def train_words(self, folder: Path) -> dict[str, object]:
@@ -248,7 +246,7 @@ class Recipe:
         if bridge.memory is not None:
             pictures = self.pictures.of(world.pictures, self.config.encoded_pictures, ENCODED)
             numbers = range(min(4000, len(pictures)) if world.captions else 0)
-            captions = [world.captions(pictures.rng(number))[0] for number in numbers]
+            captions = [world.captions(pictures, number)[0] for number in numbers]
             fill_memory(bridge.memory, clip, np.load(self.pictures.encode("train", pictures, "clip")[0]), captions)
         return {"gap": round(gap, 4)}
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
 from clip_gen.files import write_text_atomic
-from clip_gen.training.datasets import EncodedPictures, enough_places, open_rows
+from clip_gen.training.datasets import EncodedPictures, JoinedRows, enough_places, open_rows
 from clip_gen.training.encoding import encode_once, find_neighbours
 from clip_gen.training.processes import wait_for
 from clip_gen.worlds.pairs import SeededPictures
@@ -50,7 +51,7 @@ class RecipePictures:
         if config.contrast:
             near_misses = self.encode("missed", self.of(self.world.near_misses, count, ENCODED), "clip")[0]
         if config.hard_pictures:
-            hard = self.encode("hard", self.of(self.world.hard_pictures, config.hard_pictures, HARD), *parts)
+            hard = self.encode("hard", self.hard(), *parts)
             embeddings, tokens = self.join(embeddings, hard[0]), self.join(tokens, hard[1])
             near_misses = near_misses and self.join(near_misses, hard[0])
         enough = enough_places(open_rows(tokens))
@@ -65,6 +66,20 @@ class RecipePictures:
             blur=config.condition_blur,
             places=min(enough, places or enough),
         )
+
+    def captioned(self) -> tuple[np.ndarray | JoinedRows, Callable[[int], tuple[str, ...]]]:
+        """CLIP's embeddings of the same pictures, and the captions of a picture by its number."""
+        count, captions = self.config.encoded_pictures, self.world.captions
+        usual, hard = self.of(self.world.pictures, count, ENCODED), self.hard()
+        embeddings = self.encode("train", usual, "clip")[0]
+        if len(hard):
+            embeddings = self.join(embeddings, self.encode("hard", hard, "clip")[0])
+        return open_rows(
+            embeddings
+        ), lambda number: captions(usual, number) if number < len(usual) else captions(hard, number - len(usual))
+
+    def hard(self) -> SeededPictures:
+        return self.of(self.world.hard_pictures, self.config.hard_pictures, HARD)
 
     def encode(self, name: str, pictures: SeededPictures, *parts: str) -> list[Path]:
         """Encodes the pictures by networks of this recipe; the file names tell for which weights."""

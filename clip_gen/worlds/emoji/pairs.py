@@ -111,9 +111,10 @@ def sampled_caption(rng: np.random.Generator) -> str:
     return caption(describe(sample_scene(rng)))
 
 
-def captions(rng: np.random.Generator) -> tuple[str, str]:
-    """A caption and a shorter caption of the picture that RenderedPictures draws with this generator."""
-    return _captions_of(sample_scene(rng), rng)
+def captions(pictures: RenderedPictures, number: int) -> tuple[str, str]:
+    """A caption and a shorter caption of one of the pictures."""
+    rng = pictures.rng(number)
+    return _captions_of(pictures.scene(rng), rng)
 
 
 def _captions_of(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
