@@ -10,7 +10,8 @@ from clip_gen.config import BridgeConfig
 
 NEAREST = 16  # a picture is drawn from so many
 SOFTNESS = 0.02  # a cosine that is lower by this makes a picture e times rarer
-SHOWS_ALL = 0.93  # see Memory
+SHOWS_ALL, ALIKE = 0.93, 0.9  # see Memory
+FEW = 0.02  # share of the candidates; fewer are not worth it
 RIDGE = 1e-4  # of the regression; a number of an embedding has a variance of about 1e-3
 CHUNK = 2000  # embeddings that are compared with all others at once
 
@@ -23,10 +24,11 @@ class Memory(nn.Module):
     text, as in kNN-Diffusion, arXiv 2204.02849. Near is by the cosine of the differences from the mean embedding.
 
     A text is about the mean of the pictures that fit it, so a fitting picture's difference reaches as far in the
-    direction of the text's as that does. A picture that reaches less than SHOWS_ALL of it lacks something that the text
-    says, as when no picture has this combination. Then the candidate takes the text's embedding, with what this
-    picture has and texts leave unsaid, such as the style: along a few directions in which pictures differ most from
-    their captions.
+    direction of the text's as that does, and their cosine is about the ratio of their lengths. A picture that reaches
+    less than SHOWS_ALL of it, or has a lower cosine than the shortest pictures would have, up to ALIKE, lacks something
+    that the text says. If all near pictures do, as when no picture has this combination, then the candidates take the
+    text's embedding, with what these pictures have and texts leave unsaid, such as the style: along a few directions in
+    which pictures differ most from their captions.
     """
 
     def __init__(self, embed_dim: int, config: BridgeConfig):
@@ -82,13 +84,18 @@ class Memory(nn.Module):
         places = self.rows * self.steps
         asked = (embeddings - self.mean) @ self.axes.T
         values, nearest = (F.normalize(asked, dim=1) @ F.normalize(places, dim=1).T).topk(min(NEAREST, len(places)))
-        shares = (values / SOFTNESS).softmax(dim=1).cumsum(dim=1)
-        taken = torch.searchsorted(shares, chances.to(shares).contiguous()).clamp(max=shares.shape[1] - 1)
         # All nearest ones, whatever n: the rounding of a product depends on its size.
         near = F.normalize(places[nearest] @ self.axes + self.mean, dim=2)
-        reach = (places[nearest] @ asked[..., None])[..., 0] / asked.square().sum(dim=1, keepdim=True)
+        length = asked.norm(dim=1, keepdim=True)
+        reach = (places[nearest] @ asked[..., None])[..., 0] / length**2
+        least = (length / places.norm(dim=1).quantile(0.25)).clamp(max=ALIKE)
+        shares = (values / SOFTNESS).softmax(dim=1)
+        fitting = shares * ((reach >= SHOWS_ALL) & (values >= least))
+        some_fit = fitting.sum(dim=1, keepdim=True) > FEW
+        sums = torch.where(some_fit, fitting, shares).cumsum(dim=1)
+        taken = torch.searchsorted(sums / sums[:, -1:], chances.to(sums).contiguous()).clamp(max=sums.shape[1] - 1)
         moved = F.normalize(embeddings[:, None] + self.unsaid(near), dim=2)
-        near = torch.where((reach >= SHOWS_ALL)[..., None], near, moved)
+        near = torch.where(some_fit[..., None], near, moved)
         return near.gather(1, taken[..., None].expand(-1, -1, near.shape[2]))
 
 

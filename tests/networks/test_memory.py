@@ -67,6 +67,18 @@ def test_a_text_that_no_picture_shows_gets_the_style_of_pictures_near_it() -> No
     assert len(cosine[-1].argmax(dim=1).unique()) > 1
 
 
+def test_a_picture_that_reaches_as_far_as_a_text_but_shows_something_else_is_not_taken() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centre = 4 * F.normalize(torch.ones(64), dim=0)
+    unseen, beside, *others = F.normalize(torch.randn(40, 64, generator=generator), dim=1)
+    shown = torch.stack([*others, 0.97 * unseen + 0.6 * beside])
+    memory = Memory(64, BridgeConfig(memory=len(shown), memory_axes=39))
+    memory.fill(F.normalize(centre + shown, dim=1))
+    text = F.normalize(centre + unseen, dim=0)[None]
+    near = memory.near(text, torch.tensor([[0.1, 0.9]]))[0] - memory.mean
+    assert F.cosine_similarity(near, text - memory.mean).min() > 0.99
+
+
 def test_a_candidate_takes_the_same_embedding_whatever_the_number_of_candidates() -> None:
     memory, chances = (
         filled(pictures(), THINGS * ARTISTS),
