@@ -12,13 +12,13 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
 HEIGHT = 900
-PROMPTS = ("a large blue star on a gray background", "a small red circle left of a large yellow heart")
+PROMPTS = ("a slice of pizza", "a dog on a blue background")
 
 
 def main(path: Path) -> None:
     if missing():
         sys.exit(f"script/screenshot: it needs {missing()}")
-    server = functools.partial(page_server, "--model", "checkpoints/shapes", "--history")
+    server = functools.partial(page_server, "--model", "checkpoints/emoji", "--history")
     with tempfile.TemporaryDirectory() as folder, server(folder) as address, browser(address) as page:
         for prompt in PROMPTS:
             page.fill("#seed input", "7")
