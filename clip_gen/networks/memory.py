@@ -10,7 +10,7 @@ from clip_gen.config import BridgeConfig
 
 NEAREST = 16  # a picture is drawn from so many
 SOFTNESS = 0.02  # a cosine that is lower by this makes a picture e times rarer
-SHOWS_ALL, ALIKE = 0.93, 0.9  # see Memory
+SHOWS_ALL, ALIKE, SLACK = 0.93, 0.9, 1.15  # see Memory
 FEW = 0.02  # share of the candidates; fewer are not worth it
 RIDGE = 1e-4  # of the regression; a number of an embedding has a variance of about 1e-3
 CHUNK = 2000  # embeddings that are compared with all others at once
@@ -24,9 +24,10 @@ class Memory(nn.Module):
     text, as in kNN-Diffusion, arXiv 2204.02849. Near is by the cosine of the differences from the mean embedding.
 
     A text is about the mean of the pictures that fit it, so a fitting picture's difference reaches as far in the
-    direction of the text's as that does, and their cosine is about the ratio of their lengths. A picture that reaches
-    less than SHOWS_ALL of it, or has a lower cosine than the shortest pictures would have, up to ALIKE, lacks something
-    that the text says. If all near pictures do, as when no picture has this combination, then the candidates take the
+    direction of the text's as that does, and the cosine of the two is about the ratio of their lengths: the more a text
+    says, the longer and the nearer to its pictures it is. A picture that reaches less than SHOWS_ALL of it lacks
+    something that the text says. So does one that lies SLACK times as far beside it, squared, as a fitting one, unless
+    the cosine is ALIKE. If all near pictures do, as when no picture has this combination, then the candidates take the
     text's embedding, with what these pictures have and texts leave unsaid, such as the style: along a few directions in
     which pictures differ most from their captions.
     """
@@ -88,7 +89,8 @@ class Memory(nn.Module):
         near = F.normalize(places[nearest] @ self.axes + self.mean, dim=2)
         length = asked.norm(dim=1, keepdim=True)
         reach = (places[nearest] @ asked[..., None])[..., 0] / length**2
-        least = (length / places.norm(dim=1).quantile(0.25)).clamp(max=ALIKE)
+        whole = places.norm(dim=1).quantile(0.25)  # that of a text that leaves nothing unsaid about one thing
+        least = (1 - SLACK * (1 - (length / whole) ** 2)).clamp(0, ALIKE**2).sqrt()
         shares = (values / SOFTNESS).softmax(dim=1)
         fitting = shares * ((reach >= SHOWS_ALL) & (values >= least))
         some_fit = fitting.sum(dim=1, keepdim=True) > FEW
