@@ -30,7 +30,8 @@ class ProgressLog:
     def __call__(self, progress: Progress) -> None:
         seconds, tokens = progress.seconds - self._shown.seconds, progress.tokens - self._shown.tokens
         is_due = seconds >= LOG_SECONDS and (self._shown is NOTHING or tokens >= LOG_SHARE * progress.total_tokens)
-        if is_due or (tokens and progress.tokens == progress.total_tokens):
+        rounds_to_all = progress.tokens >= 0.995 * progress.total_tokens  # a line with 100 % is the last one
+        if (is_due and not rounds_to_all) or (tokens and progress.tokens == progress.total_tokens):
             self._shown = progress
             sys.stderr.write(log_line(progress) + "\n")
 

@@ -53,6 +53,11 @@ def test_a_long_prediction_logs_its_start_and_every_twentieth(capsys: pytest.Cap
     assert percents[-1] == 100
 
 
+def test_only_the_last_line_says_100_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = written([Progress(8000, 16000, 50.0), Progress(15990, 16000, 100.0), Progress(16000, 16000, 101.0)], capsys)
+    assert [REPLICATE.match(line)[1] for line in lines] == ["50", "100"]
+
+
 def test_lines_are_a_second_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(written(steps(5), capsys)) in (5, 6)
 
