@@ -47,7 +47,7 @@ SEED = 340  # of the scenes and prompts
 RED = np.array(COLOURS["red"], float)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of A
 OUTPUTS = 4  # pictures of one draw for the weights
-MIN_KEPT, MAX_RED, ENDS, MIN_THINGS = 0.95, 0.02, (0.10, 0.90), 0.85  # the targets
+MIN_KEPT, MAX_RED, ENDS = {"images": 0.95, "emoji": 0.85}, 0.02, (0.10, 0.90)  # the targets
 
 Draw = Callable[[ClipGen, int], list[bool]]  # draws the pictures of this number, and judges them
 
@@ -114,10 +114,8 @@ PARTS: dict[str, dict[str, Draw]] = {
 def is_met(part: str, shares: Sequence[Share]) -> bool:
     """Whether the shares of a part's rows reach its target."""
     first, last = shares[0].value, shares[-1].value
-    if part == "images":
-        return first >= MIN_KEPT
-    if part == "emoji":
-        return first >= MIN_THINGS
+    if part in MIN_KEPT:
+        return first >= MIN_KEPT[part]
     if part == "negative":
         return first <= MAX_RED
     falls = any(later.value < share.interval[0] for share, later in pairwise(shares))

@@ -23,12 +23,13 @@ class Memory(nn.Module):
     draws a mixture of these pictures from there. So each candidate takes the embedding of a remembered picture near the
     text, as in kNN-Diffusion, arXiv 2204.02849. Near is by the cosine of the differences from the mean embedding.
 
-    A text is about the mean of the pictures that fit it, so a fitting picture's difference reaches as far in the
-    direction of the text's as that does, and the cosine of the two is about the ratio of their lengths: the more a text
-    says, the longer and the nearer to its pictures it is. A picture that reaches less than SHOWS_ALL of it lacks
-    something that the text says. So does one that lies SLACK times as far beside it, squared, as a fitting one, unless
-    the cosine is ALIKE. If all near pictures do, as when no picture has this combination, then the candidates take the
-    text's embedding, with what these pictures have and texts leave unsaid, such as the style: along a few directions in
+    A text is about the mean of the pictures that fit it. So a fitting picture's difference reaches as far in the
+    direction of the text's as that does. And the more a text says, the longer its difference is, and the higher the
+    cosine with its pictures. A picture lacks something that the text says if it reaches less than SHOWS_ALL of the way,
+    or if the cosine is lower than expected. SLACK is the tolerance of the squared sine, and ALIKE is always enough.
+
+    If all near pictures lack something, as when no picture has this combination, the candidates take the text's
+    embedding. They add what these pictures have and texts leave unsaid, such as the style: along a few directions in
     which pictures differ most from their captions.
     """
 
@@ -89,7 +90,7 @@ class Memory(nn.Module):
         near = F.normalize(places[nearest] @ self.axes + self.mean, dim=2)
         length = asked.norm(dim=1, keepdim=True)
         reach = (places[nearest] @ asked[..., None])[..., 0] / length**2
-        whole = places.norm(dim=1).quantile(0.25)  # that of a text that leaves nothing unsaid about one thing
+        whole = places.norm(dim=1).quantile(0.25)  # the length for a text that says all about one thing
         least = (1 - SLACK * (1 - (length / whole) ** 2)).clamp(0, ALIKE**2).sqrt()
         shares = (values / SOFTNESS).softmax(dim=1)
         fitting = shares * ((reach >= SHOWS_ALL) & (values >= least))

@@ -40,6 +40,7 @@ from clip_gen.weights.model_folder import (
     build,
     check_model_folder,
     load_part,
+    read_part,
     save_networks,
     save_part,
 )
@@ -47,7 +48,7 @@ from clip_gen.worlds.bridge_measuring import fill_memory, measure_means
 from clip_gen.worlds.clip_trainer import ClipTrainer, fill_unseen_words
 from clip_gen.worlds.ranker_trainer import RankerTrainer, ranked_pictures
 from clip_gen.worlds.recipe_config import RecipeConfig
-from clip_gen.worlds.recipe_pictures import ENCODED, PAIRS, PICTURES, RANKED, UNSEEN, RecipePictures
+from clip_gen.worlds.recipe_pictures import PAIRS, PICTURES, RANKED, UNSEEN, RecipePictures
 from clip_gen.worlds.text_trainer import align_texts
 from clip_gen.worlds.word_trainer import learn_words
 from clip_gen.worlds.world import load_world
@@ -217,9 +218,8 @@ class Recipe:
     def start_gpt(self) -> None:
         """Loads the transformer to train further, at the temperature that it was trained with. Keeps the new sketch."""
         gpt = self.networks.gpt
-        sketch = {name: tensor.clone() for name, tensor in Sketching(gpt).state_dict().items()} if gpt.sketch else {}
-        load_part(gpt, Path(self.config.start) / "gpt.safetensors")
-        gpt.load_state_dict(sketch, strict=False)
+        sketch = Sketching(gpt).state_dict() if gpt.sketch is not None else {}
+        gpt.load_state_dict(read_part(gpt, Path(self.config.start) / "gpt.safetensors") | sketch)
         with torch.no_grad():
             gpt.head.weight.mul_(self.config.temperature)
 
@@ -244,7 +244,7 @@ class Recipe:
         captions = [world.sampled_caption(unseen.rng(number)) for number in range(len(unseen))]
         gap = measure_means(bridge, clip, self.pictures.of(world.pictures, 4000, PICTURES), captions)
         if bridge.memory is not None:
-            pictures = self.pictures.of(world.pictures, self.config.encoded_pictures, ENCODED)
+            pictures = self.pictures.usual()
             numbers = range(min(4000, len(pictures)) if world.captions else 0)
             captions = [world.captions(pictures, number)[0] for number in numbers]
             fill_memory(bridge.memory, clip, np.load(self.pictures.encode("train", pictures, "clip")[0]), captions)

@@ -45,15 +45,13 @@ class RecipePictures:
 
         Hard pictures are their own near misses, which do not count.
         """
-        config, count, parts = self.config, self.config.encoded_pictures, ("clip", "vqgan")
-        near_misses = None
-        embeddings, tokens = self.encode("train", self.of(self.world.pictures, count, ENCODED), *parts)
+        config, near_misses = self.config, None
+        embeddings, tokens = self.encode_usual_and_hard("clip", "vqgan")
         if config.contrast:
-            near_misses = self.encode("missed", self.of(self.world.near_misses, count, ENCODED), "clip")[0]
-        if config.hard_pictures:
-            hard = self.encode("hard", self.hard(), *parts)
-            embeddings, tokens = self.join(embeddings, hard[0]), self.join(tokens, hard[1])
-            near_misses = near_misses and self.join(near_misses, hard[0])
+            missed = self.of(self.world.near_misses, config.encoded_pictures, ENCODED)
+            near_misses = self.encode("missed", missed, "clip")[0]
+            if config.hard_pictures:
+                near_misses = self.join(near_misses, self.encode("hard", self.hard(), "clip")[0])
         enough = enough_places(open_rows(tokens))
         neighbours = embeddings.with_name(f"neighbours-of-{embeddings.stem}.npy")
         return EncodedPictures(
@@ -69,14 +67,21 @@ class RecipePictures:
 
     def captioned(self) -> tuple[np.ndarray | JoinedRows, Callable[[int], tuple[str, ...]]]:
         """CLIP's embeddings of the same pictures, and the captions of a picture by its number."""
-        count, captions = self.config.encoded_pictures, self.world.captions
-        usual, hard = self.of(self.world.pictures, count, ENCODED), self.hard()
-        embeddings = self.encode("train", usual, "clip")[0]
-        if len(hard):
-            embeddings = self.join(embeddings, self.encode("hard", hard, "clip")[0])
-        return open_rows(
-            embeddings
-        ), lambda number: captions(usual, number) if number < len(usual) else captions(hard, number - len(usual))
+        usual, hard, captions = self.usual(), self.hard(), self.world.captions
+
+        def captions_of(number: int) -> tuple[str, ...]:
+            return captions(usual, number) if number < len(usual) else captions(hard, number - len(usual))
+
+        return open_rows(self.encode_usual_and_hard("clip")[0]), captions_of
+
+    def encode_usual_and_hard(self, *parts: str) -> list[Path]:
+        paths = self.encode("train", self.usual(), *parts)
+        if not self.config.hard_pictures:
+            return paths
+        return [self.join(*both) for both in zip(paths, self.encode("hard", self.hard(), *parts), strict=True)]
+
+    def usual(self) -> SeededPictures:
+        return self.of(self.world.pictures, self.config.encoded_pictures, ENCODED)
 
     def hard(self) -> SeededPictures:
         return self.of(self.world.hard_pictures, self.config.hard_pictures, HARD)

@@ -38,7 +38,7 @@ class World:
     sampled_caption: Callable[[np.random.Generator], str]
     held_out: Callable[[], object]  # as JSON values
     vocabulary: Callable[[], str]  # the content of vocabulary.txt
-    captions: Callable[[SeededPictures, int], tuple[str, ...]] | None = None  # of a picture of (hard_)pictures
+    captions: Callable[[SeededPictures, int], tuple[str, ...]] | None = None  # of one of these pictures, by its number
     synonyms: Callable[[], Mapping[str, Mapping[str, float]]] = dict  # for fill_unseen_words
     synonym_captions: CaptionPair | None = None  # for learn_words
     licenses: Path | None = None  # names the artists and licences of the world's pictures

@@ -10,7 +10,7 @@ from conftest import FLOAT16, TINY
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.models import BUNDLED
+from benchmarks.models import BUNDLED, EMOJI
 from clip_gen import ClipGen
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling import sampler
@@ -126,7 +126,7 @@ def test_a_single_candidate_in_float16_on_a_cpu_has_windows() -> None:
 
 PROMPTS = {
     "shapes": (BUNDLED, "a small pink heart above a large purple cross on a brown background", 100),
-    "emoji": (BUNDLED.with_name("emoji"), "a cat on a blue background", 50),
+    "emoji": (EMOJI, "a cat on a blue background", 50),
 }
 
 
