@@ -27,6 +27,7 @@ LIMITS = {
     "context_length": (3, MAX_SIZE),  # a word between two marks
     "vocab_size": (49408, MAX_SIZE),  # CLIP's tokenizer, which all models here use, has 49408
     "norm_eps": (1e-12, 1),
+    "likelihood_weight": (0, 100),
 }
 
 
@@ -94,13 +95,26 @@ class GPTConfig:
 
 
 @dataclass(frozen=True)
+class Completion:
+    """Phrases of which one is added to a prompt that says nothing of the kind, such as "on a red background".
+
+    unless: words, or a few in a row, with which a prompt does; articles do not count.
+    """
+
+    phrases: list[str] = field(default_factory=list)
+    unless: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class BridgeConfig:
-    """How text embeddings become such as images have (networks/bridge.py)."""
+    """How text embeddings become such as images have (networks/bridge.py), and what candidates are ranked by."""
 
     mean_shift: float = 0.0  # share of the gap between the mean text and image embeddings; 1: all of it
     memory: int = 0  # embeddings of pictures to remember (networks/memory.py); 0: no memory
     memory_axes: int = 40  # numbers to remember of each
     unsaid_axes: int = 2  # directions of what texts leave unsaid, such as one of three styles
+    completions: list[Completion] = field(default_factory=list)  # of prompts that no remembered picture fits
+    likelihood_weight: float = 0.0  # of the mean log-likelihood of a candidate's tokens, beside the CLIP score
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,9 @@ class ModelConfig:
                 for size in value if isinstance(value, tuple) else [value]:
                     if (type(size) is int or name in LIMITS) and not least <= size <= most:
                         raise ValueError(f"{part}.{name} is {size}; give {least} to {most}")
+        for number, completion in enumerate(self.bridge.completions):
+            if not completion.phrases:
+                raise ValueError(f"bridge.completions[{number}].phrases is empty; give phrases to choose from")
         pairs = {
             "gpt.block_size and the VQGAN's tokens per picture": (gpt.block_size, vqgan.grid**2),
             "gpt.codebook_size and vqgan.codebook_size": (gpt.codebook_size, vqgan.codebook_size),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from clip_gen.hardware import choose_device, choose_dtype, one_thread, prefers_bfloat16, tensor_float32
 from clip_gen.images import resized_square, to_pil, to_tensor
-from clip_gen.networks.mixing import embed_prompt, slerp
+from clip_gen.networks.mixing import embed_prompt, prompt_conditions, slerp
 from clip_gen.prompts import parse_prompt
 from clip_gen.sampling.batch_requests import Candidate, Request
 from clip_gen.sampling.batch_sizes import pad_rows
@@ -50,6 +50,7 @@ class Generation:
     images: list[Image.Image]
     # Cosine of each image's CLIP embedding with the prompt's, which the bridge has moved, or with that of prompt and
     # picture mixed. If the model has a memory: mostly the cosine with what the image was drawn from.
+    # If it has a likelihood_weight: plus this times the mean log-likelihood of the sampled tokens.
     # With a negative prompt: minus the cosine with its embedding. With a mask: plus the mean log-likelihood of the kept
     # tokens that follow a sampled one.
     scores: list[float]
@@ -314,9 +315,15 @@ class ClipGen:
     def conditions(self, request: Request) -> Tensor:
         """What each candidate is drawn from, (K, E): what the bridge makes of a text, or the embedding of a picture."""
         asked, count = request.condition, len(request.uniforms)
-        if asked.picture is not None and (not asked.prompt or asked.image_weight == 1):
+        if asked.picture is None:
+            return prompt_conditions(self.clip_encoder, self.bridge, asked.prompt, request.embedding, request.chances)
+        if not asked.prompt or asked.image_weight == 1:
             return request.embedding.expand(count, -1)
         return self.bridge.conditions(request.embedding, request.chances[None])
+
+    @property
+    def likelihood_weight(self) -> float:
+        return self.bridge.config.likelihood_weight
 
     def embed_prompt(self, prompt: str) -> Tensor:
         """A prompt's embedding (1, E), moved by the bridge."""

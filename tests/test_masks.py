@@ -160,7 +160,7 @@ def test_both_kinds_of_steps_keep_tokens_and_rate_them(recorded: bool, neighbour
     logits = gpt(embedding, batch.tokens[:, :-1])
     likelihoods = logits.log_softmax(dim=2).gather(2, batch.tokens[..., None])[..., 0]
     expected = [0, float(likelihoods[1, 7:].mean()), 0]
-    assert batch.kept.likelihood.tolist() == pytest.approx(expected, abs=1e-4)
+    assert batch.likelihoods.of_kept.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_grey_counts_as_white_from_half_on(tiny_model: ClipGen, picture: Path) -> None:

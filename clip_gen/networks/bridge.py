@@ -30,13 +30,17 @@ class Bridge(nn.Module):
 
     def without_memory(self) -> Bridge:
         """Forgets the pictures that a base was trained on, in place."""
-        self.memory, self.config = None, replace(self.config, memory=0)
+        self.memory, self.config = None, replace(self.config, memory=0, completions=[], likelihood_weight=0.0)
         return self
 
     def forward(self, text_embedding: Tensor) -> Tensor:
         """(B, E) unit length to (B, E) unit length."""
         gap = self.image_mean - self.text_mean
         return F.normalize(text_embedding + self.config.mean_shift * gap, dim=-1)
+
+    def fits(self, embedding: Tensor) -> bool:
+        """Whether pictures in the memory fit a text's embedding, (1, E), shifted."""
+        return self.memory is not None and bool(self.memory.search(embedding).some_fit)
 
     def conditions(self, embeddings: Tensor, chances: Tensor) -> Tensor:
         """What n candidates of each text are drawn from, (B · n, E). embeddings: (B, E), shifted. chances: (B, n)."""

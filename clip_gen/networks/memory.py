@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,14 @@ SHOWS_ALL, ALIKE, SLACK = 0.93, 0.9, 1.15  # see Memory
 FEW = 0.02  # share of the candidates; fewer are not worth it
 RIDGE = 1e-4  # of the regression; a number of an embedding has a variance of about 1e-3
 CHUNK = 2000  # embeddings that are compared with all others at once
+
+
+class Found(NamedTuple):
+    """The remembered pictures near each of B texts."""
+
+    near: Tensor  # (B, n, E), their embeddings
+    shares: Tensor  # (B, n), how often each is taken; does not sum to 1
+    some_fit: Tensor  # (B, 1), whether only those with a share fit the text; else none does
 
 
 class Memory(nn.Module):
@@ -81,8 +91,8 @@ class Memory(nn.Module):
         """What texts leave unsaid about pictures, as a difference of embeddings: (..., E) to (..., E)."""
         return self.unsaid_mean + (pictures - self.mean) @ self.unsaid_from @ self.unsaid_axes
 
-    def near(self, embeddings: Tensor, chances: Tensor) -> Tensor:
-        """For each of embeddings (B, E) n embeddings to draw from, (B, n, E). chances: (B, n) in [0, 1), which ones."""
+    def search(self, embeddings: Tensor) -> Found:
+        """The remembered pictures nearest to each of embeddings (B, E)."""
         places = self.rows * self.steps
         asked = (embeddings - self.mean) @ self.axes.T
         values, nearest = (F.normalize(asked, dim=1) @ F.normalize(places, dim=1).T).topk(min(NEAREST, len(places)))
@@ -95,7 +105,12 @@ class Memory(nn.Module):
         shares = (values / SOFTNESS).softmax(dim=1)
         fitting = shares * ((reach >= SHOWS_ALL) & (values >= least))
         some_fit = fitting.sum(dim=1, keepdim=True) > FEW
-        sums = torch.where(some_fit, fitting, shares).cumsum(dim=1)
+        return Found(near, torch.where(some_fit, fitting, shares), some_fit)
+
+    def near(self, embeddings: Tensor, chances: Tensor) -> Tensor:
+        """For each of embeddings (B, E) n embeddings to draw from, (B, n, E). chances: (B, n) in [0, 1), which ones."""
+        near, shares, some_fit = self.search(embeddings)
+        sums = shares.cumsum(dim=1)
         taken = torch.searchsorted(sums / sums[:, -1:], chances.to(sums).contiguous()).clamp(max=sums.shape[1] - 1)
         moved = F.normalize(embeddings[:, None] + self.unsaid(near), dim=2)
         near = torch.where(some_fit[..., None], near, moved)

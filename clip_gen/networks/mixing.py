@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
-from clip_gen.prompts import parse_prompt
+from clip_gen.prompts import completed, parse_prompt, unsaid
 
 NEARLY_PARALLEL = 1e-4  # radians
 
@@ -20,6 +20,21 @@ def embed_prompt(clip: ClipEncoder, bridge: Bridge, prompt: str) -> Tensor:
     parts = parse_prompt(prompt)
     embeddings = bridge(clip.encode_text([part.text for part in parts]))
     return weighted_mean(embeddings, [part.weight for part in parts])
+
+
+def prompt_conditions(clip: ClipEncoder, bridge: Bridge, prompt: str, embedding: Tensor, chances: Tensor) -> Tensor:
+    """What K candidates of a prompt are drawn from, (K, E).
+
+    embedding: (1, E), of embed_prompt. chances: (K,) in [0, 1), which picture or completion each candidate gets. If no
+    picture in the bridge's memory fits, a candidate is drawn from the prompt with completions.
+    """
+    completions = unsaid(prompt, bridge.config.completions)
+    if not completions or bridge.fits(embedding):
+        return bridge.conditions(embedding, chances[None])
+    texts = [completed(prompt, completions, chance) for chance in chances.tolist()]
+    # One by one: the rounding of a product depends on its size.
+    embeddings = {text: bridge(clip.encode_text([text])) for text in dict.fromkeys(texts)}
+    return torch.cat([embeddings[text] for text in texts])
 
 
 def weighted_mean(embeddings: Tensor, weights: Sequence[float]) -> Tensor:

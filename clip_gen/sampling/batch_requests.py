@@ -18,7 +18,7 @@ from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.condition import Condition
 from clip_gen.sampling.inpainting import Inpainting
 from clip_gen.sampling.progress import Listener, Progress
-from clip_gen.sampling.sampler import Batch, Sampling, Stopped
+from clip_gen.sampling.sampler import Batch, Sampling, Stopped, TokenLikelihoods
 
 DRAWN_FROM = 0.8  # share of what a candidate was drawn from when it is ranked
 
@@ -28,6 +28,7 @@ class Model(Protocol):
 
     gpt: GPT
     at_a_time: int  # the number of candidates that `decode` takes
+    likelihood_weight: float  # of the mean log-likelihood of a candidate's sampled tokens, in its score
     decode_threads: int  # of the CPU, to embed conditions and to decode
 
     def embed(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +61,7 @@ class Candidate:
     request: Request | None  # None once the request has ended
     number: int
     tokens: Tensor | None = None  # (T,)
-    likelihood: float = 0.0  # mean log-likelihood of the kept tokens that follow a sampled one
+    likelihood: float = 0.0  # of its tokens, as far as it counts in the score
     image: Image.Image | None = None
     score: float = 0.0
 
@@ -189,7 +190,9 @@ class RunningBatch:
             all_sampled = torch.full((uniforms.shape[1],), -1, device=embedding.device)
             rows = [candidate.request.kept for candidate in candidates]
             kept = torch.stack([all_sampled if row is None else row for row in rows])
-        self.batch = Batch(first.model.gpt, embedding, uniforms, first.sampling, negative, kept)
+        self.likelihood_weight = first.model.likelihood_weight
+        ranked = self.likelihood_weight > 0
+        self.batch = Batch(first.model.gpt, embedding, uniforms, first.sampling, negative, kept, likelihoods=ranked)
 
     @property
     def wanted(self) -> bool:
@@ -204,10 +207,14 @@ class RunningBatch:
             request.batches.append((len(self.candidates), time.monotonic() - self.started_at))
         for candidate, tokens in zip(self.candidates, self.batch.tokens, strict=True):
             candidate.tokens = tokens
-        if self.batch.kept is not None:
-            for candidate, likelihood in zip(self.candidates, self.batch.kept.likelihood.tolist(), strict=True):
-                candidate.likelihood = likelihood
+        if self.batch.likelihoods is not None:
+            self._add_likelihoods(self.batch.likelihoods)
         return self.candidates
+
+    def _add_likelihoods(self, found: TokenLikelihoods) -> None:
+        counted = (found.of_kept + self.likelihood_weight * found.of_sampled).tolist()
+        for candidate, likelihood in zip(self.candidates, counted, strict=True):
+            candidate.likelihood = likelihood
 
     def tokens_of(self, request: Request) -> int:
         """How many tokens the candidates of a request have together, those of its earlier batches included."""
@@ -224,7 +231,7 @@ class RunningBatch:
         rows = self._rows_of(request)
         compared = rows[: 1 if request.num_outputs is None else 2]
         tokens = self.batch.tokens[compared]
-        kept = -1 if self.batch.kept is None else self.batch.kept.tokens[compared, self.batch.length :]
+        kept = -1 if self.batch.kept is None else self.batch.kept[compared, self.batch.length :]
         tokens[:, self.batch.length :] = kept
         wanted = torch.cat([request.ranked_by(self.candidates[row].number) for row in compared])
         pictures = request.model.preview(tokens, wanted, request.inpainting)

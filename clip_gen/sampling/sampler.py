@@ -121,8 +121,8 @@ class Batch:
 
     embedding: (B, E), one row per candidate. uniforms: (B, T) in [0, 1), the random numbers. negative: (B, E), replaces
     the null condition in guidance. kept: (B, T), tokens that are taken as they are, and -1 where one is sampled.
-    recorded: use CUDA graphs; None: if on a GPU. ValueError for guidance without `negative` with a model that has no
-    null condition.
+    recorded: use CUDA graphs; None: if on a GPU. likelihoods: measure them; with `kept` they always are. ValueError for
+    guidance without `negative` with a model that has no null condition.
     """
 
     @torch.inference_mode()
@@ -135,13 +135,16 @@ class Batch:
         negative: Tensor | None = None,
         kept: Tensor | None = None,
         recorded: bool | None = None,
+        likelihoods: bool = False,
     ):
         if negative is None:
             check_guidance(gpt, sampling)
         device = embedding.device
-        self.kept = None if kept is None else KeptTokens(kept.to(device))
+        self.kept = None if kept is None else kept.to(device)
         self.gpt, self.sampling, self.uniforms, self.length = gpt, sampling, uniforms.to(device), 0
         self.tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
+        needs_likelihoods = likelihoods or kept is not None
+        self.likelihoods = TokenLikelihoods(self.tokens, self.kept) if needs_likelihoods else None
         recorded = device.type == "cuda" if recorded is None else recorded
         self.passes = sampling.passes
         rows = padded_batch_size(gpt, len(uniforms), self.passes)
@@ -161,7 +164,7 @@ class Batch:
             self.steps = GrowingSteps(gpt, prefix, rows * self.passes)
         else:
             self.width = window  # rows of the logits
-            self.window = Window(self.tokens, window, self.kept and self.kept.tokens, first_guesses(gpt, prefix[:1]))
+            self.window = Window(self.tokens, window, self.kept, first_guesses(gpt, prefix[:1]))
             self.steps = WindowSteps(gpt, pad_rows(prefix, rows * self.passes), self.passes, window)
 
     @property
@@ -183,40 +186,57 @@ class Batch:
         self.tokens[:, t : t + 1] = self._draw(self.steps(last), slice(t, t + 1))
         self.length += 1
 
+    def run(self) -> Batch:
+        """Samples all tokens."""
+        while not self.done:
+            self.step()
+        return self
+
     def _draw(self, rows: Tensor, positions: slice) -> Tensor:
         """The tokens (B, W) at these positions, from the logits (B · W, V) of every pass, which may be padded."""
         uniforms = self.uniforms[:, positions]
         logits = [rows[: uniforms.numel()].float() for rows in rows.chunk(self.passes)]
         chosen = logits[0] if self.passes == 1 else guided(*logits, self.sampling.guidance)
-        drawn = draw(filtered_probabilities(chosen, self.sampling), uniforms.flatten()).view(uniforms.shape)
-        return drawn if self.kept is None else self.kept.replace(drawn, logits[0], positions)
+        tokens = draw(filtered_probabilities(chosen, self.sampling), uniforms.flatten()).view(uniforms.shape)
+        if self.kept is not None:
+            kept = self.kept[:, positions]
+            tokens = torch.where(kept < 0, tokens, kept)
+        if self.likelihoods is not None:
+            self.likelihoods.add(tokens, logits[0], positions)
+        return tokens
 
 
-class KeptTokens:
-    """Tokens (B, T) of a batch that are taken as they are, -1 where one is sampled, and how likely they are."""
+class TokenLikelihoods:
+    """How likely the tokens (B, T) of a batch are to the model, without guidance.
 
-    def __init__(self, tokens: Tensor):
-        self.tokens = tokens
-        are_kept = tokens >= 0
-        self.follow = are_kept & ((~are_kept).cumsum(dim=1) > 0)  # a sampled token
-        self.likelihoods = torch.zeros(tokens.shape, device=tokens.device)
+    kept: (B, T), tokens that are taken as they are, -1 where one is sampled; None: all are sampled.
+    """
 
-    def replace(self, drawn: Tensor, logits: Tensor, positions: slice) -> Tensor:
-        """The tokens (B, W) at these positions: the kept ones, elsewhere the drawn ones (B, W).
+    def __init__(self, tokens: Tensor, kept: Tensor | None):
+        self.logs = torch.zeros(tokens.shape, device=tokens.device)
+        are_kept = torch.zeros_like(tokens, dtype=torch.bool) if kept is None else kept >= 0
+        self.sampled = ~are_kept
+        self.follow = are_kept & (self.sampled.cumsum(dim=1) > 0)  # kept tokens that follow a sampled one
 
-        logits: (B · W, V), without guidance.
-        """
-        tokens = self.tokens[:, positions]
-        likelihoods = logits.log_softmax(dim=1).gather(1, tokens.clamp(min=0).reshape(-1, 1))
-        self.likelihoods[:, positions] = likelihoods.view(tokens.shape)
-        return torch.where(tokens < 0, drawn, tokens)
+    def add(self, tokens: Tensor, logits: Tensor, positions: slice) -> None:
+        """tokens: (B, W) at these positions. logits: (B · W, V)."""
+        logs = logits.log_softmax(dim=1).gather(1, tokens.reshape(-1, 1))
+        self.logs[:, positions] = logs.view(tokens.shape)
 
     @property
-    def likelihood(self) -> Tensor:
+    def of_kept(self) -> Tensor:
         """The mean log-likelihood, in nats, of the kept tokens that follow a sampled one, (B,); 0 if there are none."""
+        return self._mean(self.follow)
+
+    @property
+    def of_sampled(self) -> Tensor:
+        """The mean log-likelihood, in nats, of the sampled tokens, (B,); 0 if there are none."""
+        return self._mean(self.sampled)
+
+    def _mean(self, chosen: Tensor) -> Tensor:
         # Not sum(dim=1): its rounding may depend on the number of rows.
-        sums = torch.where(self.follow, self.likelihoods, 0.0).cumsum(dim=1)[:, -1]
-        return sums / self.follow.sum(dim=1).clamp(min=1)
+        sums = torch.where(chosen, self.logs, 0.0).cumsum(dim=1)[:, -1]
+        return sums / chosen.sum(dim=1).clamp(min=1)
 
 
 def check_guidance(gpt: GPT, sampling: Sampling) -> None:
@@ -230,7 +250,4 @@ def check_guidance(gpt: GPT, sampling: Sampling) -> None:
 
 def sample_tokens(gpt: GPT, embedding: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """The tokens (B, T) int64 of a Batch."""
-    batch = Batch(gpt, embedding, uniforms, sampling)
-    while not batch.done:
-        batch.step()
-    return batch.tokens
+    return Batch(gpt, embedding, uniforms, sampling).run().tokens

@@ -25,9 +25,10 @@ from clip_gen.files import atomic_file, check_claimable, claim_folder, write_tex
 from clip_gen.hardware import spare_cores
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.metrics.intervals import Share
+from clip_gen.networks.mixing import prompt_conditions
 from clip_gen.pipeline import ClipGen
 from clip_gen.sampling.batch_requests import DRAWN_FROM
-from clip_gen.sampling.sampler import Sampling, candidate_uniforms, sample_tokens
+from clip_gen.sampling.sampler import Batch, Sampling, candidate_uniforms
 from clip_gen.training.losses import decibels, squared_errors
 from clip_gen.worlds.judged import Case, JudgedWorld, load_judged_world
 from clip_gen.worlds.world import WORLDS
@@ -151,15 +152,19 @@ class Evaluation:
         if source == "image":
             condition = model.clip_encoder.encode_image(self._renders(chosen)).repeat_interleave(CANDIDATES, dim=0)
         else:
-            condition = model.bridge.conditions(text, numbers[:, :, -1])
-        tokens = sample_tokens(model.gpt, condition, numbers[:, :, :-1].flatten(0, 1), self.sampling)
-        images = torch.cat([model.vqgan.decode(part) for part in tokens.split(CANDIDATES)])
+            rows = zip(chosen, text.split(1), numbers[:, :, -1], strict=True)
+            clip, bridge = model.clip_encoder, model.bridge
+            condition = torch.cat([prompt_conditions(clip, bridge, case.prompt, *row) for case, *row in rows])
+        uniforms = numbers[:, :, :-1].flatten(0, 1)
+        batch = Batch(model.gpt, condition, uniforms, self.sampling, likelihoods=True).run()
+        images = torch.cat([model.vqgan.decode(part) for part in batch.tokens.split(CANDIDATES)])
         embeddings = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1)
         # As in batch_requests.py; those of images are ranked by the text alone.
         wanted = text[:, None].expand_as(embeddings)
         if source == "text":
             wanted = wanted.lerp(condition.view_as(embeddings), DRAWN_FROM)
-        scores = (embeddings * wanted).sum(dim=2).flatten().tolist()
+        scores = (embeddings * wanted).sum(dim=2).flatten()
+        scores = (scores + model.likelihood_weight * batch.likelihoods.of_sampled).tolist()
         pictures = to_pil(images)
         verdicts = self.verdicts(pictures, [case for case in chosen for _ in range(CANDIDATES)])
         candidates = list(map(Candidate, pictures, scores, verdicts))

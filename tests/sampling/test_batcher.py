@@ -48,7 +48,7 @@ class FakeInpainting(NamedTuple):
 class FakeModel:
     """A transformer without CLIP and VQGAN: prompts are numbers, and the score of an image is its first token."""
 
-    at_a_time, decode_threads = 4, 1
+    at_a_time, decode_threads, likelihood_weight = 4, 1, 0.0
 
     def __init__(self, gpt: GPT):
         self.gpt = gpt

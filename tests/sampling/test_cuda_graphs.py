@@ -119,7 +119,7 @@ def test_idle_recordings_are_deleted_except_the_next_one(gpt: GPT) -> None:
 
 def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
-        at_a_time, decode_threads = 16, 1
+        at_a_time, decode_threads, likelihood_weight = 16, 1, 0.0
 
         def embed(self, condition: Condition) -> tuple[Tensor, None]:
             return F.normalize(torch.ones(1, gpt.config.embed_dim, device=gpt.device), dim=1), None

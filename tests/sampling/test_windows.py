@@ -84,7 +84,7 @@ def test_kept_tokens_stay_and_are_rated_with_the_same_bits(single_steps: pytest.
     assert found.window is not None
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.tokens[kept >= 0], kept[kept >= 0])
-    assert torch.equal(found.kept.likelihood, expected.kept.likelihood)
+    assert torch.equal(found.likelihoods.of_kept, expected.likelihoods.of_kept)
 
 
 def test_kept_tokens_are_right_guesses() -> None:

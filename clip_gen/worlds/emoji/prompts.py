@@ -38,10 +38,15 @@ TITLES = {
     "held_out_colours": "a thing in a held-out colour",
     "held_out_styles": "a thing in a held-out style",
     "held_out_relations": "two things with a held-out relation",
+    "two_unsaid": "two things with a relation, no background said",
 }
 KINDS = tuple(TITLES)
 HELD_OUT = tuple(f"held_out_{name}" for name in ("backgrounds", "colours", "styles", "relations"))
-LAYOUTS_OF = {"two": RELATIONS, "held_out_relations": RELATIONS, "counts": COUNTS, "positions": CORNERS}
+LAYOUTS_OF = {
+    **dict.fromkeys(("two", "two_unsaid", "held_out_relations"), RELATIONS),
+    "counts": COUNTS,
+    "positions": CORNERS,
+}
 
 
 def cases(kind: str, count: int, seed: int) -> list[Case]:
@@ -106,6 +111,8 @@ def _said(kind: str, scene: Scene, rng: np.random.Generator) -> Case:
     if kind == "synonyms":
         noun = ThingDescription(kind=one_of(rng, things()[items[0].name].unseen))
         return Case(caption(replace(description, things=(noun,))), description, scene)
+    if kind == "two_unsaid":
+        description = replace(description, background=None)
     if kind == "unsaid":
         described, background = _less(items[0].name, scene.background, rng)
         description = replace(description, things=(described,), background=background)
