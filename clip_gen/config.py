@@ -98,11 +98,13 @@ class GPTConfig:
 class Completion:
     """Phrases of which one is added to a prompt that says nothing of the kind, such as "on a red background".
 
-    unless: words, or a few in a row, with which a prompt does; articles do not count.
+    unless: what a prompt that does has in it, words or a few in a row; articles do not count. replaces: words for which
+    the phrase stands in, such as "left of" for "and". Only prompts with one of them are completed then.
     """
 
     phrases: list[str] = field(default_factory=list)
     unless: list[str] = field(default_factory=list)
+    replaces: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class ClipGen:
         vocabulary = networks.texts.get(VOCABULARY, "")
         summary = vocabulary.partition("\n")[0]
         self.listed = set(re.findall(r"[^\W\d_]+", vocabulary.lower()))
+        replaced = (words for each in networks.config.bridge.completions for words in each.replaces)
+        self.replaced = set(" ".join(replaced).split())
         self.vocabulary = "".join(filter(str.isprintable, summary))[:MAX_SUMMARY]  # the file may be a stranger's
         self.clip_encoder = networks.clip
         self.vqgan = networks.vqgan
@@ -257,7 +259,8 @@ class ClipGen:
         found = []
         if lost := self.clip_encoder.tokenize.left_out(text):
             found.append(f"the {name} is longer than this model's CLIP reads; its end is left out: {lost!r}")
-        if unknown := self.clip_encoder.unknown_words(text, self.listed):
+        unknown = [word for word in self.clip_encoder.unknown_words(text, self.listed) if word not in self.replaced]
+        if unknown:
             known = f"; it knows {self.vocabulary} ({VOCABULARY} lists all words)" if self.vocabulary else ""
             found.append(f"this model does not know {', '.join(map(repr, unknown))}{known}")
         return found

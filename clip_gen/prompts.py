@@ -58,9 +58,14 @@ def mixed_prompt(start: str, end: str, share: float) -> str:
 def unsaid(prompt: str, completions: Sequence[Completion]) -> list[Completion]:
     """Those of the completions that a prompt needs; none for a prompt of several parts."""
     parts = parse_prompt(prompt)
-    said = _plain(parts[0].text)
-    needed = [each for each in completions if not any(_plain(words) in said for words in each.unless)]
-    return needed if len(parts) == 1 else []
+    return [each for each in completions if _needs(parts[0].text, each)] if len(parts) == 1 else []
+
+
+def _needs(text: str, completion: Completion) -> bool:
+    said = _plain(text)
+    if any(_plain(words) in said for words in completion.unless):
+        return False
+    return not completion.replaces or any(_plain(words) in said for words in completion.replaces)
 
 
 def completed(prompt: str, completions: Sequence[Completion], chance: float) -> str:
@@ -68,7 +73,12 @@ def completed(prompt: str, completions: Sequence[Completion], chance: float) -> 
     text = parse_prompt(prompt)[0].text
     for completion in completions:
         chance *= len(completion.phrases)
-        text, chance = f"{text} {completion.phrases[int(chance)]}", chance % 1
+        phrase, chance = completion.phrases[int(chance)], chance % 1
+        if completion.replaces:
+            words = "|".join(map(re.escape, completion.replaces))
+            text = re.sub(rf"\b({words})\b", lambda _, phrase=phrase: phrase, text, count=1, flags=re.IGNORECASE)
+        else:
+            text = f"{text} {phrase}"
     return text
 
 

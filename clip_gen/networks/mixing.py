@@ -32,9 +32,8 @@ def prompt_conditions(clip: ClipEncoder, bridge: Bridge, prompt: str, embedding:
     if not completions or bridge.fits(embedding):
         return bridge.conditions(embedding, chances[None])
     texts = [completed(prompt, completions, chance) for chance in chances.tolist()]
-    # One by one: the rounding of a product depends on its size.
-    embeddings = {text: bridge(clip.encode_text([text])) for text in dict.fromkeys(texts)}
-    return torch.cat([embeddings[text] for text in texts])
+    different = list(dict.fromkeys(texts))
+    return bridge(clip.encode_text(different))[[different.index(text) for text in texts]]
 
 
 def weighted_mean(embeddings: Tensor, weights: Sequence[float]) -> Tensor:
