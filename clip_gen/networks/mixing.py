@@ -26,10 +26,12 @@ def prompt_conditions(clip: ClipEncoder, bridge: Bridge, prompt: str, embedding:
     """What K candidates of a prompt are drawn from, (K, E).
 
     embedding: (1, E), of embed_prompt. chances: (K,) in [0, 1), which picture or completion each candidate gets. If no
-    picture in the bridge's memory fits, a candidate is drawn from the prompt with completions.
+    picture in the bridge's memory fits, or words are to be replaced, a candidate is drawn from the prompt with
+    completions.
     """
     completions = unsaid(prompt, bridge.config.completions)
-    if not completions or bridge.fits(embedding):
+    rephrased = any(completion.replaces for completion in completions)  # words that the CLIP may misread
+    if not completions or (bridge.fits(embedding) and not rephrased):
         return bridge.conditions(embedding, chances[None])
     texts = [completed(prompt, completions, chance) for chance in chances.tolist()]
     different = list(dict.fromkeys(texts))
