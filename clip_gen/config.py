@@ -31,6 +31,13 @@ LIMITS = {
 }
 
 
+def _freeze_lists(config: object) -> None:
+    """Replaces the lists of a new frozen dataclass by tuples, so that it is hashable."""
+    for name, value in vars(config).items():
+        if isinstance(value, list):
+            object.__setattr__(config, name, tuple(value))
+
+
 @dataclass(frozen=True)
 class ClipConfig:
     """The sizes of OpenAI's CLIP class, and the activation. vision_layers: four numbers for a ResNet, one for a ViT."""
@@ -102,9 +109,12 @@ class Completion:
     the phrase stands in, such as "left of" for "and". Only prompts with one of them are completed then.
     """
 
-    phrases: list[str] = field(default_factory=list)
+    phrases: list[str] = field(default_factory=list)  # OmegaConf checks the items of lists only
     unless: list[str] = field(default_factory=list)
     replaces: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _freeze_lists(self)
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,9 @@ class BridgeConfig:
     unsaid_axes: int = 2  # directions of what texts leave unsaid, such as one of three styles
     completions: list[Completion] = field(default_factory=list)  # of prompts that no remembered picture fits
     likelihood_weight: float = 0.0  # of the mean log-likelihood of a candidate's tokens, beside the CLIP score
+
+    def __post_init__(self) -> None:
+        _freeze_lists(self)
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,16 @@ def test_the_best_of_16_is_what_the_prompt_says(model: ClipGen) -> None:
     evaluation.grade("one", "text")
     assert evaluation.rows[f"{TITLES['one']}, best of 16"].right >= 6
     assert np.mean([share.value for name, share in evaluation.rows.items() if name.endswith("background")]) > 0.9
+
+
+def test_pairs_are_drawn_on_a_plain_background_when_none_is_said(model: ClipGen) -> None:
+    """Before prompts were completed, one of 40 was right."""
+    evaluation = Evaluation(WORLD, model, 8, seed=123, sampling=Sampling())
+    evaluation.grade("two_unsaid", "text")
+    assert evaluation.rows[f"{TITLES['two_unsaid']}, best of 16"].right >= 4
+
+
+def test_a_relation_that_is_unsaid_is_chosen(model: ClipGen) -> None:
+    result = model.generate("an apple next to a banana", candidates=4, num_outputs=1, seed=0)
+    assert result.warnings == []  # "next" is understood, although no caption has it
+    assert result.scores[0] > 0.9

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from clip_gen.config import GPTConfig, ModelConfig, VQGANConfig, read_config, write_config
+from clip_gen.config import Completion, GPTConfig, ModelConfig, VQGANConfig, read_config, write_config
 from clip_gen.files import ROOT
 
 
@@ -111,3 +111,22 @@ def test_sizes_out_of_range_are_refused_by_name(size: int) -> None:
 def test_the_grid_counts_patches_and_halvings() -> None:
     assert VQGANConfig(resolution=256, patch=1, ch_mult=(1, 1, 2, 2, 4)).grid == 16
     assert VQGANConfig(resolution=64, patch=4, ch_mult=(1,)).grid == 16
+
+
+def test_completions_are_read_written_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("bridge: {likelihood_weight: 0.5, completions: [{phrases: [on red, on blue], unless: ['on']}]}\n")
+    config = read_config(path, ModelConfig)
+    assert config.bridge.completions == (Completion(["on red", "on blue"], unless=["on"]),)
+    assert isinstance(hash(config), int)
+    write_config(config, path)
+    assert read_config(path, ModelConfig) == config
+    for text, sentence in (
+        ("completions: [{unless: ['on']}]", r"bridge.completions\[0\].phrases is empty; give phrases"),
+        ("completions: [{phrase: [on]}]", "Did you mean: 'phrases'"),
+        ("completions: [red]", "not a subclass of Completion"),
+        ("likelihood_weight: -1", "bridge.likelihood_weight is -1.0; give 0 to 100"),
+    ):
+        path.write_text(f"bridge: {{{text}}}\n")
+        with pytest.raises(ValueError, match=sentence):
+            read_config(path, ModelConfig).check()

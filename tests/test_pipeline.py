@@ -41,6 +41,24 @@ def test_images_are_ranked_by_their_clip_scores(tiny_model: ClipGen) -> None:
     assert to_tensor(result.images).shape == (8, 3, 16, 16)
 
 
+@pytest.mark.parametrize("candidates", [1, 6])
+def test_a_likelihood_weight_adds_the_mean_log_likelihood_of_the_tokens(
+    tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch, candidates: int
+) -> None:
+    settings = {"candidates": candidates, "num_outputs": candidates, "seed": 5, "guidance": 2, "temperature": 0.5}
+    plain = tiny_model.generate("a star", **settings)
+    config = replace(tiny_model.bridge.config, likelihood_weight=0.5)
+    monkeypatch.setattr(tiny_model.bridge, "config", config)
+    ranked = tiny_model.generate("a star", **settings)
+    assert ranked.scores == sorted(ranked.scores, reverse=True)
+    cosines = {tuple(tokens.tolist()): score for tokens, score in zip(plain.tokens, plain.scores, strict=True)}
+    assert {tuple(tokens.tolist()) for tokens in ranked.tokens} == set(cosines)
+    embedding = tiny_model.embed_prompt("a star")
+    for tokens, score in zip(ranked.tokens, ranked.scores, strict=True):
+        logs = tiny_model.gpt(embedding, tokens[None, :-1])[0].log_softmax(dim=1).gather(1, tokens[:, None])
+        assert score == pytest.approx(cosines[tuple(tokens.tolist())] + 0.5 * float(logs.mean()), abs=1e-4)
+
+
 def test_scores_are_cosines_with_the_shifted_embedding(tiny_model: ClipGen, monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = Bridge(16, BridgeConfig(mean_shift=1.0))
     bridge.image_mean.copy_(torch.randn(16, generator=torch.Generator().manual_seed(0)))

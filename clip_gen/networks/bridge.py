@@ -30,7 +30,7 @@ class Bridge(nn.Module):
 
     def without_memory(self) -> Bridge:
         """Forgets the pictures that a base was trained on, in place."""
-        self.memory, self.config = None, replace(self.config, memory=0, completions=[], likelihood_weight=0.0)
+        self.memory, self.config = None, replace(self.config, memory=0, completions=(), likelihood_weight=0.0)
         return self
 
     def forward(self, text_embedding: Tensor) -> Tensor:
