@@ -1,6 +1,6 @@
 """The contact sheet of the README: the best pictures of a few prompts by the default model, not selected by hand.
 
-.venv/bin/python -m benchmarks contact-sheet --out docs/sheet.png
+.venv/bin/python -m benchmarks contact-sheet --out docs/sheet.webp
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ PROMPTS = (
     "a flower on a yellow background",
     "three apples on a green background",
     "a house left of a tree",
+    "a red apple and a green pear",
+    "a cat on a horse",
 )
 COLUMNS, BEST, SCALE, GAP, TEXT = 2, 4, 1, 6, 22
 
@@ -49,7 +51,8 @@ def main(words: list[str]) -> None:
         "python -m benchmarks contact-sheet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=BUNDLED)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "sheet.png")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "sheet.webp")
     arguments = parser.parse_args(words)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(ClipGen.load(arguments.model)).save(arguments.out, optimize=True)
+    sheet = contact_sheet(ClipGen.load(arguments.model))
+    sheet.save(arguments.out, quality=90)
