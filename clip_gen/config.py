@@ -22,6 +22,7 @@ LIMITS = {
     "sketch_drawings": (0, 64),
     "sketch_cells": (1, 64),
     "memory": (0, MAX_SIZE),
+    "row_delay": (0, 512),
     "num_res_blocks": (1, 32),  # per resolution; published VQGANs have 2 or 3
     "resolution": (1, 2048),  # small weights may describe large pictures: one with 2**18 pixels a side needs 800 GB
     "context_length": (3, MAX_SIZE),  # a word between two marks
@@ -96,6 +97,7 @@ class GPTConfig:
     null_condition: bool = True  # learned; guidance needs it
     rotary: bool = False  # rotary embedding of row and column, besides learned positions
     neighbour_context: bool = False  # a position's input: the tokens above and beside it and the condition
+    row_delay: int = 0  # sample all rows at once, each so many positions behind the one above; 0: one after the other
     sketch_drawings: int = 0  # in the sketch (networks/sketch.py); 0: no sketch
     sketch_cells: int = 12  # side of their squares, in tokens
     dropout: float = 0.1
@@ -169,6 +171,11 @@ class ModelConfig:
             raise ValueError(f"clip.image_resolution is {clip.image_resolution}; this CLIP sees nothing below {least}")
         if gpt.n_embd % gpt.n_head:
             raise ValueError(f"gpt.n_embd ({gpt.n_embd}) must be a multiple of gpt.n_head ({gpt.n_head})")
+        if gpt.row_delay and (gpt.row_delay == 1 or not gpt.neighbour_context):
+            raise ValueError(
+                f"gpt.row_delay is {gpt.row_delay}; give 0, or 2 or more with gpt.neighbour_context, since a token "
+                "depends on the one above to the right"
+            )
         if gpt.rotary and gpt.n_embd // gpt.n_head % 4:
             raise ValueError(f"gpt.rotary needs n_embd / n_head to be a multiple of 4, not {gpt.n_embd // gpt.n_head}")
         # taming's group norm has 32 groups. A group with one value per square would always be normalised to 0.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from clip_gen.config import GPTConfig
 from clip_gen.networks.float16_linear import Float16Linear
-from clip_gen.networks.grid import grid_rotation, neighbour_positions, rotate
+from clip_gen.networks.grid import diagonal_steps, grid_rotation, neighbour_positions, rotate
 from clip_gen.networks.kv_cache import EmbeddingBagCache, KVCache
 from clip_gen.networks.sketch import FEATURES, Sketch
 
@@ -95,6 +95,9 @@ class GPT(nn.Module):
 
     With neighbour_context a position's input is the condition and the four tokens next to it (`neighbour_positions`),
     instead of the previous token alone. With a sketch, its features around a position are added to its input.
+
+    With row_delay a position depends on all positions of earlier steps (`steps`) instead of those before it. The steps
+    are then those of sampling/diagonal.py.
     """
 
     def __init__(self, config: GPTConfig):
@@ -115,8 +118,10 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.codebook_size, bias=config.head_bias)
         rotation = grid_rotation(side, config.n_embd // config.n_head) if config.rotary else None
         self.register_buffer("rotation", rotation, persistent=False)
-        neighbours = neighbour_positions(side) if config.neighbour_context else None
+        neighbours = neighbour_positions(side, config.row_delay) if config.neighbour_context else None
         self.register_buffer("neighbour_positions", neighbours, persistent=False)
+        steps = diagonal_steps(side, config.row_delay) if config.row_delay else None
+        self.register_buffer("steps", steps, persistent=False)  # in which each position is sampled
         self.register_buffer("neighbour_table", None, persistent=False)  # set in cast_for_inference
         self.register_buffer("neighbour_starts", None, persistent=False)
         self.apply(self._init_weights)
@@ -181,19 +186,21 @@ class GPT(nn.Module):
         """
         assert (positions is None) == (probabilities is None), "positions come with their probabilities"
         assert tokens.shape[1] < self.config.block_size, (tokens.shape, self.config.block_size)
+        assert self.steps is None or tokens.shape[1] == self.config.block_size - 1, "the last tokens are not drawn last"
         prefix = self.prefix(embedding, unconditional)
         sketched = self.sketched(prefix)
         if positions is None:
             all_positions = slice(0, tokens.shape[1] + 1)
             x = self._inputs(prefix, tokens, all_positions) + self.position_embedding.weight[all_positions]
             x = x if sketched is None else x + sketched[:, all_positions]
-            rotation, mask = self._rotation(all_positions), None
+            rotation = self.rotation_at(all_positions)
+            mask = None if self.steps is None else self.steps[:, None] >= self.steps
         else:
             # position_embedding(...), not .weight[...]: its gradients are summed in a fixed order.
             x = self._inputs(prefix, tokens, positions) + self.position_embedding(positions)
             if sketched is not None:
                 x = x + sketched.gather(1, positions[..., None].expand(-1, -1, sketched.shape[2]))
-            rotation, mask = self._rotation(positions), self._inverse_probability_mask(probabilities)
+            rotation, mask = self.rotation_at(positions), self._inverse_probability_mask(positions, probabilities)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotation, mask)
@@ -222,18 +229,18 @@ class GPT(nn.Module):
         embedded = torch.where(inside[..., None], embedded, self.outside)  # (B, K, 4, n_embd)
         return prefix[:, None] + embedded[:, :, 0] + self.around(embedded.flatten(2))
 
-    def _rotation(self, positions: slice | Tensor) -> Tensor | None:
+    def rotation_at(self, positions: slice | Tensor) -> Tensor | None:
         if self.rotation is None:
             return None
         rotation = self.rotation[:, positions].to(self.dtype)  # (2, K, D) or (2, B, K, D)
         return rotation if rotation.dim() == 3 else rotation[:, :, None]
 
-    def _inverse_probability_mask(self, probabilities: Tensor) -> Tensor:
+    def _inverse_probability_mask(self, positions: Tensor, probabilities: Tensor) -> Tensor:
         """An attention mask (B, 1, K, K): causal, and -log p for earlier positions included with probability p."""
-        count, device = probabilities.shape[1], probabilities.device
-        itself = torch.eye(count, dtype=torch.bool, device=device)  # always included
+        itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)  # always included
         mask = torch.where(itself, 0.0, -probabilities.log()[:, None])
-        later = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
+        steps = positions if self.steps is None else self.steps[positions]
+        later = steps[:, None] > steps[:, :, None]
         return mask.masked_fill(later, -torch.inf)[:, None].to(self.dtype)
 
     def step(self, last: Tensor | None, cache: KVCache) -> Tensor:
@@ -323,5 +330,5 @@ def with_null_condition(gpt: GPT) -> GPT:
         grown = GPT(replace(gpt.config, null_condition=True))
     weights = {**gpt.state_dict(), "null_condition": gpt.condition.bias.detach().clone()}
     grown.load_state_dict(weights, assign=True)
-    grown.rotation, grown.neighbour_positions = gpt.rotation, gpt.neighbour_positions
+    grown.rotation, grown.neighbour_positions, grown.steps = gpt.rotation, gpt.neighbour_positions, gpt.steps
     return grown.train(gpt.training).requires_grad_(weight.requires_grad)

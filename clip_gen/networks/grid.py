@@ -19,16 +19,28 @@ def grid_rotation(side: int, head_size: int) -> Tensor:
     return torch.stack([angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)])
 
 
-def neighbour_positions(side: int) -> Tensor:
+def neighbour_positions(side: int, row_delay: int = 0) -> Tensor:
     """The neighbours of every position of a grid, (T, 4): the previous one, and those above to the left, straight above
     and to the right. T stands for a neighbour outside the grid.
+
+    With a row delay the first one of a row has no previous one, which is sampled later.
     """
     position = torch.arange(side * side)
     row, column = position // side, position % side
     neighbours = torch.stack([position - 1, position - side - 1, position - side, position - side + 1], dim=1)
     left, right = column < 1, column > side - 2
-    outside = torch.stack([position < 1, (row < 1) | left, row < 1, (row < 1) | right], dim=1)
+    first = left if row_delay else position < 1
+    outside = torch.stack([first, (row < 1) | left, row < 1, (row < 1) | right], dim=1)
     return torch.where(outside, side * side, neighbours)
+
+
+def diagonal_steps(side: int, row_delay: int) -> Tensor:
+    """In which step each position of a grid is sampled, (T,), if a row is so many positions behind the one above.
+
+    All are in one step after the tokens of their neighbours if row_delay is 2 or more.
+    """
+    position = torch.arange(side * side)
+    return position % side + row_delay * (position // side)
 
 
 def rotate(x: Tensor, rotation: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -230,9 +230,8 @@ class RunningBatch:
             return request.best[0].image
         rows = self._rows_of(request)
         compared = rows[: 1 if request.num_outputs is None else 2]
-        tokens = self.batch.tokens[compared]
-        kept = -1 if self.batch.kept is None else self.batch.kept[compared, self.batch.length :]
-        tokens[:, self.batch.length :] = kept
+        others = self.batch.tokens.new_tensor(-1) if self.batch.kept is None else self.batch.kept[compared]
+        tokens = torch.where(self.batch.drawn, self.batch.tokens[compared], others)
         wanted = torch.cat([request.ranked_by(self.candidates[row].number) for row in compared])
         pictures = request.model.preview(tokens, wanted, request.inpainting)
         better, (image, _) = max(zip(compared, pictures, strict=True), key=lambda pair: pair[1][1])

@@ -11,6 +11,7 @@ from torch import Tensor
 from clip_gen.networks.gpt import GPT
 from clip_gen.sampling.batch_sizes import pad_rows, padded_batch_size
 from clip_gen.sampling.cuda_graphs import RecordedSteps, has_kernels
+from clip_gen.sampling.diagonal import DiagonalSteps
 from clip_gen.sampling.windows import Window, WindowSteps, first_guesses, window_length
 from clip_gen.validation import check_sampling
 
@@ -144,8 +145,9 @@ class Batch:
         self.gpt, self.sampling, self.uniforms, self.length = gpt, sampling, uniforms.to(device), 0
         self.tokens = torch.empty(uniforms.shape, dtype=torch.long, device=device)
         needs_likelihoods = likelihoods or kept is not None
-        self.likelihoods = TokenLikelihoods(self.tokens, self.kept) if needs_likelihoods else None
-        recorded = device.type == "cuda" if recorded is None else recorded
+        self.likelihoods = TokenLikelihoods(self.tokens, self.kept, gpt.steps) if needs_likelihoods else None
+        in_diagonals = gpt.steps is not None
+        recorded = device.type == "cuda" and not in_diagonals if recorded is None else recorded
         self.passes = sampling.passes
         rows = padded_batch_size(gpt, len(uniforms), self.passes)
         embedding = pad_rows(embedding, rows)
@@ -155,11 +157,15 @@ class Batch:
         elif self.passes == 2:
             prefixes.append(gpt.prefix(pad_rows(negative, rows)))
         self.width = rows if recorded else len(uniforms)
+        self.schedule = iter(())  # the positions of each step, in diagonals
         prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
-        window = 1 if recorded else window_length(gpt, *uniforms.shape, self.passes)
+        window = 1 if recorded or in_diagonals else window_length(gpt, *uniforms.shape, self.passes)
         self.window: Window | None = None
         if recorded:
             self.steps = RecordedSteps(gpt, prefix)
+        elif in_diagonals:
+            self.schedule = ((gpt.steps == step).nonzero()[:, 0] for step in gpt.steps.unique())
+            self.steps = DiagonalSteps(gpt, prefix, self.passes)
         elif window == 1:
             self.steps = GrowingSteps(gpt, prefix, rows * self.passes)
         else:
@@ -173,11 +179,16 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Samples the next token of every row; of a single candidate sometimes several."""
+        """Samples the next token of every row; of a single candidate, and with a row delay, sometimes several."""
         if self.window is not None:
             positions = self.window.move()
             self.window.accept(positions, self._draw(self.steps(self.tokens, positions.start), positions))
             self.length = self.window.final
+            return
+        if self.gpt.steps is not None:
+            positions = next(self.schedule)
+            self.tokens[:, positions] = self._draw(self.steps(self.tokens, positions), positions)
+            self.length += len(positions)
             return
         t = self.length
         last = pad_rows(self.tokens[:, t - 1], self.width) if t else None
@@ -192,7 +203,15 @@ class Batch:
             self.step()
         return self
 
-    def _draw(self, rows: Tensor, positions: slice) -> Tensor:
+    @property
+    def drawn(self) -> Tensor:
+        """Which positions have their tokens, (T,) bool."""
+        order = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        if self.gpt.steps is not None:
+            order = self.gpt.steps.argsort(stable=True).argsort()
+        return order < self.length
+
+    def _draw(self, rows: Tensor, positions: slice | Tensor) -> Tensor:
         """The tokens (B, W) at these positions, from the logits (B · W, V) of every pass, which may be padded."""
         uniforms = self.uniforms[:, positions]
         logits = [rows[: uniforms.numel()].float() for rows in rows.chunk(self.passes)]
@@ -209,16 +228,19 @@ class Batch:
 class TokenLikelihoods:
     """How likely the tokens (B, T) of a batch are to the model, without guidance.
 
-    kept: (B, T), tokens that are taken as they are, -1 where one is sampled; None: all are sampled.
+    kept: (B, T), tokens that are taken as they are, -1 where one is sampled; None: all are sampled. steps: (T,), in
+    which they are drawn; None: one after the other.
     """
 
-    def __init__(self, tokens: Tensor, kept: Tensor | None):
+    def __init__(self, tokens: Tensor, kept: Tensor | None, steps: Tensor | None):
         self.logs = torch.zeros(tokens.shape, device=tokens.device)
         are_kept = torch.zeros_like(tokens, dtype=torch.bool) if kept is None else kept >= 0
         self.sampled = ~are_kept
-        self.follow = are_kept & (self.sampled.cumsum(dim=1) > 0)  # kept tokens that follow a sampled one
+        # Kept tokens that follow a sampled one.
+        steps = torch.arange(tokens.shape[1], device=tokens.device) if steps is None else steps
+        self.follow = are_kept & (steps > torch.where(are_kept, steps.amax(), steps).amin(dim=1, keepdim=True))
 
-    def add(self, tokens: Tensor, logits: Tensor, positions: slice) -> None:
+    def add(self, tokens: Tensor, logits: Tensor, positions: slice | Tensor) -> None:
         """tokens: (B, W) at these positions. logits: (B · W, V)."""
         logs = logits.log_softmax(dim=1).gather(1, tokens.reshape(-1, 1))
         self.logs[:, positions] = logs.view(tokens.shape)

@@ -22,7 +22,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "path",
     [
         *("photos.zip", "trained_model.tar", "pictures/0.png", "trained/weights.tar", ".setup.lock", "output.0.png"),
-        *(".git/config", ".venv/bin/python", "tests/conftest.py", "docs/sheet.png", "deploy/compose.yaml", ".env"),
+        *(".git/config", ".venv/bin/python", "tests/conftest.py", "docs/sheet.webp", "deploy/compose.yaml", ".env"),
         *("clip_gen/__pycache__/files.cpython-311.pyc", "checkpoints/.pulling-coco/part", "checkpoints/.DS_Store"),
     ],
 )
