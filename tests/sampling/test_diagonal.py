@@ -158,7 +158,7 @@ def test_a_model_draws_with_masks_previews_and_guidance(model: ClipGen) -> None:
     kept = model.vqgan.encode((torch.tensor([1.0, -1, -1])[:, None, None]).expand(1, 3, 16, 16))[0]
     assert torch.equal(redrawn.tokens[:, 12:], kept[12:].expand(5, -1))
     assert [progress.tokens for progress in heard] == sorted(progress.tokens for progress in heard)
-    assert sum(progress.preview is not None for progress in heard) > 2
+    assert any(progress.preview is not None for progress in heard[:-1])
 
 
 def test_a_row_delay_needs_the_neighbours_in_earlier_steps(tmp_path: Path) -> None:
