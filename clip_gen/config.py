@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ Config = TypeVar("Config")
 ACTIVATIONS = ("quick_gelu", "gelu")  # of CLIP's transformers: OpenAI's approximation of GELU, and GELU
 RENAMED_FIELDS = {"looks_around": "neighbour_context"}  # in config files of earlier versions
 MAX_SIZE = 2**18  # of all sizes without other limits; the largest known codebook has as many codes
+MAX_COMPLETIONS, MAX_PHRASES, MAX_PHRASE = 16, 64, 100  # items, items, characters
 MAX_NESTED = 20  # levels of lists and mappings in a YAML file
 LIMITS = {
     **dict.fromkeys(("n_layer", "vision_layers", "transformer_layers"), (1, 256)),
@@ -105,13 +106,13 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Completion:
-    """Phrases of which one is added to a prompt that says nothing of the kind, such as "on a red background".
+    """Phrases such as "on a red background", one of which is added to a prompt that leaves this unsaid.
 
-    unless: what a prompt that does has in it, words or a few in a row; articles do not count. replaces: words for which
-    the phrase stands in, such as "left of" for "and". Only prompts with one of them are completed then.
+    unless: words that show that the prompt says it. replaces: words that the phrase replaces, as "left of" does "and";
+    then prompts without them are not completed. Each may be a few words in a row; articles do not count.
     """
 
-    phrases: list[str] = field(default_factory=list)  # OmegaConf checks the items of lists only
+    phrases: list[str] = field(default_factory=list)  # lists, because OmegaConf does not check the items of tuples
     unless: list[str] = field(default_factory=list)
     replaces: list[str] = field(default_factory=list)
 
@@ -127,7 +128,7 @@ class BridgeConfig:
     memory: int = 0  # embeddings of pictures to remember (networks/memory.py); 0: no memory
     memory_axes: int = 40  # numbers to remember of each
     unsaid_axes: int = 2  # directions of what texts leave unsaid, such as one of three styles
-    completions: list[Completion] = field(default_factory=list)  # of prompts that no remembered picture fits
+    completions: list[Completion] = field(default_factory=list)  # see networks/mixing.py
     likelihood_weight: float = 0.0  # of the mean log-likelihood of a candidate's tokens, beside the CLIP score
 
     def __post_init__(self) -> None:
@@ -153,9 +154,7 @@ class ModelConfig:
                 for size in value if isinstance(value, tuple) else [value]:
                     if (type(size) is int or name in LIMITS) and not least <= size <= most:
                         raise ValueError(f"{part}.{name} is {size}; give {least} to {most}")
-        for number, completion in enumerate(self.bridge.completions):
-            if not completion.phrases:
-                raise ValueError(f"bridge.completions[{number}].phrases is empty; give phrases to choose from")
+        _check_completions(self.bridge.completions)
         pairs = {
             "gpt.block_size and the VQGAN's tokens per picture": (gpt.block_size, vqgan.grid**2),
             "gpt.codebook_size and vqgan.codebook_size": (gpt.codebook_size, vqgan.codebook_size),
@@ -184,6 +183,20 @@ class ModelConfig:
                 "vqgan.local needs one number in vqgan.ch_mult and 64 channels or more, "
                 f"not ch_mult {vqgan.ch_mult} and ch {vqgan.ch}"
             )
+
+
+def _check_completions(completions: Sequence[Completion]) -> None:
+    """Model folders come from strangers, and every prediction uses the completions."""
+    if len(completions) > MAX_COMPLETIONS:
+        raise ValueError(f"bridge.completions has {len(completions)} items; give {MAX_COMPLETIONS} or fewer")
+    for number, completion in enumerate(completions):
+        for name, texts in vars(completion).items():
+            field_name = f"bridge.completions[{number}].{name}"
+            if not len(texts) <= MAX_PHRASES or (name == "phrases" and not texts):
+                raise ValueError(f"{field_name} has {len(texts)} items; give 1 to {MAX_PHRASES}")
+            for text in texts:
+                if not isinstance(text, str) or not text.strip() or len(text) > MAX_PHRASE:
+                    raise ValueError(f"{field_name} has {text!r:.60}; give words, up to {MAX_PHRASE} characters")
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:

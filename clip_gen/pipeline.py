@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_gen.completions import completed, needed
 from clip_gen.hardware import choose_device, choose_dtype, one_thread, prefers_bfloat16, tensor_float32
 from clip_gen.images import resized_square, to_pil, to_tensor
 from clip_gen.networks.mixing import embed_prompt, prompt_conditions, slerp
@@ -91,8 +92,6 @@ class ClipGen:
         vocabulary = networks.texts.get(VOCABULARY, "")
         summary = vocabulary.partition("\n")[0]
         self.listed = set(re.findall(r"[^\W\d_]+", vocabulary.lower()))
-        replaced = (words for each in networks.config.bridge.completions for words in each.replaces)
-        self.replaced = set(" ".join(replaced).split())
         self.vocabulary = "".join(filter(str.isprintable, summary))[:MAX_SUMMARY]  # the file may be a stranger's
         self.clip_encoder = networks.clip
         self.vqgan = networks.vqgan
@@ -245,8 +244,12 @@ class ClipGen:
         """Warnings about what is asked for and these settings."""
         found = []
         for name in filter(vars(condition).get, ("prompt", "negative_prompt")):
-            for part in parse_prompt(getattr(condition, name), name):
-                found += self._warnings_about_words(part.text, name.replace("_", " "))
+            texts = [part.text for part in parse_prompt(getattr(condition, name), name)]
+            if name == "prompt" and condition.picture is None:
+                replacing = [each for each in needed(texts, self.bridge.config.completions) if each.replaces]
+                texts = [completed(text, replacing, 0.0) for text in texts]
+            for text in texts:
+                found += self._warnings_about_words(text, name.replace("_", " "))
         if sampling.greedy:
             settings = " and ".join(f"{name} is {getattr(sampling, name):g}" for name in sampling.greedy)
             found.append(f"{settings}: all candidates would be the same picture, so one is drawn and returned")
@@ -259,8 +262,7 @@ class ClipGen:
         found = []
         if lost := self.clip_encoder.tokenize.left_out(text):
             found.append(f"the {name} is longer than this model's CLIP reads; its end is left out: {lost!r}")
-        unknown = [word for word in self.clip_encoder.unknown_words(text, self.listed) if word not in self.replaced]
-        if unknown:
+        if unknown := self.clip_encoder.unknown_words(text, self.listed):
             known = f"; it knows {self.vocabulary} ({VOCABULARY} lists all words)" if self.vocabulary else ""
             found.append(f"this model does not know {', '.join(map(repr, unknown))}{known}")
         return found
@@ -318,10 +320,11 @@ class ClipGen:
     def conditions(self, request: Request) -> Tensor:
         """What each candidate is drawn from, (K, E): what the bridge makes of a text, or the embedding of a picture."""
         asked, count = request.condition, len(request.uniforms)
-        if asked.picture is None:
-            return prompt_conditions(self.clip_encoder, self.bridge, asked.prompt, request.embedding, request.chances)
-        if not asked.prompt or asked.image_weight == 1:
+        weight = 0 if asked.picture is None else asked.image_weight if asked.prompt else 1
+        if weight == 1:
             return request.embedding.expand(count, -1)
+        if weight == 0 and request.inpainting is None:  # with a mask, the kept part shows what is unsaid
+            return prompt_conditions(self.clip_encoder, self.bridge, asked.prompt, request.embedding, request.chances)
         return self.bridge.conditions(request.embedding, request.chances[None])
 
     @property

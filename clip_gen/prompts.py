@@ -7,14 +7,10 @@ colon. `\|` and `\:` stand for the characters themselves, in all prompts.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from clip_gen.config import Completion
 
 MAX_PARTS = 16  # each is a run of CLIP's text encoder
 MAX_WEIGHT = 1000
-ARTICLES = ("a", "an", "the")
 
 SEPARATOR = re.compile(r"(?<!\\)\|")
 WEIGHTED = re.compile(r"(.*)(?<!\\):(.*)", re.DOTALL)  # up to the last colon
@@ -53,39 +49,6 @@ def mixed_prompt(start: str, end: str, share: float) -> str:
         for part in parse_prompt(prompt, name)
     ]
     return " | ".join(parts)
-
-
-def unsaid(prompt: str, completions: Sequence[Completion]) -> list[Completion]:
-    """Those of the completions that a prompt needs; none for a prompt of several parts."""
-    parts = parse_prompt(prompt)
-    return [each for each in completions if _needs(parts[0].text, each)] if len(parts) == 1 else []
-
-
-def _needs(text: str, completion: Completion) -> bool:
-    said = _plain(text)
-    if any(_plain(words) in said for words in completion.unless):
-        return False
-    return not completion.replaces or any(_plain(words) in said for words in completion.replaces)
-
-
-def completed(prompt: str, completions: Sequence[Completion], chance: float) -> str:
-    """The words of a prompt of one part, with a phrase of each completion. chance: in [0, 1), which ones."""
-    text = parse_prompt(prompt)[0].text
-    for completion in completions:
-        chance *= len(completion.phrases)
-        phrase, chance = completion.phrases[int(chance)], chance % 1
-        if completion.replaces:
-            words = "|".join(map(re.escape, completion.replaces))
-            text = re.sub(rf"\b({words})\b", lambda _, phrase=phrase: phrase, text, count=1, flags=re.IGNORECASE)
-        else:
-            text = f"{text} {phrase}"
-    return text
-
-
-def _plain(text: str) -> str:
-    """Lower-case words without articles, each between two spaces."""
-    words = re.findall(r"\w+", text.lower())
-    return f" {' '.join(word for word in words if word not in ARTICLES)} "
 
 
 def split_prompts(text: str) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clip_gen import ClipGen
 from clip_gen.files import ROOT
@@ -107,3 +108,15 @@ def test_a_relation_that_is_unsaid_is_chosen(model: ClipGen) -> None:
     result = model.generate("an apple next to a banana", candidates=4, num_outputs=1, seed=0)
     assert result.warnings == []  # "next" is understood, although no caption has it
     assert result.scores[0] > 0.9
+    [sentence] = model.generate("the next apple", candidates=1, num_outputs=1, seed=0).warnings
+    assert "does not know 'next'" in sentence
+
+
+def test_a_picture_without_weight_changes_nothing_and_masks_keep_the_prompt(model: ClipGen) -> None:
+    settings = {"candidates": 3, "num_outputs": 3, "seed": 0, "clip_rerank": False}
+    plain, red = model.generate("a cat and a dog", **settings), Image.new("RGB", (128, 128), "red")
+    mixed = model.generate("a cat and a dog", image=red, image_weight=0, **settings)
+    assert torch.equal(plain.tokens, mixed.tokens)
+    white = Image.new("L", (128, 128), 255)
+    masked = model.generate("a cat left of a dog", init_image=red, mask=white, **settings)
+    assert not torch.equal(masked.tokens, model.generate("a cat left of a dog", **settings).tokens)

@@ -122,9 +122,15 @@ def test_completions_are_read_written_and_checked(tmp_path: Path) -> None:
     write_config(config, path)
     assert read_config(path, ModelConfig) == config
     for text, sentence in (
-        ("completions: [{unless: ['on']}]", r"bridge.completions\[0\].phrases is empty; give phrases"),
+        ("completions: [{unless: ['on']}]", r"bridge.completions\[0\].phrases has 0 items; give 1 to 64"),
         ("completions: [{phrase: [on]}]", "Did you mean: 'phrases'"),
         ("completions: [red]", "not a subclass of Completion"),
+        ("completions: [{phrases: [[red]]}]", r"phrases has \['red'\]; give words"),
+        ("completions: [{phrases: [red], unless: [{red: blue}]}]", r"unless has {'red': 'blue'}; give words"),
+        ("completions: [{phrases: [red], replaces: ['']}]", "replaces has ''; give words, up to 100 characters"),
+        (f"completions: [{{phrases: [{'x' * 101}]}}]", "phrases has 'xxx.*; give words, up to 100"),
+        (f"completions: [{{phrases: [{'x, ' * 65}]}}]", "phrases has 65 items; give 1 to 64"),
+        (f"completions: [{'{phrases: [x]}, ' * 17}]", "completions has 17 items; give 16 or fewer"),
         ("likelihood_weight: -1", "bridge.likelihood_weight is -1.0; give 0 to 100"),
     ):
         path.write_text(f"bridge: {{{text}}}\n")

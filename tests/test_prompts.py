@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clip_gen.config import Completion
-from clip_gen.prompts import Part, completed, parse_prompt, split_prompts, unsaid
-
-GROUND = Completion(["on a red background", "on a blue background"], unless=["background", "on red"])
-STYLE = Completion(["in flat style", "in 3d style", "in noto style"], unless=["style"])
-RELATION = Completion(["left of", "above"], unless=["fork and knife"], replaces=["next to", "and"])
+from clip_gen.prompts import Part, parse_prompt, split_prompts
 
 
 def parsed(prompt: str) -> list[tuple[str, float]]:
@@ -111,38 +106,3 @@ def test_weights_that_are_all_zero_and_too_many_parts_are_errors() -> None:
 )
 def test_sample_prompts_are_lines_or_a_line_without_weights_split_at_bars(text: str, prompts: list[str]) -> None:
     assert split_prompts(text) == prompts
-
-
-@pytest.mark.parametrize(
-    ("prompt", "needed"),
-    [
-        ("a cat", [GROUND, STYLE]),
-        ("A cat on a RED background, flat style", []),
-        ("a cat on red", [STYLE]),
-        ("a cat on the red", [STYLE]),
-        ("a cat on a reddish mat", [GROUND, STYLE]),
-        ("a background: in some style", []),
-        ("a cat and a dog", [GROUND, STYLE, RELATION]),
-        ("a sandy beach", [GROUND, STYLE]),
-        ("a fork and a knife", [GROUND, STYLE]),
-        ("a cat | a dog", []),
-        (r"a cat \| a dog", [GROUND, STYLE]),
-    ],
-)
-def test_a_prompt_needs_the_completions_that_it_says_nothing_of(prompt: str, needed: list[Completion]) -> None:
-    assert unsaid(prompt, [GROUND, STYLE, RELATION]) == needed
-
-
-def test_completions_are_chosen_evenly_and_independently() -> None:
-    chances = [(i + 0.5) / 60 for i in range(60)]
-    texts = [completed("a cat", [GROUND, STYLE], chance) for chance in chances]
-    assert set(texts) == {f"a cat {ground} {style}" for ground in GROUND.phrases for style in STYLE.phrases}
-    assert {texts.count(text) for text in texts} == {10}
-    assert completed("a cat", [GROUND, STYLE], 1 - 2**-24) == "a cat on a blue background in noto style"
-
-
-def test_a_completion_stands_in_for_the_words_that_it_replaces() -> None:
-    assert completed("Sand next to a cat and a dog", [RELATION, GROUND], 0.0) == (
-        "Sand left of a cat and a dog on a red background"
-    )
-    assert completed(r"a cat And a \\1", [RELATION], 0.9) == r"a cat above a \\1"

@@ -38,13 +38,12 @@ def time_plot(plot: Mapping[str, object]) -> str:
             points = sorted(series["points"], key=lambda point: point["seconds"])
             seconds, values = ([point[name] for point in points] for name in ("seconds", "value"))
             colour = COLOURS[number % len(COLOURS)]
-            if points[0].get("low") is not None:
-                below, above = ([abs(point[end] - point["value"]) for point in points] for end in ("low", "high"))
-                axes.errorbar(seconds, values, (below, above), fmt="none", color=colour)
             axes.plot(seconds, values, "o-", color=colour, label=series["name"])
             for point in points:
                 place = (point["seconds"], point["value"])
                 axes.annotate(point["label"], place, xytext=(6, 5), textcoords="offset points")
+                if point.get("low") is not None:
+                    axes.vlines(point["seconds"], point["low"], point["high"], color=colour)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=len(plot["series"]), frameon=False)

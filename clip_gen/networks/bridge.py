@@ -29,7 +29,7 @@ class Bridge(nn.Module):
         self.memory = Memory(embed_dim, config) if config.memory else None
 
     def without_memory(self) -> Bridge:
-        """Forgets the pictures that a base was trained on, in place."""
+        """Drops what belongs to the pictures that a base was trained on, in place: memory, completions, ranking."""
         self.memory, self.config = None, replace(self.config, memory=0, completions=(), likelihood_weight=0.0)
         return self
 

@@ -96,8 +96,8 @@ class GPT(nn.Module):
     With neighbour_context a position's input is the condition and the four tokens next to it (`neighbour_positions`),
     instead of the previous token alone. With a sketch, its features around a position are added to its input.
 
-    With row_delay a position depends on all positions of earlier steps (`steps`) instead of those before it. The steps
-    are then those of sampling/diagonal.py.
+    With row_delay a position depends on all positions of earlier `steps` instead of those before it, and
+    sampling/diagonal.py samples it.
     """
 
     def __init__(self, config: GPTConfig):
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         """
         assert (positions is None) == (probabilities is None), "positions come with their probabilities"
         assert tokens.shape[1] < self.config.block_size, (tokens.shape, self.config.block_size)
-        assert self.steps is None or tokens.shape[1] == self.config.block_size - 1, "the last tokens are not drawn last"
+        assert self.steps is None or tokens.shape[1] == self.config.block_size - 1, "a row delay needs all tokens"
         prefix = self.prefix(embedding, unconditional)
         sketched = self.sketched(prefix)
         if positions is None:
@@ -245,6 +245,7 @@ class GPT(nn.Module):
 
     def step(self, last: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) for the next position, given the last token (B,); None at position 0."""
+        assert self.steps is None, "a row delay needs DiagonalSteps"
         if self.around is None:
             return self.step_from_input(cache.prefix if last is None else self.token_embedding(last), cache)
         if last is not None:

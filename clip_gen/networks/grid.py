@@ -37,7 +37,7 @@ def neighbour_positions(side: int, row_delay: int = 0) -> Tensor:
 def diagonal_steps(side: int, row_delay: int) -> Tensor:
     """In which step each position of a grid is sampled, (T,), if a row is so many positions behind the one above.
 
-    All are in one step after the tokens of their neighbours if row_delay is 2 or more.
+    If row_delay is 2 or more, the neighbours of a position are all in earlier steps.
     """
     position = torch.arange(side * side)
     return position % side + row_delay * (position // side)

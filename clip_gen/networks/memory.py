@@ -22,8 +22,8 @@ class Found(NamedTuple):
     """The remembered pictures near each of B texts."""
 
     near: Tensor  # (B, n, E), their embeddings
-    shares: Tensor  # (B, n), how often each is taken; does not sum to 1
-    some_fit: Tensor  # (B, 1), whether only those with a share fit the text; else none does
+    shares: Tensor  # (B, n), how often each is taken; not normalised
+    some_fit: Tensor  # (B, 1), True: those with a share above 0 fit the text. False: none fits.
 
 
 class Memory(nn.Module):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clip_gen.completions import completed, needed
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
-from clip_gen.prompts import completed, parse_prompt, unsaid
+from clip_gen.prompts import parse_prompt
 
 NEARLY_PARALLEL = 1e-4  # radians
 
@@ -25,17 +26,22 @@ def embed_prompt(clip: ClipEncoder, bridge: Bridge, prompt: str) -> Tensor:
 def prompt_conditions(clip: ClipEncoder, bridge: Bridge, prompt: str, embedding: Tensor, chances: Tensor) -> Tensor:
     """What K candidates of a prompt are drawn from, (K, E).
 
-    embedding: (1, E), of embed_prompt. chances: (K,) in [0, 1), which picture or completion each candidate gets. If no
-    picture in the bridge's memory fits, or words are to be replaced, a candidate is drawn from the prompt with
-    completions.
+    embedding: (1, E), of embed_prompt. chances: (K,) in [0, 1), which picture or completion each candidate gets.
+    Candidates are drawn from the completed prompt if no picture in the bridge's memory fits, or if words are replaced.
+    A prompt that is then too long for the CLIP is not completed.
     """
-    completions = unsaid(prompt, bridge.config.completions)
-    rephrased = any(completion.replaces for completion in completions)  # words that the CLIP may misread
-    if not completions or (bridge.fits(embedding) and not rephrased):
-        return bridge.conditions(embedding, chances[None])
-    texts = [completed(prompt, completions, chance) for chance in chances.tolist()]
-    different = list(dict.fromkeys(texts))
-    return bridge(clip.encode_text(different))[[different.index(text) for text in texts]]
+    parts = parse_prompt(prompt)
+    completions = needed([part.text for part in parts], bridge.config.completions)
+    if any(completion.replaces for completion in completions) or (completions and not bridge.fits(embedding)):
+        chosen = [tuple(completed(part.text, completions, chance) for part in parts) for chance in chances.tolist()]
+        different = dict.fromkeys(text for texts in chosen for text in texts)
+        if not any(map(clip.tokenize.left_out, different)):
+            embeddings = {text: bridge(clip.encode_text([text])) for text in different}
+            weights = [part.weight for part in parts]
+            return torch.cat(
+                [weighted_mean(torch.cat([embeddings[text] for text in texts]), weights) for texts in chosen]
+            )
+    return bridge.conditions(embedding, chances[None])
 
 
 def weighted_mean(embeddings: Tensor, weights: Sequence[float]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -61,7 +62,7 @@ class Candidate:
     request: Request | None  # None once the request has ended
     number: int
     tokens: Tensor | None = None  # (T,)
-    likelihood: float = 0.0  # of its tokens, as far as it counts in the score
+    likelihood: float = 0.0  # what the log-likelihoods of its tokens add to the score
     image: Image.Image | None = None
     score: float = 0.0
 
@@ -213,6 +214,8 @@ class RunningBatch:
 
     def _add_likelihoods(self, found: TokenLikelihoods) -> None:
         counted = (found.of_kept + self.likelihood_weight * found.of_sampled).tolist()
+        if not all(map(math.isfinite, counted)):
+            raise ValueError(f"the likelihoods are {counted[:4]}: the weights of this model's transformer are damaged")
         for candidate, likelihood in zip(self.candidates, counted, strict=True):
             candidate.likelihood = likelihood
 

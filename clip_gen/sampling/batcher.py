@@ -239,8 +239,11 @@ def decode(candidates: list[Candidate]) -> None:
 def batch_bytes(gpt: GPT, sampling: Sampling, candidates: int) -> int:
     """An upper bound of a batch's memory: keys and values of every layer; logits and the tensors computed from them."""
     config = gpt.config
-    cache = 2 * config.n_layer * config.block_size * config.n_embd * gpt.cache_dtype.itemsize
-    logits = 12 * config.codebook_size * 4
+    in_diagonals = gpt.steps is not None
+    itemsize = (gpt.dtype if in_diagonals else gpt.cache_dtype).itemsize
+    cache = 2 * config.n_layer * config.block_size * config.n_embd * itemsize
+    positions = int(gpt.steps.bincount().amax()) if in_diagonals else 1  # of the widest step
+    logits = positions * 12 * config.codebook_size * 4
     return candidates * (cache + logits) * sampling.passes
 
 

@@ -16,9 +16,9 @@ from clip_gen.sampling.batch_sizes import bitwise_stable_sizes, pad_rows
 
 
 class DiagonalSteps:
-    """The steps of a batch: called with its tokens (B, T) and the positions (W,) of a step; returns logits (R · W, V).
+    """The steps of a batch: called with its tokens (B, T); returns logits (R · W, V) for the next `positions` (W,).
 
-    prefix: (R, n_embd), of R = passes · B rows.
+    prefix: (R, n_embd), of R = passes · B rows. order: all positions as they are sampled, (T,).
     """
 
     def __init__(self, gpt: GPT, prefix: Tensor, passes: int):
@@ -28,10 +28,16 @@ class DiagonalSteps:
         config = gpt.config
         shape = config.n_layer, len(prefix), config.n_head, config.block_size, config.n_embd // config.n_head
         self.keys, self.values = (torch.zeros(shape, device=gpt.device, dtype=gpt.dtype) for _ in range(2))
-        self.length = 0  # positions with keys and values, in the order of the steps
+        self.order = gpt.steps.argsort(stable=True)
+        self.parts = [width for width in gpt.steps.bincount().tolist() if width][::-1]  # positions of the steps to come
+        self.length = 0  # positions with keys and values, in this order
 
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        gpt = self.gpt
+    @property
+    def positions(self) -> Tensor:
+        return self.order[self.length :][: self.parts[-1]]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        gpt, positions = self.gpt, self.positions
         tokens = F.pad(tokens, (0, 1), value=gpt.config.codebook_size).repeat(self.passes, 1)
         x = gpt.neighbour_inputs(self.prefix, tokens, gpt.neighbour_positions[positions])
         x = x + gpt.position_embedding.weight[positions]
@@ -41,7 +47,7 @@ class DiagonalSteps:
         for layer, block in enumerate(gpt.blocks):
             x = x + self._attend(layer, block.attn, block.ln_1(x), rotation)
             x = x + self._product(block.mlp.proj, F.gelu(self._product(block.mlp.fc, block.ln_2(x).to(gpt.dtype))))
-        self.length += len(positions)
+        self.length += self.parts.pop()
         return self._product(gpt.head, gpt.ln_f(x)).flatten(0, 1)
 
     def _attend(self, layer: int, attention: CausalSelfAttention, x: Tensor, rotation: Tensor | None) -> Tensor:

@@ -148,6 +148,7 @@ class Batch:
         self.likelihoods = TokenLikelihoods(self.tokens, self.kept, gpt.steps) if needs_likelihoods else None
         in_diagonals = gpt.steps is not None
         recorded = device.type == "cuda" and not in_diagonals if recorded is None else recorded
+        assert not (recorded and in_diagonals), "a recorded step has one position"
         self.passes = sampling.passes
         rows = padded_batch_size(gpt, len(uniforms), self.passes)
         embedding = pad_rows(embedding, rows)
@@ -157,14 +158,12 @@ class Batch:
         elif self.passes == 2:
             prefixes.append(gpt.prefix(pad_rows(negative, rows)))
         self.width = rows if recorded else len(uniforms)
-        self.schedule = iter(())  # the positions of each step, in diagonals
         prefix = torch.cat([prefix[: self.width] for prefix in prefixes])
         window = 1 if recorded or in_diagonals else window_length(gpt, *uniforms.shape, self.passes)
         self.window: Window | None = None
         if recorded:
             self.steps = RecordedSteps(gpt, prefix)
         elif in_diagonals:
-            self.schedule = ((gpt.steps == step).nonzero()[:, 0] for step in gpt.steps.unique())
             self.steps = DiagonalSteps(gpt, prefix, self.passes)
         elif window == 1:
             self.steps = GrowingSteps(gpt, prefix, rows * self.passes)
@@ -186,9 +185,9 @@ class Batch:
             self.length = self.window.final
             return
         if self.gpt.steps is not None:
-            positions = next(self.schedule)
-            self.tokens[:, positions] = self._draw(self.steps(self.tokens, positions), positions)
-            self.length += len(positions)
+            positions = self.steps.positions
+            self.tokens[:, positions] = self._draw(self.steps(self.tokens), positions)
+            self.length = self.steps.length
             return
         t = self.length
         last = pad_rows(self.tokens[:, t - 1], self.width) if t else None
@@ -206,10 +205,9 @@ class Batch:
     @property
     def drawn(self) -> Tensor:
         """Which positions have their tokens, (T,) bool."""
-        order = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        if self.gpt.steps is not None:
-            order = self.gpt.steps.argsort(stable=True).argsort()
-        return order < self.length
+        drawn = torch.zeros(self.tokens.shape[1], dtype=torch.bool, device=self.tokens.device)
+        drawn[slice(self.length) if self.gpt.steps is None else self.steps.order[: self.length]] = True
+        return drawn
 
     def _draw(self, rows: Tensor, positions: slice | Tensor) -> Tensor:
         """The tokens (B, W) at these positions, from the logits (B · W, V) of every pass, which may be padded."""

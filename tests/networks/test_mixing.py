@@ -69,9 +69,18 @@ def test_a_prompt_that_no_remembered_picture_fits_is_completed(
     red, blue = networks.clip.encode_text(["a star on red", "a star on blue"])
     assert torch.equal(conditions(networks, "a star", [0.7, 0.1, 0.6]), torch.stack([blue, red, blue]))
     assert torch.equal(conditions(networks, "a star", [0.1]), red[None])
-    for said in ("a star on blue", "a star | a square"):
+    for said in ("a star on blue", "a star | on red", "a star " * 30):  # the last: the CLIP reads no more
         near = networks.bridge.conditions(embed_prompt(networks.clip, networks.bridge, said), torch.tensor([[0.2]]))
         assert torch.equal(conditions(networks, said, [0.2]), near)
+
+
+def test_all_parts_of_a_prompt_get_the_same_phrases(networks: Networks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bridge, "fits", lambda bridge, embedding: False)
+    both = networks.clip.encode_text(["a star above a heart on blue", "a ring on blue"])
+    found = conditions(networks, "a star and a heart:3 | a ring", [0.2, 0.9])
+    assert torch.equal(found[1:], weighted_mean(both, [0.75, 0.25]))
+    nearly = conditions(networks, "a star:0.9999 | a ring:0.0001", [0.2, 0.9])
+    assert torch.allclose(nearly, conditions(networks, "a star:1 | a ring:0", [0.2, 0.9]), atol=1e-3)
 
 
 def test_a_prompt_that_a_remembered_picture_fits_is_not_completed_unless_words_are_replaced(

@@ -119,14 +119,15 @@ def test_a_random_subset_of_all_positions_gives_the_logits_of_all() -> None:
 
 
 def test_stage_2_learns_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of one colour by its condition, drawn right after a short training."""
+    """Rows that begin with a token of the condition; each token follows from the one above, or to the left."""
     torch.manual_seed(0)
     gpt = GPT(replace(DELAYED, dropout=0.0))
-    trainer = GPTTrainer(gpt, FitConfig(steps=60, learning_rate=0.01))
+    trainer = GPTTrainer(gpt, FitConfig(steps=120, learning_rate=0.01))
     monkeypatch.setattr(trainer, "log_dict", lambda *given, **named: None)
     optimizer = torch.optim.Adam(gpt.parameters(), lr=0.01)
-    conditions, colours = embeddings(4), torch.arange(4)[:, None].expand(-1, 16) * 7
-    for _ in range(60):
+    row, column = torch.arange(16) // 4, torch.arange(16) % 4
+    conditions, colours = embeddings(4), (torch.arange(4)[:, None] * 7 + 3 * column + 5 * row) % 32
+    for _ in range(120):
         batch = conditions, colours, torch.zeros(4, dtype=torch.bool), conditions, conditions
         loss = trainer.training_step(batch)
         optimizer.zero_grad()
