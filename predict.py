@@ -75,7 +75,7 @@ class Predictor(BaseRunner):
         ),
         num_outputs: int = Input(description="Number of pictures to return, best first.", default=4, ge=1, le=64),
         candidates: int = Input(description="Number of pictures to draw and choose from.", default=16, ge=1, le=256),
-        clip_rerank: bool = Input(description="Return the best by CLIP score. Off: the first ones.", default=True),
+        clip_rerank: bool = Input(description="Return the best-ranked pictures. Off: the first ones.", default=True),
         top_k: int = Input(description="Sample from the k likeliest tokens. 0: all tokens.", default=0, ge=0, le=16384),
         top_p: float = Input(
             description="Sample from the likeliest tokens with this total probability. 1: all.", default=1.0, ge=0, le=1

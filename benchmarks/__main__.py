@@ -15,6 +15,7 @@ from benchmarks import (
     precision,
     previews,
     published_size,
+    row_delay,
     speed,
     stage_one,
     steering,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "stage-1": (stage_one.main, "pictures a second and PSNR of stage 1, of two versions in turns"),
     "training-sizes": (training_sizes.main, "memory and pictures a second of training each size"),
     "published-size": (published_size.main, "seconds and memory of the published model's size"),
+    "row-delay": (row_delay.main, "sampling of all rows at once and one after the other"),
     "windows": (windows.main, "a single candidate in windows of tokens and in single steps"),
 }
 

@@ -37,7 +37,7 @@ SETTINGS = {
     "temperature": (1.0, "higher varies more, 0 to 10; 0: always the likeliest token"),
     "guidance": (1.0, "how hard to push towards the prompt, 0 to 20; 1: off"),
     "seed": (None, f"same seed, same pictures, 0 to {MAX_SEED}"),
-    "clip_rerank": (True, "return the best pictures by CLIP score; off: the first ones drawn"),
+    "clip_rerank": (True, "return the best-ranked pictures; off: the first ones drawn"),
     "output_format": ("png", "file type"),
     "output_quality": (90, "of webp and jpg, 0 to 100; webp is lossless at 100"),
     "output_size": ("1x", "size of the pictures; 1x: the model's own"),

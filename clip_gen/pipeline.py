@@ -184,7 +184,7 @@ class ClipGen:
         progress_seconds: float = 0.5,
         previews: bool = False,
     ) -> Generation:
-        """Draws `candidates` images of the prompt and returns the best `num_outputs` by CLIP score, best first.
+        """Draws `candidates` images of the prompt and returns the best `num_outputs`, best first.
 
         image: a picture or its file, to draw variations of, or to mix with the prompt; image_weight: its share then.
         negative_prompt: what not to show; guidance pushes away from it, and if guidance is 1 it becomes 3.

@@ -333,6 +333,14 @@ def test_precision_compares_candidate_by_candidate(tiny_model_folder: Path) -> N
     assert better["bfloat16"]["points"] == 0
 
 
+def test_a_row_delay_is_timed_with_the_same_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["row-delay", "--models", str(BUNDLED), "--times", "1", "--out", str(tmp_path / "found.json")])
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["candidates"], row["steps"]) for row in rows] == [(1, 46), (4, 46), (16, 46)]
+    assert rows[1]["times as fast"] > 1.2
+    assert "| shapes | 16 | " in capsys.readouterr().out
+
+
 def test_windows_and_single_steps_draw_the_same_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["windows", "--models", str(BUNDLED), "--pictures", "2", "--out", str(tmp_path / "windows.json")])
     (row,) = json.loads((tmp_path / "windows.json").read_text())["models"]

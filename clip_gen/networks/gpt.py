@@ -1,6 +1,7 @@
 """The transformer that predicts image tokens from a CLIP embedding: a pre-norm decoder, as GPT-2.
 
-The condition takes position 0, so token t is predicted at position t from the tokens before it.
+The condition takes position 0, so token t is predicted at position t from the tokens before it: those to its left and
+above, or with a row delay those of earlier steps.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Request:
 
     num_outputs: how many of the best are kept, best first; None: all, in their order. should_stop: called before every
     token; the request ends with Stopped once it returns True. inpainting: the picture to redraw a part of, if any.
-    listener: hears how far the request is. chances: (K,) in [0, 1), which embeddings of the model's memory they take.
+    listener: hears how far the request is. chances: (K,) in [0, 1), which remembered pictures or completions they get.
     """
 
     model: Model

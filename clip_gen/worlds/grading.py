@@ -159,7 +159,7 @@ class Evaluation:
         batch = Batch(model.gpt, condition, uniforms, self.sampling, likelihoods=True).run()
         images = torch.cat([model.vqgan.decode(part) for part in batch.tokens.split(CANDIDATES)])
         embeddings = model.clip_encoder.encode_image(images).view(len(chosen), CANDIDATES, -1)
-        # As in batch_requests.py; those of images are ranked by the text alone.
+        # As in batch_requests.py; candidates of images are compared with the text alone.
         wanted = text[:, None].expand_as(embeddings)
         if source == "text":
             wanted = wanted.lerp(condition.view_as(embeddings), DRAWN_FROM)
