@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,11 +73,18 @@ def jackknife(distance: Callable[[Tensor, Tensor], float], real: Tensor, generat
     The distance is computed again without each tenth of both sets, and the interval is Student's (Quenouille and Tukey;
     Shao and Wu, Ann. Stat. 17, 1989). It has the variance only, not the bias of small sets. NaN below 20 pictures.
     """
-    value = distance(real, generated)
+    value = _collected(distance, real, generated)
     if min(len(real), len(generated)) < 2 * GROUPS:
         return Estimate(value, math.nan, math.nan)
     kept = [[torch.arange(len(part)) % GROUPS != group for part in (real, generated)] for group in range(GROUPS)]
-    return leaving_out(value, [distance(real[first], generated[second]) for first, second in kept])
+    return leaving_out(value, [_collected(distance, real[first], generated[second]) for first, second in kept])
+
+
+def _collected(distance: Callable[[Tensor, Tensor], float], real: Tensor, generated: Tensor) -> float:
+    """The distance. Metrics of torchmetrics are reference cycles, and keep the features until they are collected."""
+    value = distance(real, generated)
+    gc.collect()
+    return value
 
 
 def leaving_out(value: float, others: Sequence[float]) -> Estimate:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import scipy.spatial
 import scipy.special
 import scipy.stats
 import torch
+import torchmetrics
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -212,3 +215,17 @@ def test_reconstructions_are_scored_one_by_one() -> None:
     assert (found["SSIM"].diff() < 0).all()
     error = (worse[2] - images[2]).square().mean()
     assert float(found["PSNR"][2]) == pytest.approx(10 * math.log10(4 / float(error)), abs=1e-3)
+
+
+@pytest.mark.parametrize("distance", [fid, kid])
+def test_the_jackknife_keeps_no_features_in_memory(distance: Callable[[Tensor, Tensor], float]) -> None:
+    """The metrics of 50,000 pictures needed 9.5 GB, because eleven copies of the features waited to be collected."""
+    generator = torch.Generator().manual_seed(0)
+    real, generated = torch.randn(2, 40, 8, generator=generator)
+    gc.collect()
+    gc.disable()
+    try:
+        jackknife(distance, real, generated)
+        assert not [kept for kept in gc.get_objects() if isinstance(kept, torchmetrics.Metric)]
+    finally:
+        gc.enable()
