@@ -20,7 +20,7 @@ ADVANCED = {
     "Files": ("output_size", "output_format", "output_quality", "output_grid", "output_metadata"),
 }
 STEPS = {"temperature": 0.05, "guidance": 0.1}  # of sliders; others 1 or 0.01
-LABELS = {"num_outputs": "Pictures", "clip_rerank": "Choose the best-ranked"}  # others: the input's name
+LABELS = {"num_outputs": "Pictures", "clip_rerank": "Choose the best"}  # others: the input's name
 CANVAS = 384  # pixels of the square on which a mask is painted
 BRUSH = "#ff00ff"
 TYPED = ("seed", "top_k")  # numbers with a range too large for a slider

@@ -19,14 +19,15 @@ MAX_EXAMPLES = 6
 BUNDLED = ("shapes", "emoji")
 PROMPTS = (
     "a train on a bridge",
-    "a bowl of fruit on a wooden table",
+    "people skiing down a snowy slope",
     "a red double decker bus in a city street",
     "a cat sleeping on a sofa",
     "a snowy mountain under a blue sky",
-    "a plate with a slice of pizza",
+    "a slice of pizza",
     "two cats",
     "a blue dog on a white background",
     "an apple beside a banana",
+    "a house left of a tree",
     "a smiling face with sunglasses",
     "a rocket above a star",
     "a green frog",
