@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from clip_gen.completions import completed, needed
 from clip_gen.hardware import choose_device, choose_dtype, one_thread, prefers_bfloat16, tensor_float32
 from clip_gen.images import resized_square, to_pil, to_tensor
+from clip_gen.known_words import KnownWords
 from clip_gen.networks.mixing import embed_prompt, prompt_conditions, slerp
-from clip_gen.prompts import parse_prompt
 from clip_gen.sampling.batch_requests import Candidate, Request
 from clip_gen.sampling.batch_sizes import pad_rows
 from clip_gen.sampling.batcher import shared_batcher
@@ -40,7 +38,6 @@ __all__ = ["ClipGen", "Generation", "Progress", "Stopped"]
 
 GPU_BATCH = 32  # images decoded and scored together
 NEGATIVE_GUIDANCE = 3.0  # with a negative prompt, if guidance is left at 1
-MAX_SUMMARY = 400  # characters of a warning that says what a model knows
 CPU_PATCH_BATCH = 4  # the same on a CPU, for images decoded in patches: twice as fast as one by one
 
 
@@ -89,10 +86,8 @@ class ClipGen:
     def __init__(self, networks: Networks, device: torch.device, warnings: Sequence[str] = ()):
         self.config = networks.config
         self.warnings = list(warnings)  # about the model
-        vocabulary = networks.texts.get(VOCABULARY, "")
-        summary = vocabulary.partition("\n")[0]
-        self.listed = set(re.findall(r"[^\W\d_]+", vocabulary.lower()))
-        self.vocabulary = "".join(filter(str.isprintable, summary))[:MAX_SUMMARY]  # the file may be a stranger's
+        vocabulary, completions = networks.texts.get(VOCABULARY, ""), networks.config.bridge.completions
+        self.words = KnownWords(networks.clip, vocabulary, completions)
         self.clip_encoder = networks.clip
         self.vqgan = networks.vqgan
         self.gpt = networks.gpt
@@ -242,29 +237,12 @@ class ClipGen:
 
     def warnings_about(self, condition: Condition, sampling: Sampling) -> list[str]:
         """Warnings about what is asked for and these settings."""
-        found = []
-        for name in filter(vars(condition).get, ("prompt", "negative_prompt")):
-            texts = [part.text for part in parse_prompt(getattr(condition, name), name)]
-            if name == "prompt" and condition.picture is None:
-                replacing = [each for each in needed(texts, self.bridge.config.completions) if each.replaces]
-                texts = [completed(text, replacing, 0.0) for text in texts]
-            for text in texts:
-                found += self._warnings_about_words(text, name.replace("_", " "))
+        found = self.words.warnings(condition)
         if sampling.greedy:
             settings = " and ".join(f"{name} is {getattr(sampling, name):g}" for name in sampling.greedy)
             found.append(f"{settings}: all candidates would be the same picture, so one is drawn and returned")
         elif sampling.top_k >= self.config.gpt.codebook_size:
             found.append(f"top_k is {sampling.top_k}, which does nothing: this model has no more tokens")
-        return found
-
-    def _warnings_about_words(self, text: str, name: str) -> list[str]:
-        """Warnings about the words of a prompt without weights, or of a part of one with weights."""
-        found = []
-        if lost := self.clip_encoder.tokenize.left_out(text):
-            found.append(f"the {name} is longer than this model's CLIP reads; its end is left out: {lost!r}")
-        if unknown := self.clip_encoder.unknown_words(text, self.listed):
-            known = f"; it knows {self.vocabulary} ({VOCABULARY} lists all words)" if self.vocabulary else ""
-            found.append(f"this model does not know {', '.join(map(repr, unknown))}{known}")
         return found
 
     @property

@@ -51,7 +51,7 @@ def test_its_vocabulary_is_that_of_the_world(model: ClipGen) -> None:
     text = (FOLDER / "vocabulary.txt").read_text()
     assert text == vocabulary()
     listed = " ".join(line.partition(": ")[2] for line in text.splitlines() if not line.startswith("Their plurals"))
-    assert model.clip_encoder.unknown_words(listed, model.listed) == []
+    assert model.clip_encoder.unknown_words(listed, model.words.listed) == []
 
 
 def test_a_prompt_with_an_unknown_word_draws_and_says_what_the_model_knows(model: ClipGen) -> None:

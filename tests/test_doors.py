@@ -23,7 +23,7 @@ DOORS = {
     "spandrel": ["clip_gen/networks/upscaler.py"],
     "vector_quantize_pytorch": ["clip_gen/networks/quantizers.py"],
     "safetensors": ["clip_gen/weights/model_folder.py", "clip_gen/weights/importers/reader.py"],
-    "matplotlib": ["clip_gen/training/curves.py"],
+    "matplotlib": ["clip_gen/training/curves.py", "clip_gen/evaluation/time_plot.py"],
     "pytorch_lightning": ["clip_gen/training/", "clip_gen/worlds/"],
     "torchmetrics": ["clip_gen/metrics/"],
     "torch_fidelity": ["clip_gen/metrics/features.py"],
@@ -42,10 +42,10 @@ LAYERS = [
     ["predict", "train", "__main__"],
     ["serving", "training.cli", "evaluation", "worlds", "ui"],
     ["generate", "info", "interpolate", "prompts_file", "picture_files", "enlarging", "training"],
-    ["progress_bar", "pipeline"],
+    ["progress_bar", "known_words", "pipeline"],
     ["sampling", "weights", "metrics"],
     ["networks", "data"],
-    ["config", "hardware", "files", "images", "validation", "prompts"],
+    ["config", "hardware", "files", "images", "validation", "prompts", "completions"],
 ]
 
 

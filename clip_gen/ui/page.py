@@ -186,7 +186,7 @@ class Page:
             model = self.models.get(name)
         except (ValueError, OSError) as error:
             return {self.status: said(str(error), problem=True), self.examples: gr.Dataset(samples=[]), self.known: ""}
-        known = f"{model.vocabulary}." if model.vocabulary else "It has no vocabulary.txt that says it."
+        known = f"{model.words.summary}." if model.words.summary else "It has no vocabulary.txt that says it."
         samples = [[prompt] for prompt in examples(model)]
         return {self.examples: gr.Dataset(samples=samples), self.known: known, self.status: said("")}
 
