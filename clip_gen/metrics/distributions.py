@@ -46,12 +46,12 @@ def kid(real: Tensor, generated: Tensor, seed: int = 0) -> float:
     """
     size = min(SUBSET_SIZE, len(real), len(generated))
     subsets = 1 if size == len(real) == len(generated) else SUBSETS
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it keeps the features, which are kept anyway
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter(
+            "ignore"
+        )  # that it keeps the features, and that `update`, which copies them, is not called
         metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=size)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    with torch.random.fork_rng():
+        metric.real_features, metric.fake_features = real, generated
         torch.manual_seed(seed)
         return float(metric.compute()[0])
 
