@@ -41,9 +41,9 @@ def test_each_line_of_a_text_is_a_prompt_in_a_common_batch(
 ) -> None:
     sizes: list[int] = []
 
-    def counted(*given: object) -> Batch:
+    def counted(*given: object, **named: object) -> Batch:
         sizes.append(len(given[1]))
-        return Batch(*given)
+        return Batch(*given, **named)
 
     monkeypatch.setattr("clip_gen.sampling.batch_requests.Batch", counted)
     for name in ("WAIT_SECONDS", "MAX_WAIT_SECONDS"):
