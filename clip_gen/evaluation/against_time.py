@@ -172,9 +172,14 @@ class Comparison:
         seconds[most] = self._clock() - began
         found = []
         for n in sorted(self.arguments.candidates):
-            best = int(np.argmax(drawn.scores[:n]))
-            found.append(("candidates", n, seconds.get(n), drawn.scores[best], drawn.images[best]))
+            best = drawn.images[int(np.argmax(drawn.scores[:n]))]
+            found.append(("candidates", n, seconds.get(n), self._clip_score(best, prompt), best))
         return found
+
+    def _clip_score(self, picture: Image.Image, prompt: str) -> float:
+        """The cosine alone: the ranking of a model with a memory or a likelihood_weight knows more than it."""
+        embedding = self.model.clip_encoder.encode_image(to_tensor([picture]).to(self.model.device))
+        return float((embedding * self.model.embed_prompt(prompt)).sum())
 
     def _seconds(self, prompt: str, candidates: int, seed: int) -> float:
         began = self._clock()
