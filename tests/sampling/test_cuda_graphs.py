@@ -46,18 +46,12 @@ def new_batch(gpt: GPT, rows: int, seed: int, *, recorded: bool = True, sampling
     return Batch(gpt, embedding.to(device), uniforms, sampling or Sampling(), recorded=recorded)
 
 
-def sample_all(batch: Batch) -> Tensor:
-    while not batch.done:
-        batch.step()
-    return batch.tokens
-
-
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=3.0, top_k=5)])
 @pytest.mark.parametrize("rows", [1, 16, 20])
 def test_recorded_steps_sample_the_same_tokens(gpt: GPT, rows: int, sampling: Sampling) -> None:
-    growing = sample_all(new_batch(gpt, rows, 3, recorded=False, sampling=sampling))
+    growing = new_batch(gpt, rows, 3, recorded=False, sampling=sampling).run().tokens
     assert growing.unique().numel() > 4
-    assert torch.equal(sample_all(new_batch(gpt, rows, 3, sampling=sampling)), growing)
+    assert torch.equal(new_batch(gpt, rows, 3, sampling=sampling).run().tokens, growing)
 
 
 def test_recorded_steps_give_the_same_logits_at_every_position(gpt: GPT) -> None:
@@ -72,18 +66,18 @@ def test_recorded_steps_give_the_same_logits_at_every_position(gpt: GPT) -> None
 
 def test_a_reused_recording_keeps_nothing_of_its_last_batch(gpt: GPT) -> None:
     first = new_batch(gpt, 4, 1)
-    used, expected_tokens = first.steps.recording, sample_all(first)
-    sample_all(second := new_batch(gpt, 4, 2))
+    used, expected_tokens = first.steps.recording, first.run().tokens
+    second = new_batch(gpt, 4, 2).run()
     other = second.steps.recording
     assert other is not used  # the first still has it
     del first, second
     third = new_batch(gpt, 4, 1)
     assert third.steps.recording in (used, other)
-    assert torch.equal(sample_all(third), expected_tokens)
+    assert torch.equal(third.run().tokens, expected_tokens)
 
 
 def test_concurrent_batches_do_not_share_memory(gpt: GPT) -> None:
-    expected_tokens = [sample_all(new_batch(gpt, 4, seed)) for seed in (1, 2)]
+    expected_tokens = [new_batch(gpt, 4, seed).run().tokens for seed in (1, 2)]
     batches = [new_batch(gpt, 4, seed) for seed in (1, 2)]
     for _ in range(gpt.config.block_size):
         for batch in batches:
@@ -92,11 +86,11 @@ def test_concurrent_batches_do_not_share_memory(gpt: GPT) -> None:
 
 
 def test_an_unfinished_batch_returns_its_recording(gpt: GPT) -> None:
-    expected_tokens = sample_all(new_batch(gpt, 4, 1))
+    expected_tokens = new_batch(gpt, 4, 1).run().tokens
     half = new_batch(gpt, 4, 2)
     half.step()
     del half
-    assert torch.equal(sample_all(new_batch(gpt, 4, 1)), expected_tokens)
+    assert torch.equal(new_batch(gpt, 4, 1).run().tokens, expected_tokens)
     assert len(cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]) == 1
 
 
@@ -145,7 +139,7 @@ def test_a_batcher_keeps_recordings_within_its_memory(gpt: GPT, monkeypatch: pyt
 
 def test_recordings_are_freed_with_their_transformer(gpt: GPT) -> None:
     own = GPT(TINY.gpt).eval().to(gpt.head.weight.device)
-    sample_all(new_batch(own, 2, 0))
+    new_batch(own, 2, 0).run()
     recording = weakref.ref(cuda_graphs._idle[own][padded_batch_size(own, 2)][0])
     del own
     gc.collect()
@@ -172,14 +166,14 @@ def test_no_step_synchronizes_or_mixes_devices(
             gpt._precompute_neighbours()  # as cast_for_inference does, which cannot change such parameters
         embedding = torch.randn(40, gpt.config.embed_dim)
         batch = Batch(gpt, embedding, torch.rand(40, gpt.config.block_size), sampling)
-        tokens = sample_all(batch)
+        tokens = batch.run().tokens
         assert tokens.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             tokens.max().item()
 
 
 def test_a_recording_is_not_reused_after_its_weights_moved(gpt: GPT) -> None:
-    expected_tokens = sample_all(new_batch(gpt, 4, 1))
+    expected_tokens = new_batch(gpt, 4, 1).run().tokens
     (used,) = cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]
     before = [parameter.data for parameter in gpt.parameters()]  # kept, so that no other tensor gets their memory
     for parameter in gpt.parameters():
@@ -188,7 +182,7 @@ def test_a_recording_is_not_reused_after_its_weights_moved(gpt: GPT) -> None:
     assert again.steps.recording is not used
     for data in before:
         data.zero_()
-    assert torch.equal(sample_all(again), expected_tokens)
+    assert torch.equal(again.run().tokens, expected_tokens)
     del again
     assert len(cuda_graphs._idle[gpt][padded_batch_size(gpt, 4)]) == 1
     cuda_graphs.forget(gpt)

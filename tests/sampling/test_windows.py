@@ -37,12 +37,6 @@ def new_batch(gpt: GPT, rows: int, sampling: Sampling = Sampling(), kept: Tensor
     return Batch(gpt, embedding, candidate_uniforms(3, range(rows), gpt.config.block_size), sampling, kept=kept)
 
 
-def finished(batch: Batch) -> Batch:
-    while not batch.done:
-        batch.step()
-    return batch
-
-
 def steps_of(batch: Batch) -> int:
     steps = 0
     while not batch.done:
@@ -64,13 +58,13 @@ def test_windows_give_the_tokens_of_single_steps(
     single_steps: pytest.MonkeyPatch, changes: dict[str, int], sampling: Sampling
 ) -> None:
     gpt = network(**changes)
-    expected = finished(new_batch(gpt, 1, sampling))
+    expected = new_batch(gpt, 1, sampling).run()
     single_steps.undo()
     batch = new_batch(gpt, 1, sampling)
     assert expected.window is None
     assert batch.window.window >= 4
     assert len(expected.tokens.unique()) > 16
-    assert torch.equal(finished(batch).tokens, expected.tokens)
+    assert torch.equal(batch.run().tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("shape", [slice(20, 70), slice(None, None, 3), slice(0, 9), slice(90, None)])
@@ -78,9 +72,9 @@ def test_kept_tokens_stay_and_are_rated_with_the_same_bits(single_steps: pytest.
     gpt = network(neighbour_context=True)
     kept = torch.randint(0, 32, (1, 100), generator=torch.Generator().manual_seed(0))
     kept[0, shape] = -1
-    expected = finished(new_batch(gpt, 1, kept=kept))
+    expected = new_batch(gpt, 1, kept=kept).run()
     single_steps.undo()
-    found = finished(new_batch(gpt, 1, kept=kept))
+    found = new_batch(gpt, 1, kept=kept).run()
     assert found.window is not None
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.tokens[kept >= 0], kept[kept >= 0])
@@ -95,7 +89,7 @@ def test_kept_tokens_are_right_guesses() -> None:
 
 def test_the_first_guesses_are_the_likeliest_tokens_of_the_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
     gpt = network(sketch_drawings=2)
-    tokens = finished(new_batch(gpt, 1)).tokens
+    tokens = new_batch(gpt, 1).run().tokens
     prefix = gpt.prefix(F.normalize(torch.randn(1, 16, generator=torch.manual_seed(1)), dim=1))
     assert torch.equal(new_batch(gpt, 1).window.guesses, gpt.sketch.head(gpt.sketch(prefix)).argmax(dim=2))
     monkeypatch.setattr(sampler, "first_guesses", lambda *given: tokens)
@@ -136,7 +130,7 @@ def test_the_bundled_models_take_fewer_steps_than_tokens(single_steps: pytest.Mo
     model = ClipGen.load(folder, "cpu", "float16")
     embedding, _ = model.embed(Condition(prompt, None))
     uniforms = candidate_uniforms(0, range(1), 256)
-    expected = finished(Batch(model.gpt, embedding, uniforms, Sampling()))
+    expected = Batch(model.gpt, embedding, uniforms, Sampling()).run()
     single_steps.undo()
     batch = Batch(model.gpt, embedding, uniforms, Sampling())
     steps = steps_of(batch)
