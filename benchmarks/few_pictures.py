@@ -224,7 +224,7 @@ def copied(model: ClipGen, pictures: Tensor, learnt: Sequence[Path]) -> tuple[fl
         for pixels in (squares(learnt, model.config.vqgan.resolution), pictures)
     )
     distances, indices = nearest(drawn_features, features)
-    return is_close(distances[:, 0], features).float().mean().item(), indices[:, 0].tolist()
+    return is_close(distances, features).float().mean().item(), indices.tolist()
 
 
 def sheet(*rows: Sequence[Tensor]) -> Image.Image:

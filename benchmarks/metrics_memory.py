@@ -49,13 +49,13 @@ def main(words: list[str]) -> None:
 def measure(pictures: int, features: int) -> dict[str, object]:
     torch.manual_seed(0)
     began, before = time.monotonic(), peak_memory()
-    measuring = Measuring(random_network(features), random_clip(min(512, features)), "random", CPU, bias="")
+    measuring = Measuring(random_network(features), random_clip(min(512, features)), "random", CPU)
     real, drawn = (measuring.features(made_pictures(pictures, seed)) for seed in (0, 1))
     prompts = [f"prompt {number}" for number in range(pictures)]
     texts = F.normalize(torch.randn(pictures, drawn.embeddings.shape[1]), dim=1)
     pictures_drawn = Drawn([Path(prompt) for prompt in prompts], drawn)
-    measuring.drawn("drawn", pictures_drawn, real, real)
-    measuring.prompts("drawn", pictures_drawn, prompts, texts)
+    measuring.drawn("drawn", pictures_drawn, real, real, None)
+    measuring.prompts("drawn", pictures_drawn, prompts, texts, bias="")
     return {
         "pictures": pictures,
         "features": features,

@@ -23,7 +23,8 @@ from clip_gen.evaluation.time_plot import time_plot
 from clip_gen.files import check_claimable, claim_folder, write_text_atomic
 from clip_gen.generate import load_model
 from clip_gen.images import to_tensor
-from clip_gen.metrics.distributions import cmmd_with_interval
+from clip_gen.metrics.clip_scores import clip_scores
+from clip_gen.metrics.distributions import cmmd
 from clip_gen.metrics.features import clip_features
 from clip_gen.metrics.intervals import Estimate, mean, share
 from clip_gen.pipeline import ClipGen
@@ -91,6 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
     for plot in run.plots(points):
         write_text_atomic(arguments.out / f"{plot['name']}.svg", time_plot(plot))
     print(table(points))
+    print(f"CLIP score and CMMD: {clip_features(model.clip_encoder, model.config.name).name}, which both methods use")
     print(f"wrote {arguments.out / RESULTS} and its plots")
 
 
@@ -146,7 +148,7 @@ class Comparison:
 
     def _key(self) -> dict[str, object]:
         budgets = {name: sorted(getattr(self.arguments, name)) for name in METHODS}
-        return {"model": self.model.sha256, "seed": self.arguments.seed, **budgets, **asdict(self.settings)}
+        return {"model_sha256": self.model.sha256, "seed": self.arguments.seed, **budgets, **asdict(self.settings)}
 
     def _drawn(self, number: int, name: str) -> list[dict[str, object]]:
         """The points of one prompt; saves its pictures."""
@@ -177,9 +179,9 @@ class Comparison:
         return found
 
     def _clip_score(self, picture: Image.Image, prompt: str) -> float:
-        """The cosine alone: the ranking of a model with a memory or a likelihood_weight knows more than it."""
+        """Of the cosine alone: the ranking of a model with a memory or a likelihood_weight knows more than it."""
         embedding = self.model.clip_encoder.encode_image(to_tensor([picture]).to(self.model.device))
-        return float((embedding * self.model.embed_prompt(prompt)).sum())
+        return float(clip_scores(embedding, self.model.embed_prompt(prompt)))
 
     def _seconds(self, prompt: str, candidates: int, seed: int) -> float:
         began = self._clock()
@@ -213,9 +215,8 @@ class Comparison:
             ]
             drawn = network(to_tensor([picture]).to(device) for picture in pictures)
             seconds = statistics.median(point["seconds"] for point in measured if point["seconds"] is not None)
-            scores = mean(torch.tensor([100 * point["score"] for point in measured]))
-            distance = cmmd_with_interval(real, drawn)
-            found.append(Point(method, budget, seconds, len(pictures), share(right), scores, distance))
+            scores = mean(torch.tensor([point["score"] for point in measured]))
+            found.append(Point(method, budget, seconds, len(pictures), share(right), scores, cmmd(real, drawn)[0]))
         return found
 
     def _is_right(self, picture: Image.Image, case: Case) -> bool:
@@ -228,7 +229,7 @@ class Comparison:
         measures = {
             "accuracy": f"Pictures that the judge calls right, in %, of {count}",
             "clip_score": f"CLIP score, of the CLIP that both methods use, {count}",
-            "cmmd": f"CMMD to renders, of the same CLIP, {count}; lower is better",
+            "cmmd": f"CMMD of drawn pictures and renders, of the same CLIP, {count}; lower is better",
         }
         return [
             {"name": name, "title": title, "series": [_series(points, method, name) for method in METHODS]}

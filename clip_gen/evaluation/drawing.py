@@ -32,10 +32,12 @@ def prompt_lines(path: Path, settings: Mapping[str, object]) -> list[Line]:
     return [_with_seed(line, settings["seed"] + i) for i, line in enumerate(found)]
 
 
-def picture_lines(paths: Sequence[Path], settings: Mapping[str, object]) -> list[Line]:
-    """A line for each picture: what the model draws from its embedding. Seeds as in prompt_lines."""
+def picture_lines(paths: Sequence[Path], numbers: Sequence[int], settings: Mapping[str, object]) -> list[Line]:
+    """A line for each of the pictures with these numbers: what the model draws from its embedding. Picture number n has
+    the seed plus n.
+    """
     values = DEFAULTS | dict(settings) | FIXED | {"prompt": ""}
-    return [Line(i + 1, values | {"image": path, "seed": settings["seed"] + i}) for i, path in enumerate(paths)]
+    return [Line(n + 1, values | {"image": paths[n], "seed": settings["seed"] + n}) for n in numbers]
 
 
 def _with_seed(line: Line, seed: int) -> Line:

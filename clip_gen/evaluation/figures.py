@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from clip_gen.metrics.intervals import Estimate
 
 BLURS = ("FID-1", "FID-2", "FID-4", "FID-8")  # FID of pictures that are blurred with this radius
 LOWER_IS_BETTER = {"FID", *BLURS, "KID × 1000", "CMMD", "LPIPS"}
-NO_DIRECTION = {"density", "close to a training picture"}  # 1 and 50 % are as good as can be
-SHARES = {"precision", "recall", "coverage", "R-precision", "close to a training picture"}
+CLOSE_TO_TRAINING, CLOSE_TO_REAL = "close to a training picture", "close to a real picture"
+NO_DIRECTION = {"density", CLOSE_TO_TRAINING, CLOSE_TO_REAL}  # 1 and 50 % are as good as can be
+SHARES = {"precision", "recall", "coverage", "R-precision", CLOSE_TO_TRAINING, CLOSE_TO_REAL}
+WITHOUT_BIAS = {"KID × 1000", "CLIP score", "PSNR", "SSIM", "LPIPS"}  # the others compare for equal numbers of pictures
+FROM_PROMPTS, FROM_PICTURES = "from prompts", "from image embeddings"
 DECIMALS = {"FID": 2, "KID × 1000": 3, "CMMD": 3, "PSNR": 2, "SSIM": 4, "LPIPS": 4, "density": 3}
 SMALL_FID = 10.0
 
@@ -23,7 +26,7 @@ class Figure:
     """One figure of a report. low, high: 95 % interval; None if it has none.
 
     source: what was measured, for example "from prompts". features: of which network; figures with others do not
-    compare. pictures: how many were measured, and against how many real ones (0: none).
+    compare. pictures: how many were measured, and against how many real ones (0: none). weights: SHA-256 of a CLIP.
     """
 
     source: str
@@ -35,6 +38,7 @@ class Figure:
     pictures: int
     real: int = 0
     note: str = ""
+    weights: str = ""
 
     @classmethod
     def of(cls, source: str, name: str, estimate: Estimate, *rest: object) -> Figure:
@@ -50,6 +54,11 @@ class Figure:
         if self.low is None or self.high is None:
             return "none"
         return f"{_number(self.name, self.low)} to {_number(self.name, self.high)}"
+
+    @property
+    def network(self) -> str:
+        """Tells which features these are: a CLIP by its weights, since models with the same CLIP have other names."""
+        return self.weights or self.features
 
     @property
     def counts(self) -> str:
@@ -73,19 +82,23 @@ def _number(name: str, value: float, like: float | None = None) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of two evaluations. exceeds: whether they differ by more than chance, at 95 %; None if unknown."""
+    """A figure of two evaluations. exceeds: whether they differ by more than chance, at 95 %; None if unknown.
+    obstacle: why they do not compare; empty if they do.
+    """
 
     own: Figure
     other: Figure
     exceeds: bool | None
+    obstacle: str = ""
 
     @property
     def shown(self) -> str:
         own, other, name = self.own, self.other, self.own.name
-        if own.features != other.features:
-            return f"do not compare: {own.features}, {other.features}"
+        if self.obstacle:
+            return f"do not compare: {self.obstacle}"
         change = own.value - other.value
         change = f"{'+' if change > 0 else ''}{_number(name, change, own.value)}"
+        change += " points" if name in SHARES else ""
         if self.exceeds is None:
             return f"{change}, without an interval"
         better = (own.value < other.value) == (name in LOWER_IS_BETTER)
@@ -93,20 +106,39 @@ class Difference:
         return f"{change}{verdict}" if self.exceeds else f"{change}, within the intervals"
 
 
-def differences(own: Sequence[Figure], others: Sequence[Figure]) -> list[Difference]:
-    """The figures that both evaluations have. The interval of a difference is the root of both half widths' squares."""
+def differences(own: Sequence[Figure], others: Sequence[Figure], different: Collection[str] = ()) -> list[Difference]:
+    """The figures that both evaluations have. The interval of a difference is the root of both half widths' squares.
+
+    different: what the evaluations do not have in common, of "images", "prompts" and "training".
+    """
     by_name = {(figure.source, figure.name): figure for figure in others}
     found = []
     for figure in own:
         other = by_name.get((figure.source, figure.name))
         if other is None:
             continue
-        exceeds = None
-        if figure.features == other.features and None not in (figure.low, figure.high, other.low, other.high):
+        exceeds, obstacle = None, _obstacle(figure, other, different)
+        if not obstacle and None not in (figure.low, figure.high, other.low, other.high):
             half = math.hypot((figure.high - figure.low) / 2, (other.high - other.low) / 2)
             exceeds = abs(figure.value - other.value) > half
-        found.append(Difference(figure, other, exceeds))
+        found.append(Difference(figure, other, exceeds, obstacle))
     return found
+
+
+def _obstacle(own: Figure, other: Figure, different: Collection[str]) -> str:
+    """Why two figures do not compare; empty if they do."""
+    if own.network != other.network:
+        names = {own.features, other.features}
+        return f"{own.features}, {other.features}" if len(names) == 2 else f"{own.features} with other weights"
+    if "training" in different and own.name == CLOSE_TO_TRAINING:
+        return "other training pictures"
+    if "images" in different and (own.real or own.source != FROM_PROMPTS) and own.name != CLOSE_TO_TRAINING:
+        return "other real pictures"
+    if "prompts" in different and own.source == FROM_PROMPTS:
+        return "other prompts"
+    if own.name not in WITHOUT_BIAS and (own.pictures, own.real) != (other.pictures, other.real):
+        return f"{own.counts} and {other.counts} pictures"
+    return ""
 
 
 def as_markdown(title: str, figures: Sequence[Figure], lines: Sequence[str] = ()) -> str:
@@ -133,7 +165,9 @@ def comparison_text(name: str, other: str, found: Sequence[Difference]) -> str:
     width = max((len(f"{d.own.source}, {d.own.name}") for d in found), default=0)
     lines = [f"{name} beside {other}:"]
     lines += [
-        f"{d.own.source + ', ' + d.own.name:<{width}}  {d.own.shown:>9}  {d.other.shown:>9}  {d.shown}" for d in found
+        f"{d.own.source + ', ' + d.own.name:<{width}}  {d.own.shown:>9}  {d.other.shown:>9}  {d.shown}"
+        + (f"; {d.own.features}" if d.own.features not in d.shown else "")
+        for d in found
     ]
     return "\n".join(lines)
 
@@ -142,11 +176,26 @@ def as_json(figures: Sequence[Figure], about: Mapping[str, object]) -> str:
     return json.dumps({**about, "figures": [asdict(figure) for figure in figures]}, indent=1, ensure_ascii=False) + "\n"
 
 
+def _read_figure(values: Mapping[str, object]) -> Figure:
+    """TypeError for values of other types than as_json writes."""
+    figure = Figure(**values)
+    for name, allowed in (
+        ("value", (int, float)),
+        ("low", (int, float, type(None))),
+        ("high", (int, float, type(None))),
+    ):
+        if not isinstance(getattr(figure, name), allowed):
+            raise TypeError
+    return figure
+
+
 def read_report(path: Path) -> tuple[dict[str, object], list[Figure]]:
     """What as_json wrote. ValueError for another file."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        figures = [Figure(**figure) for figure in report.pop("figures")]
+        figures = [_read_figure(figure) for figure in report.pop("figures")]
+        if not figures:
+            raise ValueError
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give the report.json of an evaluation") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,21 +17,21 @@ import torch
 from clip_gen.data.archive import check_outside, fingerprint, unpack
 from clip_gen.data.manifest import INDEX, unpacked
 from clip_gen.evaluation.drawing import draw, picture_lines, prompt_lines
-from clip_gen.evaluation.figures import read_report
+from clip_gen.evaluation.figures import FROM_PICTURES, FROM_PROMPTS, read_report
 from clip_gen.evaluation.measuring import Drawn, Measuring
-from clip_gen.evaluation.report import FROM_PICTURES, FROM_PROMPTS, write_reports
+from clip_gen.evaluation.report import write_reports
+from clip_gen.evaluation.time_plot import read_points
 from clip_gen.files import check_claimable, claim_folder, folder_lock, write_text_atomic
 from clip_gen.generate import load_model
 from clip_gen.hardware import own_share
-from clip_gen.metrics.features import choose_features, load_clip
-from clip_gen.networks.clip_encoder import ClipEncoder
+from clip_gen.metrics.features import choose_features, load_clip, weights_sha256
 from clip_gen.networks.lpips import FrozenLPIPS
 from clip_gen.pipeline import ClipGen
 from clip_gen.prompts import parse_prompt
 from clip_gen.prompts_file import Line
 from clip_gen.sampling.sampler import Sampling
 from clip_gen.training.processes import wait_for
-from clip_gen.validation import MAX_CANDIDATES, check_number
+from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number
 from clip_gen.weights.default_model import lpips_weights
 from clip_gen.weights.model_folder import load_part
 
@@ -44,7 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
     share = own_share()
     settings = drawing_settings(arguments)
     lines = prompt_lines(Path(arguments.prompts), settings) if arguments.prompts else []
+    if not lines and not arguments.count:
+        raise ValueError("count is 0, and there are no prompts: nothing would be measured; give --prompts or --count")
     other = read_report(arguments.compare) if arguments.compare else None
+    baseline = read_points(arguments.baseline) if arguments.baseline else []
     check_outside(arguments.images, arguments.out)
     if share[0] == 0:
         check_claimable(arguments.out, KIND)
@@ -59,27 +62,26 @@ def run(arguments: argparse.Namespace) -> None:
     with folder_lock(work, busy) if share[0] == 0 else nullcontext():
         images = unpacked_once(arguments.images, work / "pictures", share)
         training = unpacked_once(arguments.training, work / "training", share) if arguments.training else images
-        bias = bias_of(model.clip_encoder, clip, settings["candidates"])
-        measuring = Measuring(network, clip, clip_name, model.device, bias)
+        measuring = Measuring(network, clip, clip_name, model.device)
         evaluation = Evaluation(model, measuring, images, training, settings, arguments.out)
         evaluation.draw(lines, arguments.count, share)
         if share[0] == 0:
             evaluation.measure(arguments.blur)
-            print(write_reports(evaluation, arguments, other))
+            print(write_reports(evaluation, arguments, other, baseline))
 
 
 def drawing_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """The settings of ClipGen.generate; ValueError for one that is out of range."""
     sampling = Sampling(**{field.name: getattr(arguments, field.name) for field in fields(Sampling)})
     sampling.check()
-    for name, most in (("candidates", MAX_CANDIDATES), ("count", 10**6)):
-        check_number(name, getattr(arguments, name), int(name == "candidates"), most, whole=True)
+    for name, least, most in (("candidates", 1, MAX_CANDIDATES), ("count", 0, 10**6), ("seed", 0, MAX_SEED - 10**6)):
+        check_number(name, getattr(arguments, name), least, most, whole=True)
     return vars(sampling) | {"candidates": arguments.candidates, "seed": arguments.seed}
 
 
 def unpacked_once(source: Path, folder: Path, share: tuple[int, int]) -> list[Path]:
     """The usable pictures of a zip, tar or folder; the first process unpacks them, unless that was done before."""
-    note = folder.with_name(f"{folder.name}.source")
+    note = source_note(folder)
     if share[0]:
         wait_for(folder / INDEX)
     elif not folder.is_dir():
@@ -92,13 +94,13 @@ def unpacked_once(source: Path, folder: Path, share: tuple[int, int]) -> list[Pa
     return unpacked(folder).paths
 
 
-def bias_of(own: ClipEncoder, judge: ClipEncoder, candidates: int) -> str:
-    """What to say beside CLIP scores if the CLIP that gives them is the model's own; else empty."""
-    if own.config != judge.config:
-        return ""
-    theirs = judge.state_dict()
-    if any(not torch.equal(tensor, theirs[name]) for name, tensor in own.state_dict().items()):
-        return ""
+def source_note(folder: Path) -> Path:
+    """The file beside a folder of unpacked pictures with the fingerprint of where they are from."""
+    return folder.with_name(f"{folder.name}.source")
+
+
+def bias_of(candidates: int) -> str:
+    """What to say beside CLIP scores of the model's own CLIP."""
     took_part = f"chose the best of {candidates}" if candidates > 1 else "conditioned the pictures"
     return f"biased: this CLIP also {took_part}"
 
@@ -123,22 +125,29 @@ class Evaluation:
         self.model, self.measuring, self.images, self.training = model, measuring, images, training
         self.settings, self.out = settings, out
         self.resolution = model.config.vqgan.resolution
+        folders = {"images": "pictures", "training": "pictures" if training is images else "training"}
+        self.fingerprints = {name: source_note(out / "work" / folder).read_text() for name, folder in folders.items()}
         self.prompts: list[str] = []
+        self.candidates: dict[str, int] = {}  # the most of a line
         self.paths: dict[str, list[Path]] = {}
         self.drawn: dict[str, Drawn] = {}
 
     def draw(self, lines: Sequence[Line], count: int, share: tuple[int, int]) -> None:
-        """Draws from the prompts' lines, and from the embeddings of the first `count` pictures."""
-        self.sources = self.images[:count]
+        """Draws from the prompts' lines, and from the embeddings of `count` random pictures."""
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
+        self.numbers = order[:count].sort().values  # archives and folders are often sorted by what pictures show
+        self.sources = [self.images[i] for i in self.numbers.tolist()]
         self.prompts = [as_text(line.settings["prompt"]) for line in lines]
-        drawn_lines = {FROM_PROMPTS: lines, FROM_PICTURES: picture_lines(self.sources, self.settings)}
-        for source, some in drawn_lines.items():
+        from_pictures = picture_lines(self.images, self.numbers.tolist(), self.settings)
+        for source, some in {FROM_PROMPTS: lines, FROM_PICTURES: from_pictures}.items():
             if some:
+                self.candidates[source] = max(line.settings["candidates"] for line in some)
                 folder = self.out / source.replace(" ", "-")
                 self.paths[source] = draw(self.model, some, folder, source, share)
 
     def measure(self, blurs: Sequence[int]) -> None:
         measuring, model = self.measuring, self.model
+        is_own_clip = measuring.clip_network.weights == weights_sha256(model.clip_encoder)
         real = measuring.of_files(self.images, self.resolution)
         training = real if self.training is self.images else measuring.of_files(self.training, self.resolution)
         self.psnr = torch.empty(0)
@@ -147,13 +156,16 @@ class Evaluation:
         for source, paths in self.paths.items():
             drawn = Drawn(paths, measuring.of_files(paths, self.resolution))
             self.drawn[source] = drawn
-            measuring.drawn(source, drawn, real, training)
+            bias = bias_of(self.candidates[source]) if is_own_clip else ""
+            left_out = self.numbers if source == FROM_PICTURES and training is real else None
+            measuring.drawn(source, drawn, real, training, left_out)
             if source == FROM_PROMPTS:
-                measuring.prompts(source, drawn, self.prompts, measuring.clip.encode_text(self.prompts).cpu())
+                texts = measuring.clip.encode_text(self.prompts).cpu()
+                measuring.prompts(source, drawn, self.prompts, texts, bias)
                 for radius in blurs:
                     measuring.blurred(source, radius, self.images, paths, self.resolution)
             else:
-                measuring.pictures(source, drawn, real.embeddings[: len(paths)])
+                measuring.pictures(source, drawn, real.embeddings[self.numbers], bias)
 
     def _lpips(self) -> FrozenLPIPS | None:
         """LPIPS if it was pulled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import html
 import importlib.metadata
 import io
@@ -11,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +20,29 @@ import torch
 from PIL import Image
 
 from clip_gen.data.decoding import load_picture
-from clip_gen.evaluation.figures import BLURS, Figure, as_json, as_markdown, as_text, comparison_text, differences
-from clip_gen.evaluation.time_plot import read_points, time_plot
+from clip_gen.evaluation.figures import (
+    BLURS,
+    CLOSE_TO_REAL,
+    CLOSE_TO_TRAINING,
+    FROM_PICTURES,
+    FROM_PROMPTS,
+    Figure,
+    as_json,
+    as_markdown,
+    as_text,
+    comparison_text,
+    differences,
+)
+from clip_gen.evaluation.time_plot import time_plot
 from clip_gen.files import write_text_atomic
 from clip_gen.images import resized_square, to_pil, to_tensor
+from clip_gen.sampling.sampler import Sampling
 
 if TYPE_CHECKING:
+    from clip_gen.evaluation.measuring import Drawn
     from clip_gen.evaluation.pictures import Evaluation
 
 REPORT, TABLE, PAGE = "report.json", "report.md", "report.html"
-FROM_PROMPTS, FROM_PICTURES = "from prompts", "from image embeddings"
 SHOWN, HARDEST, PAIRS = 32, 12, 12  # pictures in the page
 MAX_SIDE = 192  # of a picture in the page, in pixels
 VERSIONS = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "pillow")
@@ -35,8 +50,8 @@ EXPLAINED = {
     "FID": "distance between the feature statistics of both sets; small sets have a higher one, so only compare equal "
     "numbers of pictures",
     **{name: f"FID of pictures that are blurred with a radius of {name[-1]} pixels" for name in BLURS},
-    "KID × 1000": "the same question without the bias of small sets; may be below 0",
-    "CMMD": "distance between the CLIP embeddings of both sets",
+    "KID × 1000": "another distance between these features, but no higher for small sets; may be below 0",
+    "CMMD": "distance between the CLIP embeddings of both sets; higher for small sets",
     "IS": "inception score: how certain InceptionV3 is of what a picture shows, and how many things all of them show; "
     "small sets have a lower one, and real pictures play no part",
     "precision": "share of drawn pictures that look like real ones",
@@ -44,10 +59,12 @@ EXPLAINED = {
     "density": "how many real neighbourhoods a drawn picture lies in; 1 for pictures of the same kind",
     "coverage": "share of real pictures with a drawn one in their neighbourhood",
     "CLIP score": "100 times the cosine with the prompt, or with the picture whose embedding was drawn from",
-    "R-precision": "share of pictures whose own prompt is nearer than 99 others",
-    "close to a training picture": "share of drawn pictures that are closer to a training picture than half of the "
-    "training pictures are to each other; 50 % for new pictures, 100 % for copies",
-    "PSNR": "of reconstructions, in dB",
+    "R-precision": "share of pictures whose own prompt is nearer than up to 99 random others",
+    CLOSE_TO_TRAINING: "share of drawn pictures that are as close to a training picture as half of the training "
+    "pictures are to each other; 50 % for new pictures, 100 % for copies",
+    CLOSE_TO_REAL: "share of drawn pictures that are as close to a real picture as half of the real pictures are to "
+    "each other, without the picture that a drawn one was drawn from; 50 % for new pictures, 100 % for copies",
+    "PSNR": "peak signal-to-noise ratio of reconstructions, in dB; every 6 dB halve the error",
     "SSIM": "of reconstructions, 1 for equal pictures",
     "LPIPS": "perceptual distance of reconstructions, 0 for equal pictures",
 }
@@ -62,25 +79,31 @@ td.number { font-weight: 600; white-space: nowrap } .note { color: #a33 } .quiet
 figure { margin: 0 } figcaption { font-size: 12px; line-height: 1.3; color: #444; overflow-wrap: anywhere }
 figure img { width: 100%; border-radius: 3px; outline: 1px solid #ddd }
 figure .two { display: grid; grid-template-columns: 1fr 1fr; gap: 2px }
-.better { color: #17692b } .worse { color: #a3261b }
+.wide { overflow-x: auto } .better { color: #17692b } .worse { color: #a3261b }
 """
 
 
 def write_reports(
-    evaluation: Evaluation, arguments: argparse.Namespace, other: tuple[dict[str, object], list[Figure]] | None
+    evaluation: Evaluation,
+    arguments: argparse.Namespace,
+    other: tuple[dict[str, object], list[Figure]] | None,
+    baseline: Sequence[Mapping[str, object]],
 ) -> str:
     """Writes report.json, report.md and report.html. Returns the table for the terminal.
 
-    other: the report to compare with, as read_report returns it.
+    other: the report to compare with, as read_report returns it. baseline: plots of `optimise`, as read_points returns
+    them.
     """
     out, figures, about = arguments.out, evaluation.measuring.figures, describe(evaluation, arguments)
-    found = differences(figures, other[1]) if other else []
+    found = differences(figures, other[1], _different(about, other[0])) if other else []
     title = f"{about['model']}, measured on {about['images']:,} pictures"
     lines = [f"Measured with `{about['command']}`, seed {about['settings']['seed']}, {about['date']}."]
     write_text_atomic(out / REPORT, as_json(figures, about))
     write_text_atomic(out / TABLE, as_markdown(title, figures, lines))
     body = [*_head(title, about), *_samples(evaluation), _table(figures)]
-    body += [*(_comparison(other[0], found) if other else []), *_time_plot(arguments.baseline)]
+    if other:
+        body += [*_comparison(other[0], found), *_side_by_side(evaluation, about, other[0], arguments.compare.parent)]
+    body += ["<h2>Quality against time</h2>"] * bool(baseline) + [time_plot(plot) for plot in baseline]
     body += [*_hardest_prompts(evaluation), *_pairs(evaluation), *_foot(about)]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     write_text_atomic(out / PAGE, page + "\n".join(body) + "</html>\n")
@@ -91,21 +114,38 @@ def write_reports(
 def describe(evaluation: Evaluation, arguments: argparse.Namespace) -> dict[str, object]:
     """What was measured, and with what."""
     model = evaluation.model
-    words = [f"--images {arguments.images.name}"]
-    words += [f"--prompts {Path(arguments.prompts).name}"] if arguments.prompts else []
-    words += [f"--candidates {arguments.candidates} --features {arguments.features}"]
+    numbers = {"candidates": arguments.candidates, "count": arguments.count, "features": arguments.features}
+    files = {name: getattr(arguments, name) for name in ("images", "prompts", "training", "clip")}
+    given = {name: Path(path).name for name, path in files.items() if path} | numbers
+    given |= {"blur": " ".join(map(str, arguments.blur))} if arguments.blur else {}
+    given |= {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
     versions = {name: _version(name) for name in VERSIONS}
     return {
         "model": model.config.name,
         "model_sha256": model.sha256,
         "images": len(evaluation.images),
+        **{f"{name}_sha256": value for name, value in evaluation.fingerprints.items()},
         "prompts": len(evaluation.prompts),
+        "prompts_sha256": hashlib.sha256("\n".join(evaluation.prompts).encode()).hexdigest(),
         "from_image_embeddings": len(evaluation.sources),
         "command": f"python -m clip_gen evaluate MODEL {' '.join(words)}",
         "settings": evaluation.settings,
+        "candidates": max(evaluation.candidates.values(), default=1),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "cpu",
         "versions": {name: found for name, found in versions.items() if found},
+        "closest": {
+            source: [
+                {
+                    "picture": drawn.paths[i].name,
+                    "neighbour": evaluation.training[drawn.neighbours[i]].name,
+                    "distance": round(float(drawn.distances[i]), 3),
+                }
+                for i in _closest(drawn)
+            ]
+            for source, drawn in evaluation.drawn.items()
+        },
         "hardest_prompts": [
             {"prompt": evaluation.prompts[i], "clip_score": round(float(evaluation.drawn[FROM_PROMPTS].scores[i]), 2)}
             for i in _hardest(evaluation)
@@ -127,11 +167,15 @@ def _hardest(evaluation: Evaluation) -> list[int]:
     return drawn.scores.argsort()[:count].tolist() if drawn else []
 
 
+def _closest(drawn: Drawn) -> list[int]:
+    """The numbers of the pictures that are closest to a training picture: copies would be among them."""
+    return drawn.distances.argsort(stable=True)[:PAIRS].tolist()
+
+
 def _head(title: str, about: Mapping[str, object]) -> list[str]:
-    settings = about["settings"]
     drawn = [f"{about['prompts']:,} prompts"] if about["prompts"] else []
     drawn += [f"the embeddings of {about['from_image_embeddings']:,} pictures"] * bool(about["from_image_embeddings"])
-    candidates = settings["candidates"]
+    candidates = about["candidates"]
     best = f"the best of {candidates} candidates each" if candidates > 1 else "one candidate each"
     return [
         f"<h1>{html.escape(title)}</h1>",
@@ -152,10 +196,15 @@ def _table(figures: Sequence[Figure]) -> str:
             f"<tr><td>{name}</td><td class=number>{figure.shown}</td><td>{figure.interval}</td>"
             f"<td>{figure.counts}</td><td>{html.escape(figure.features)}{note}</td></tr>"
         )
-    head = "<tr><th>Metric</th><th>Value</th><th>95 % interval</th><th>Pictures</th><th>Features</th></tr>"
+    head = "<tr><th>Metric</th><th>Value</th><th>95 % interval</th><th>Drawn, against real</th><th>Features</th></tr>"
     names = dict.fromkeys(figure.name for figure in figures)
     used = [f"<b>{_title(name)}</b>: {EXPLAINED[name]}." for name in names]
-    return f"<h2>Figures</h2><table>{head}{''.join(rows)}</table><p class=quiet>{'<br>'.join(used)}</p>"
+    return f"<h2>Figures</h2>{_scrolling(head, rows)}<p class=quiet>{'<br>'.join(used)}</p>"
+
+
+def _scrolling(head: str, rows: Sequence[str]) -> str:
+    """A table that scrolls sideways on a narrow screen."""
+    return f"<div class=wide><table>{head}{''.join(rows)}</table></div>"
 
 
 def _title(name: str) -> str:
@@ -169,17 +218,33 @@ def _comparison(other: Mapping[str, object], found: Sequence) -> list[str]:
         kind = next((word for word in ("better", "worse") if difference.shown.endswith(word)), "quiet")
         rows.append(
             f"<tr><td>{_title(own.source)}: {own.name} {own.arrow}</td><td class=number>{own.shown}</td>"
-            f"<td>{theirs.shown}</td><td class={kind}>{html.escape(difference.shown)}</td></tr>"
+            f"<td>{theirs.shown}</td><td class={kind}>{html.escape(difference.shown)}</td>"
+            f"<td>{html.escape(own.features)}</td></tr>"
         )
     name = html.escape(str(other.get("model", "the other model")))
-    head = f"<tr><th>Metric</th><th>This model</th><th>{name}</th><th>Difference</th></tr>"
-    return [f"<h2>Beside {name}</h2><table>{head}{''.join(rows)}</table>"]
+    head = f"<tr><th>Metric</th><th>This model</th><th>{name}</th><th>Difference</th><th>Features</th></tr>"
+    return [f"<h2>Beside {name}</h2>{_scrolling(head, rows)}"]
 
 
-def _time_plot(baseline: Path | None) -> list[str]:
-    if baseline is None:
+def _different(about: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """What two evaluations do not have in common, as far as the other's report says."""
+    hashes = {name: f"{name}_sha256" for name in ("images", "prompts", "training")}
+    return [name for name, key in hashes.items() if about[key] != other.get(key, about[key])]
+
+
+def _side_by_side(
+    evaluation: Evaluation, about: Mapping[str, object], other: Mapping[str, object], folder: Path
+) -> list[str]:
+    """Samples of both models, if the other's pictures are where its report is."""
+    if FROM_PROMPTS not in evaluation.drawn or "prompts" in _different(about, other):
         return []
-    return ["<h2>Quality against time</h2>", *map(time_plot, read_points(baseline))]
+    pairs = []
+    for prompt, path in zip(evaluation.prompts[:PAIRS], evaluation.drawn[FROM_PROMPTS].paths, strict=False):
+        theirs = folder / path.parent.name / path.name
+        if theirs.is_file():
+            pairs.append(_figure([_square(path), _square(theirs)], prompt))
+    name = html.escape(str(other.get("model", "the other model")))
+    return [f"<h2>Samples, and those of {name}</h2>{_grid(pairs)}"] if pairs else []
 
 
 def _samples(evaluation: Evaluation) -> list[str]:
@@ -200,14 +265,18 @@ def _captioned(evaluation: Evaluation, title: str, numbers: Sequence[int]) -> li
 
 
 def _pairs(evaluation: Evaluation) -> list[str]:
-    """Samples beside their nearest training pictures and their sources, and pictures beside their reconstructions."""
+    """Drawn pictures beside their nearest training pictures and their sources, and pictures beside reconstructions."""
     body = []
     for source, drawn in evaluation.drawn.items():
         pairs = [
-            _figure([_square(drawn.paths[i]), _square(evaluation.training[drawn.neighbours[i, 0]])], "")
-            for i in range(min(PAIRS, len(drawn.paths)))
+            _figure(
+                [_square(drawn.paths[i]), _square(evaluation.training[drawn.neighbours[i]])],
+                f"{drawn.distances[i]:.2f} of the usual distance",
+            )
+            for i in _closest(drawn)
         ]
-        body.append(f"<h2>{source.capitalize()}: samples and the nearest training picture</h2>{_grid(pairs)}")
+        kind = "real" if evaluation.training is evaluation.images else "training"
+        body.append(f"<h2>{source.capitalize()}: the closest to a {kind} picture, and that picture</h2>{_grid(pairs)}")
     if FROM_PICTURES in evaluation.drawn:
         drawn = evaluation.drawn[FROM_PICTURES].paths[:PAIRS]
         # Not strict: only the first pictures are shown.

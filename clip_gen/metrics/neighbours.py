@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clip_gen.metrics.intervals import GROUPS, Estimate, leaving_out
+
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # as published
 BLOCK = 1024  # rows of a matrix of distances that are computed together
+SAME = 5e-3  # of the mean distance from the mean features; pictures closer to each other than that are copies
 
 
 @dataclass(frozen=True)
@@ -20,59 +23,111 @@ class Overlap:
 
     The ball around a picture reaches to its k-th nearest neighbour in its own set.
 
-    precise: for each generated picture, whether it is in a ball of a real one (precision, arXiv 1904.06991).
-    recalled: for each real picture, whether it is in a ball of a generated one (recall).
-    density: for each generated picture, the number of such balls over k; 1 on average if the sets are alike, and more
-    where generated pictures crowd (arXiv 2002.09797). covered: for each real picture, whether its ball holds a
-    generated one (coverage).
+    precision: the share of generated pictures in a ball of a real one (arXiv 1904.06991). recall: the share of real
+    pictures in a ball of a generated one. density: the number of real balls that a generated picture is in, over k; 1
+    on average if the sets are alike, and more where generated pictures crowd (arXiv 2002.09797). coverage: the share of
+    real pictures whose ball holds a generated one.
     """
 
-    precise: Tensor  # (M,) bool
-    recalled: Tensor  # (N,) bool
-    density: Tensor  # (M,) float32
-    covered: Tensor  # (N,) bool
+    precision: Estimate
+    recall: Estimate
+    density: Estimate
+    coverage: Estimate
 
 
 def overlap(real: Tensor, generated: Tensor) -> Overlap:
-    """ValueError if a set has fewer pictures than the metrics need."""
+    """With jackknife intervals: pictures share neighbours, so they are no independent samples. The intervals are NaN
+    below 20 pictures. ValueError if a set has fewer than the metrics need.
+    """
     fewest = min(len(real), len(generated))
     if fewest <= DENSITY_NEIGHBOURS:
         raise ValueError(f"a set has {fewest} pictures; precision, recall and coverage need {DENSITY_NEIGHBOURS + 1}")
-    large = radii(real, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS))
-    own = radii(generated, (PRECISION_NEIGHBOURS,))[0]
-    precise, density = [], []
-    nearest = torch.full((len(real),), torch.inf)
-    recalled = torch.zeros(len(real), dtype=torch.bool)
-    for part, radius in zip(generated.split(BLOCK), own.split(BLOCK), strict=True):
-        distances = torch.cdist(part, real)
-        precise.append((distances <= large[0]).any(dim=1))
-        density.append((distances <= large[1]).sum(dim=1) / DENSITY_NEIGHBOURS)
-        recalled |= (distances <= radius[:, None]).any(dim=0)
-        nearest = torch.minimum(nearest, distances.amin(dim=0))
-    return Overlap(torch.cat(precise), recalled, torch.cat(density), nearest <= large[1])
+    kept_real, kept = _kept(len(real), fewest), _kept(len(generated), fewest)
+    small, large = _radii_of_kept(real, (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS), kept_real)
+    [own] = _radii_of_kept(generated, (PRECISION_NEIGHBOURS,), kept)
+    precise, inside = torch.zeros(len(kept)), torch.zeros(len(kept))
+    recalled, nearest_generated = torch.zeros_like(kept_real), torch.full(kept_real.shape, torch.inf)
+    for rows in torch.arange(len(generated)).split(BLOCK):
+        distances = _distances(generated[rows], real)
+        for i, mine in enumerate(kept[:, rows]):
+            near = distances[mine]
+            precise[i] += (near <= small[i]).any(dim=1).sum()
+            inside[i] += (near <= large[i]).sum() / DENSITY_NEIGHBOURS
+            recalled[i] |= (near <= own[i, rows][mine, None]).any(dim=0)
+            nearest_generated[i] = torch.minimum(nearest_generated[i], near.amin(dim=0))
+    covered, count, real_count = nearest_generated <= large, kept.sum(dim=1), kept_real.sum(dim=1)
+    recall, coverage = ((part & kept_real).sum(dim=1) / real_count for part in (recalled, covered))
+    return Overlap(*map(_estimate, (precise / count, recall, inside / count, coverage)))
 
 
-def radii(features: Tensor, neighbours: tuple[int, ...]) -> list[Tensor]:
-    """For each k the distance (N,) of each of the features (N, D) to its k-th nearest neighbour among them."""
+def _kept(count: int, fewest: int) -> Tensor:
+    """Which pictures are kept: all of them, then those without each tenth, (11, count) bool; (1, count) if few."""
+    groups = GROUPS if fewest >= 2 * GROUPS else 0
+    return torch.stack([torch.arange(count) % GROUPS != group for group in (-1, *range(groups))])
+
+
+def _estimate(values: Tensor) -> Estimate:
+    """Of the value of all pictures and those without each tenth, (11,) or (1,)."""
+    value, *others = values.tolist()
+    return leaving_out(value, others) if others else Estimate(value, torch.nan, torch.nan)
+
+
+def _radii_of_kept(features: Tensor, neighbours: tuple[int, ...], kept: Tensor) -> list[Tensor]:
+    """For each k the radii of the balls of the features (N, D) if only some are kept, (11, N); -1: not kept."""
+    found = [torch.full(kept.shape, -1.0) for _ in neighbours]
+    for rows in torch.arange(len(features)).split(BLOCK):
+        distances = _distances_to_others(features, rows)
+        for i, mine in enumerate(kept):
+            smallest = distances[:, mine].topk(max(neighbours), largest=False).values
+            for radii_of_k, k in zip(found, neighbours, strict=True):
+                radii_of_k[i, rows] = torch.where(mine[rows], smallest[:, k - 1], -1.0)
+    return found
+
+
+def _distances_to_others(features: Tensor, rows: Tensor) -> Tensor:
+    """Of some of the features (N, D) to all of them, (R, N); infinite to itself."""
+    distances = _distances(features[rows], features)
+    distances[torch.arange(len(rows)), rows] = torch.inf
+    return distances
+
+
+def _distances(features: Tensor, others: Tensor) -> Tensor:
+    """Between features (R, D) and others (N, D), (R, N). Without their mean, small ones are rounded less."""
+    mean = others.mean(dim=0)
+    return torch.cdist(features - mean, others - mean)
+
+
+def nearest(features: Tensor, others: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Distance and index of the nearest of `others` (M, D) to each of the features (N, D), both (N,).
+
+    left_out: for each of the features the index of one that does not count, (N,).
+    """
+    distances, indices = torch.empty(len(features)), torch.empty(len(features), dtype=torch.long)
+    for rows in torch.arange(len(features)).split(BLOCK):
+        block = _distances(features[rows], others)
+        if left_out is not None:
+            block[torch.arange(len(rows)), left_out[rows]] = torch.inf
+        distances[rows], indices[rows] = block.min(dim=1)
+    return distances, indices
+
+
+def usual_distance(training: Tensor) -> float:
+    """The median distance of the training pictures (N, D) to each other's nearest; copies of each other do not count.
+
+    Half of a generator's pictures are closer to a training picture if it draws new ones of the same kind.
+    """
+    same = SAME * (training - training.mean(dim=0)).norm(dim=1).mean()
     found = []
-    for start in range(0, len(features), BLOCK):
-        distances = torch.cdist(features[start : start + BLOCK], features)
-        rows = torch.arange(len(distances))
-        distances[rows, start + rows] = torch.inf  # itself
-        found.append(distances.topk(max(neighbours), largest=False).values)
-    sorted_distances = torch.cat(found)
-    return [sorted_distances[:, k - 1] for k in neighbours]
-
-
-def nearest(features: Tensor, others: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-    """Distances and indices, both (N, count), of the nearest of `others` (M, D) to each of the features (N, D)."""
-    parts = [torch.cdist(part, others).topk(count, largest=False) for part in features.split(BLOCK)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    for rows in torch.arange(len(training)).split(BLOCK):
+        distances = _distances(training[rows], training)
+        found.append(distances.masked_fill(distances <= same, torch.inf).amin(dim=1))
+    different = torch.cat(found)
+    different = different[different.isfinite()]
+    return float(different.median()) if len(different) else 0.0
 
 
 def is_close(distances: Tensor, training: Tensor) -> Tensor:
-    """Whether each of the distances (M,) to a nearest training picture is below the median distance of the training
-    pictures (N, D) to each other's nearest, (M,) bool. Half are if a generator draws new pictures of the same kind; all
-    if it copies.
+    """Whether each of the distances (M,) to a nearest training picture is at most the usual distance, (M,) bool: for
+    half of them if a generator draws new pictures of the same kind, for all if it copies.
     """
-    return distances < radii(training, (1,))[0].median()
+    return distances <= usual_distance(training)

@@ -46,7 +46,7 @@ def find_copies(networks: Networks, pictures: PictureFiles, seed: int) -> dict[s
         drawn = clip.encode_image(vqgan.decode(tokens).clamp(-1, 1))
     centre = embeddings.mean(dim=0)  # distances between embeddings that are much alike would be rounded to nothing
     drawn, embeddings = (drawn - centre).cpu(), (embeddings - centre).cpu()
-    close = int(is_close(nearest(drawn, embeddings)[0][:, 0], embeddings).sum())
+    close = int(is_close(nearest(drawn, embeddings)[0], embeddings).sum())
     found = {"drawn": DRAWN, "close_to_training": close}
     log.info("copies: %s", in_words(found))
     return found

@@ -78,7 +78,7 @@ class Evaluations(Callback):
                 found[2 + i].append(own([part.to(device)]))
         real, drawn, real_embeddings, embeddings = map(torch.cat, found)
         kind = "clip" if network.name == own.name else "inception"
-        values = {f"fid_{kind}": fid(real, drawn), "cmmd": cmmd(real_embeddings, embeddings)}
+        values = {f"fid_{kind}": fid(real, drawn), "cmmd": cmmd(real_embeddings, embeddings)[0].value}
         return {name: round(value, 6) for name, value in values.items()}, network.name
 
 

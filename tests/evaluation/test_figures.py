@@ -25,7 +25,8 @@ def test_a_difference_counts_if_it_exceeds_both_intervals_together() -> None:
         other = replace(FID, value=value, low=value - 1, high=value + 1)
         assert differences([FID], [other])[0].shown == sentence
     recall = Figure("from prompts", "recall", 0.5, 0.49, 0.51, "InceptionV3", 30000, 30000)
-    assert differences([recall], [replace(recall, value=0.4, low=0.39, high=0.41)])[0].shown == "+10.0 %, better"
+    other = replace(recall, value=0.4, low=0.39, high=0.41)
+    assert differences([recall], [other])[0].shown == "+10.0 % points, better"
 
 
 def test_figures_that_do_not_compare_are_said_to_be() -> None:
@@ -34,13 +35,47 @@ def test_figures_that_do_not_compare_are_said_to_be() -> None:
     assert differences([FID], [replace(FID, source="reconstructions")]) == []
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "different", "sentence"),
+    [
+        ({"weights": "1"}, {"weights": "2"}, [], "InceptionV3 with other weights"),
+        ({"weights": "1"}, {"weights": "1", "features": "CLIP of base"}, [], ""),
+        ({}, {"pictures": 60}, [], "30,000 against 30,000 and 60 against 30,000 pictures"),
+        ({}, {}, ["images"], "other real pictures"),
+        ({}, {}, ["training"], ""),
+        ({}, {}, ["prompts"], "other prompts"),
+        ({"source": "from image embeddings"}, {"source": "from image embeddings"}, ["prompts"], ""),
+        ({"name": "KID × 1000"}, {"name": "KID × 1000", "pictures": 60}, [], ""),
+        ({"name": "CLIP score", "real": 0}, {"name": "CLIP score", "real": 0}, ["images"], ""),
+        (
+            {"name": "close to a training picture"},
+            {"name": "close to a training picture"},
+            ["images", "training"],
+            "other training pictures",
+        ),
+    ],
+)
+def test_only_like_is_compared_with_like(own: dict, other: dict, different: list[str], sentence: str) -> None:
+    """A FID is higher for fewer pictures, and models with the same CLIP may have any names."""
+    [found] = differences([replace(FID, **own)], [replace(FID, **other)], different)
+    assert found.obstacle == sentence
+    assert (found.exceeds is None) == bool(sentence)
+
+
 def test_reports_are_read_back_and_other_files_refused(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(as_json([FID], {"model": "a"}))
     assert read_report(path) == ({"model": "a"}, [FID])
-    path.write_text('{"rows": {}}')
-    with pytest.raises(ValueError, match="is not the report of an evaluation on pictures"):
-        read_report(path)
+    figures = json.loads(path.read_text())["figures"]
+    for text in (
+        '{"rows": {}}',
+        '{"figures": []}',
+        json.dumps({"figures": [figures[0] | {"value": "20"}]}),
+        json.dumps({"figures": [figures[0] | {"low": []}]}),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not the report of an evaluation on pictures"):
+            read_report(path)
 
 
 def test_tables_name_features_counts_and_intervals() -> None:
@@ -74,6 +109,7 @@ def test_the_page_needs_no_other_file_and_shows_the_comparison(
         "Samples",
         "Figures",
         "Beside tiny",
+        "Samples, and those of tiny",
         "Hardest prompts, by CLIP score",
         "Reconstructions",
         "Settings and versions",
@@ -83,6 +119,10 @@ def test_the_page_needs_no_other_file_and_shows_the_comparison(
     assert "<b>bold</b>" not in page
     report = json.loads((tmp_path / "second" / "report.json").read_text())
     assert {f["real"] for f in report["figures"] if f["name"] == "close to a training picture"} == {9}
+    closest = [one["distance"] for one in report["closest"]["from prompts"]]
+    assert len(closest) == 5
+    assert closest == sorted(closest)
+    assert f"{closest[0]:.2f} of the usual distance" in page
     hardest = report["hardest_prompts"]
     assert len(hardest) == 2
     assert hardest[0]["clip_score"] <= hardest[1]["clip_score"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_networks
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
@@ -16,7 +18,7 @@ from clip_gen.evaluation.measuring import Drawn, Measuring
 from clip_gen.evaluation.pictures import bias_of
 from clip_gen.images import resized_square, to_tensor
 from clip_gen.metrics.distributions import cmmd, fid
-from clip_gen.metrics.features import FeatureNetwork
+from clip_gen.metrics.features import FeatureNetwork, weights_sha256
 from clip_gen.metrics.inception_score import inception_score
 from clip_gen.prompts_file import MANIFEST
 
@@ -57,7 +59,7 @@ def evaluated(
 def test_every_metric_is_reported_with_its_features_and_counts(evaluated: tuple[Path, dict]) -> None:
     found = evaluated[1]
     distances = {"FID", "KID × 1000", "CMMD"}
-    drawn = distances | {"close to a training picture", "CLIP score"}
+    drawn = distances | {"close to a real picture", "CLIP score"}
     overlap = {"precision", "recall", "density", "coverage"}
     by_source = {source: {name for other, name in found if other == source} for source, _ in found}
     assert by_source == {
@@ -68,7 +70,8 @@ def test_every_metric_is_reported_with_its_features_and_counts(evaluated: tuple[
     for (source, name), figure in found.items():
         assert figure["features"] == ("pixels" if name in ("PSNR", "SSIM") else "CLIP of tiny (16)")
         assert figure["pictures"] == (4 if source == "from prompts" else 20)
-        assert figure["real"] == (24 if name in distances | overlap | {"close to a training picture"} else 0)
+        assert figure["real"] == (24 if name in distances | overlap | {"close to a real picture"} else 0)
+        assert bool(figure["weights"]) == (figure["features"] == "CLIP of tiny (16)")
         assert figure["low"] is None or figure["low"] <= figure["value"] <= figure["high"]
     assert found["from image embeddings", "FID"]["note"] == "few pictures bias FID upwards"
     assert found["from prompts", "FID"]["note"] == "fewer pictures than features (16) bias FID upwards"
@@ -82,12 +85,21 @@ def test_the_figures_are_those_of_the_pictures_in_its_folder(
     folder, found = evaluated
     encoder = tiny_model.clip_encoder
     real = [resized_square(Image.open(path).convert("RGB"), 16) for path in sorted(images.glob("*.png"))]
-    drawn = [Image.open(folder / "out" / "from-image-embeddings" / f"{i:04}.0.png") for i in range(1, 21)]
+    files = sorted((folder / "out" / "from-image-embeddings").glob("*.0.png"))
+    numbers = [int(file.name[:4]) - 1 for file in files]  # of the pictures that they were drawn from
+    assert len(numbers) == 20
+    assert numbers != list(range(20))  # not the first ones: folders are often sorted by what pictures show
+    drawn = [Image.open(file) for file in files]
     embeddings = [encoder.encode_image(to_tensor(pictures)) for pictures in (real, drawn)]
     source = "from image embeddings"
     assert found[source, "FID"]["value"] == pytest.approx(fid(*embeddings), rel=1e-4)
-    assert found[source, "CMMD"]["value"] == pytest.approx(cmmd(*embeddings), rel=1e-4)
-    scores = 100 * (embeddings[0][:20] * embeddings[1]).sum(dim=1)
+    assert found[source, "CMMD"]["value"] == pytest.approx(cmmd(*embeddings)[0].value, rel=1e-4)
+    between = torch.cdist(embeddings[1], embeddings[0])
+    between[torch.arange(20), numbers] = torch.inf  # a picture's copy of what it was drawn from does not count
+    own = torch.cdist(embeddings[0], embeddings[0]).fill_diagonal_(torch.inf).amin(dim=1)
+    wanted = (between.amin(dim=1) <= own.median()).float().mean()
+    assert found[source, "close to a real picture"]["value"] == pytest.approx(float(wanted))
+    scores = 100 * (embeddings[0][numbers] * embeddings[1]).sum(dim=1)
     assert found[source, "CLIP score"]["value"] == pytest.approx(float(scores.mean()), rel=1e-5)
 
 
@@ -95,15 +107,17 @@ def test_features_with_classes_give_an_inception_score(tiny_model: ClipGen) -> N
     weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
     encoder = tiny_model.clip_encoder
     network = FeatureNetwork("classes", encoder.encode_image, lambda features: 10 * features @ weight)
-    measuring = Measuring(network, encoder, "tiny", tiny_model.device, bias="")
+    measuring = Measuring(network, encoder, "tiny", tiny_model.device)
     pictures = [torch.rand(60, 3, 16, 16) * 2 - 1 for _ in range(2)]
     real, drawn = (measuring.features(iter([images])) for images in pictures)
-    measuring.drawn("from prompts", Drawn([Path()] * 60, drawn), real, real)
+    measuring.drawn("from prompts", Drawn([Path()] * 60, drawn), real, real, None)
     [found] = [figure for figure in measuring.figures if figure.name == "IS"]
     assert found.value == pytest.approx(float(inception_score(drawn.features, network.classify).mean()))
     assert 1 < found.low < found.value < found.high
     assert (found.features, found.counts, found.arrow) == ("classes", "60", "↑")
     assert found.note == "few pictures bias IS downwards"
+    [cmmd_figure] = [figure for figure in measuring.figures if figure.name == "CMMD"]
+    assert cmmd_figure.note == f"few pictures add {cmmd(real.embeddings, drawn.embeddings)[1]:.3f} to it"
 
 
 def test_the_pictures_are_those_that_generate_draws(evaluated: tuple[Path, dict], tiny_model: ClipGen) -> None:
@@ -154,11 +168,49 @@ def test_processes_of_torchrun_share_the_drawing(
     assert figures(tmp_path) == evaluated[1]
 
 
-def test_a_clip_of_other_weights_is_not_biased(tiny_model: ClipGen) -> None:
-    own = tiny_model.clip_encoder
-    assert bias_of(own, own, 1) == "biased: this CLIP also conditioned the pictures"
-    assert bias_of(own, tiny_networks(seed=1).clip, 16) == ""
-    assert bias_of(own, tiny_networks(seed=0).clip.half().float(), 16) == "biased: this CLIP also chose the best of 16"
+def test_a_clip_of_other_weights_is_not_biased(
+    tiny_model_folder: Path, images: Path, tmp_path: Path, evaluated: tuple[Path, dict]
+) -> None:
+    """The CLIP's folder has another name than the model; the weights tell."""
+    for name, folder in (("same", tiny_model_folder), ("other", tmp_path / "changed")):
+        if name == "other":
+            shutil.copytree(tiny_model_folder, folder)
+            tensors = load_file(folder / "clip.safetensors")
+            tensors["clip.visual.conv1.weight"] *= 1.01
+            save_file(tensors, folder / "clip.safetensors")
+        where = tmp_path / name
+        where.mkdir()
+        words = command(tiny_model_folder, images, where, "--clip", str(folder), "--count", "0")
+        assert main([*words, "--compare", str(evaluated[0] / "out" / "report.json")]) == 0
+        note = figures(where)["from prompts", "CLIP score"]["note"]
+        assert note == ("biased: this CLIP also conditioned the pictures" if name == "same" else "")
+        page = (where / "out" / "report.html").read_text()
+        assert ("do not compare" in page) == (name == "other")
+
+
+def test_weights_are_the_same_in_any_precision(tiny_model: ClipGen) -> None:
+    own = copy.deepcopy(tiny_model.clip_encoder).half()
+    assert weights_sha256(own) == weights_sha256(copy.deepcopy(own).float())
+    other = copy.deepcopy(own)
+    with torch.no_grad():
+        next(other.parameters()).flatten()[0] += 1
+    assert weights_sha256(other) != weights_sha256(own)
+
+
+def test_a_file_of_prompts_may_choose_among_candidates(tiny_model_folder: Path, images: Path, tmp_path: Path) -> None:
+    words = command(tiny_model_folder, images, tmp_path, "--count", "0")
+    (tmp_path / "prompts.csv").write_text("prompt,candidates\na star,4\na ring,2\n")
+    words[words.index(str(tmp_path / "prompts.txt"))] = str(tmp_path / "prompts.csv")
+    assert main(words) == 0
+    assert figures(tmp_path)["from prompts", "CLIP score"]["note"] == bias_of(4)
+    assert "the best of 4 candidates each" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_two_pictures_can_be_measured(tiny_model_folder: Path, images: Path, tmp_path: Path) -> None:
+    """One picture has no distribution, but a reconstruction."""
+    assert main(command(tiny_model_folder, images, tmp_path, "--count", "1")) == 0
+    names = {name for source, name in figures(tmp_path) if source == "reconstructions"}
+    assert names == {"PSNR", "SSIM"}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +218,12 @@ def test_a_clip_of_other_weights_is_not_biased(tiny_model: ClipGen) -> None:
     [
         (["--candidates", "0"], "candidates is 0; give"),
         (["--count", "-1"], "count is -1; give"),
+        (["--seed", "-3"], "seed is -3; give"),
+        (["--count", "0", "--prompts", ""], "nothing would be measured; give --prompts or --count"),
+        (
+            ["--baseline", "nowhere.json"],
+            "nowhere.json: cannot be read (No such file or directory); give what optimise",
+        ),
         (["--top-p", "2"], "top_p is 2.0; give a number, 0 to 1"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (

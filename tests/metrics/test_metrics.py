@@ -21,10 +21,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from clip_gen.metrics.clip_scores import clip_scores, retrieved
-from clip_gen.metrics.distributions import cmmd, cmmd_with_interval, fid, kid
+from clip_gen.metrics.distributions import cmmd, fid, kid
 from clip_gen.metrics.inception_score import inception_score
-from clip_gen.metrics.intervals import Share, jackknife, mean, of_tenths, share
-from clip_gen.metrics.neighbours import is_close, nearest, overlap
+from clip_gen.metrics.intervals import T9, Estimate, Share, jackknife, mean, of_tenths, share
+from clip_gen.metrics.neighbours import is_close, nearest, overlap, usual_distance
 from clip_gen.metrics.reconstruction import similarities
 
 
@@ -67,7 +67,7 @@ def test_small_sets_have_a_higher_fid_but_not_a_higher_kid() -> None:
     small = [fid(features(100, 10 + i), features(100, 20 + i)) for i in range(5)]
     large = [fid(features(1000, 10 + i), features(1000, 20 + i)) for i in range(5)]
     assert min(small) > 5 * max(large)
-    kids = torch.tensor([kid(features(100, 10 + i), features(100, 20 + i)) for i in range(20)])
+    kids = torch.tensor([kid(features(100, 10 + i), features(100, 20 + i)).value for i in range(20)])
     assert abs(kids.mean()) < 3 * kids.std() / math.sqrt(20)
 
 
@@ -78,13 +78,17 @@ def test_kid_is_the_unbiased_mean_discrepancy_and_agrees_with_torch_fidelity() -
         return (a @ b.T / a.shape[1] + 1) ** 3
 
     within = [(kernel(part, part).sum() - kernel(part, part).trace()) / (300 * 299) for part in (real, other)]
-    wanted = float(sum(within) - 2 * kernel(real, other).mean())
-    assert kid(real, other) == pytest.approx(wanted, rel=1e-9)
+    wanted = 1000 * float(sum(within) - 2 * kernel(real, other).mean())
+    assert kid(real, other).value == pytest.approx(wanted, rel=1e-9)
+    assert kid(real.float(), other.float()).value == pytest.approx(wanted, rel=1e-5)
     options = {"kid_subsets": 2, "kid_subset_size": 300, "kid_kernel": "poly", "kid_degree": 3, "kid_gamma": None}
     options |= {"kid_coef0": 1, "rng_seed": 0, "verbose": False}
     theirs = kid_features_to_metric(real, other, **options)["kernel_inception_distance_mean"]
-    assert kid(real, other) == pytest.approx(theirs, rel=1e-6)
-    assert kid(real, OTHER.double()) == kid(real, OTHER.double())  # random subsets, but of one seed
+    assert kid(real, other).value == pytest.approx(1000 * theirs, rel=1e-6)
+    options |= {"kid_subsets": 400, "kid_subset_size": 100}
+    subsets = kid_features_to_metric(real, other, **options)  # as papers give it
+    error = 3 * subsets["kernel_inception_distance_std"] / math.sqrt(400)
+    assert kid(real, other).value == pytest.approx(1000 * subsets["kernel_inception_distance_mean"], abs=1000 * error)
 
 
 def test_cmmd_is_the_published_formula() -> None:
@@ -95,17 +99,26 @@ def test_cmmd_is_the_published_formula() -> None:
         return float(np.exp(-squared / 200).mean())
 
     wanted = 1000 * (kernel(real, real) + kernel(other, other) - 2 * kernel(real, other))
-    assert cmmd(real.float(), other.float()) == pytest.approx(wanted, rel=1e-4)
-    assert cmmd(real, real) == pytest.approx(0, abs=1e-9)
+    assert cmmd(real.float(), other.float())[0].value == pytest.approx(wanted, rel=1e-4)
+    assert cmmd(real, real)[0].value == pytest.approx(0, abs=1e-9)
 
 
-def test_the_interval_of_cmmd_is_the_jackknifes() -> None:
-    real, other = (torch.nn.functional.normalize(part[:123], dim=1) for part in (REAL, OTHER))
-    found, wanted = cmmd_with_interval(real, other[:95]), jackknife(cmmd, real, other[:95])
+@pytest.mark.parametrize("distance", [kid, lambda real, other: cmmd(real, other)[0]])
+def test_the_intervals_of_kid_and_cmmd_are_the_jackknifes(distance: Callable[[Tensor, Tensor], Estimate]) -> None:
+    real, other = (torch.nn.functional.normalize(part[:123].double(), dim=1) for part in (REAL, OTHER))
+    found = distance(real, other[:95])
+    wanted = jackknife(lambda first, second: distance(first, second).value, real, other[:95])
     assert (found.value, found.low, found.high) == pytest.approx((wanted.value, wanted.low, wanted.high), rel=1e-6)
-    few = cmmd_with_interval(real[:19], other)
-    assert few.value == pytest.approx(cmmd(real[:19], other))
-    assert math.isnan(few.low)
+    assert math.isnan(distance(real[:19], other).low)
+
+
+def test_the_bias_of_cmmd_is_what_equal_distributions_have() -> None:
+    """Its value without the bias is 0 on average, and so small sets do not look worse once it is known."""
+    pairs = [[torch.nn.functional.normalize(features(40, seed), dim=1) for seed in (i, 100 + i)] for i in range(20)]
+    found = [cmmd(*pair) for pair in pairs]
+    left = torch.tensor([estimate.value - bias for estimate, bias in found])
+    assert min(bias for _, bias in found) > 5 * abs(left.mean())
+    assert abs(left.mean()) < 3 * left.std() / math.sqrt(20)
 
 
 def test_inception_score_is_that_of_torch_fidelity_and_of_the_published_formula() -> None:
@@ -136,31 +149,66 @@ def test_precision_recall_density_and_coverage_are_the_published_formulas(monkey
     found = overlap(REAL, OTHER)
     options = {"prc_neighborhood": 3, "prc_batch_size": 99, "save_cpu_ram": False, "verbose": False}
     theirs = prc_features_to_metric(OTHER, REAL, **options)
-    assert float(found.precise.float().mean()) == pytest.approx(theirs["precision"], abs=1e-6)
-    assert float(found.recalled.float().mean()) == pytest.approx(theirs["recall"], abs=1e-6)
+    assert found.precision.value == pytest.approx(theirs["precision"], abs=1e-6)
+    assert found.recall.value == pytest.approx(theirs["recall"], abs=1e-6)
     own = np.sort(scipy.spatial.distance.cdist(REAL, REAL), axis=1)[:, 5]
     between = scipy.spatial.distance.cdist(REAL, OTHER)
-    assert float(found.density.mean()) == pytest.approx((between < own[:, None]).sum(axis=0).mean() / 5, abs=1e-6)
-    assert float(found.covered.float().mean()) == pytest.approx((between.min(axis=1) < own).mean(), abs=1e-6)
+    assert found.density.value == pytest.approx((between < own[:, None]).sum(axis=0).mean() / 5, abs=1e-6)
+    assert found.coverage.value == pytest.approx((between.min(axis=1) < own).mean(), abs=1e-6)
+
+
+def test_the_intervals_of_precision_and_recall_are_the_jackknifes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_gen.metrics.neighbours.BLOCK", 64)
+    found = overlap(REAL[:203], OTHER[:151])
+    for metric, estimate in vars(found).items():
+        wanted = jackknife(
+            lambda real, other, metric=metric: getattr(overlap(real, other), metric).value, REAL[:203], OTHER[:151]
+        )
+        assert vars(estimate) == pytest.approx(vars(wanted), abs=1e-5)
+    assert math.isnan(overlap(REAL, OTHER[:19]).recall.low)
+
+
+def test_the_intervals_of_precision_and_recall_are_as_wide_as_samples_differ() -> None:
+    """Pictures share neighbours, so intervals for independent samples would be far too narrow: recall's a third.
+
+    The jackknife's are up to twice too wide, since the metrics are steps of the radii.
+    """
+    samples = [overlap(features(100, i), features(200, 1000 + i, scale=0.9)) for i in range(40)]
+    for metric in ("precision", "recall", "density"):  # coverage is 1
+        found = [getattr(sample, metric) for sample in samples]
+        spread = float(torch.tensor([estimate.value for estimate in found]).std())
+        width = float(torch.tensor([estimate.high - estimate.low for estimate in found]).median())
+        assert 0.7 < width / (2 * T9 * spread) < 2.2, metric
 
 
 def test_sets_of_one_kind_overlap_and_distant_ones_do_not() -> None:
     alike, apart = overlap(REAL, features(700, 5)), overlap(REAL, REAL + 100)
-    assert alike.precise.float().mean() > 0.8
-    assert alike.covered.float().mean() > 0.8
-    assert float(alike.density.mean()) == pytest.approx(1, abs=0.1)
-    assert not any(part.any() for part in (apart.precise, apart.recalled, apart.density, apart.covered))
+    assert alike.precision.value > 0.8
+    assert alike.coverage.value > 0.8
+    assert alike.density.value == pytest.approx(1, abs=0.1)
+    assert [part.value for part in vars(apart).values()] == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="a set has 5 pictures; precision, recall and coverage need 6"):
         overlap(REAL, OTHER[:5])
 
 
 def test_copies_of_training_pictures_are_found() -> None:
-    distances, indices = nearest(REAL[40:60] + 1e-3, REAL, count=2)
-    assert is_close(distances[:, 0], REAL).all()
-    new = nearest(features(700, 6), REAL)[0][:, 0]
+    distances, indices = nearest(REAL[40:60] + 1e-3, REAL)
+    assert is_close(distances, REAL).all()
+    new = nearest(features(700, 6), REAL)[0]
     assert float(is_close(new, REAL).float().mean()) == pytest.approx(0.5, abs=0.1)
-    assert indices[:, 0].tolist() == list(range(40, 60))
-    assert (distances[:, 0] < distances[:, 1]).all()
+    assert indices.tolist() == list(range(40, 60))
+    others, indices = nearest(REAL[40:60] + 1e-3, REAL, left_out=torch.arange(40, 60))
+    assert (distances < others).all()
+    assert (indices != torch.arange(40, 60)).all()
+
+
+def test_copies_are_found_among_training_pictures_that_are_there_twice() -> None:
+    twice = torch.cat([REAL, REAL])
+    assert is_close(nearest(REAL[:50], twice)[0], twice).all()
+    assert usual_distance(twice) == pytest.approx(usual_distance(REAL), rel=1e-4)
+    same = REAL[:1].repeat(30, 1)
+    assert is_close(torch.zeros(5), same).all()
+    assert not is_close(torch.ones(5), same).any()
 
 
 def test_clip_score_is_torchmetrics_scale_and_not_below_zero() -> None:
@@ -217,15 +265,14 @@ def test_reconstructions_are_scored_one_by_one() -> None:
     assert float(found["PSNR"][2]) == pytest.approx(10 * math.log10(4 / float(error)), abs=1e-3)
 
 
-@pytest.mark.parametrize("distance", [fid, kid])
-def test_the_jackknife_keeps_no_features_in_memory(distance: Callable[[Tensor, Tensor], float]) -> None:
+def test_the_jackknife_keeps_no_features_in_memory() -> None:
     """The metrics of 50,000 pictures needed 9.5 GB, because eleven copies of the features waited to be collected."""
     generator = torch.Generator().manual_seed(0)
     real, generated = torch.randn(2, 40, 8, generator=generator)
     gc.collect()
     gc.disable()
     try:
-        jackknife(distance, real, generated)
+        jackknife(fid, real, generated)
         assert not [kept for kept in gc.get_objects() if isinstance(kept, torchmetrics.Metric)]
     finally:
         gc.enable()
