@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from clip_gen.files import sha256_of
+from clip_gen.files import MODULE, sha256_of
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.networks.upscaler import Upscaler
 from clip_gen.sampling.sampler import Stopped
@@ -50,7 +50,7 @@ def enlarger(
             upscaler = _loaded(path, path.stat().st_mtime_ns, device)
         log.info("output_size is %s: Real-ESRGAN enlarges the pictures", output_size)
     else:
-        remedy = "`python -m clip_gen pull upscaler` downloads Real-ESRGAN, which does it better"
+        remedy = f"`{MODULE} pull upscaler` downloads Real-ESRGAN, which does it better"
         log.warning("output_size is %s: Lanczos interpolation enlarges the pictures; %s", output_size, remedy)
 
     def enlarge(image: Image.Image) -> Image.Image:

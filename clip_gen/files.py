@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -14,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder; site-packages after `pip install`
+# How messages write this project's commands, so that they can be pasted.
+MODULE = f"{'.venv/bin/' if Path(sys.prefix).resolve() == (ROOT / '.venv').resolve() else ''}python -m clip_gen"
 COMMAND = "CLIP_GEN_COMMAND"  # the environment variable with the command that started a training, for messages
 PARTIAL = ".clip-gen-saving-"  # prefix of incomplete files and folders; leftovers with it are removed
 LEFTOVER_SECONDS = 60  # a newer file may not be locked yet

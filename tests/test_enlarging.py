@@ -15,6 +15,7 @@ from upscaler_files import reference, upscaler_state
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.enlarging import enlarger
+from clip_gen.files import MODULE
 from clip_gen.images import to_pil, to_tensor
 from clip_gen.pipeline import Stopped
 from clip_gen.weights.importers.upscaler import import_upscaler
@@ -48,9 +49,7 @@ def test_without_an_upscaler_lanczos_enlarges_and_the_log_says_so(
     picture: Image.Image, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert enlarger("4x", CPU)(picture).tobytes() == picture.resize((48, 48), Image.Resampling.LANCZOS).tobytes()
-    assert (
-        "output_size is 4x: Lanczos interpolation enlarges the pictures; `python -m clip_gen pull upsc" in caplog.text
-    )
+    assert f"output_size is 4x: Lanczos interpolation enlarges the pictures; `{MODULE} pull upsc" in caplog.text
     caplog.clear()
     assert enlarger("1x", CPU)(picture) is picture
     assert not caplog.records

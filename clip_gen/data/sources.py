@@ -104,7 +104,8 @@ def _expanded(name: str) -> list[str]:
     for shard in shards:
         path = urlsplit(shard).path if URL.match(shard) else shard
         if not PurePosixPath(path).name.lower().endswith(SHARD_NAMES):
-            raise ArchiveError(f"{without_secrets(shard)}: is no tar; shards end in {', '.join(SHARD_NAMES)}")
+            remedy = "; download other archives first" if URL.match(shard) else ""
+            raise ArchiveError(f"{without_secrets(shard)}: is no tar; shards end in {', '.join(SHARD_NAMES)}{remedy}")
         if not URL.match(shard) and not Path(shard).is_file():
             raise ArchiveError(f"{shard}: no such file; {name} stands for {len(shards):,} shards")
     return shards

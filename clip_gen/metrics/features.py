@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clip_gen.files import MODULE
 from clip_gen.images import to_bytes
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.weights.default_model import inception_weights
 from clip_gen.weights.model_folder import load_config, load_part, read_tensors
 
-PULL = "python -m clip_gen pull inception"
+PULL = f"{MODULE} pull inception"
 INSTALL = "pip install torch-fidelity==0.4.0"
 
 

@@ -107,6 +107,11 @@ class Memory(nn.Module):
         some_fit = fitting.sum(dim=1, keepdim=True) > FEW
         return Found(near, torch.where(some_fit, fitting, shares), some_fit)
 
+    def nearest_cosine(self, embeddings: Tensor) -> Tensor:
+        """The cosine of each of embeddings (B, E) with the nearest remembered one, less the mean of both, (B,)."""
+        asked, places = (embeddings - self.mean) @ self.axes.T, self.rows * self.steps
+        return (F.normalize(asked, dim=1) @ F.normalize(places, dim=1).T).amax(dim=1)
+
     def near(self, embeddings: Tensor, chances: Tensor) -> Tensor:
         """For each of embeddings (B, E) n embeddings to draw from, (B, n, E). chances: (B, n) in [0, 1), which ones."""
         near, shares, some_fit = self.search(embeddings)

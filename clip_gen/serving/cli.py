@@ -35,7 +35,10 @@ def command_words(command: str, arguments: Sequence[str]) -> list[str]:
     inputs = {name: parse_input(fields[name], text) if name in fields else text for name, text in texts.items()}
     if command == "train":
         os.environ.update(TRAIN_ENVIRONMENT | os.environ | {COMMAND: shlex.join(["script/train", *arguments])})
-        words = train_words(checked(fields, **inputs), options.output or "trained")
+        values = checked(fields, **inputs)
+        if "://" in texts["images"]:
+            values["images"] = texts["images"]  # a Path makes http:/ of http://
+        words = train_words(values, options.output or "trained")
         return [*words, "--dry-run"] if options.dry_run else words
     return generate_words(inputs, fields, options.output or "output")
 
@@ -82,7 +85,8 @@ def split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
         if not (name and equals):
             raise InputError(f"{option} {pair}: write it as name=value")
         if name in values:
-            raise InputError(f"{name} is given twice; give it once")
+            several = ", with a text file of several paths, one a line" if name == "images" else ""
+            raise InputError(f"{name} is given twice; give it once{several}")
         values[name] = value
     return values
 

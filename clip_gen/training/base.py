@@ -20,10 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_gen.config import GPTConfig
 from clip_gen.data.limits import reason_of
-from clip_gen.files import atomic_folder, write_text_atomic
+from clip_gen.files import MODULE, atomic_folder, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
-from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.training.datasets import PictureFiles
 from clip_gen.training.folder import saved_settings
 from clip_gen.training.plan import MODEL_SIZES, TrainSettings
@@ -47,27 +46,31 @@ DECISION = "base.json"  # in the folder work
 
 PUBLISHED_VQGAN = "imagenet-f16-1024"
 JUDGED_PICTURES = 64  # on which a base is measured
-# Measured on 256 pictures each (docs/training.md). A bundled CLIP differs by 0.01 nats on its own world, by up to 0.08
-# on a part of it such as one colour, and by 0.12 to 0.9 on drawings by others and on photographs.
+# Measured in docs/training.md. The nearest remembered picture has a cosine of 0.8 to 1 on the world of emoji, of 0.71
+# to 0.75 on the drawings alone and on those of other artists, and of 0.65 to 0.7 on photographs.
+KNOWN_COSINE = 0.78
+# For a model without a memory: the CLIP of shapes differs by 0.01 nats on its world, by up to 0.08 on a part of it such
+# as one colour, and by 0.4 to 0.9 on other pictures.
 STRANGE_NATS = 0.1
 # The mean cosine is 0.5 to 0.65 on a bundled CLIP's own world, and 0.95 or more on pictures that it cannot tell apart.
 ALIKE_COSINE = 0.9
 
 
 def settle_base(training: Training, is_dry: bool = False) -> None:
-    """With base auto: keeps the model that predicts, or loads published weights in its place.
+    """With base auto: keeps the model that predicts, or loads published weights in its place. Another base is kept,
+    with a warning if its CLIP does not know the pictures.
 
     is_dry: downloads and writes nothing, so files of the choice may be missing. A training that resumes keeps its base.
     """
     if not training.settings.chooses_base:
+        training.choice = _judged(training)
         return
     settings, decision = training.settings, training.work / DECISION
     has_begun = bool(saved_settings(training.out))
     if not training.is_first or (has_begun and decision.is_file()):
         choice = Choice(**json.loads(decision.read_text()))
     else:
-        pictures = PictureFiles(training.sample_of_pictures(), training.networks.config.vqgan.resolution)
-        choice = choose_base(training.networks, pictures, settings, training.on_gpu())
+        choice = choose_base(training.networks, _sample(training), settings, training.on_gpu())
         if not is_dry:
             choice = download(choice, settings)
             write_text_atomic(decision, json.dumps(asdict(choice), indent=1))
@@ -79,22 +82,49 @@ def settle_base(training: Training, is_dry: bool = False) -> None:
         training.networks = load_base(training.base, needs_vqgan=bool(choice.vqgan))
 
 
+def _judged(training: Training) -> Choice | None:
+    """The base that the settings name, if its CLIP does not know the pictures."""
+    if not training.is_first or training.settings.stage == "vqgan":
+        return None
+    networks = training.networks
+    choice = Choice(networks.config.name, **asdict(measure_acquaintance(networks, _sample(training))))
+    if choice.is_known:
+        return None
+    log.info("%s", _measured(choice))
+    warning = (
+        f"the CLIP of {choice.model} does not know such pictures: the trained model will reconstruct them, but prompts "
+        "about them cannot be expected to work; base=auto takes OpenAI's CLIP for them"
+    )
+    log.warning(warning)
+    return replace(choice, warning=warning)
+
+
+def _sample(training: Training) -> PictureFiles:
+    return PictureFiles(training.sample_of_pictures(), training.networks.config.vqgan.resolution)
+
+
 @dataclass(frozen=True)
 class Acquaintance:
     """How well a CLIP knows some pictures.
 
-    nats: how far the activations in its image encoder are from those in its training, as the KL divergence of normal
-    distributions, mean over all channels of its batch norms; 0 if it has none. cosine: of the embeddings of two
-    pictures, in the mean; near 1 it does not tell them apart.
+    remembered: for a model with a memory, the cosine of a picture's embedding with the nearest remembered one, less
+    the mean of both; the median over the pictures. nats: how far the activations in its image encoder are from
+    those in its training, as the KL divergence of normal distributions, mean over all channels of its batch norms;
+    0 if it has none, or was trained on all kinds of pictures as published ones were. cosine: of the embeddings of
+    two pictures, in the mean; near 1 it does not tell them apart.
     """
 
     nats: float
     cosine: float
+    remembered: float | None = None
 
 
 @torch.no_grad()
-def measure_acquaintance(clip: ClipEncoder, pictures: Dataset) -> Acquaintance:
-    """pictures: (S, S, 3) uint8, 2 or more."""
+def measure_acquaintance(networks: Networks, pictures: Dataset) -> Acquaintance:
+    """Of the CLIP of a model. pictures: (S, S, 3) uint8, 2 or more."""
+    clip, memory = networks.clip, networks.bridge.memory
+    # Only the bundled models and those trained from them have a mean of texts. Other CLIPs are published ones.
+    knows_all = not networks.bridge.text_mean.any()
     norms = [module for module in clip.clip.visual.modules() if isinstance(module, nn.BatchNorm2d)]
     moments: list[list[Tensor]] = [[] for _ in norms]  # per batch: the means (B, 2, C) of activations and their squares
 
@@ -109,14 +139,15 @@ def measure_acquaintance(clip: ClipEncoder, pictures: Dataset) -> Acquaintance:
     try:
         with on_device(clip) as device:
             batches = (from_bytes(batch.to(device)) for batch in DataLoader(pictures, 32))
-            embeddings = torch.cat([clip.encode_image(images) for images in batches])
+            embeddings = torch.cat([clip.encode_image(images) for images in batches]).cpu()
             nats = [_divergence(norm, torch.cat(parts).mean(dim=0)) for norm, parts in zip(norms, moments, strict=True)]
     finally:
         for hook in hooks:
             hook.remove()
     count = len(embeddings)
     cosine = (embeddings.sum(dim=0).square().sum().item() - count) / (count * (count - 1))
-    return Acquaintance(round(sum(nats) / len(nats), 3) if nats else 0.0, round(cosine, 3))
+    remembered = memory and round(float(memory.nearest_cosine(embeddings).median()), 3)
+    return Acquaintance(0.0 if knows_all or not nats else round(sum(nats) / len(nats), 3), round(cosine, 3), remembered)
 
 
 def _divergence(norm: nn.BatchNorm2d, moments: Tensor) -> float:
@@ -131,9 +162,9 @@ def _divergence(norm: nn.BatchNorm2d, moments: Tensor) -> float:
 class Choice:
     """What a training starts from, as work/base.json and training.json have it.
 
-    model: the name of the model that predicts; nats, cosine: its Acquaintance. clip: one of CLIPS; "": the model that
-    predicts is the base. vqgan: one of VQGANS; "" beside a clip: new networks of `size`. warning: why no prompt can
-    work; "" if they can.
+    model: the name of the model that predicts; nats, cosine, remembered: its Acquaintance. clip: one of CLIPS; "":
+    that model is the base. vqgan: one of VQGANS; "" beside a clip: new networks of `size`. warning: why no prompt
+    can work; "" if they can.
     """
 
     model: str
@@ -143,6 +174,7 @@ class Choice:
     vqgan: str = ""
     size: str = "base"
     warning: str = ""
+    remembered: float | None = None
 
     @property
     def name(self) -> str:
@@ -152,7 +184,7 @@ class Choice:
 
     @property
     def is_known(self) -> bool:
-        return self.nats <= STRANGE_NATS
+        return self.nats <= STRANGE_NATS if self.remembered is None else self.remembered >= KNOWN_COSINE
 
     def files(self) -> list[pull.Published]:
         """What has to be downloaded for it."""
@@ -165,8 +197,8 @@ class Choice:
 
     def commands(self) -> str:
         """What downloads these files by hand."""
-        commands = [f"python -m clip_gen pull clip {self.clip}"]
-        return " && ".join(commands + ([f"python -m clip_gen pull vqgan {self.vqgan}"] if self.vqgan else []))
+        commands = [f"{MODULE} pull clip {self.clip}"]
+        return " && ".join(commands + ([f"{MODULE} pull vqgan {self.vqgan}"] if self.vqgan else []))
 
     def log(self) -> None:
         log.info("base: %s", self.in_words())
@@ -184,11 +216,7 @@ class Choice:
 
 def choose_base(networks: Networks, pictures: Dataset, settings: TrainSettings, on_gpu: bool) -> Choice:
     """The base for these pictures, (S, S, 3) uint8; downloads nothing. networks: of the model that predicts."""
-    known = measure_acquaintance(networks.clip, pictures)
-    if not networks.bridge.text_mean.any():
-        # Only the bundled models and those trained from them have a mean of texts. Other CLIPs are published ones.
-        known = replace(known, nats=0.0)
-    choice = Choice(networks.config.name, **asdict(known))
+    choice = Choice(networks.config.name, **asdict(measure_acquaintance(networks, pictures)))
     log.info("%s", _measured(choice))
     if choice.is_known:
         return replace(choice, size=settings.size)
@@ -201,10 +229,12 @@ def choose_base(networks: Networks, pictures: Dataset, settings: TrainSettings, 
 def _measured(choice: Choice) -> str:
     usual = "was trained on such pictures" if choice.is_known else "was trained on other pictures"
     apart = "hardly tells them apart" if choice.cosine >= ALIKE_COSINE else "tells them apart"
-    return (
-        f"the CLIP of {choice.model} {usual} (its activations differ by {choice.nats:.2f} nats; by more than "
-        f"{STRANGE_NATS:g} on other pictures) and {apart} (mean cosine {choice.cosine:.2f})"
+    measure = (
+        f"activations differ by {choice.nats:.2f} nats from those of its training, {STRANGE_NATS:g} at most on such"
     )
+    if choice.remembered is not None:
+        measure = f"cosine {choice.remembered:.2f} with the nearest it remembers, {KNOWN_COSINE:g} or more on such"
+    return f"the CLIP of {choice.model} {usual} ({measure}) and {apart} (mean cosine {choice.cosine:.2f})"
 
 
 def download(choice: Choice, settings: TrainSettings) -> Choice:

@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from clip_gen.files import write_text_atomic
+from clip_gen.files import MODULE, write_text_atomic
 from clip_gen.hardware import on_device
 from clip_gen.images import from_bytes
 from clip_gen.networks.lpips import FrozenLPIPS
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PULL = "python -m clip_gen pull lpips"
+PULL = f"{MODULE} pull lpips"
 MIN_SIDE = 16  # pixels, for LPIPS
 # Published VQGANs with 16 by 16 tokens reach 20 dB on photographs like those they were trained on. Pale pictures have
 # a high PSNR with any VQGAN, so it must also be much better than each picture's mean colour.

@@ -67,8 +67,9 @@ def log_expectation(training: Training) -> float:
 
     Returns the minutes that encoding and stage 2 take; 0 if they were not timed.
     """
-    log.info("what to expect:")
+    log.info("timing up to %d steps of each stage, for a minute each at most", TIMED_STEPS)
     seconds = _timed(training)
+    log.info("what to expect:")
     lines = {
         "pictures": f"{training.pictures.summary()}; {len(training.held_back_paths)} are held back to measure on",
         "squares": training.plan.squares,
@@ -107,7 +108,7 @@ def _stages(training: Training, seconds: dict[str, float]) -> dict[str, str]:
         if name == "gpt":
             lines[title] += f", after encoding {rows:,} views"
             if plan.lora_rank:
-                lines["few"] = _lora(training)
+                lines["LoRA"] = _lora(training)
         if name in seconds:
             duration = _seconds_of_stage_2(training, seconds) if name == "gpt" else config.steps * seconds[name]
             total += duration
@@ -124,8 +125,8 @@ def _lora(training: Training) -> str:
     choose_parameters(gpt, rank, training.tokens.known)
     trained = sum(parameter.numel() for parameter in gpt.parameters() if parameter.requires_grad)
     return (
-        f"pictures: fine-tunes {_rounded(trained)} parameters, additions of rank {rank} to the transformer's "
-        f"{_rounded(_count(training.networks.gpt))} (LoRA); lora=off trains all"
+        f"trains {_rounded(trained)} parameters, additions of rank {rank} to the transformer's "
+        f"{_rounded(_count(training.networks.gpt))}, since there are few pictures; lora=off trains all"
     )
 
 

@@ -143,6 +143,6 @@ def shortage(name: str, steps: int, planned: int, max_minutes: float, fine_tunes
     """
     if steps >= TOO_FEW * planned:
         return ""
-    means = "too few to change much of the base model" if fine_tunes else TOO_FEW_FOR[name]
+    means = "too few, so the model draws worse than its base" if fine_tunes else TOO_FEW_FOR[name]
     minutes = float(f"{max_minutes * ENOUGH * planned / max(steps, 1):.2g}")
     return f"{means}; give max_minutes of about {minutes:,g}, or a smaller size or resolution"

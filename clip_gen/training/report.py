@@ -53,7 +53,7 @@ th { font-weight: 600 }
 .verdict { background: #f3f6fb; border-left: 4px solid #2563eb; padding: 0.6em 1.2em } .verdict pre { margin: 0.4em 0 }
 .warning { background: #fff4e5; border-left: 4px solid #d97706; padding: 0.4em 1.2em; margin: 0.6em 0 }
 .running { font-weight: 600 }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 8px 24px }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 8px 24px }
 figure { margin: 0 } figure img { width: 100% } figcaption { color: #555; font-size: 13px; line-height: 1.35 }
 pre { overflow-x: auto } summary { cursor: pointer }
 """

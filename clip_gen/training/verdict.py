@@ -97,7 +97,7 @@ def _follows(record: Record) -> list[str]:
 def _copies(record: Record) -> list[str]:
     """A transformer that copies has a warning instead."""
     gpt = record["stages"].get("gpt", {})
-    words = "" if copies.warning(gpt) else copies.in_words(gpt)
+    words = "" if copies.warning(gpt) or _is_too_short(gpt) else copies.in_words(gpt)
     return [f"It does not seem to copy training pictures: {words}."] if words else []
 
 
@@ -122,17 +122,22 @@ def _prompts(record: Record, is_running: bool) -> list[str]:
 def _problems(record: Record) -> list[str]:
     gpt = record["stages"]["gpt"]
     steps, planned = gpt.get("steps", 0), gpt.get("planned_steps", 0)
-    few = gpt.get("ended_by") == "time" and shortage("gpt", steps, planned, 1.0, gpt.get("fine_tunes", False))
     problems = [f"the CLIP of {record['base']['name']} does not know such pictures"] if _is_strange(record) else []
-    problems += [f"the transformer had {steps:,} of {planned:,} steps"] if few else []
+    problems += [f"the transformer had {steps:,} of {planned:,} steps"] if _is_too_short(gpt) else []
     problems += ["reconstructions are poor"] if _quality(record)[2] == POOR else []
     if gpt.get("recognised", 1.0) < FOLLOWS:
         problems += ["what is drawn hardly follows its embedding, or the pictures are much alike"]
     return problems
 
 
+def _is_too_short(gpt: Record) -> bool:
+    """Whether time ended stage 2 after too few steps to tell anything."""
+    steps, planned = gpt.get("steps", 0), gpt.get("planned_steps", 0)
+    return gpt.get("ended_by") == "time" and bool(shortage("gpt", steps, planned, 1.0, gpt.get("fine_tunes", False)))
+
+
 def _is_strange(record: Record) -> bool:
-    """Whether the base's CLIP was found not to know the pictures, and nothing better was to be had."""
+    """Whether the base's CLIP was found not to know the pictures, and was kept."""
     return bool(record["base"].get("warning"))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clip_gen.config import ModelConfig, has_settings, read_config, write_config
-from clip_gen.files import atomic_file, atomic_folder, check_replaceable, sha256_of
+from clip_gen.files import MODULE, atomic_file, atomic_folder, check_replaceable, sha256_of
 from clip_gen.networks.bridge import Bridge
 from clip_gen.networks.clip_encoder import ClipEncoder
 from clip_gen.networks.discriminator import build_discriminator, discriminator_layers
@@ -256,7 +256,7 @@ def read_part(network: nn.Module, path: Path) -> dict[str, Tensor]:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise ModelFolderError(
-            f"{path}: missing; copy the whole model folder again. To a folder without a CLIP, python -m clip_gen "
+            f"{path}: missing; copy the whole model folder again. To a folder without a CLIP, {MODULE} "
             "import clip adds one; without a transformer, train one (stage 2)"
         )
 

@@ -16,6 +16,7 @@ from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.evaluation.measuring import Drawn, Measuring
 from clip_gen.evaluation.pictures import bias_of
+from clip_gen.files import MODULE
 from clip_gen.images import resized_square, to_tensor
 from clip_gen.metrics.distributions import cmmd, fid
 from clip_gen.metrics.features import FeatureNetwork, weights_sha256
@@ -231,7 +232,7 @@ def test_two_pictures_can_be_measured(tiny_model_folder: Path, images: Path, tmp
             "nowhere.json: cannot be read (No such file or directory); give the report.json",
         ),
         (["--images", "nowhere"], "nowhere"),
-        (["--features", "inception"], "no such file; run python -m clip_gen pull inception, or give --features clip"),
+        (["--features", "inception"], f"no such file; run {MODULE} pull inception, or give --features clip"),
     ],
 )
 def test_a_bad_value_is_one_sentence(

@@ -223,6 +223,10 @@ def test_an_unknown_name_without_a_similar_one_lists_all_inputs(refused: Refuse)
         (["-i", "prompt"], "-i prompt: write it as name=value"),
         (["-e", "=1"], "-e =1: write it as name=value"),
         (["-i", "prompt=a", "-i", "prompt=b"], "prompt is given twice; give it once"),
+        (
+            ["-i", "images=a", "-i", "images=b"],
+            "images is given twice; give it once, with a text file of several paths",
+        ),
         (["-i", "prompt=@absent.txt"], "prompt: absent.txt cannot be read (No such file or directory)"),
         ([*QUICK, "-i", "replicate_weights=@/dev/null"], "/dev/null: no such file or folder; give"),
         (["-i", "prompt=\udcff\udcfe"], "which is not UTF-8 text; use a terminal or file in UTF-8"),

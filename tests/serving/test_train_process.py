@@ -100,6 +100,8 @@ def test_a_cancelled_training_ends_within_two_seconds(
 
 def test_the_script_passes_a_dry_run_on(photos: Path) -> None:
     assert command_words("train", ["-i", f"images=@{photos}", "--dry-run"])[-1] == "--dry-run"
+    url = "http://127.0.0.1:1/{0000..0001}.tar"
+    assert command_words("train", ["-i", f"images={url}"])[1] == url
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_the_script_trains_into_a_folder_and_takes_its_weights_as_base(
     [
         ({"images": "@"}, 'images is ""; give a file'),
         ({"images": "@nothing.zip"}, "train: nothing.zip: no such file"),
-        ({"images": "https://somewhere/photos.zip"}, "train: https:/somewhere/photos.zip: no such file"),
+        ({"images": "https://somewhere/photos.zip"}, "https://somewhere/photos.zip: is no tar; shards end in"),
         ({"images": "@PHOTOS", "stage": "all"}, 'stage is "all"; give one of both, vqgan, transformer'),
         ({"images": "@PHOTOS", "base": "checkpoints/shapes"}, "checkpoints/shapes: no such file or folder"),
     ],

@@ -23,13 +23,16 @@ from safetensors.torch import load_file
 from clip_gen import ClipGen
 from clip_gen.__main__ import main
 from clip_gen.config import GPTConfig
-from clip_gen.files import ROOT
+from clip_gen.files import MODULE, ROOT
 from clip_gen.training import base, plan
 from clip_gen.training.datasets import PictureFiles
 from clip_gen.training.job import Training
 from clip_gen.training.plan import TrainSettings
 from clip_gen.weights import download, pull
 from clip_gen.weights.model_folder import Networks, load_networks
+from clip_gen.worlds.emoji.drawings import drawing
+from clip_gen.worlds.emoji.pairs import RenderedPictures as EmojiScenes
+from clip_gen.worlds.emoji.words import things
 from clip_gen.worlds.shapes.pairs import RenderedPictures
 
 TOY = TrainSettings(
@@ -106,6 +109,48 @@ def test_published_weights_are_the_base_for_photographs(
     assert (choice.clip, choice.vqgan, choice.size) == ("ViT-B/32", vqgan, size)
 
 
+def emoji_pictures(kind: str, folder: Path) -> PictureFiles:
+    """Scenes of the emoji world, or its drawings alone, without outlines."""
+    scenes, rng = EmojiScenes(24, 5, 128), np.random.default_rng(0)
+    for i in range(24):
+        if kind == "scenes":
+            picture = Image.fromarray(scenes[i])
+        else:
+            picture = Image.new("RGBA", (128, 128), "white")
+            picture.alpha_composite(
+                Image.fromarray(drawing(str(rng.choice(list(things()))), "flat")).resize((128, 128))
+            )
+        picture.convert("RGB").save(folder / f"{i}.png")
+    return PictureFiles(sorted(folder.glob("*.png")), 128)
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [("scenes", True), ("drawings", False), ("photographs", False)])
+def test_the_clip_of_emoji_knows_its_scenes_and_nothing_else(
+    kind: str, is_known: bool, photographs: list[Path], tmp_path: Path
+) -> None:
+    """Its activations are usual on cut-out photographs, but no remembered picture is near them."""
+    pictures = PictureFiles(photographs, 128) if kind == "photographs" else emoji_pictures(kind, tmp_path)
+    choice = base.choose_base(load_networks(ROOT / "checkpoints" / "emoji"), pictures, TOY, on_gpu=False)
+    assert choice.is_known == is_known
+    assert abs(choice.remembered - base.KNOWN_COSINE) > 0.03
+    assert (choice.clip == "") == is_known
+
+
+def test_a_base_whose_clip_does_not_know_the_pictures_is_kept_with_a_warning(
+    photo_zip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(TOY, base=str(ROOT / "checkpoints" / "shapes"), perceptual_weight=0.0)
+    Training(photo_zip, tmp_path / "out", settings).run()
+    warning = (
+        "the CLIP of shapes does not know such pictures: the trained model will reconstruct them, but prompts about"
+    )
+    assert any(line.startswith(warning) for line in caplog.messages)
+    record = json.loads((tmp_path / "out" / "model" / "training.json").read_text())
+    assert any(line.startswith(warning) for line in record["warnings"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Prompts cannot be expected to work well: the CLIP of shapes does not know such pictures" in page
+
+
 def test_a_clip_of_unknown_training_is_taken_to_know_everything(shapes: Networks, photographs: list[Path]) -> None:
     imported = replace(shapes, bridge=type(shapes.bridge)(128, shapes.bridge.config))
     assert base.choose_base(imported, PictureFiles(photographs, 64), TOY, on_gpu=False).clip == ""
@@ -150,9 +195,7 @@ def test_without_a_network_the_model_reconstructs_and_says_that_no_prompt_can_wo
     assert warning.startswith(
         "the CLIP of shapes does not know such pictures, and ViT-B-32.pt could not be downloaded (Connection refused)"
     )
-    assert (
-        "no prompt about them can work; where there is a network, run python -m clip_gen pull clip ViT-B/32" in warning
-    )
+    assert f"no prompt about them can work; where there is a network, run {MODULE} pull clip ViT-B/32" in warning
     assert "to download: ViT-B-32.pt (354 MB, MIT)" in caplog.text
     record = json.loads((tmp_path / "out" / "model" / "training.json").read_text())
     assert warning in record["warnings"]

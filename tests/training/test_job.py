@@ -266,8 +266,8 @@ def test_warnings_for_few_steps_on_a_base_and_for_pictures_left_out(
     assert re.search(r"encoding: 32 of 3,040 views, \d+ a second; about 32 fit into 5e-05 minutes", logged)
     steps, pictures = json.loads((tmp_path / "few" / "model" / "training.json").read_text())["warnings"]
     assert re.search(
-        r"stage 1 of 1: the transformer, ends by time at about step [\d,]+ of 1,000,000, after 0.1 minutes: too few "
-        "to change much of the base",
+        r"stage 1 of 1: the transformer, ends by time at about step [\d,]+ of 1,000,000, after 0.1 minutes: too few, "
+        "so the model draws worse than its base",
         logged,
     )
     assert pictures == (
@@ -275,7 +275,7 @@ def test_warnings_for_few_steps_on_a_base_and_for_pictures_left_out(
         "max_minutes, in another folder"
     )
     assert re.match(
-        r"gpt: its time ended after [\d,]+ of 1,000,000 steps, too few to change much of the base model", steps
+        r"gpt: its time ended after [\d,]+ of 1,000,000 steps, too few, so the model draws worse than its base", steps
     )
     assert logged.index(pictures.removesuffix(", in another folder")) < logged.index("stage 1 of 1")
     assert logged.count(pictures.removesuffix(", in another folder")) == 2

@@ -140,7 +140,7 @@ def test_a_training_on_few_pictures_keeps_what_it_does_not_need_to_change(
         Training(photos, tmp_path, replace(TOY, stage="both", base=str(tiny_model_folder))).run()
     logged = "\n".join(caplog.messages)
     assert "stage 1   left out: the base's VQGAN reconstructs the pictures very well" in logged
-    assert "few       pictures: fine-tunes" in logged
+    assert "LoRA      trains" in logged
     for part in ("vqgan", "clip"):
         base, after = (load_file(folder / f"{part}.safetensors") for folder in (tiny_model_folder, tmp_path / "model"))
         assert all(torch.equal(value, after[name]) for name, value in base.items())
