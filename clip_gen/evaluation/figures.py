@@ -98,7 +98,7 @@ class Difference:
             return f"do not compare: {self.obstacle}"
         change = own.value - other.value
         change = f"{'+' if change > 0 else ''}{_number(name, change, own.value)}"
-        change += " points" if name in SHARES else ""
+        change = change.replace(" %", " points")
         if self.exceeds is None:
             return f"{change}, without an interval"
         better = (own.value < other.value) == (name in LOWER_IS_BETTER)

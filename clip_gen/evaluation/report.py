@@ -73,7 +73,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem aut
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; font-size: 14px; width: 100% }
 td, th { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #eee; vertical-align: top }
-td.number { font-weight: 600; white-space: nowrap } .note { color: #a33 } .quiet { color: #666; font-size: 14px }
+td.number { font-weight: 600 } td.number, td.short { white-space: nowrap }
+.note { color: #a33 } .quiet { color: #666; font-size: 14px }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); gap: 12px }
 .grid.pairs { grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)) }
 figure { margin: 0 } figcaption { font-size: 12px; line-height: 1.3; color: #444; overflow-wrap: anywhere }
@@ -193,8 +194,8 @@ def _table(figures: Sequence[Figure]) -> str:
         kind = "note" if "bias" in figure.note else "quiet"
         note = f"<br><span class={kind}>{html.escape(figure.note)}</span>" if figure.note else ""
         rows.append(
-            f"<tr><td>{name}</td><td class=number>{figure.shown}</td><td>{figure.interval}</td>"
-            f"<td>{figure.counts}</td><td>{html.escape(figure.features)}{note}</td></tr>"
+            f"<tr><td>{name}</td><td class=number>{figure.shown}</td><td class=short>{figure.interval}</td>"
+            f"<td class=short>{figure.counts}</td><td>{html.escape(figure.features)}{note}</td></tr>"
         )
     head = "<tr><th>Metric</th><th>Value</th><th>95 % interval</th><th>Drawn, against real</th><th>Features</th></tr>"
     names = dict.fromkeys(figure.name for figure in figures)

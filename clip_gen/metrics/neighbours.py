@@ -57,7 +57,7 @@ def overlap(real: Tensor, generated: Tensor) -> Overlap:
             nearest_generated[i] = torch.minimum(nearest_generated[i], near.amin(dim=0))
     covered, count, real_count = nearest_generated <= large, kept.sum(dim=1), kept_real.sum(dim=1)
     recall, coverage = ((part & kept_real).sum(dim=1) / real_count for part in (recalled, covered))
-    return Overlap(*map(_estimate, (precise / count, recall, inside / count, coverage)))
+    return Overlap(*map(_estimate, (precise / count, recall, inside / count, coverage), (1.0, 1.0, torch.inf, 1.0)))
 
 
 def _kept(count: int, fewest: int) -> Tensor:
@@ -66,10 +66,13 @@ def _kept(count: int, fewest: int) -> Tensor:
     return torch.stack([torch.arange(count) % GROUPS != group for group in (-1, *range(groups))])
 
 
-def _estimate(values: Tensor) -> Estimate:
-    """Of the value of all pictures and those without each tenth, (11,) or (1,)."""
+def _estimate(values: Tensor, most: float) -> Estimate:
+    """Of the value of all pictures and those without each tenth, (11,) or (1,). Its interval is within 0 and `most`."""
     value, *others = values.tolist()
-    return leaving_out(value, others) if others else Estimate(value, torch.nan, torch.nan)
+    if not others:
+        return Estimate(value, torch.nan, torch.nan)
+    found = leaving_out(value, others)
+    return Estimate(value, max(0.0, found.low), min(most, found.high))
 
 
 def _radii_of_kept(features: Tensor, neighbours: tuple[int, ...], kept: Tensor) -> list[Tensor]:

@@ -26,7 +26,7 @@ def test_a_difference_counts_if_it_exceeds_both_intervals_together() -> None:
         assert differences([FID], [other])[0].shown == sentence
     recall = Figure("from prompts", "recall", 0.5, 0.49, 0.51, "InceptionV3", 30000, 30000)
     other = replace(recall, value=0.4, low=0.39, high=0.41)
-    assert differences([recall], [other])[0].shown == "+10.0 % points, better"
+    assert differences([recall], [other])[0].shown == "+10.0 points, better"
 
 
 def test_figures_that_do_not_compare_are_said_to_be() -> None:
