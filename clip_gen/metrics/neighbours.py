@@ -14,6 +14,7 @@ from clip_gen.metrics.intervals import GROUPS, Estimate, leaving_out
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # as published
 BLOCK = 1024  # rows of a matrix of distances that are computed together
+COLUMNS = 4096  # of them at a time, because torch.cdist copies both sides
 SAME = 5e-3  # of the mean distance from the mean features; pictures closer to each other than that are copies
 
 
@@ -96,8 +97,10 @@ def _distances_to_others(features: Tensor, rows: Tensor) -> Tensor:
 
 def _distances(features: Tensor, others: Tensor) -> Tensor:
     """Between features (R, D) and others (N, D), (R, N). Without their mean, small ones are rounded less."""
-    mean = others.mean(dim=0)
-    return torch.cdist(features - mean, others - mean)
+    mean, found = others.mean(dim=0), features.new_empty(len(features), len(others))
+    for columns in torch.arange(len(others)).split(COLUMNS):
+        found[:, columns] = torch.cdist(features - mean, others[columns] - mean)
+    return found
 
 
 def nearest(features: Tensor, others: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -119,7 +122,8 @@ def usual_distance(training: Tensor) -> float:
 
     Half of a generator's pictures are closer to a training picture if it draws new ones of the same kind.
     """
-    same = SAME * (training - training.mean(dim=0)).norm(dim=1).mean()
+    mean = training.mean(dim=0)
+    same = SAME * torch.cat([(part - mean).norm(dim=1) for part in training.split(BLOCK)]).mean()
     found = []
     for rows in torch.arange(len(training)).split(BLOCK):
         distances = _distances(training[rows], training)
