@@ -33,6 +33,7 @@ from clip_gen.weights.model_folder import (
     Networks,
     load_base,
     load_config,
+    load_networks,
     load_record,
     write_description,
 )
@@ -70,7 +71,7 @@ def settle_base(training: Training, is_dry: bool = False) -> None:
     if not training.is_first or (has_begun and decision.is_file()):
         choice = Choice(**json.loads(decision.read_text()))
     else:
-        choice = choose_base(training.networks, _sample(training), settings, training.on_gpu())
+        choice = choose_base(_with_memory(training), _sample(training), settings, training.on_gpu())
         if not is_dry:
             choice = download(choice, settings)
             write_text_atomic(decision, json.dumps(asdict(choice), indent=1))
@@ -86,7 +87,7 @@ def _judged(training: Training) -> Choice | None:
     """The base that the settings name, if its CLIP does not know the pictures."""
     if not training.is_first or training.settings.stage == "vqgan":
         return None
-    networks = training.networks
+    networks = _with_memory(training)
     choice = Choice(networks.config.name, **asdict(measure_acquaintance(networks, _sample(training))))
     if choice.is_known:
         return None
@@ -97,6 +98,11 @@ def _judged(training: Training) -> Choice | None:
     )
     log.warning(warning)
     return replace(choice, warning=warning)
+
+
+def _with_memory(training: Training) -> Networks:
+    """The base's networks, with the memory that load_base drops."""
+    return replace(training.networks, bridge=load_networks(training.base, fresh=("vqgan", "gpt", "bridge")).bridge)
 
 
 def _sample(training: Training) -> PictureFiles:

@@ -26,6 +26,7 @@ from clip_gen.config import GPTConfig
 from clip_gen.files import MODULE, ROOT
 from clip_gen.training import base, plan
 from clip_gen.training.datasets import PictureFiles
+from clip_gen.training.expectation import dry_run
 from clip_gen.training.job import Training
 from clip_gen.training.plan import TrainSettings
 from clip_gen.weights import download, pull
@@ -134,6 +135,26 @@ def test_the_clip_of_emoji_knows_its_scenes_and_nothing_else(
     assert choice.is_known == is_known
     assert abs(choice.remembered - base.KNOWN_COSINE) > 0.03
     assert (choice.clip == "") == is_known
+
+
+@pytest.mark.parametrize("kind", ["scenes", "drawings"])
+@pytest.mark.parametrize("chosen", ["auto", str(ROOT / "checkpoints" / "emoji")])
+def test_a_training_looks_at_what_the_base_remembers(
+    kind: str, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it drops the memory from the networks that it trains."""
+    (tmp_path / "pictures").mkdir()
+    emoji_pictures(kind, tmp_path / "pictures")
+    monkeypatch.setenv("COG_WEIGHTS", "emoji")
+    training = Training(tmp_path / "pictures", tmp_path / "out", replace(TOY, base=chosen))
+    monkeypatch.setattr("clip_gen.training.expectation.log_expectation", lambda training: None)
+    dry_run(training)
+    if kind == "scenes":
+        assert training.choice is None or training.choice.is_known
+        assert (training.choice is None) == (chosen != "auto")
+    else:
+        assert not training.choice.is_known
+        assert bool(training.choice.warning) == (chosen != "auto")
 
 
 def test_a_base_whose_clip_does_not_know_the_pictures_is_kept_with_a_warning(
