@@ -92,7 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
     for plot in run.plots(points):
         write_text_atomic(arguments.out / f"{plot['name']}.svg", time_plot(plot))
     print(table(points))
-    print(f"CLIP score and CMMD: {clip_features(model.clip_encoder, model.config.name).name}, which both methods use")
+    print(f"CLIP score and CMMD: {run.network.name}, which both methods use")
     print(f"wrote {arguments.out / RESULTS} and its plots")
 
 
@@ -116,7 +116,7 @@ class Comparison:
         self, model: ClipGen, world: JudgedWorld, settings: OptimisationSettings, arguments: argparse.Namespace
     ):
         self.model, self.world, self.settings, self.arguments = model, world, settings, arguments
-        self.out = arguments.out
+        self.out, self.network = arguments.out, clip_features(model.clip_encoder, model.config.name)
         kinds = [(kind, world.cases(kind, arguments.prompts, arguments.seed)) for kind in arguments.kinds]
         self.cases: dict[str, Case] = {f"{kind}-{i:04}": case for kind, some in kinds for i, case in enumerate(some)}
         self.budgets = [("candidates", n) for n in sorted(arguments.candidates)]
@@ -200,8 +200,7 @@ class Comparison:
         resolution, scenes = self.model.config.vqgan.resolution, []
         for kind in self.arguments.kinds:
             scenes += [case.scene for case in world.cases(kind, -(-REAL // len(self.arguments.kinds)), REAL_SEED)]
-        network = clip_features(self.model.clip_encoder, self.model.config.name)
-        device = self.model.device
+        network, device = self.network, self.model.device
         real = network(to_tensor([world.render(scene, resolution)]).to(device) for scene in scenes)
         found = []
         for method, budget in self.budgets:

@@ -14,7 +14,7 @@ from clip_gen.evaluation.figures import CLOSE_TO_REAL, CLOSE_TO_TRAINING, Figure
 from clip_gen.images import from_bytes
 from clip_gen.metrics.clip_scores import clip_scores, retrieved
 from clip_gen.metrics.distributions import cmmd, fid, kid
-from clip_gen.metrics.features import FeatureNetwork, clip_features
+from clip_gen.metrics.features import FeatureNetwork, clip_features, weights_sha256
 from clip_gen.metrics.inception_score import PARTS, inception_score
 from clip_gen.metrics.intervals import Estimate, jackknife, mean, of_tenths, share
 from clip_gen.metrics.neighbours import DENSITY_NEIGHBOURS, nearest, overlap, usual_distance
@@ -62,7 +62,7 @@ class Measuring:
 
     def __init__(self, network: FeatureNetwork, clip: ClipEncoder, clip_name: str, device: torch.device):
         self.network, self.clip, self.device = network, clip, device
-        self.clip_network = clip_features(clip, clip_name)
+        self.clip_network, self.clip_weights = clip_features(clip, clip_name), weights_sha256(clip)
         self.figures: list[Figure] = []
 
     def features(self, batches: Iterator[Tensor]) -> Features:
@@ -172,8 +172,8 @@ class Measuring:
                 self._add(source, metric, estimate, self.network.name, len(measured), len(real))
 
     def _add(self, source: str, metric: str, estimate: Estimate, features: str, *rest: object) -> None:
-        weights = {network.name: network.weights for network in (self.network, self.clip_network)}.get(features, "")
         figure = Figure.of(source, metric, estimate, features, *rest)
+        weights = self.clip_weights if features == self.clip_network.name else ""
         self.figures.append(replace(figure, weights=weights))
 
 

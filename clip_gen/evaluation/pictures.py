@@ -147,7 +147,7 @@ class Evaluation:
 
     def measure(self, blurs: Sequence[int]) -> None:
         measuring, model = self.measuring, self.model
-        is_own_clip = measuring.clip_network.weights == weights_sha256(model.clip_encoder)
+        is_own_clip = measuring.clip_weights == weights_sha256(model.clip_encoder)
         real = measuring.of_files(self.images, self.resolution)
         training = real if self.training is self.images else measuring.of_files(self.training, self.resolution)
         self.psnr = torch.empty(0)

@@ -240,7 +240,7 @@ def _side_by_side(
     if FROM_PROMPTS not in evaluation.drawn or "prompts" in _different(about, other):
         return []
     pairs = []
-    for prompt, path in zip(evaluation.prompts[:PAIRS], evaluation.drawn[FROM_PROMPTS].paths, strict=False):
+    for prompt, path in zip(evaluation.prompts[:PAIRS], evaluation.drawn[FROM_PROMPTS].paths[:PAIRS], strict=True):
         theirs = folder / path.parent.name / path.name
         if theirs.is_file():
             pairs.append(_figure([_square(path), _square(theirs)], prompt))
@@ -280,10 +280,8 @@ def _pairs(evaluation: Evaluation) -> list[str]:
         body.append(f"<h2>{source.capitalize()}: the closest to a {kind} picture, and that picture</h2>{_grid(pairs)}")
     if FROM_PICTURES in evaluation.drawn:
         drawn = evaluation.drawn[FROM_PICTURES].paths[:PAIRS]
-        # Not strict: only the first pictures are shown.
-        pairs = [
-            _figure([_square(real), _square(path)], "") for real, path in zip(evaluation.sources, drawn, strict=False)
-        ]
+        sources = evaluation.sources[:PAIRS]
+        pairs = [_figure([_square(real), _square(path)], "") for real, path in zip(sources, drawn, strict=True)]
         body.append(f"<h2>Pictures, and what is drawn from their embeddings</h2>{_grid(pairs)}")
         body += _reconstructions(evaluation)
     return body

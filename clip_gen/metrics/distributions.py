@@ -112,14 +112,9 @@ def _symmetric_sums(kernel: Callable[[Tensor, Tensor], Tensor], parts: Sequence[
 
 
 def _sum(kernel: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for block in first.split(BLOCK):
-        total += kernel(block, second).sum(dtype=torch.float64)
-    return total
+    return sum(kernel(block, second).sum(dtype=torch.float64) for block in first.split(BLOCK))
 
 
 def _sum_of_selves(kernel: Callable[[Tensor, Tensor], Tensor], part: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for row in part.split(1):
-        total += kernel(row, row).sum(dtype=torch.float64)
-    return total
+    """Of the kernel of each picture with itself."""
+    return sum(kernel(block, block).diagonal().sum(dtype=torch.float64) for block in part.split(BLOCK))

@@ -26,13 +26,11 @@ INSTALL = "pip install torch-fidelity==0.4.0"
 class FeatureNetwork:
     """name: in reports, since figures with different features do not compare. extract: images (B, 3, S, S) in [-1, 1]
     to features (B, D) float32. classify: features (B, D) to logits (B, C), on the CPU; None: it has no classes.
-    weights: SHA-256 of a CLIP's weights, because its name is that of a model, and models can have the same CLIP.
     """
 
     name: str
     extract: Callable[[Tensor], Tensor]
     classify: Callable[[Tensor], Tensor] | None = None
-    weights: str = ""
 
     @torch.inference_mode()
     def __call__(self, batches: Iterable[Tensor]) -> Tensor:
@@ -42,8 +40,7 @@ class FeatureNetwork:
 
 def clip_features(encoder: ClipEncoder, name: str) -> FeatureNetwork:
     """Unit-length embeddings of a CLIP."""
-    title = f"CLIP of {name} ({encoder.config.embed_dim})"
-    return FeatureNetwork(title, encoder.encode_image, weights=weights_sha256(encoder))
+    return FeatureNetwork(f"CLIP of {name} ({encoder.config.embed_dim})", encoder.encode_image)
 
 
 def weights_sha256(network: nn.Module) -> str:

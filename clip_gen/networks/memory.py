@@ -93,9 +93,8 @@ class Memory(nn.Module):
 
     def search(self, embeddings: Tensor) -> Found:
         """The remembered pictures nearest to each of embeddings (B, E)."""
-        places = self.rows * self.steps
-        asked = (embeddings - self.mean) @ self.axes.T
-        values, nearest = (F.normalize(asked, dim=1) @ F.normalize(places, dim=1).T).topk(min(NEAREST, len(places)))
+        places, asked, cosines = self._compared(embeddings)
+        values, nearest = cosines.topk(min(NEAREST, len(places)))
         # All nearest ones, whatever n: the rounding of a product depends on its size.
         near = F.normalize(places[nearest] @ self.axes + self.mean, dim=2)
         length = asked.norm(dim=1, keepdim=True)
@@ -109,8 +108,13 @@ class Memory(nn.Module):
 
     def nearest_cosine(self, embeddings: Tensor) -> Tensor:
         """The cosine of each of embeddings (B, E) with the nearest remembered one, less the mean of both, (B,)."""
-        asked, places = (embeddings - self.mean) @ self.axes.T, self.rows * self.steps
-        return (F.normalize(asked, dim=1) @ F.normalize(places, dim=1).T).amax(dim=1)
+        return self._compared(embeddings)[2].amax(dim=1)
+
+    def _compared(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The remembered ones and embeddings (B, E) along the axes, (M, K) and (B, K), and their cosines, (B, M)."""
+        places = self.rows * self.steps
+        asked = (embeddings - self.mean) @ self.axes.T
+        return places, asked, F.normalize(asked, dim=1) @ F.normalize(places, dim=1).T
 
     def near(self, embeddings: Tensor, chances: Tensor) -> Tensor:
         """For each of embeddings (B, E) n embeddings to draw from, (B, n, E). chances: (B, n) in [0, 1), which ones."""

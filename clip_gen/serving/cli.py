@@ -14,6 +14,7 @@ from pathlib import Path
 import cog
 
 from clip_gen.data.entries import reason_of
+from clip_gen.data.sources import URL
 from clip_gen.files import COMMAND, ROOT
 from clip_gen.serving.inputs import InputError, InputField, checked
 from clip_gen.serving.train_process import TRAIN_ENVIRONMENT, as_options, train_words
@@ -36,7 +37,7 @@ def command_words(command: str, arguments: Sequence[str]) -> list[str]:
     if command == "train":
         os.environ.update(TRAIN_ENVIRONMENT | os.environ | {COMMAND: shlex.join(["script/train", *arguments])})
         values = checked(fields, **inputs)
-        if "://" in texts["images"]:
+        if URL.match(texts["images"]):
             values["images"] = texts["images"]  # a Path makes http:/ of http://
         words = train_words(values, options.output or "trained")
         return [*words, "--dry-run"] if options.dry_run else words

@@ -33,7 +33,6 @@ from clip_gen.weights.model_folder import (
     Networks,
     load_base,
     load_config,
-    load_networks,
     load_record,
     write_description,
 )
@@ -71,7 +70,7 @@ def settle_base(training: Training, is_dry: bool = False) -> None:
     if not training.is_first or (has_begun and decision.is_file()):
         choice = Choice(**json.loads(decision.read_text()))
     else:
-        choice = choose_base(_with_memory(training), _sample(training), settings, training.on_gpu())
+        choice = choose_base(training.networks, _sample(training), settings, training.on_gpu())
         if not is_dry:
             choice = download(choice, settings)
             write_text_atomic(decision, json.dumps(asdict(choice), indent=1))
@@ -87,8 +86,8 @@ def _judged(training: Training) -> Choice | None:
     """The base that the settings name, if its CLIP does not know the pictures."""
     if not training.is_first or training.settings.stage == "vqgan":
         return None
-    networks = _with_memory(training)
-    choice = Choice(networks.config.name, **asdict(measure_acquaintance(networks, _sample(training))))
+    known = measure_acquaintance(training.networks, _sample(training))
+    choice = Choice(training.networks.config.name, **asdict(known))
     if choice.is_known:
         return None
     log.info("%s", _measured(choice))
@@ -98,11 +97,6 @@ def _judged(training: Training) -> Choice | None:
     )
     log.warning(warning)
     return replace(choice, warning=warning)
-
-
-def _with_memory(training: Training) -> Networks:
-    """The base's networks, with the memory that load_base drops."""
-    return replace(training.networks, bridge=load_networks(training.base, fresh=("vqgan", "gpt", "bridge")).bridge)
 
 
 def _sample(training: Training) -> PictureFiles:

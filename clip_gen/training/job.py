@@ -110,11 +110,15 @@ class Training:
         self.images.check_outside(self.out)
 
     def load_base(self) -> None:
-        """Downloads and loads the base model that the settings name, or else the model that predicts."""
+        """Downloads and loads the base model that the settings name, or else the model that predicts.
+
+        With its memory, which settle_base looks at.
+        """
         settings = self.settings
         named = default_model(os.environ.get("COG_WEIGHTS"))[0] if settings.chooses_base else settings.base
         self.base = resolve_weights(named)
-        self.networks = model_folder.load_base(self.base, needs_vqgan=settings.size == "base")
+        needs_vqgan = settings.size == "base"
+        self.networks = model_folder.load_base(self.base, needs_vqgan, keeps_memory=True)
 
     def on_gpu(self) -> bool:
         """Whether the training has a GPU. One that resumes on another machine keeps its plan."""
@@ -128,6 +132,7 @@ class Training:
     def plan_stages(self, is_dry: bool = False) -> None:
         """Plans the stages and saves the settings; ValueError if the training in the folder has others."""
         saved, on_gpu = training_folder.saved_settings(self.out), self.on_gpu()
+        self.networks = model_folder.forget_memory(self.networks)
         if saved and self.settings.lora == "auto":  # earlier versions had no LoRA
             self.settings = replace(self.settings, lora=saved.get("lora", "off"))
         settings = self.settings

@@ -102,14 +102,20 @@ def on_meta(build: Callable[[], Built], path: Path, remedy: str) -> Built:
         raise ModelFolderError(f"{path}: its sizes describe no network ({error}); {remedy}") from error
 
 
-def load_base(folder: str | Path, needs_vqgan: bool = True) -> Networks:
+def load_base(folder: str | Path, needs_vqgan: bool = True, keeps_memory: bool = False) -> Networks:
     """Loads a model folder for training, without the bridge's memory. A missing transformer gets random weights.
 
-    needs_vqgan: False if a missing VQGAN gets random weights too.
+    needs_vqgan: False if a missing VQGAN gets random weights too. keeps_memory: until forget_memory drops it.
     """
     networks = load_networks(folder, fresh=("gpt", "bridge") if needs_vqgan else ("vqgan", "gpt", "bridge"))
-    gpt, bridge = with_null_condition(networks.gpt), networks.bridge.without_memory()
-    return replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config, bridge=bridge.config))
+    gpt = with_null_condition(networks.gpt)
+    networks = replace(networks, gpt=gpt, config=replace(networks.config, gpt=gpt.config))
+    return networks if keeps_memory else forget_memory(networks)
+
+
+def forget_memory(networks: Networks) -> Networks:
+    """Drops what belongs to the pictures that these networks were trained on."""
+    return replace(networks, config=replace(networks.config, bridge=networks.bridge.without_memory().config))
 
 
 def _assign(network: nn.Module, tensors: dict[str, Tensor]) -> None:
