@@ -1,8 +1,10 @@
-"""Progress for people: a live line on a terminal, and a few lines in the log of a prediction."""
+"""Progress for people: a live line on a terminal, a few lines in the log of a prediction, and of many pictures."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
@@ -11,10 +13,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from clip_gen.sampling.progress import Progress
 
+log = logging.getLogger(__name__)
+
 LOG_SECONDS, LOG_SHARE = 1.0, 0.05  # of all tokens; between two lines of a log
 LOG_FORM = "{l_bar}{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 BAR_FORM = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
 NOTHING = Progress(0, 1, 0.0)
+COUNT_SECONDS = 30.0
 
 
 class ProgressLog:
@@ -80,3 +85,25 @@ class LiveBar:
             done = f"{shares.count(1)} of {self.count} drawn, " if self.count > 1 else ""
             self._bar.n = sum(shares)
             self._bar.set_postfix_str(f"{done}{speed:.0f} tokens/s")
+
+
+class CountLog:
+    """Logs every half minute how many of `total` pictures or prompts are done, and how long the others take.
+
+    before: how many were done by an earlier run.
+    """
+
+    def __init__(self, what: str, total: int, before: int = 0):
+        self.what, self.total, self.before, self.done = what, total, before, before
+        self.began = self.logged = time.monotonic()
+        if before:
+            log.info("%s: %s of %s were done before", what, f"{before:,}", f"{total:,}")
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.logged >= COUNT_SECONDS or (count and self.done == self.total):
+            speed = (self.done - self.before) / (now - self.began)
+            left, numbers = (self.total - self.done) / speed / 60, f"{self.done:,} of {self.total:,}"
+            log.info("%s: %s, %.2f a second, %.1f min left", self.what, numbers, speed, left)
+            self.logged = now

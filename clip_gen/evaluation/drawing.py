@@ -10,11 +10,9 @@ from pathlib import Path
 
 from clip_gen.generate import DEFAULTS, read_lines
 from clip_gen.pipeline import ClipGen
+from clip_gen.progress_bar import CountLog
 from clip_gen.prompts_file import Line, draw_lines, undrawn_lines
 
-log = logging.getLogger(__name__)
-
-LOG_SECONDS = 30.0
 FIXED = {"num_outputs": 1, "output_format": "png", "output_grid": False, "output_size": "1x"}
 WAIT_SECONDS = 10.0  # between two looks for what other processes have drawn
 
@@ -47,9 +45,14 @@ def _with_seed(line: Line, seed: int) -> Line:
 
 def draw(model: ClipGen, lines: Sequence[Line], folder: Path, what: str, share: tuple[int, int]) -> list[Path]:
     """Draws this process's share of the lines; the first process waits for all of them. The files in their order."""
-    progress = _Progress(what, len(lines[share[0] :: share[1]]))
+    own = lines[share[0] :: share[1]]
+    progress = CountLog(what, len(own), before=len(own) - len(undrawn_lines(model, own, folder)))
+
+    def count(sentence: str) -> None:
+        progress.advance(0 if sentence.endswith("drawn before") else 1)
+
     with _without_warnings():
-        draw_lines(model, lines, folder, overwrite=True, share=share, say=progress)
+        draw_lines(model, lines, folder, overwrite=True, share=share, say=count)
     while share[0] == 0 and share[1] > 1 and undrawn_lines(model, lines, folder):
         time.sleep(WAIT_SECONDS)
     return [folder / line.names("")[0] for line in lines]
@@ -65,24 +68,3 @@ def _without_warnings() -> Iterator[None]:
         yield
     finally:
         pipeline.setLevel(before)
-
-
-class _Progress:
-    """Logs every half minute how many lines are drawn, and how long the others take."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done = what, total, 0
-        self.began = self.logged = time.monotonic()
-
-    def __call__(self, sentence: str) -> None:
-        if sentence.endswith("were drawn before"):
-            self.total -= int(sentence.split()[0])
-            log.info("%s: %s", self.what, sentence)
-            return
-        self.done += 1
-        now = time.monotonic()
-        if now - self.logged >= LOG_SECONDS or self.done == self.total:
-            speed = self.done / (now - self.began)
-            left = (self.total - self.done) / speed / 60
-            log.info("%s: %d of %d, %.2f a second, %.1f min left", self.what, self.done, self.total, speed, left)
-            self.logged = now

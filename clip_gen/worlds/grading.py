@@ -8,12 +8,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,53 +18,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_gen.files import atomic_file, check_claimable, claim_folder, write_text_atomic
+from clip_gen.files import atomic_file, check_claimable, claim_folder, folder_lock, write_text_atomic
 from clip_gen.hardware import spare_cores
 from clip_gen.images import to_pil, to_tensor
+from clip_gen.metrics.features import weights_sha256
 from clip_gen.metrics.intervals import Share
 from clip_gen.networks.mixing import prompt_conditions
 from clip_gen.pipeline import ClipGen
+from clip_gen.progress_bar import CountLog
 from clip_gen.sampling.batch_requests import DRAWN_FROM
 from clip_gen.sampling.sampler import Batch, Sampling, candidate_uniforms
 from clip_gen.training.losses import decibels, squared_errors
+from clip_gen.worlds.graded import Candidate, GradedFile, Verdict, best_of
 from clip_gen.worlds.judged import Case, JudgedWorld, load_judged_world
 from clip_gen.worlds.world import WORLDS
 
-log = logging.getLogger(__name__)
-
-REPORT, SHEET = "report.json", "sheet.png"
+REPORT, SHEET, GRADED = "report.json", "sheet.png", "graded.jsonl"
 CANDIDATES = 16
 PROMPTS_PER_BATCH = 8
+SHOWN, COLUMNS = 32, 16  # prompts of each kind on the contact sheet, and in a row of it
 FROM_IMAGES = ("one", "two")  # the kinds that are also drawn from the embeddings of renders
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge says of a picture."""
-
-    grades: dict[str, bool]  # for each attribute that the prompt states
-    clean: bool  # whether the judge can read all of the picture
-
-    @property
-    def right(self) -> bool:
-        return all(self.grades.values())
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One of the pictures of a prompt. verdicts: of each judge, the most trusted first."""
-
-    picture: Image.Image
-    score: float  # CLIP score
-    verdicts: tuple[Verdict, ...]
-
-    @property
-    def right(self) -> bool:
-        return self.verdicts[0].right
-
-
-def best_of(candidates: list[Candidate]) -> Candidate:
-    return max(candidates, key=attrgetter("score"))
 
 
 @functools.cache
@@ -80,10 +50,19 @@ class Evaluation:
     """Grades one model with one sampling on fixed prompts and seeds.
 
     rows: of the first judge, and beside it of the others. limits: for a row of prompts the row of reconstructions that
-    limits it.
+    limits it. saved: keeps the graded candidates, so that an interrupted evaluation resumes.
     """
 
-    def __init__(self, world: JudgedWorld, model: ClipGen, prompts: int, seed: int, sampling: Sampling):
+    def __init__(
+        self,
+        world: JudgedWorld,
+        model: ClipGen,
+        prompts: int,
+        seed: int,
+        sampling: Sampling,
+        saved: GradedFile | None = None,
+    ):
+        self.saved = saved
         self.world, self.model, self.prompts, self.seed, self.sampling = world, model, prompts, seed, sampling
         self.judged: dict[str, dict[str, Share]] = {judge: {} for judge in world.judges}
         self.limits: dict[str, str] = {}
@@ -110,12 +89,9 @@ class Evaluation:
 
     def grade(self, kind: str, source: str) -> None:
         """Adds rows for one kind of prompt; source: "text", or "image" for the embeddings of matching renders."""
-        began, chosen = time.perf_counter(), self.cases(kind)
-        graded: list[list[Candidate]] = []
-        for start in range(0, len(chosen), PROMPTS_PER_BATCH):
-            graded += self.candidates(chosen[start : start + PROMPTS_PER_BATCH], start, source)
         title = self.world.titles[kind]
         name = title if source == "text" else f"{title}, from image embeddings"
+        graded = self._graded(name, self.cases(kind), source)
         limit = f"{title}, reconstructions"
         for number, judge in enumerate(self.world.judges):
             for n in (1, 4, CANDIDATES):
@@ -126,7 +102,20 @@ class Evaluation:
             self._attributes(judge, f"{name}, best of {CANDIDATES}", verdicts, limit)
         if source == "text":
             self.best[kind] = [best_of(candidates) for candidates in graded]
-        log.info("%s: %d prompts in %.0f s", name, len(chosen), time.perf_counter() - began)
+
+    def _graded(self, name: str, chosen: list[Case], source: str) -> list[list[Candidate]]:
+        """The candidates of each case, of which some were graded before. Only those on the sheet have a picture."""
+        graded = self.saved.rows[name][: len(chosen)] if self.saved else []
+        progress = CountLog(name, len(chosen), len(graded))
+        for start in range(len(graded), len(chosen), PROMPTS_PER_BATCH):
+            some = self.candidates(chosen[start : start + PROMPTS_PER_BATCH], start, source)
+            for number, candidates in enumerate(some, start):
+                shown = best_of(candidates) if number < SHOWN else None
+                graded.append([one if one is shown else replace(one, picture=None) for one in candidates])
+            if self.saved:
+                self.saved.append(name, graded[-len(some) :])
+            progress.advance(len(some))
+        return graded
 
     def _row(self, judge: str, name: str, right: list[bool], limit: str | None = None) -> None:
         self.judged[judge][name] = Share(sum(right), len(right))
@@ -239,12 +228,12 @@ class Evaluation:
 
     def sheet(self) -> Image.Image:
         """The best of 16 for the first prompts of each kind; a red bar under those the judge calls wrong."""
-        side, columns, gap = self.model.config.vqgan.resolution, 16, 4
-        shown = [candidate for best in self.best.values() for candidate in best[: 2 * columns]]
-        rows = -(-len(shown) // columns)
-        sheet = Image.new("RGB", (columns * (side + gap), rows * (side + 2 * gap)), (200, 200, 200))
+        side, gap = self.model.config.vqgan.resolution, 4
+        shown = [candidate for best in self.best.values() for candidate in best[:SHOWN]]
+        rows = -(-len(shown) // COLUMNS)
+        sheet = Image.new("RGB", (COLUMNS * (side + gap), rows * (side + 2 * gap)), (200, 200, 200))
         for i, candidate in enumerate(shown):
-            x, y = i % columns * (side + gap), i // columns * (side + 2 * gap)
+            x, y = i % COLUMNS * (side + gap), i // COLUMNS * (side + 2 * gap)
             sheet.paste(candidate.picture, (x, y))
             if not candidate.right:
                 sheet.paste((220, 0, 0), (x, y + side, x + side, y + side + gap))
@@ -288,11 +277,28 @@ def main(arguments: argparse.Namespace) -> None:
     unknown = [kind for kind in kinds if kind not in world.titles]
     if unknown:
         raise ValueError(f'no kind of prompts is called "{unknown[0]}"; choose from {", ".join(world.titles)}')
-    evaluation = Evaluation(world, model, arguments.prompts, arguments.seed, sampling)
-    evaluation.run(kinds)
-    print(evaluation.table())
     claim_folder(arguments.out, "evaluation")
-    write_text_atomic(arguments.out / REPORT, json.dumps(evaluation.as_json(), indent=2) + "\n")
-    with atomic_file(arguments.out / SHEET) as temporary:
-        evaluation.sheet().save(temporary, "png")
+    work = arguments.out / "work"
+    with folder_lock(
+        work, f"{arguments.out} is in use by another evaluation; wait for it to end, or name another folder"
+    ):
+        saved = GradedFile(work / GRADED, drawn_with(model, world, arguments.seed, sampling))
+        evaluation = Evaluation(world, model, arguments.prompts, arguments.seed, sampling, saved)
+        evaluation.run(kinds)
+        print(evaluation.table())
+        write_text_atomic(arguments.out / REPORT, json.dumps(evaluation.as_json(), indent=2) + "\n")
+        with atomic_file(arguments.out / SHEET) as temporary:
+            evaluation.sheet().save(temporary, "png")
+        saved.remove()
     print(f"wrote {arguments.out / REPORT} and {arguments.out / SHEET}")
+
+
+def drawn_with(model: ClipGen, world: JudgedWorld, seed: int, sampling: Sampling) -> dict[str, object]:
+    """What graded candidates depend on."""
+    networks = {"clip": model.clip_encoder, "vqgan": model.vqgan, "gpt": model.gpt, "bridge": model.bridge}
+    weights = {name: weights_sha256(network) for name, network in networks.items()}
+    return (
+        {"judges": world.judges, "titles": world.titles, "seed": seed, "config": asdict(model.config)}
+        | weights
+        | asdict(sampling)
+    )
