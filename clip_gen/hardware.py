@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent ends
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -168,6 +170,11 @@ _thread_locks: dict[int, threading.Lock] = {}
 
 def _thread_lock() -> threading.Lock:
     return _thread_locks.setdefault(os.getpid(), threading.Lock())
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it ends, by whatever means."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def release_memory() -> None:

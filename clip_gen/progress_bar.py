@@ -102,7 +102,7 @@ class CountLog:
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.logged >= COUNT_SECONDS or (count and self.done == self.total):
+        if now - self.logged >= COUNT_SECONDS or self.done == self.total:
             speed = (self.done - self.before) / (now - self.began)
             left, numbers = (self.total - self.done) / speed / 60, f"{self.done:,} of {self.total:,}"
             log.info("%s: %s, %.2f a second, %.1f min left", self.what, numbers, speed, left)

@@ -45,11 +45,14 @@ def _with_seed(line: Line, seed: int) -> Line:
 
 def draw(model: ClipGen, lines: Sequence[Line], folder: Path, what: str, share: tuple[int, int]) -> list[Path]:
     """Draws this process's share of the lines; the first process waits for all of them. The files in their order."""
-    own = lines[share[0] :: share[1]]
-    progress = CountLog(what, len(own), before=len(own) - len(undrawn_lines(model, own, folder)))
+    total, progress = len(lines[share[0] :: share[1]]), None
 
     def count(sentence: str) -> None:
-        progress.advance(0 if sentence.endswith("drawn before") else 1)
+        nonlocal progress
+        if progress is None:  # the first sentence is "7 of 30 prompts were drawn before"
+            progress = CountLog(what, total, before=int(sentence.split()[0]))
+        else:
+            progress.advance(1)
 
     with _without_warnings():
         draw_lines(model, lines, folder, overwrite=True, share=share, say=count)

@@ -6,7 +6,6 @@ machines and after any number of restarts: all its randomness is drawn from (see
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_gen.data.decoding import load_picture
-from clip_gen.hardware import release_memory, spare_cores
+from clip_gen.hardware import end_with_parent, release_memory, spare_cores
 from clip_gen.networks.bridge import add_noise
 from clip_gen.training.squares import Squares
 
@@ -32,7 +31,6 @@ MAX_HELD_BACK = 512  # pictures
 ORDER_STREAM, AUGMENT_STREAM = range(2)  # random streams of a sample: which picture, and its crop, flip and noise
 NEAR_MISS_NEIGHBOURS = 16  # a near miss is one of so many nearest neighbours
 MAX_SAMPLED = 2000  # images that enough_places looks at
-PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent ends
 
 
 def split_pictures(paths: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
@@ -294,7 +292,7 @@ class Loader(DataLoader):
 
 def _start_worker(worker: int) -> None:
     """Makes a worker end with its parent, and when the parent itself sends SIGTERM."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from clip_gen.files import write_text_atomic
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,27 @@ def best_of(candidates: list[Candidate]) -> Candidate:
 class GradedFile:
     """The graded candidates of each row of an evaluation in the order of its prompts, a line of JSON for each prompt.
 
-    about: what the candidates depend on. A file about something else, or a line that was cut short, is dropped.
+    about: what the candidates depend on. A file about something else is dropped, and so are the lines from the first
+    damaged one on, such as one that was cut short.
     """
 
     def __init__(self, path: Path, about: Mapping[str, object]):
         self.path, self.rows = path, defaultdict(list)
-        text = path.read_text() if path.is_file() else ""
-        first, *lines = text.splitlines()[: text.count("\n")] or [""]
-        if first != json.dumps(about):
-            first, lines = json.dumps(about), []
-        write_text_atomic(path, "".join(f"{line}\n" for line in (first, *lines)))
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        wanted, kept = json.dumps(about), []
+        first, *lines = text.split("\n")[:-1] or [wanted]
+        if first != wanted:
+            log.info("%s is of another evaluation, and begins again", path)
+            lines = []
         for line in lines:
-            record = json.loads(line)
-            self.rows[record["row"]].append([_candidate(values) for values in record["candidates"]])
+            try:
+                row, candidates = _row(line)
+            except (ValueError, KeyError, TypeError, OSError):
+                log.warning("%s: line %d is damaged; the prompts from there on are graded again", path, len(kept) + 2)
+                break
+            self.rows[row].append(candidates)
+            kept.append(line)
+        write_text_atomic(path, "".join(f"{line}\n" for line in (wanted, *kept)))
 
     def append(self, row: str, graded: Iterable[list[Candidate]]) -> None:
         with self.path.open("a") as file:
@@ -82,7 +93,12 @@ def _record(candidate: Candidate) -> dict[str, object]:
     return values | {"png": base64.b64encode(buffer.getvalue()).decode()}
 
 
+def _row(line: str) -> tuple[str, list[Candidate]]:
+    record = json.loads(line)
+    return record["row"], [_candidate(values) for values in record["candidates"]]
+
+
 def _candidate(record: Mapping[str, object]) -> Candidate:
     png = record.get("png")
-    picture = Image.open(io.BytesIO(base64.b64decode(png))) if png else None
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") if png else None
     return Candidate(picture, record["score"], tuple(Verdict(**values) for values in record["verdicts"]))

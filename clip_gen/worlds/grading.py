@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_gen.files import atomic_file, check_claimable, claim_folder, folder_lock, write_text_atomic
-from clip_gen.hardware import spare_cores
+from clip_gen.files import atomic_file, check_claimable, claim_folder, folder_lock, sha256_of, write_text_atomic
+from clip_gen.hardware import end_with_parent, spare_cores
 from clip_gen.images import to_pil, to_tensor
-from clip_gen.metrics.features import weights_sha256
 from clip_gen.metrics.intervals import Share
 from clip_gen.networks.mixing import prompt_conditions
 from clip_gen.pipeline import ClipGen
@@ -36,14 +35,19 @@ from clip_gen.worlds.world import WORLDS
 REPORT, SHEET, GRADED = "report.json", "sheet.png", "graded.jsonl"
 CANDIDATES = 16
 PROMPTS_PER_BATCH = 8
+WORLDS_FOLDER = Path(__file__).parent
 SHOWN, COLUMNS = 32, 16  # prompts of each kind on the contact sheet, and in a row of it
 FROM_IMAGES = ("one", "two")  # the kinds that are also drawn from the embeddings of renders
 
 
 @functools.cache
 def readers() -> ProcessPoolExecutor:
-    """One thread each: after a fork, torch's other threads are gone."""
-    return ProcessPoolExecutor(spare_cores(), initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(spare_cores(), initializer=_start_reader)
+
+
+def _start_reader() -> None:
+    torch.set_num_threads(1)  # after a fork, torch's other threads are gone
+    end_with_parent()
 
 
 class Evaluation:
@@ -110,7 +114,7 @@ class Evaluation:
         for start in range(len(graded), len(chosen), PROMPTS_PER_BATCH):
             some = self.candidates(chosen[start : start + PROMPTS_PER_BATCH], start, source)
             for number, candidates in enumerate(some, start):
-                shown = best_of(candidates) if number < SHOWN else None
+                shown = best_of(candidates) if source == "text" and number < SHOWN else None
                 graded.append([one if one is shown else replace(one, picture=None) for one in candidates])
             if self.saved:
                 self.saved.append(name, graded[-len(some) :])
@@ -279,6 +283,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f'no kind of prompts is called "{unknown[0]}"; choose from {", ".join(world.titles)}')
     claim_folder(arguments.out, "evaluation")
     work = arguments.out / "work"
+    readers().submit(int).result()  # now: processes that start later would inherit the lock
     with folder_lock(
         work, f"{arguments.out} is in use by another evaluation; wait for it to end, or name another folder"
     ):
@@ -294,11 +299,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def drawn_with(model: ClipGen, world: JudgedWorld, seed: int, sampling: Sampling) -> dict[str, object]:
-    """What graded candidates depend on."""
-    networks = {"clip": model.clip_encoder, "vqgan": model.vqgan, "gpt": model.gpt, "bridge": model.bridge}
-    weights = {name: weights_sha256(network) for name, network in networks.items()}
-    return (
-        {"judges": world.judges, "titles": world.titles, "seed": seed, "config": asdict(model.config)}
-        | weights
-        | asdict(sampling)
-    )
+    """What graded candidates depend on, with the code and the data of the worlds."""
+    paths = sorted(path for path in WORLDS_FOLDER.rglob("*.*") if path.suffix != ".pyc")
+    files = {str(path.relative_to(WORLDS_FOLDER)): sha256_of(path) for path in paths}
+    numbers = {"device": model.device.type, "dtype": str(model.gpt.cache_dtype), "seed": seed, **asdict(sampling)}
+    return {"model": model.sha256, **numbers, "titles": world.titles, "files": files}

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from clip_gen.__main__ import main
+from clip_gen.files import ROOT
 from clip_gen.worlds import grading
 from clip_gen.worlds.graded import Candidate, GradedFile, Verdict
 
@@ -21,7 +29,10 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of the first prompts of the batches that are drawn, of two prompts each."""
+    """The numbers of the first prompts of the batches that are drawn, of two prompts each.
+
+    A judge that finds about half of an untrained model's pictures right.
+    """
     numbers: list[int] = []
     candidates = grading.Evaluation.candidates
 
@@ -29,7 +40,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         numbers.append(start)
         return candidates(self, chosen, start, source)
 
+    def verdicts(self: grading.Evaluation, pictures: list[Image.Image], chosen: list) -> list[tuple[Verdict, ...]]:
+        numbers = (zlib.crc32(picture.tobytes()) for picture in pictures)
+        return [(Verdict({"colour": number % 2 == 0, "shape": number % 3 > 0}, number % 5 > 0),) for number in numbers]
+
     monkeypatch.setattr(grading, "PROMPTS_PER_BATCH", 2)
+    monkeypatch.setattr(grading.Evaluation, "verdicts", verdicts)
     monkeypatch.setattr(grading.Evaluation, "candidates", noted)
     return numbers
 
@@ -49,9 +65,10 @@ def interrupt(model: Path, out: Path, after: int, drawn: list[int], monkeypatch:
             raise Interrupted
         return candidates(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(grading.Evaluation, "candidates", ending)
-        evaluate(model, out)
+        with pytest.raises(Interrupted):
+            evaluate(model, out)
     drawn.clear()
 
 
@@ -60,6 +77,9 @@ def test_an_interrupted_evaluation_resumes_and_has_the_same_results(
 ) -> None:
     whole = evaluate(tiny_model_folder, tmp_path / "whole")
     assert drawn == [0, 2, 4, 0, 2, 4]  # from text, and from image embeddings
+    shares = {name: row["share"] for name, row in whole["rows"].items() if name.endswith("perfect ranker of 16")}
+    assert len(shares) == 2
+    assert all(shares.values())
     drawn.clear()
     out = tmp_path / "out"
     interrupt(tiny_model_folder, out, 4, drawn, monkeypatch)
@@ -83,6 +103,54 @@ def test_another_sampling_grades_all_prompts_again(
     interrupt(tiny_model_folder, tmp_path, 4, drawn, monkeypatch)
     evaluate(tiny_model_folder, tmp_path, "--temperature", "0.5")
     assert drawn == [0, 2, 4, 0, 2, 4]
+
+
+def test_more_prompts_and_other_kinds_keep_what_was_graded(
+    tiny_model_folder: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(tiny_model_folder, tmp_path, 2, drawn, monkeypatch)
+    report = evaluate(tiny_model_folder, tmp_path, "--prompts", "8", "--kinds", "one", "unsaid")
+    assert drawn == [4, 6, 0, 2, 4, 6, 0, 2, 4, 6]
+    drawn.clear()
+    assert report == evaluate(tiny_model_folder, tmp_path / "new", "--prompts", "8", "--kinds", "one", "unsaid")
+
+
+def test_another_models_candidates_are_dropped(
+    tiny_model_folder: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_folder, other)
+    path = other / "gpt.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"head.weight": -tensors["head.weight"]}, path)
+    interrupt(tiny_model_folder, tmp_path / "out", 4, drawn, monkeypatch)
+    evaluate(other, tmp_path / "out")
+    assert drawn == [0, 2, 4, 0, 2, 4]
+
+
+def test_a_killed_evaluation_resumes_at_once(
+    tiny_model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["evaluate", str(tiny_model_folder), "--world", "shapes", "--kinds", "one", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-m", "clip_gen", *words, "--prompts", "5000"], cwd=ROOT)
+    graded, until = tmp_path / "out" / "work" / grading.GRADED, time.monotonic() + 120
+    while not (graded.is_file() and graded.read_text().count("\n") > 1) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    with caplog.at_level("INFO"):
+        assert main([*words, "--prompts", "8"]) == 0
+    assert "one object: 8 of 8 were done before" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["{}", "\0\0\0", '{"row": "one", "candidates": [{"score": 1}]}'])
+def test_damaged_lines_are_dropped(tmp_path: Path, damage: str) -> None:
+    path, candidate = tmp_path / "graded.jsonl", Candidate(None, 0.5, (Verdict({}, clean=False),))
+    GradedFile(path, {}).append("one", [[candidate], [candidate], [candidate]])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], damage, *lines[3:], ""]))
+    assert len(GradedFile(path, {}).rows["one"]) == 1
+    assert len(GradedFile(path, {}).rows["one"]) == 1
 
 
 def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
