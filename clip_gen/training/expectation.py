@@ -28,7 +28,7 @@ from clip_gen.training.datasets import Batches, Endless, loader_with_workers
 from clip_gen.training.decisions import uses_lpips
 from clip_gen.training.encoding import MAX_NEIGHBOURS
 from clip_gen.training.fit import Machine, lightning_precision
-from clip_gen.training.folder import claim, unpack_once
+from clip_gen.training.folder import claim
 from clip_gen.training.gpt_trainer import GPTTrainer
 from clip_gen.training.lora import choose_parameters
 from clip_gen.training.stage import Stage
@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 
 TIMED_STEPS, MAX_SECONDS = 10, 60  # of a stage
 SHORT = 100  # steps of a stage that is not worth the time
-CHECKPOINT_BYTES = 2 * 16  # for each trained parameter: two checkpoints with weights, their averages and moments
+# For each trained parameter: two checkpoints with weights, their averages and moments, and best.ckpt and its successor.
+CHECKPOINT_BYTES = 2 * 16 + 2 * 4
 WEIGHTS_BYTES = 2 * 2  # for each parameter: a folder and a tar, in float16
 
 
@@ -51,7 +52,7 @@ def dry_run(training: Training) -> None:
     training.load_base()
     claim(training.out)
     with folder_lock(training.work, f"{training.out} is in use by another training; wait for it to end"):
-        training.pictures = unpack_once(training.images, training.out, training.settings, training.machine.shard_gb)
+        training.pictures = training.unpack_pictures()
         settle_base(training, is_dry=True)
         if training.choice and (files := training.choice.files()):
             log.info("to download: %s", ", ".join(map(str, files)))

@@ -62,7 +62,9 @@ def remove_incomplete_files(out: Path) -> None:
         files.remove_leftovers(folder, seconds=0)
 
 
-def unpack_once(images: Sources, out: Path, settings: TrainSettings, shard_gb: float = inf) -> Pictures:
+def unpack_once(
+    images: Sources, out: Path, settings: TrainSettings, shard_gb: float = inf, resolution: int = 0
+) -> Pictures:
     """The pictures of `images`, unpacked into work/pictures unless they are there already; of shards see `gather`.
 
     ValueError if the training in `out` began with other pictures. Pictures that were unpacked for a training that did
@@ -82,7 +84,7 @@ def unpack_once(images: Sources, out: Path, settings: TrainSettings, shard_gb: f
     source.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     if images.shards:
-        pictures = gather(images.shards, folder, settings.resolution, 1e9 * shard_gb, settings.seed)
+        pictures = gather(images.shards, folder, resolution, 1e9 * shard_gb, settings.seed)
     else:
         paths = images.paths[0] if len(images.paths) == 1 else images.paths
         pictures = unpack(paths, folder, name=str(images))

@@ -22,6 +22,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 from torch.utils.data import Dataset
 
+from clip_gen.data.manifest import Pictures
 from clip_gen.data.sources import find_sources
 from clip_gen.files import folder_lock, write_text_atomic
 from clip_gen.hardware import on_device
@@ -83,7 +84,7 @@ class Training:
             wait_for_announcement(self.work / "ready")
         busy = f"{self.out} is in use by another training; wait for it to end, or name another folder"
         with folder_lock(self.work, busy) if self.is_first else nullcontext():
-            self.pictures = training_folder.unpack_once(self.images, self.out, self.settings, self.machine.shard_gb)
+            self.pictures = self.unpack_pictures()
             settle_base(self)
             self.plan_stages()
             self.clean_folder()
@@ -123,6 +124,12 @@ class Training:
     def on_gpu(self) -> bool:
         """Whether the training has a GPU. One that resumes on another machine keeps its plan."""
         return training_folder.saved_settings(self.out).get("on_gpu", torch.cuda.is_available())
+
+    def unpack_pictures(self) -> Pictures:
+        """Unpacks the pictures once. Copies from shards are large enough for the resolution of the training."""
+        settings = self.settings
+        resolution = self.networks.config.vqgan.resolution if settings.size == "base" else settings.resolution
+        return training_folder.unpack_once(self.images, self.out, settings, self.machine.shard_gb, resolution)
 
     def sample_of_pictures(self) -> list[Path]:
         """Some pictures at random, to judge a base on."""

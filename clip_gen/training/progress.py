@@ -18,8 +18,8 @@ from clip_gen.training.callbacks import TimeLimit, learning_rate
 
 log = logging.getLogger(__name__)
 
-# Shares of the planned steps. Below the first a new model draws only blobs. The README's model, which draws three of
-# four prompts correctly, had the second.
+# Shares of the planned steps. Below the first a new model draws only blobs. The example in docs/training.md, which
+# draws three of four prompts correctly, had the second.
 TOO_FEW, ENOUGH = 0.1, 0.25
 MIN_STEPS, MIN_SECONDS = 5, 2.0  # to measure the speed
 LATE = 0.3  # of the time, after which fewer steps are enough

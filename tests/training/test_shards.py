@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from clip_gen.data.manifest import Pictures, unpacked
 from clip_gen.files import ROOT
 from clip_gen.training import shards as shards_module
 from clip_gen.training.datasets import open_rows
+from clip_gen.training.job import Training
+from clip_gen.training.plan import TrainSettings
 from clip_gen.training.shards import gather, pictures_of, shard_parts
 from clip_gen.training.squares import Squares
 from clip_gen.worlds.shapes.pairs import RenderedPictures
@@ -128,6 +131,22 @@ def write_shards(folder: Path) -> list[str]:
     for name, content in SHARDS.items():
         (folder / name).write_bytes(content)
     return [str(folder / name) for name in SHARDS]
+
+
+@pytest.mark.parametrize(("size", "given", "side"), [("base", 0, 640), ("laptop", 0, 320), ("laptop", 1024, 1280)])
+def test_copies_are_large_enough_for_the_resolution_of_the_training(
+    tiny_model_folder: Path, tmp_path: Path, size: str, given: int, side: int
+) -> None:
+    (tmp_path / "0.tar").write_bytes(shard({f"{number}.jpg": photograph(1296, 1296, number) for number in range(8)}))
+    settings = TrainSettings(base=str(tiny_model_folder), size=size, resolution=given)
+    training = Training([str(tmp_path / "{0..0}.tar")], tmp_path / "out", settings)
+    training.check()
+    training.load_base()
+    config = training.networks.config
+    vqgan = replace(config.vqgan, resolution=512)  # of a larger base
+    training.networks = replace(training.networks, config=replace(config, vqgan=vqgan))
+    pictures = training.unpack_pictures()
+    assert Image.open(pictures.paths[0]).size == (side, side)
 
 
 def test_only_a_sample_is_kept_if_the_disk_has_no_room_for_all(tmp_path: Path) -> None:
