@@ -51,9 +51,10 @@ UNSEEN = 1_000_003  # seed of pictures that no training uses
 
 
 def train(pictures: Path, out: Path, words: list[str]) -> tuple[float, float]:
-    """Runs the command `train`; returns its minutes and its peak memory in GB."""
+    """Runs the command `train` from the model of shapes; returns its minutes and its peak memory in GB."""
     began, peak = time.monotonic(), 0
-    command = [sys.executable, "-m", "clip_gen", "train", str(pictures), "--out", str(out), *words]
+    base = ["--base", str(BUNDLED)]  # the words may name another
+    command = [sys.executable, "-m", "clip_gen", "train", str(pictures), "--out", str(out), *base, *words]
     environment = TRAIN_ENVIRONMENT | os.environ | {"PYTHONPATH": str(ROOT), "MKL_CBWR": "AUTO"}
     training = subprocess.Popen(command, env=environment, start_new_session=True)
     while training.poll() is None:
