@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from model_files import slow_folder
 
+from clip_gen import progress_bar
 from clip_gen.files import ROOT
 from clip_gen.progress_bar import LiveBar, ProgressLog, log_line
 from clip_gen.sampling.progress import Progress
@@ -110,3 +111,22 @@ def test_without_a_terminal_nothing_is_reported(capsys: pytest.CaptureFixture[st
     with LiveBar() as bar:
         assert bar.listener() is None
     assert capsys.readouterr().err == ""
+
+
+def test_many_pictures_are_counted_every_half_minute_and_at_the_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now)
+    with caplog.at_level("INFO"):
+        log = progress_bar.CountLog("drawn", 1200, before=200)
+        for number in range(1, 1001):
+            now = 100 + number / 10
+            log.advance(1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "drawn: 200 of 1,200 were done before",
+        "drawn: 500 of 1,200, 10.00 a second, 1.2 min left",
+        "drawn: 800 of 1,200, 10.00 a second, 0.7 min left",
+        "drawn: 1,100 of 1,200, 10.00 a second, 0.2 min left",
+        "drawn: 1,200 of 1,200, 10.00 a second, 0.0 min left",
+    ]
