@@ -16,7 +16,7 @@ from clip_gen.images import OUTPUT_FORMATS
 from clip_gen.picture_files import INPUT_PICTURES, check_folder, description, drawing_settings, write_pictures
 from clip_gen.pipeline import ClipGen
 from clip_gen.progress_bar import LiveBar
-from clip_gen.prompts_file import Line, draw_lines, read_prompts
+from clip_gen.prompts_file import Line, draw_lines, read_prompts, undrawn_lines
 from clip_gen.sampling.condition import open_picture
 from clip_gen.validation import MAX_CANDIDATES, MAX_SEED, check_number, check_request, without_effect
 from clip_gen.weights.default_model import default_model
@@ -83,8 +83,11 @@ def main(arguments: argparse.Namespace) -> None:
     folder, start = Path(arguments.out), f"{arguments.name}." if arguments.name else ""
     if arguments.prompts_file:
         lines = read_lines(arguments.prompts_file, given_settings(arguments))
-        share = own_share()
-        draw_lines(load_model(arguments), lines, folder, start, arguments.overwrite, share)
+        process, processes = own_share()
+        model, lines = load_model(arguments), lines[process::processes]
+        waiting = undrawn_lines(model, lines, folder)
+        print(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
+        draw_lines(model, waiting, folder, start, arguments.overwrite, has_bar=process == 0)
         return
     settings = checked_settings(given_settings(arguments))
     output_format, quality = settings["output_format"], settings["output_quality"]

@@ -76,21 +76,17 @@ def draw_lines(
     folder: Path,
     start: str = "",
     overwrite: bool = False,
-    share: tuple[int, int] = (0, 1),
+    has_bar: bool = True,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Draws all lines whose pictures are not there yet, and writes them and the manifest.
+    """Draws the lines, and writes the pictures and the manifest.
 
-    start: of the files' names. share: the number of this process and how many there are; each draws its part of the
-    lines. say: gets a sentence for each line. ValueError if files have these names and are of other prompts, unless
-    overwrite.
+    start: of the files' names. say: gets a sentence for each line. ValueError if files have these names and are of
+    other prompts, unless overwrite.
     """
-    lines = lines[share[0] :: share[1]]
-    waiting = undrawn_lines(model, lines, folder)
-    _claim_names(model, waiting, folder, start, overwrite)
-    say(f"{len(lines) - len(waiting)} of {len(lines)} prompts were drawn before")
+    _claim_names(model, lines, folder, start, overwrite)
     stop, writing = threading.Event(), threading.Lock()
-    bar = LiveBar(len(waiting) if share[0] == 0 else 0)  # one for all processes
+    bar = LiveBar(len(lines) if has_bar else 0)
 
     def draw(line: Line) -> str:
         settings = drawing_settings(line.settings)
@@ -104,8 +100,8 @@ def draw_lines(
         _write(line, model, result, paths, about, stop.is_set)
         return f"{folder / records[0]['file']}  score {result.scores[0]:.4f}  {line.settings['prompt']}"
 
-    with bar, ThreadPoolExecutor(_at_once(waiting)) as pool:
-        drawing = {pool.submit(draw, line): line for line in waiting}
+    with bar, ThreadPoolExecutor(_at_once(lines)) as pool:
+        drawing = {pool.submit(draw, line): line for line in lines}
         try:
             for done in as_completed(drawing):
                 with bar.hidden():

@@ -45,18 +45,13 @@ def _with_seed(line: Line, seed: int) -> Line:
 
 def draw(model: ClipGen, lines: Sequence[Line], folder: Path, what: str, share: tuple[int, int]) -> list[Path]:
     """Draws this process's share of the lines; the first process waits for all of them. The files in their order."""
-    total, progress = len(lines[share[0] :: share[1]]), None
-
-    def count(sentence: str) -> None:
-        nonlocal progress
-        if progress is None:  # the first sentence is "7 of 30 prompts were drawn before"
-            progress = CountLog(what, total, before=int(sentence.split()[0]))
-        else:
-            progress.advance(1)
-
+    process, processes = share
+    own = lines[process::processes]
+    waiting = undrawn_lines(model, own, folder)
+    progress = CountLog(what, len(own), before=len(own) - len(waiting))
     with _without_warnings():
-        draw_lines(model, lines, folder, overwrite=True, share=share, say=count)
-    while share[0] == 0 and share[1] > 1 and undrawn_lines(model, lines, folder):
+        draw_lines(model, waiting, folder, overwrite=True, has_bar=process == 0, say=lambda _: progress.advance(1))
+    while process == 0 and processes > 1 and undrawn_lines(model, lines, folder):
         time.sleep(WAIT_SECONDS)
     return [folder / line.names("")[0] for line in lines]
 
