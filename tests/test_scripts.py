@@ -34,7 +34,9 @@ def test_a_script_works_through_a_link_and_with_cdpath(tmp_path: Path, name: str
         [link.relative_to(tmp_path), "--help"],
         **{"cwd": tmp_path, "env": {**os.environ, "CDPATH": "."}, "capture_output": True, "text": True},
     )
-    assert (run.returncode, run.stderr) == (0, "")
+    # script/test says so on a machine without chromium or Gradio.
+    errors = [line for line in run.stderr.splitlines() if not line.startswith("script/test: the page is not tested: ")]
+    assert (run.returncode, errors) == (0, [])
     assert run.stdout.startswith("usage: ")
     if name.startswith("train-"):
         assert name in run.stdout.splitlines()[0]
